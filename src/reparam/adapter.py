@@ -1,0 +1,246 @@
+"""Adapters on a model: attach, load, select, remove; and the handle through which one is trained and saved."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import reparam.methods
+import reparam.weights  # noqa: F401  (both fill their registries)
+from reparam import targets as targets_
+from reparam.base import Controller, Method, Role, Site, Update
+from reparam.fingerprint import fingerprint
+from reparam.io import files
+from reparam.io.record import Base, Record
+from reparam.linear import Adapted, Replaced
+from reparam.selection import Selection, State, state_of
+
+
+class Adapter:
+    """One adapter on one model: its method, its updates by site, what else it trains.
+
+    It is made by `attach` or `load`. `parameters()` is everything that it trains and nothing else.
+    """
+
+    def __init__(self, name: str, method: Method, model: nn.Module) -> None:
+        self.name = name
+        self.method = method
+        self.model = model
+        self.sites: dict[str, Site] = {}
+        self.modules: dict[str, Adapted] = {}
+        self.replaced: dict[str, Replaced] = {}
+        self.shared: nn.Module | None = None
+        self.controller: Controller | None = None
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """The updates by site."""
+        return {name: module.updates[self.name] for name, module in self.modules.items()}  # type: ignore[misc]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
+        """Name as in files, parameter, and its role; the role of biases and of modules replaced whole is None."""
+        for site, update in self.updates.items():
+            for name, parameter in update.named_parameters():
+                yield f"{site}.{name}", parameter, update.roles[name]
+            if self.name in self.modules[site].biases:
+                yield f"{site}.bias", self.modules[site].biases[self.name], None
+        for path, module in self.replaced.items():
+            for name, parameter in module.updates[self.name].named_parameters():
+                yield f"{path}.{name}", parameter, None
+        for name, parameter in self.shared.named_parameters() if self.shared else ():
+            yield f"shared.{name}", parameter, "core"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that this adapter trains."""
+        return [parameter for _, parameter, _ in self.named_parameters()]
+
+    def requires_grad_(self, trains: bool = True) -> Adapter:
+        """Let the adapter train, or freeze it."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(trains)
+        return self
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the updates' extra losses, or None when no update has one."""
+        found = [p for p in (update.penalty() for update in self.updates.values()) if p is not None]
+        return torch.stack(found).sum() if found else None
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> Adapter:
+        """Make whatever the method needs around a step happen at each `optimizer.step()`.
+
+        Raises ValueError when the adapter is frozen or the optimiser does not hold all of its parameters: it would
+        train less than it seems to.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p, _ in self.named_parameters() if id(p) not in held]
+        frozen = [name for name, p, _ in self.named_parameters() if not p.requires_grad]
+        if missing or frozen:
+            what, names = ("not in the optimiser", missing) if missing else ("frozen", frozen)
+            raise ValueError(
+                f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimiser "
+                f"from adapter.parameters() after adapter.requires_grad_()"
+            )
+        controller = self.controller
+        if controller is not None:
+            optimizer.register_step_pre_hook(lambda *_: controller.before_step())
+            optimizer.register_step_post_hook(lambda *_: controller.after_step())
+        return self
+
+    def record(self) -> Record:
+        """The adapter as plain data."""
+        config = getattr(self.model, "config", None)
+        source = str(getattr(config, "_name_or_path", "") or "")
+        tensors = {name: parameter.detach() for name, parameter, _ in self.named_parameters()}
+        for path, module in self.replaced.items():
+            buffers = module.updates[self.name].named_buffers()
+            tensors |= {f"{path}.{name}": buffer for name, buffer in buffers}
+        return Record(
+            method=self.method,
+            sites=self.sites,
+            tensors=tensors,
+            replaced=tuple(self.replaced),
+            base=Base(type(self.model).__name__, source, fingerprint(self.model)),
+        )
+
+    def save(self, folder: str | Path, *, format: str = "reparam") -> None:
+        """Write the adapter, and nothing of the base, into `folder`; in one step, or not at all.
+
+        `format` is "reparam" or "peft". Raises ValueError when a tensor is not finite, when the folder holds anything
+        but an adapter, or when the format cannot express the method.
+        """
+        record = self.record()
+        bad = [key for key, t in record.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if bad:
+            raise ValueError(f"adapter {self.name!r}: NaN or infinity in {', '.join(bad[:5])}; not saved")
+        files.write(folder, record, format=format)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"Adapter({self.name!r}, {self.method.name}, {len(self.sites)} sites, {count:,} parameters)"
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: targets_.Targets = "all-linear",
+    name: str = "default",
+    bias: bool = False,
+    modules_to_save: Iterable[str] = (),
+) -> Adapter:
+    """Put a fresh adapter on `model`, select it, and freeze everything else.
+
+    `targets` is "all-linear" (without the output head), "attention", "mlp", the end of a path or a list of such, or
+    "re:" and a regular expression for the path. With `bias`, the biases of the sites train too. `modules_to_save` are
+    ends of paths of modules that train whole and are saved with the adapter, a fresh head for instance.
+
+    The outputs do not change. Raises ValueError, before anything is touched, for targets that match nothing or what
+    cannot be adapted, for a name that is taken or not made of letters, digits, "_" and "-", and for tied weights.
+
+    >>> from torch import nn
+    >>> from reparam import LoRA
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> attach(model, LoRA(r=2), targets=["0"], name="task")
+    Adapter('task', lora, 1 sites, 16 parameters)
+    """
+    names = targets_.resolve(model, targets)
+    whole = [path for end in modules_to_save for path in targets_.ending(model, end)]
+    inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
+    names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
+    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapter.requires_grad_()
+    select(model, name)
+    return adapter
+
+
+def select(model: nn.Module, which: str | Sequence[str | None] | None) -> Selection:
+    """Use the adapter with this name from now on; None is the base model.
+
+    A list has one name (or None) per row of the following batches: a mixed batch, for inference. Raises ValueError for
+    an unknown name at once, and, at the model's forward, for a batch of another length, before anything is computed.
+
+    The result may be used in a `with`, which puts the previous choice back at its end, also after an exception.
+    """
+    return state_of(model).select(which)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on the model by name."""
+    return dict(state_of(model).adapters) if hasattr(model, "reparam_state") else {}
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take the adapter off the model. With the last one gone, the model's own modules are back in place."""
+    state = state_of(model)
+    state.check(name)
+    state.forget(name)
+    if not state.adapters:
+        unwrap(model)
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put the model's own modules back, with the values that the frozen weights have now; drop all adapters."""
+    state = state_of(model)
+    state.select(None)
+    for path, module in list(targets_.walk(model)):
+        if isinstance(module, Adapted):
+            model.set_submodule(path, module.restore())
+        elif isinstance(module, Replaced):
+            model.set_submodule(path, module.origin)
+    del model.reparam_state
+
+
+def untie(model: nn.Module) -> None:
+    """Give the output head a matrix of its own where it shares the embedding's, so that either can be adapted."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def install(
+    model: nn.Module, method: Method, *, names: list[str], replaced: list[str], name: str, bias: bool
+) -> Adapter:
+    """Build all updates, then put them into the model; nothing is touched if building fails."""
+    taken = adapters(model)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name={name!r}: an adapter's name is made of letters, digits, '_' and '-'")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"name={name!r} is also the name of a method of torch's ModuleDict; choose another")
+    if name in taken:
+        raise ValueError(f"name={name!r} is taken; remove(model, {name!r}) first, or choose another name")
+    for path in (*names, *replaced):
+        others = targets_.tied(model, path)
+        if others:
+            raise ValueError(
+                f"{path} shares its weight with {', '.join(others)}; changing one would change the other. Call "
+                f"reparam.untie(model) first, or leave it out"
+            )
+    modules = {path: targets_.wrap(model.get_submodule(path)) for path in names}
+    sites = {path: module.site(path) for path, module in modules.items()}
+    shared = method.shared(list(sites.values()))
+    updates = {path: method.build(sites[path], module.weight, shared) for path, module in modules.items()}
+
+    adapter = Adapter(name, method, model)
+    adapter.sites, adapter.modules, adapter.shared = sites, modules, shared
+    for path, module in modules.items():
+        module.add(name, updates[path].train(module.training), bias=bias)
+        model.set_submodule(path, module)
+    for path in replaced:
+        module_ = model.get_submodule(path)
+        holder = module_ if isinstance(module_, Replaced) else Replaced(module_)
+        holder.updates[name] = copy.deepcopy(holder.origin)
+        model.set_submodule(path, holder)
+        adapter.replaced[path] = holder
+    adapter.controller = method.controller(adapter.updates)
+    if not hasattr(model, "reparam_state"):
+        model.reparam_state = State(model)  # type: ignore[assignment]
+    state_of(model).adopt(adapter)
+    return adapter

@@ -1,0 +1,222 @@
+"""The nouns everything else is written in: a frozen weight, a trainable update, the method that makes updates.
+
+A linear map W [O, I] stays frozen in some storage (`Weight`); an `Update` owns the few parameters that change it; a
+`Method` is the configuration that builds one update for each `Site`. Whatever can be merged reduces to `Factors`:
+
+    W' = diag(gain) · W + B · A
+
+Shapes: O out_features, I in_features, R rank, V rows of an embedding. This file imports torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["in", "out", "core", "gain", "route"]
+
+
+class Factors(NamedTuple):
+    """The normal form of a change: `W' = diag(gain) · W + B · A`, with no gain meaning ones. Differentiable."""
+
+    A: Tensor  # [R, I]
+    B: Tensor  # [O, R]
+    gain: Tensor | None = None  # [O]
+
+    def apply(self, w: Tensor) -> Tensor:
+        """The changed matrix [O, I], in the dtype of `w` [O, I]."""
+        kept = w if self.gain is None else self.gain.to(w.dtype)[:, None] * w
+        return torch.addmm(kept, self.B.to(w.dtype), self.A.to(w.dtype))
+
+    def low_rank_norm(self) -> float:
+        """Frobenius norm of B·A from two [R, R] products, in float64; the matrix [O, I] is never built."""
+        a, b = self.A.detach().double(), self.B.detach().double()
+        return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
+class Weight(nn.Module):
+    """How a frozen matrix W [O, I] is stored. An operator first, a matrix only on request.
+
+    A subclass keeps its tensors as parameters or buffers, implements the methods below, and is registered with
+    `@storage("name")`. Nothing in it trains.
+    """
+
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def pack(cls, w: Tensor) -> Self:
+        """Store `w` [O, I], of any floating dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias [..., O]; differentiable in x."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [...] of integers below O -> the rows W[ids], [..., I]."""
+        raise NotImplementedError
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """A block of rows of W as float32, [rows, I]. It may be a view of the storage: do not write to it."""
+        raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
+        return self.dense().to(self.dtype)
+
+    def repack(self, w: Tensor) -> Self:
+        """New values [O, I] in the same format."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that results have."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return next(self.parameters()).device
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place in a model where an update can go."""
+
+    name: str
+    """Path of the module in the model, as `named_modules` gives it."""
+    kind: Literal["linear", "embedding"]
+    """An embedding is a matrix too: a row per id, O = V rows of I = width."""
+    out_features: int
+    in_features: int
+
+
+class InputDependentError(ValueError):
+    """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
+
+
+class Update(nn.Module):
+    """The trainable part of one site. It decides itself when the frozen map is applied.
+
+    `roles` gives every parameter its part ("in": what meets the input first, "out": what makes the output, "core",
+    "gain", "route"). Optimiser groups, weight decay and files go by roles, never by parts of names.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x W'ᵀ + bias [..., O]. The bias is never scaled."""
+        raise NotImplementedError
+
+    def factors(self, weight: Weight) -> Factors:
+        """The normal form, differentiable in the parameters. Raises `InputDependentError` where there is none."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids [...] -> rows of W', [..., I], for embeddings: `gain[i] · W[i] + B[i] · A`."""
+        factors = self.factors(weight)
+        found = weight.rows(ids)
+        if factors.gain is not None:
+            found = found * factors.gain.to(found.dtype)[ids].unsqueeze(-1)
+        return found + (nn.functional.embedding(ids, factors.B) @ factors.A).to(found.dtype)
+
+    def penalty(self) -> Tensor | None:
+        """An extra loss (a scalar), or None."""
+        return None
+
+
+class Controller(Protocol):
+    """What must happen around an optimiser step, and the state that a checkpoint needs for it."""
+
+    def before_step(self) -> None:
+        """Called with the gradients in place."""
+
+    def after_step(self) -> None:
+        """Called after the parameters have moved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue exactly; tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Configuration and factory in one; a frozen dataclass whose `__post_init__` refuses bad values.
+
+    A subclass is registered with `@method("name")`, lists in `examples` the settings that the conformance suite
+    builds, and implements `build`.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def shared(self, sites: list[Site]) -> nn.Module | None:
+        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None."""
+        return None
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """A fresh update for one site. It changes nothing yet: its output equals the base's."""
+        raise NotImplementedError
+
+    def controller(self, updates: Mapping[str, Update]) -> Controller | None:
+        """What must happen around an optimiser step, for all updates by site, or None."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `METHODS[name](**settings)` gives an equal method."""
+        return dataclasses.asdict(self)
+
+
+STORAGES: dict[str, type[Weight]] = {}
+METHODS: dict[str, type[Method]] = {}
+_W = TypeVar("_W", bound=type[Weight])
+_M = TypeVar("_M", bound=type[Method])
+
+
+def storage(name: str) -> Callable[[_W], _W]:
+    """Register a storage under `name`."""
+
+    def register(cls: _W) -> _W:
+        assert name not in STORAGES, f"two storages are called {name}"
+        STORAGES[name] = cls
+        return cls
+
+    return register
+
+
+def method(name: str) -> Callable[[_M], _M]:
+    """Register a method under `name`."""
+
+    def register(cls: _M) -> _M:
+        assert name not in METHODS, f"two methods are called {name}"
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def find_method(name: str) -> type[Method]:
+    """The method registered under `name`. Raises ValueError that lists the names and the nearest one."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}: the methods are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" with the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def storage_name(weight: Weight) -> str:
+    """The name that the storage of `weight` is registered under."""
+    return next(name for name, cls in STORAGES.items() if type(weight) is cls)

@@ -1,0 +1,40 @@
+"""An adapter as plain data: what every file format reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from reparam.base import Method, Site
+
+
+class FormatError(ValueError):
+    """A file is not what it should be; the message names the file, the tensor or key, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Which model an adapter was trained on."""
+
+    architecture: str
+    """Class of the model."""
+    source: str
+    """Folder or hub id that it was loaded from, as far as the model knows; not used for checks."""
+    digests: dict[str, str]
+    """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Everything that an adapter is, apart from the model it sits in."""
+
+    method: Method
+    sites: dict[str, Site]
+    tensors: dict[str, Tensor]
+    """`<site>.<parameter>`, `<site>.bias`, `<module>.<parameter>` for modules replaced whole."""
+    replaced: tuple[str, ...] = ()
+    """Paths of the modules that are replaced whole."""
+    base: Base | None = None
+    frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Tensors of the base that the file carries along; the base must hold the same values."""

@@ -1,0 +1,166 @@
+"""The module that goes into a model in place of a linear map: a frozen weight, a bias, and named updates.
+
+One update at most is active; None is the base model. There is no merged state: folding an update gives back the
+module that was here before, with new values (`merge.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from reparam.base import Site, Update, Weight
+from reparam.weights.dense import Dense
+
+
+class Adapted(nn.Module):
+    """What linear maps and embeddings have in common: the frozen weight, the updates by adapter name, the choice."""
+
+    def __init__(self, origin: nn.Module, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight  # W [O, I]
+        self.bias = bias
+        self.updates = nn.ModuleDict()
+        self.biases = nn.ParameterDict()  # an adapter's own bias [O], where it trains biases
+        self.active: str | None = None
+        self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
+        self.train(origin.training)
+
+    kind = "linear"
+
+    def site(self, name: str) -> Site:
+        """This place, under its path in the model."""
+        return Site(name, self.kind, self.weight.out_features, self.weight.in_features)  # type: ignore[arg-type]
+
+    def add(self, name: str, update: Update, *, bias: bool = False) -> None:
+        """Hold `update` under the adapter's name; with `bias`, also a trainable copy of the bias."""
+        self.updates[name] = update
+        if bias and self.bias is not None:
+            self.biases[name] = nn.Parameter(self.bias.detach().clone())
+
+    def drop(self, name: str) -> None:
+        """Forget the adapter's update and bias."""
+        if name in self.updates:
+            del self.updates[name]
+        if name in self.biases:
+            del self.biases[name]
+
+    def bias_of(self, name: str | None) -> Tensor | None:
+        """The bias [O] that is used with this adapter."""
+        return self.biases[name] if name is not None and name in self.biases else self.bias
+
+    def stock(self) -> dict[str, Tensor]:
+        """The frozen tensors under the names and in the layout that they had before."""
+        raise NotImplementedError
+
+    def restore(self) -> nn.Module:
+        """The module as it was before, holding the current frozen weight and bias."""
+        raise NotImplementedError
+
+
+class Linear(Adapted):
+    """x [..., I] -> x W'ᵀ + bias [..., O]."""
+
+    @classmethod
+    def wrap(cls, module: nn.Module) -> Self:
+        """Take over an `nn.Linear` or GPT-2's `Conv1D`, whose [I, O] matrix is transposed here, once.
+
+        The parameter of an `nn.Linear` is shared, not copied. Raises ValueError for anything else.
+        """
+        problem = why_not_linear(module)
+        if problem:
+            raise ValueError(problem)
+        matrix: nn.Parameter = module.weight  # type: ignore[assignment]
+        if is_conv1d(module):
+            matrix = nn.Parameter(matrix.detach().t().contiguous(), requires_grad=False)
+            module.weight = None  # type: ignore[assignment]
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        return cls(module, Dense.pack(matrix), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base map, or the active update's."""
+        name = self.active
+        if name is None:
+            return self.weight(x, self.bias)
+        bias = self.bias_of(name) if self.biases else self.bias
+        return self.updates[name](x, self.weight, bias)
+
+    def stock(self) -> dict[str, Tensor]:
+        """`weight` and, where there is one, `bias`."""
+        matrix = self.weight.tensor()
+        found = {"weight": matrix.t() if is_conv1d(self.origin[0]) else matrix}
+        return found if self.bias is None else {**found, "bias": self.bias}
+
+    def restore(self) -> nn.Module:
+        """The `nn.Linear` or `Conv1D` again."""
+        module = self.origin[0]
+        matrix = self.stock()["weight"]
+        if matrix is not module.weight:
+            module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes and the active adapter."""
+        return f"in={self.weight.in_features}, out={self.weight.out_features}, active={self.active}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`, told by name: this file imports torch only."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why `Linear` cannot stand in for this module, or None."""
+    kind = type(module).__name__
+    if "forward" in vars(module):
+        return f"{kind} has a forward of its own set on it (by a device map or a hook); load the model without that"
+    if is_conv1d(module):
+        return None
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads the weight of its out_proj without calling it, so an update would do nothing"
+    if not isinstance(module, nn.Linear):
+        return f"{kind} is not a linear map"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{kind} overrides nn.Linear.forward, which an update would bypass"
+    return None
+
+
+class Replaced(nn.Module):
+    """A module that an adapter trains whole (a task's head, say): the original, and a full copy for each adapter."""
+
+    def __init__(self, origin: nn.Module) -> None:
+        super().__init__()
+        self.origin = origin
+        self.updates = nn.ModuleDict()
+        self.active: str | None = None
+        self.rows: list[str | None] | None = None  # of a mixed batch: the adapter of each row
+
+    def copy_of(self, name: str | None) -> nn.Module:
+        """The copy that this adapter uses: its own, or the original."""
+        return self.updates[name] if name is not None and name in self.updates else self.origin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever the chosen copy computes; in a mixed batch, each copy on its own rows of x [B, ...]."""
+        if self.rows is None:
+            return self.copy_of(self.active)(x)
+        if len(x) != len(self.rows):
+            raise ValueError(f"a mixed batch of {len(self.rows)} rows met an activation of shape {list(x.shape)}")
+        parts: dict[str | None, list[int]] = {}
+        for row, name in enumerate(self.rows):
+            parts.setdefault(name if name in self.updates else None, []).append(row)
+        found = torch.cat([self.copy_of(name)(x[rows]) for name, rows in parts.items()])
+        order = [row for rows in parts.values() for row in rows]
+        return found[torch.tensor(order, device=found.device).argsort()]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the chosen copy, which models read for its dtype."""
+        return self.copy_of(self.active).weight  # type: ignore[return-value]
+
+    def drop(self, name: str) -> None:
+        """Forget the adapter's copy."""
+        if name in self.updates:
+            del self.updates[name]

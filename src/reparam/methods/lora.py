@@ -1,0 +1,200 @@
+"""LoRA: a low-rank change of a frozen matrix (Hu et al. 2021, arXiv 2106.09685, §4.1).
+
+    h = W₀ x + s · B A x        A [R, I] random, B [O, R] zero, so that training starts at the base model
+
+The scale s has four conventions (`scaling`): "alpha_over_r" is α/r, the paper's and PEFT's; "alpha" is α itself, for
+texts that write h = W₀x + αBAx; "rslora" is α/√r (Kalajdzievski 2023, arXiv 2312.03732); "none" is 1.
+The paper says that A is Gaussian; the released code and PEFT draw U(−1/√I, 1/√I), and so does the default here.
+
+Shapes: O out_features, I in_features, R rank, N rows of a flattened batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import Factors, Method, Role, Site, Update, Weight, method
+
+SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
+INITS = ("kaiming_uniform", "gaussian")
+
+
+@method("lora")
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    """Configuration of LoRA.
+
+    Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1), an unknown scaling or init, and, once
+    the sites are known, for a pattern that matches none of them.
+
+    >>> LoRA(r=8, alpha=16).scale(r=8, alpha=16)
+    2.0
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"r": 4, "alpha": 8},
+        {"r": 1, "alpha": 2.0, "scaling": "alpha", "init": "gaussian"},
+        {"r": 4, "alpha": 4, "scaling": "rslora", "dropout": 0.1, "rank_pattern": {"q_proj": 2}},
+    )
+
+    r: int = 8
+    """Rank of the change."""
+    alpha: float = 16.0
+    """Numerator of the scale."""
+    scaling: str = "alpha_over_r"
+    """How the scale follows from alpha and r: alpha_over_r, alpha, rslora or none."""
+    dropout: float = 0.0
+    """Probability with which an element of the branch's input is zeroed in training. Embeddings have none."""
+    init: str = "kaiming_uniform"
+    """Distribution of A: kaiming_uniform is U(-1/sqrt(I), 1/sqrt(I)), gaussian is N(0, init_std²)."""
+    init_std: float | None = None
+    """Standard deviation of gaussian; by default 1/sqrt(3 I), the second moment of kaiming_uniform."""
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Ranks that differ, by site: a regular expression for the end of the path -> rank. The first match counts."""
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Alphas that differ, by site, in the same way."""
+    seed: int = 0
+    """Seed of A. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+
+    def __post_init__(self) -> None:
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        problems = [
+            f"{key}={value!r}: a rank is a whole number of at least 1"
+            for key, value in ranks.items()
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ]
+        problems += [
+            f"{key}={value!r}: expected a finite number above 0"
+            for key, value in alphas.items()
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0)
+        ]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        if self.scaling not in SCALINGS:
+            problems.append(f"scaling={self.scaling!r}: expected one of {', '.join(SCALINGS)}")
+        if self.init not in INITS:
+            problems.append(f"init={self.init!r}: expected one of {', '.join(INITS)}")
+        if self.init_std is not None and not (self.init == "gaussian" and self.init_std > 0):
+            problems.append(f"init_std={self.init_std!r}: only for init='gaussian', and above 0")
+        if problems:
+            raise ValueError("LoRA: " + "; ".join(problems))
+
+    def scale(self, *, r: int, alpha: float) -> float:
+        """The factor s for a site of rank r and this alpha."""
+        return {"alpha_over_r": alpha / r, "alpha": alpha, "rslora": alpha / math.sqrt(r), "none": 1.0}[self.scaling]
+
+    def at(self, name: str) -> tuple[int, float]:
+        """Rank and alpha of the site with this path."""
+        return _first(self.rank_pattern, name, self.r), _first(self.alpha_pattern, name, self.alpha)
+
+    def shared(self, sites: list[Site]) -> None:
+        """Refuse patterns that match no site; warn where the rank is no longer low."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field):
+                if not any(_matches(pattern, site.name) for site in sites):
+                    raise ValueError(f"LoRA: {field} {pattern!r} matches none of the {len(sites)} sites")
+        high = [s for s in sites if self.at(s.name)[0] > min(s.out_features, s.in_features)]
+        if high:
+            warnings.warn(
+                f"LoRA: the rank exceeds the smaller side of {len(high)} sites (first: {high[0].name}, "
+                f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there",
+                stacklevel=4,
+            )
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:
+        """A fresh update, drawn from the seed and the site's name."""
+        r, alpha = self.at(site.name)
+        digest = hashlib.sha256(f"{self.seed}:{site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        a = torch.empty(r, site.in_features)
+        bound = 1 / math.sqrt(site.in_features)
+        if site.kind == "embedding":  # loralib and PEFT: zeros on the vocabulary's side, N(0, 1) on the other
+            a.normal_(0, self.init_std or 1.0, generator=generator)
+        elif self.init == "gaussian":
+            a.normal_(0, self.init_std or bound / math.sqrt(3), generator=generator)
+        else:
+            a.uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(site.out_features, r)
+        return LoRAUpdate(
+            a.to(weight.device), b.to(weight.device), scale=self.scale(r=r, alpha=alpha), dropout=self.dropout
+        )
+
+
+class LoRAUpdate(Update):
+    """The two factors of one site, as float32 masters that are cast to the compute dtype at use."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "in", "B": "out"}
+
+    def __init__(self, a: Tensor, b: Tensor, *, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.A = nn.Parameter(a)  # [R, I]
+        self.B = nn.Parameter(b)  # [O, R]
+        self.scale = scale
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ [..., O]. The small product is added in place, by one addmm."""
+        rows = x.reshape(-1, x.shape[-1])  # [N, I]: two dimensions, so that addmm needs no view of its target
+        dtype = _compute_dtype(x)
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        if self.dropout and self.training:
+            h = F.linear(F.dropout(rows, self.dropout), A)  # [N, R]
+        elif torch.compiler.is_compiling() or not torch.is_grad_enabled() or rows.dtype != dtype:
+            h = F.linear(rows, A)
+        else:
+            rows, h = _Down.apply(rows, A)
+        y = weight(rows, bias).addmm_(h, B.t(), alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+    def factors(self, weight: Weight) -> Factors:
+        """A, and s · B."""
+        return Factors(self.A, self.scale * self.B)
+
+
+class _Down(torch.autograd.Function):
+    """x [N, I], A [R, I] -> x itself, and x Aᵀ [N, R].
+
+    x goes through so that its gradient from the frozen map arrives here and takes the branch's share in place: one
+    pass over [N, I] less than when autograd adds two gradients. Nothing else sees that gradient, because the x that is
+    returned is only ever handed to the frozen map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A)
+        through = x.view_as(x)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(through)
+        return through, F.linear(x, A)
+
+    @staticmethod
+    def backward(ctx: Any, g_x: Tensor | None, g_h: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, A = ctx.saved_tensors
+        g_A = g_h.t() @ x if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, g_A
+        return (g_h @ A if g_x is None else g_x.addmm_(g_h, A)), g_A
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)

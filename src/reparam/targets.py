@@ -1,0 +1,131 @@
+"""Which modules an adapter goes on: from "all-linear", a suffix or a regular expression to sites of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from reparam.base import nearest
+from reparam.embedding import Embedding, why_not_embedding
+from reparam.linear import Adapted, Linear, Replaced, is_conv1d, why_not_linear
+
+Targets = str | Iterable[str]
+KEYWORDS = ("all-linear", "attention", "mlp")
+
+
+def resolve(model: nn.Module, targets: Targets) -> list[str]:
+    """Paths of the modules that `targets` names, in the model's order.
+
+    "all-linear" is every linear map but the output head; "attention" and "mlp" are the linear maps of the repeated
+    blocks inside, and outside, an attention module; `re:...` is a regular expression for the whole path; anything else
+    is a path or the end of one. Several may be given. Raises ValueError, with all problems at once, where one of them
+    matches nothing (naming the nearest) or something that is neither a linear map nor an embedding.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    modules = dict(walk(model))
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    problems, found = [], set()
+    if not wanted:
+        problems.append("no targets were given; try 'all-linear'")
+    for target in wanted:
+        if target in KEYWORDS:
+            names = _keyword(target, linear, head=_head(model))
+        elif target.startswith("re:"):
+            pattern = re.compile(target[3:])
+            names = [name for name in modules if pattern.fullmatch(name) and _why_not(modules[name]) is None]
+        else:
+            names = [name for name in modules if name == target or name.endswith("." + target)]
+            problems += [f"{name}: {why}" for name in names if (why := _why_not(modules[name]))]
+        if not names:
+            usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if _why_not(module) is None}
+            problems.append(
+                f"{target!r} matches no module{nearest(target, [*usable, *modules])}; the ends of the paths that can be "
+                f"targeted are {', '.join(sorted(usable)) or 'none'}"
+            )
+        found |= set(names)
+    if problems:
+        raise ValueError("targets: " + "; ".join(problems[:10]))
+    return [name for name in modules if name in found]
+
+
+def ending(model: nn.Module, end: str) -> list[str]:
+    """Paths of the modules of any kind whose path is `end` or ends with it. Raises ValueError where there is none."""
+    modules = dict(walk(model))
+    found = [name for name in modules if name == end or name.endswith("." + end)]
+    if not found:
+        raise ValueError(f"modules_to_save: {end!r} matches no module{nearest(end, modules)}")
+    return found
+
+
+def walk(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules by path, not looking inside adapted or replaced ones."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside or ("\0",)):
+            yield name, module
+            if isinstance(module, Adapted | Replaced):
+                inside = (*inside, name + ".")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear map that can be adapted, or is one already."""
+    return isinstance(module, Linear) or why_not_linear(module) is None
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if isinstance(module, Adapted):
+        return None
+    if isinstance(module, nn.Embedding):
+        return why_not_embedding(module)
+    why = why_not_linear(module)
+    return f"{why}; adapters go on linear maps and embeddings" if why else None
+
+
+def _keyword(target: str, linear: list[str], *, head: str | None) -> list[str]:
+    if target == "all-linear":
+        return [name for name in linear if name != head]
+    blocks = [name for name in linear if name != head and re.search(r"(^|\.)\d+\.", name)]
+    attention = [name for name in blocks if re.search(r"attn|attention", name.rsplit(".", 1)[0], re.IGNORECASE)]
+    return attention if target == "attention" else [name for name in blocks if name not in attention]
+
+
+def _head(model: nn.Module) -> str | None:
+    """Path of the output head: what transformers calls the output embeddings, or a classifier at the top level."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    for name, module in model.named_modules():
+        if module is head or (head is None and name in ("lm_head", "score", "classifier")):
+            return name
+    return None
+
+
+def tied(model: nn.Module, name: str) -> list[str]:
+    """Paths of other modules that hold the same parameter as the module at `name`."""
+    own = {id(p) for p in model.get_submodule(name).parameters()}
+    return [
+        other
+        for other, module in model.named_modules(remove_duplicate=False)
+        if other != name
+        and not other.startswith(name + ".")
+        and any(id(p) in own for p in module.parameters(recurse=False))
+    ]
+
+
+def wrap(module: nn.Module) -> Adapted:
+    """The adapted form of a module that `resolve` allowed."""
+    if isinstance(module, Adapted):
+        return module
+    return Embedding.wrap(module) if isinstance(module, nn.Embedding) else Linear.wrap(module)
+
+
+
+def sizes(module: nn.Module) -> tuple[str, int, int]:
+    """Kind, O and I that a module has, or would have, as a site."""
+    if isinstance(module, Adapted):
+        return module.kind, module.weight.out_features, module.weight.in_features
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    if isinstance(module, nn.Embedding):
+        return "embedding", rows, columns
+    return ("linear", columns, rows) if is_conv1d(module) else ("linear", rows, columns)

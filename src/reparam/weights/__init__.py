@@ -1,0 +1,7 @@
+"""Storages: one file for each way of keeping a frozen matrix. Every file in this folder is imported with it."""
+
+import importlib
+import pkgutil
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")

@@ -1,0 +1,52 @@
+"""The plain storage: W [O, I] as it came, in its own dtype."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import Weight, storage
+
+
+@storage("dense")
+class Dense(Weight):
+    """W as one frozen parameter [O, I]."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.W = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # [O, I]; the same object keeps ties visible
+        self.W.requires_grad_(False)
+        self.out_features, self.in_features = w.shape
+
+    @classmethod
+    def pack(cls, w: Tensor) -> Self:
+        """Keep `w` [O, I] as it is; a parameter is taken over, not copied."""
+        return cls(w)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias [..., O]."""
+        return F.linear(x, self.W, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """W[ids], [..., I]."""
+        return F.embedding(ids, self.W)
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of W in float32; a view when W is float32."""
+        return self.W.detach()[rows].float()
+
+    def tensor(self) -> Tensor:
+        """W itself."""
+        return self.W
+
+    def repack(self, w: Tensor) -> Self:
+        """New values in the dtype of the old."""
+        return type(self)(w.to(self.W.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        return self.W.dtype
