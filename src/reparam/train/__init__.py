@@ -1,0 +1,1 @@
+"""Training causal language models: data, the run on an existing trainer, checkpoints."""
