@@ -1,0 +1,208 @@
+"""Checkpoints of a run: committed or absent, checked before use, and one run per folder.
+
+A run folder holds `checkpoint-<step>` folders. Each is staged under a hidden name, gets `manifest.json` (size and
+SHA-256 of every other file) as its last file, is flushed to the disk and renamed: a folder of that name without a
+manifest, or with a file that does not match it, was not written by `commit` or was changed since, and is not used.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from reparam.io.staged import DiskFull, digest, inside, recover, staged_folder
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What there is to resume from."""
+
+    path: Path | None
+    """The newest committed and intact checkpoint, or None."""
+    skipped: list[tuple[Path, str]]
+    """The newer ones that cannot be used, newest first, each with the reason."""
+
+
+class RunLocked(ValueError):  # noqa: N818  (reads as what happened)
+    """Another process runs in the folder."""
+
+
+def commit(run_folder: str | os.PathLike[str], step: int, write: Callable[[Path], None]) -> Path:
+    """Write the checkpoint of a step, whole or not at all; one that is there for the same step is replaced.
+
+    Args:
+        run_folder: made if it is missing.
+        step: number of optimiser steps done.
+        write: writes everything but the manifest into the empty folder that it is given.
+
+    Returns the checkpoint's folder.
+
+    Raises:
+        DiskFull: there was no room. The message names the checkpoint that a run can still be resumed from.
+    """
+    target = Path(run_folder) / f"checkpoint-{step}"
+    try:
+        with staged_folder(target, owned=True) as folder:
+            write(folder)
+            (folder / MANIFEST).write_text(json.dumps(_manifest(folder, step), indent=1) + "\n", encoding="utf-8")
+    except DiskFull as error:
+        kept = newest(run_folder).path
+        state = f"the old one, {kept.name}, is intact" if kept else "there is no older one"
+        raise DiskFull(
+            f"no room on the disk for {target} ({error.__cause__}): nothing of it was kept, and {state}. "
+            "Free some space and resume"
+        ) from error
+    return target
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """Compare a checkpoint with its manifest. Returns what is wrong with it, one sentence each; nothing if intact."""
+    path = Path(folder)
+    if not path.is_dir():
+        return ["it is not a folder" if path.exists() else "it does not exist"]
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        step, files = manifest["step"], dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            return [f"{MANIFEST} has format {manifest['format']!r}, and this version reads {FORMAT}"]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing: it was never committed"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    match = _NAME.match(path.resolve().name)
+    problems = [f"{MANIFEST} is of step {step!r}"] if match and int(match[1]) != step else []
+    return problems + [problem for name, entry in files.items() for problem in _compare(path, name, entry)]
+
+
+def newest(run_folder: str | os.PathLike[str]) -> Found:
+    """Find the newest checkpoint that is committed and intact, and what had to be skipped for it."""
+    skipped: list[tuple[Path, str]] = []
+    for path in _checkpoints(run_folder):
+        problems = verify(path)
+        if not problems:
+            return Found(path, skipped)
+        skipped.append((path, "; ".join(problems)))
+    return Found(None, skipped)
+
+
+def prune(run_folder: str | os.PathLike[str], keep: int, *, protect: Collection[Path] = ()) -> list[Path]:
+    """Delete old checkpoints: all but the newest intact one, the `keep - 1` before it, and those in `protect`.
+
+    Damaged ones that are newer than the newest intact one stay; without an intact one nothing is deleted.
+    A reader never sees half of one: each is renamed to a hidden name before its files go. Returns what was deleted.
+    """
+    assert keep >= 1, keep
+    good = newest(run_folder).path
+    if good is None:
+        return []
+    older = [path for path in _checkpoints(run_folder) if _step(path) < _step(good)]
+    committed = [path for path in older if (path / MANIFEST).is_file()]
+    kept = {path.resolve() for path in [*committed[: keep - 1], *protect]}
+    doomed = [path for path in older if path.resolve() not in kept]
+    for path in doomed:
+        hidden = path.with_name(f".{path.name}.reparam-new-{os.urandom(6).hex()}")
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return doomed
+
+
+class RunLock:
+    """The right to write into a run folder, for one process at a time: `with RunLock(folder): ...`.
+
+    The lock vanishes with the process, however it ends. Taking it clears what a killed run left half-written.
+    The same object can be entered again inside its own block.
+
+    Raises:
+        RunLocked: another run, or another RunLock of this process, holds the folder.
+    """
+
+    def __init__(self, run_folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(run_folder)
+        self._handle: int | None = None
+        self._depth = 0
+        # A forked child (a data loader's worker) shares the lock and can outlive a killed parent.
+        os.register_at_fork(after_in_child=self._close)
+
+    def __enter__(self) -> "RunLock":
+        if self._handle is None:
+            self._handle = self._take()
+            recover(self.folder)
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._close()
+
+    def _take(self) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The file stays when the lock goes: deleting it would let two processes lock two files of one name.
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise RunLocked(
+                f"{self.folder} is in use by {owner}: wait until it ends, or choose another folder"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        return handle
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _step(path: Path) -> int:
+    match = _NAME.match(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders named like checkpoints, newest first."""
+    root = Path(run_folder)
+    found = [path for path in (root.iterdir() if root.is_dir() else ()) if _NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert MANIFEST not in files, "the manifest is written last, by commit"
+    entries = {name: {"size": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
+    return {"format": FORMAT, "step": step, "files": entries}
+
+
+def _compare(folder: Path, name: str, entry: Any) -> list[str]:
+    try:
+        path = inside(folder, name)
+        size, sha256 = entry["size"], entry["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"{MANIFEST} has a bad entry for {name!r} ({error})"]
+    if not path.is_file():
+        return [f"{name} is missing"]
+    found = path.stat().st_size
+    if found != size:
+        return [f"{name} has {found} bytes instead of {size}"]
+    try:
+        same = digest(path) == sha256
+    except OSError as error:
+        return [f"{name} cannot be read ({error})"]
+    return [] if same else [f"{name} was changed after it was saved (its SHA-256 differs)"]
