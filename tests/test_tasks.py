@@ -48,9 +48,11 @@ def path(row: dict) -> str:
 
 def code_of(signature: str, body: str = "pass") -> types.CodeType:
     """The compiled function of this head."""
-    module = compile(signature.removeprefix("async ") + " " + body, "signature", "exec", dont_inherit=True)
-    # The function's code is the last constant; lambdas among the defaults come before it.
-    return [c for c in module.co_consts if isinstance(c, types.CodeType) and c.co_name != "<lambda>"][-1]
+    head = signature.removeprefix("async ")
+    module = compile(f"{head} {body}", "signature", "exec", dont_inherit=True)
+    name = head.removeprefix("def ").split("(")[0]
+    (code,) = (c for c in module.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    return code
 
 
 def compiled_names(signature: str) -> list[str]:
