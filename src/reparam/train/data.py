@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that cross entropy leaves out
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 @dataclass(frozen=True)
 class Report:
     """What encoding found."""
@@ -42,14 +51,14 @@ class Report:
     def __str__(self) -> str:
         share = self.loss_tokens / self.tokens
         parts = [
-            f"{self.rows:,} rows",
-            f"{self.tokens:,} tokens, {self.loss_tokens:,} of them with loss ({share:.0%})",
+            counted(self.rows, "row"),
+            f"{counted(self.tokens, 'token')}, {self.loss_tokens:,} of them with loss ({share:.0%})",
             f"longest row {self.longest:,}",
         ]
         if self.truncated:
-            parts.append(f"{self.truncated:,} rows cut")
+            parts.append(f"{counted(self.truncated, 'row')} cut")
         if self.split:
-            parts.append(f"{self.split:,} rows split, {self.examples:,} pieces in all")
+            parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} pieces in all")
         return "; ".join(parts)
 
 

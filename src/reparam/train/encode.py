@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reparam.train.chat import Span
-from reparam.train.data import Encoded, Report
+from reparam.train.data import Encoded, Report, counted
 from reparam.train.findings import Findings
 from reparam.train.rows import DataError, Row
 from reparam.train.tokenise import LossOn, Tokeniser, Tokens
@@ -71,8 +71,8 @@ def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_l
     chats = [row for row in rows if row.kind == "chat"]
     if chats and not tokenizer.chat_template:
         problems.append(
-            f"{chats[0].source}: the tokenizer has no chat template, which {len(chats):,} chat rows need; train on "
-            "prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take a base "
+            f"{chats[0].source}: the tokenizer has no chat template, which {counted(len(chats), 'chat row')} need; "
+            "train on prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take a base "
             "that was tuned for chats"
         )
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from reparam.train.data import counted
 from reparam.train.rows import SHOWN, DataError, Row
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class Findings:
 
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each oddity."""
-        return tuple(f"{what} ({_rows(sources)}, first {sources[0]})" for what, sources in self._odd.items())
+        return tuple(
+            f"{what} ({counted(len(sources), 'row')}, first {sources[0]})" for what, sources in self._odd.items()
+        )
 
     def raise_problems(self) -> None:
         """Raise DataError if any row cannot be trained on."""
@@ -61,18 +64,14 @@ class Findings:
         names += ["..."] if len(self._no_answer) > SHOWN else []
         needed = max(length for _, length in self._no_answer)
         return [
-            f"max_length={self._max_length} cuts off the whole answer of {_rows(self._no_answer)}: {', '.join(names)}; "
-            f"max_length={needed} keeps all of them"
+            f"max_length={self._max_length} cuts off the whole answer of {counted(len(self._no_answer), 'row')}: "
+            f"{', '.join(names)}; max_length={needed} keeps all of them"
         ]
 
     def _beyond_vocabulary(self) -> list[str]:
         return [
             f"{sources[0]}: the token {self._tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, beyond the "
-            f"model's vocabulary of {self._vocab_size} ({_rows(sources)}); use the tokenizer that belongs to the "
-            "model, or enlarge the model's embeddings"
+            f"model's vocabulary of {self._vocab_size} ({counted(len(sources), 'row')}); use the tokenizer that belongs "
+            "to the model, or enlarge the model's embeddings"
             for token, sources in sorted(self._beyond.items())
         ]
-
-
-def _rows(items: Sequence[object]) -> str:
-    return f"{len(items):,} row{'s' if len(items) > 1 else ''}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from reparam.train.data import Encoded
+from reparam.train.data import Encoded, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,9 @@ class Preview:
         for index in range(self._rows):
             runs = list(self._runs(index))
             loss = sum(count for carries, count, _ in runs if carries)
-            yield Text(f"{self._encoded.sources[index]}: {sum(r[1] for r in runs):,} tokens, {loss:,} with loss")
+            yield Text(
+                f"{self._encoded.sources[index]}: {counted(sum(r[1] for r in runs), 'token')}, {loss:,} with loss"
+            )
             body = Text()
             for carries, _, content in runs:
                 shown = visible(_shortened(content), ascii_only=options.ascii_only)

@@ -118,13 +118,13 @@ def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, A
     """The object on one line, or None if the line is blank. `offset` is where the line begins in the file."""
     if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError([f"{source}: the file is UTF-16; save it as UTF-8"])
-    if first:
-        line = line.removeprefix(b"\xef\xbb\xbf")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise DataError([f"{source}: byte 0x{line[error.start]:02x} at offset {at:,} is not UTF-8"]) from None
+    if first:
+        text = text.removeprefix("\ufeff")  # byte order mark
     if not text.strip():
         return None
     try:
