@@ -94,7 +94,7 @@ class Bank(Update):
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids [B, T] -> rows of each row's own matrix, [B, T, I]. Here O = V: `B_t` is looked up, A multiplied."""
-        rows, tokens = self.routing.split(ids.shape + (1,))
+        rows, tokens = self.routing.split(torch.Size((*ids.shape, 1)))
         slots = self.routing.slots
         y = weight.rows(ids)
         slot = slots.clamp(min=0)[:, None]

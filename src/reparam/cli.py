@@ -1,0 +1,182 @@
+"""The command line: verbs, their options and exit codes. What they do is elsewhere.
+
+Exit codes: 0 done, 2 usage or configuration, 1 failure at run time, 130 and 143 after SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Adapt large models by reparameterising their weights: train a small piece, prove it, fold it back.\n\n"
+    "Start with [bold]reparam demo[/bold], then [bold]reparam train --base.path MODEL --data.train rows.jsonl[/bold].",
+)
+console = Console()
+Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
+AdapterFolder = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def _train_command() -> None:
+    from reparam.train.options import with_options
+
+    def train(
+        config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
+        overrides: Any = None,
+    ) -> None:
+        """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.
+
+        Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
+        Loss is on the answers only. A second call with the same output folder continues from its newest checkpoint.
+
+        [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
+        """
+        from reparam.train.config import resolve
+        from reparam.train.run import train as run
+        from reparam.train.show import Show
+
+        result = run(resolve(config, overrides), show=Show(console))
+        if result.signal is not None:
+            console.print(f"stopped by a signal; the checkpoint in {result.folder} continues with the same command")
+            raise typer.Exit(128 + result.signal)
+
+    app.command("train")(with_options(train))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to answer or continue; without it, a chat starts.")] = None,
+    base: Base = None,
+    adapter: AdapterFolder = None,
+    dtype: Dtype = "auto",
+    compare: Annotated[bool, typer.Option(help="Show the base model's answer beside the adapter's.")] = False,
+    raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+) -> None:
+    """Chat with, or complete by, a base model with an adapter on it.
+
+    [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
+    """
+    from reparam.serve.chat import Chat
+
+    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens)
+    if prompt is not None:
+        chat.answer(prompt, console, compare=compare)
+    else:
+        chat.loop(console, compare=compare)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="JSONL file of held-out rows.")],
+    base: Base = None,
+    adapter: AdapterFolder = None,
+    dtype: Dtype = "auto",
+    max_length: Annotated[int, typer.Option(min=3, help="Longest row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward.")] = 16,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a base model and an adapter on held-out rows: exact match of answers, bits per byte of texts.
+
+    [bold]reparam eval test.jsonl --adapter out/first[/bold]
+    """
+    from reparam.train.evaluate import evaluate as run
+
+    run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size).show(console, json=json)
+
+
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="Folder of the adapter.")],
+    base: Base = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Fold an adapter into its base and write a plain model that stock tools load.
+
+    [bold]reparam merge merged --adapter out/first[/bold]
+    """
+    from reparam.recipes.merge import merge_to
+
+    merge_to(output, base, adapter, dtype=dtype, console=console)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's.")],
+    base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes.
+
+    [bold]reparam inspect out/first[/bold]
+    """
+    from reparam.inspect.show import show
+
+    show(adapter, base, console, json=json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
+        "out/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+) -> None:
+    """The whole way on the embedded model and data: train, compare, merge, load with plain transformers."""
+    from reparam.recipes.demo import demo as run
+
+    run(output, seed=seed, console=console)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings as one line, without a source line under them."""
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def main() -> None:
+    """Run the command line, with one sentence and an exit code for every failure."""
+    if (len(sys.argv) > 1 and sys.argv[1] == "train") or sys.argv[1:] in (["--help"], []):
+        _train_command()
+    errors = Console(stderr=True)
+    try:
+        with _plain_warnings():
+            code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        errors.print("interrupted")
+        code = 130
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        errors.print(f"[bold red]failed:[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        code = 1
+    except ValueError as error:
+        errors.print(f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        code = 2
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _escaped(error: BaseException) -> str:
+    return str(error).replace("[", r"\[")

@@ -1,0 +1,72 @@
+"""The main job on embedded data: train, show the difference, merge, and prove the merged model with plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from reparam.hf import load_tokenizer
+from reparam.methods.lora import LoRA
+from reparam.recipes.merge import merge_to
+from reparam.train.config import AdapterConfig, BaseConfig, Config, DataConfig, OptimConfig, RunConfig
+from reparam.train.rows import read_rows
+from reparam.train.run import train
+from reparam.train.score import answer
+from reparam.train.show import Show
+
+
+def assets() -> Path:
+    """The embedded model and tasks: inside the installed package, or in the repository for a development install."""
+    here = Path(__file__).resolve().parents[1]
+    return here / "assets" if (here / "assets").is_dir() else here.parents[1] / "assets"
+
+
+def demo(output: Path, *, seed: int, console: Console) -> None:
+    """Run it. Raises RuntimeError when the merged model answers otherwise than base and adapter did."""
+    base, task = assets() / "tiny-python", assets() / "tasks" / "signatures"
+    console.rule("1. train")
+    console.print(
+        "Base: a small Llama trained on Python's standard library (a test model, not a language model).\n"
+        "Task: from a function's signature, say the names of its arguments.",
+        highlight=False,
+    )
+    config = Config(
+        base=BaseConfig(path=str(base), dtype="float32"),
+        data=DataConfig(train=str(task / "train.jsonl"), valid=str(task / "valid.jsonl"), max_length=256),
+        adapter=AdapterConfig(),
+        method=LoRA(r=8, alpha=16, seed=seed),
+        optim=OptimConfig(learning_rate=5e-3),
+        run=RunConfig(output=str(output / "run"), max_steps=300, batch_size=16, resume=True, seed=seed),
+    )
+    result = train(config, show=Show(console))
+    if result.signal is not None:
+        raise KeyboardInterrupt
+    console.rule("2. merge")
+    merged = output / "merged"
+    merge_to(merged, str(base), str(result.folder), dtype="float32", console=console)
+    console.rule("3. plain transformers")
+    _prove(merged, [adapted.given for _, adapted in result.answers], task / "valid.jsonl", console)
+    console.print(f"\nloss curve     {result.folder / 'loss.png'}", highlight=False)
+    console.print(
+        f"try            reparam generate 'def scale(self, factor=2):' -a {result.folder} --compare", highlight=False
+    )
+
+
+def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> None:
+    """Load the merged model as anyone would, and compare its answers with the adapter's."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    given = [a.given for a in answer(model, load_tokenizer(str(merged)), read_rows(data)[: len(expected)])]
+    same = sum(a == b for a, b in zip(given, expected, strict=True))
+    console.print(
+        f"AutoModelForCausalLM.from_pretrained({str(merged)!r}) gives the same answer as base and adapter on {same} of "
+        f"{len(given)} held-out rows.",
+        highlight=False,
+    )
+    if same != len(given):
+        raise RuntimeError(
+            f"{merged}: the merged model answers {len(given) - same} rows otherwise than the adapter did"
+        )

@@ -1,0 +1,1 @@
+"""Using adapters: chatting with one."""

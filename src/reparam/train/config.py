@@ -1,0 +1,239 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, overridden by dotted names, written beside results.
+
+One table per section. `[method]` holds the method's `name` and its own settings, whatever method it is, so that a new
+method needs nothing here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+import reparam.methods  # noqa: F401  (fills the registry)
+from reparam.base import METHODS, Method, find_method, nearest
+
+
+class ConfigError(ValueError):
+    """The configuration is not usable; the message names the key, the file it came from and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The frozen model."""
+
+    path: str = ""
+    """Folder or hub id of the base model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the base's weights; auto is what the files hold. Adapters train in float32 in any case."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    untie: bool = False
+    """Give the output head its own copy of a tied embedding, so that either can be a target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is learnt, and what it is judged on."""
+
+    train: str = ""
+    """JSONL file of rows with messages, prompt and completion, or text."""
+    valid: str | None = None
+    """JSONL file that scores are computed on; by default a share of the training rows is held out."""
+    holdout: float = 0.05
+    """Share of the training rows that is held out when there is no valid file."""
+    max_length: int = 1024
+    """Longest row in tokens. Longer chats are cut at the end, longer texts are split."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Which tokens of chats and completions carry loss."""
+    score_rows: int = 200
+    """How many held-out rows are answered before and after training, to count exact matches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Where the method goes."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """all-linear, attention, mlp, ends of paths, or re: and a regular expression; several separated by commas."""
+    bias: bool = False
+    """Also train the biases of the adapted sites."""
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of paths of modules that train whole and are saved with the adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How it is optimised; names and meanings are those of transformers' TrainingArguments."""
+
+    name: str = "adamw_torch"
+    """Optimiser."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """Learning-rate schedule: cosine, linear, constant, constant_with_warmup and what else transformers knows."""
+    warmup: float = 0.03
+    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long, how large, and where results go."""
+
+    output: str = "out"
+    """Folder for the adapter, checkpoints, configuration, figures and plots."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Optimiser steps; when above 0 it counts instead of epochs."""
+    batch_size: int = 8
+    """Rows in one forward, on each device."""
+    accumulation: int = 1
+    """Forwards in one optimiser step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward and backward; bfloat16 is autocast over whatever dtype the base has."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    eval_every: int = 0
+    """Steps between evaluations of the held-out loss; 0 is a tenth of the run."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 is a tenth of the run."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    log_every: int = 10
+    """Steps between log lines."""
+    loggers: tuple[str, ...] = ()
+    """tensorboard and the other loggers that transformers knows."""
+    resume: bool = True
+    """Continue from the newest whole checkpoint in the output folder, when there is one."""
+    seed: int = 0
+    """Seed of everything random: order of rows, dropout, initial values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections."""
+
+    base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    method: Method = dataclasses.field(default_factory=lambda: METHODS["lora"]())
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "base": BaseConfig,
+    "data": DataConfig,
+    "adapter": AdapterConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The configuration in a TOML file, if one is given, with dotted overrides such as {"method.r": 8} on top.
+
+    Raises ConfigError, with all problems at once: a file that is missing or malformed, an unknown section or key
+    (naming the nearest), a value of the wrong type or out of range.
+    """
+    tables = _read(Path(file)) if file is not None else {}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    problems = [
+        f"unknown section [{section}]{nearest(section, [*SECTIONS, 'method'])}"
+        for section in tables
+        if section not in SECTIONS and section != "method"
+    ]
+    parts: dict[str, Any] = {}
+    for section, cls in SECTIONS.items():
+        parts[section] = _build(cls, tables.get(section, {}), section, problems)
+    settings = dict(tables.get("method", {}))
+    settings.setdefault("seed", parts["run"].seed if parts["run"] else 0)
+    try:
+        cls = find_method(str(settings.pop("name", "lora")))
+    except ValueError as error:
+        problems.append(f"method.name: {error}")
+    else:
+        parts["method"] = _build(cls, settings, "method", problems)
+    if problems:
+        where = f"{file}: " if file is not None else ""
+        raise ConfigError(where + "; ".join(problems))
+    return Config(**parts)
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML; `resolve` on it gives an equal one."""
+    tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS}
+    tables["method"] = {"name": config.method.name, **config.method.settings()}
+    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
+
+
+def documentation(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, by field."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(field.target)] = str(text.value.value)
+    return found
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    loose = [key for key, value in tables.items() if not isinstance(value, dict)]
+    if loose:
+        raise ConfigError(
+            f"{file}: {', '.join(loose)} stand outside a section; put them under one of [base], [data], ..."
+        )
+    return tables
+
+
+def _build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
+    """The dataclass made from a table, or None after adding to `problems`."""
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
+    problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]
+    if unknown:
+        return None
+    values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        for detail in error.errors():
+            place = ".".join(str(part) for part in (section, *detail["loc"]))
+            given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+            problems.append(f"{place}: {detail['msg'].removeprefix('Value error, ')}{given}")
+        return None
+
+
+def _plain(value: Any, annotation: str) -> Any:
+    """A string from the command line as the value it stands for: "a,b" for a tuple, JSON for a mapping."""
+    if isinstance(value, str) and annotation.startswith("tuple"):
+        return tuple(part for part in value.split(",") if part)
+    if isinstance(value, str) and annotation.startswith("Mapping"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value

@@ -1,0 +1,29 @@
+"""The loss curve as a PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from reparam.io.staged import write_file
+
+
+def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw training and held-out loss by step from a Trainer's log history."""
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", {"alpha": 0.7}), ("eval_loss", "held out", {"marker": "o"})):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_file(file, buffer.getvalue())

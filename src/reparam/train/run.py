@@ -1,0 +1,271 @@
+"""One training run from configuration to proven adapter.
+
+Load the base, read and encode the data, attach, show what will be trained, score, train, save, read the saved adapter
+back, prove that it changes the outputs and computes what was trained, score again. Everything lands in one folder:
+
+    adapter/         the result            config.toml    the resolved configuration
+    checkpoint-N/    to continue from      figures.json   scores, losses, counts      loss.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+
+from reparam.adapter import Adapter, attach, select, untie
+from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
+from reparam.io import files
+from reparam.io.staged import write_file
+from reparam.load import fill, load
+from reparam.train.checkpoint import newest
+from reparam.train.config import Config, ConfigError, dump
+from reparam.train.data import Collator, Encoded, padding_id
+from reparam.train.encode import encode
+from reparam.train.plot import plot_losses
+from reparam.train.rows import Row, read_rows
+from reparam.train.score import Answer, Score, answer, score_answers, score_loss
+from reparam.train.show import Show
+from reparam.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CHECK = "__proof"  # the name under which the saved adapter is read back
+
+
+class NothingLearnt(RuntimeError):  # noqa: N818  (reads as what happened)
+    """The trained adapter does not change the model's outputs, or was not saved as it was trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run works on."""
+
+    config: Config
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter
+    train: Encoded
+    valid: Encoded
+    held_out: Sequence[Row]
+    """The rows that are scored; `valid` is these, encoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run produced."""
+
+    folder: Path
+    before: tuple[Score, ...]
+    after: tuple[Score, ...]
+    answers: tuple[tuple[Answer, Answer], ...]
+    """For each scored row that has an answer, the base model's and the adapter's."""
+    signal: int | None = None
+    """The signal that ended the run early, after a checkpoint; there are no scores then."""
+
+
+def train(config: Config, *, show: Show) -> Result:
+    """Run it. Raises ValueError (a usable sentence) for what the user can mend, RuntimeError for what fails on the way."""
+    job = prepare(config)
+    show.job(job)
+    folder = Path(config.run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(job, show)
+    with trainer.lock:
+        write_file(folder / "config.toml", dump(config).encode())
+        select(job.model, None)
+        show.step("scoring the base model on held-out rows")
+        before = _scores(job)
+        select(job.model, job.adapter.name)
+        trainer.train(resume_from_checkpoint=config.run.resume and newest(folder).path is not None)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        plot_losses(history, folder / "loss.png")
+        if trainer.interrupted is not None:
+            return Result(folder, before[0], (), (), trainer.interrupted)
+        job.adapter.save(folder / "adapter")
+        show.step("reading the saved adapter back and scoring it on held-out rows")
+        difference = prove(job, folder / "adapter")
+        after = _scores(job)
+        pairs = tuple(zip(before[1], after[1], strict=True))
+        result = Result(folder, before[0], after[0], pairs)
+        write_file(folder / "figures.json", _figures(job, result, difference, history))
+    show.result(result, difference)
+    return result
+
+
+def prepare(config: Config) -> Job:
+    """Everything up to the first step, with all refusals; nothing is written."""
+    missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the file"
+        )
+    check_not_base(config.run.output, config.base.path)
+    set_seed(config.run.seed)
+    tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
+    train_rows, held_out = _rows(config)
+    model = load_base(config.base.path, dtype=config.base.dtype, revision=config.base.revision)
+    if config.base.untie:
+        untie(model)
+    size = vocabulary(model)
+    encoded, valid = (
+        encode(rows, tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on, vocab_size=size)
+        for rows in (train_rows, held_out)
+    )
+    where = config.adapter
+    adapter = attach(
+        model, config.method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
+    )
+    return Job(config, model, tokenizer, adapter, encoded, valid, held_out)
+
+
+def prove(job: Job, folder: Path) -> float:
+    """Read the saved adapter back; the largest change of a logit that it makes on a held-out batch.
+
+    Raises NothingLearnt when that is zero, or when the saved adapter computes something else than the trained one.
+    """
+    examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
+    batch = Collator(padding_id(job.tokenizer))(examples)
+    batch = {k: v.to(next(job.model.parameters()).device) for k, v in batch.items() if k not in ("row", "labels")}
+    load(job.model, folder, name=CHECK, activate=False)
+    job.model.eval()
+    logits = {}
+    with torch.no_grad():
+        for name in (None, job.adapter.name, CHECK):
+            with select(job.model, name):
+                logits[name] = job.model(**batch).logits.float()
+    difference = float((logits[CHECK] - logits[None]).abs().max())
+    if not torch.equal(logits[CHECK], logits[job.adapter.name]):
+        raise NothingLearnt(f"{folder}: the saved adapter, read back, gives other outputs than the trained one")
+    if difference == 0:
+        raise NothingLearnt(
+            f"{folder}: the trained adapter does not change a single output on held-out rows; train longer, raise the "
+            f"learning rate, or check that the targets are used by the model"
+        )
+    return difference
+
+
+def _rows(config: Config) -> tuple[list[Row], list[Row]]:
+    """Training rows, and the rows that are held out."""
+    rows = read_rows(config.data.train)
+    if config.data.valid is not None:
+        return rows, read_rows(config.data.valid)
+    if not 0 < config.data.holdout < 1:
+        raise ConfigError(
+            f"data.holdout: {config.data.holdout} is no share between 0 and 1, and there is no data.valid"
+        )
+    count = max(1, round(len(rows) * config.data.holdout))
+    if count >= len(rows):
+        raise ConfigError(f"{config.data.train}: {len(rows)} rows are too few to hold one out; give data.valid")
+    chosen = set(random.Random(config.run.seed).sample(range(len(rows)), count))
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def _trainer(job: Job, show: Show) -> Trainer:
+    config = job.config
+    run, optim = config.run, config.optim
+    steps = (
+        run.max_steps if run.max_steps > 0 else _steps(len(job.train), run.batch_size * run.accumulation, run.epochs)
+    )
+    tenth = max(1, steps // 10)
+    arguments = TrainingArguments(
+        output_dir=run.output,
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.accumulation,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=optim.warmup,
+        optim=optim.name,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=run.precision == "bfloat16",
+        gradient_checkpointing=run.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=run.eval_every or tenth,
+        save_strategy="steps",
+        save_steps=run.save_every or tenth,
+        save_total_limit=run.keep,
+        logging_steps=min(run.log_every, tenth),
+        report_to=list(run.loggers) or "none",
+        seed=run.seed,
+        disable_tqdm=True,
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        job.model,
+        arguments,
+        train_dataset=job.train,
+        eval_dataset=job.valid,
+        data_collator=Collator(padding_id(job.tokenizer)),
+        save_trained=lambda folder: _save(job.adapter, folder),
+        load_trained=lambda folder: _load(job.adapter, folder),
+        row_names=job.train.sources,
+        extra_loss=job.adapter.penalty,
+        callbacks=[_Bind(job.adapter), show.callback(steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Bind(TrainerCallback):
+    """Hands the optimiser, once the Trainer has made it, to the adapter."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        self.adapter.bind(getattr(optimizer, "optimizer", optimizer))
+
+
+def _save(adapter: Adapter, folder: Path) -> None:
+    """What a checkpoint holds of the adapter: its files, and its controller's state where it has one."""
+    adapter.save(folder / "adapter")
+
+
+def _load(adapter: Adapter, folder: Path) -> None:
+    fill(adapter, files.read(folder / "adapter"), folder / "adapter")
+
+
+def _steps(rows: int, batch: int, epochs: float) -> int:
+    return max(1, math.ceil(rows / batch * epochs))
+
+
+def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
+    """The scores of the selected adapter on the held-out rows, and its answers."""
+    scores = [score_loss(job.model, job.valid, job.tokenizer, batch=job.config.run.batch_size)]
+    answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
+    if answers:
+        scores.append(score_answers(answers))
+    return tuple(scores), answers
+
+
+def _figures(job: Job, result: Result, difference: float, history: list[dict[str, Any]]) -> bytes:
+    parameters = sum(p.numel() for p in job.adapter.parameters())
+    figures = {
+        "base": job.config.base.path,
+        "method": job.config.method.name,
+        "trained parameters": parameters,
+        "training rows": job.train.report.rows,
+        "held-out rows": job.valid.report.rows,
+        "before": [dataclasses.asdict(score) for score in result.before],
+        "after": [dataclasses.asdict(score) for score in result.after],
+        "largest change of a logit": difference,
+        "history": history,
+    }
+    return (json.dumps(figures, indent=1) + "\n").encode()

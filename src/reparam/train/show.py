@@ -1,0 +1,199 @@
+"""What a run prints: what will be trained, a preview of the data, a live bar or readable log lines, the outcome."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+from reparam.train.preview import preview
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from reparam.adapter import Adapter
+    from reparam.train.run import Job, Result
+    from reparam.train.score import Answer, Score
+
+
+class Show:
+    """Prints to one console."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def job(self, job: Job) -> None:
+        """What will be trained, on what."""
+        total = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.adapter.parameters())
+        self.console.print(sites_table(job.adapter, total))
+        self.console.print(f"training rows   {job.train.report}")
+        self.console.print(f"held-out rows   {job.valid.report}")
+        for warning in (*job.train.report.warnings, *job.valid.report.warnings):
+            self.console.print(f"[yellow]note[/yellow] {warning}", highlight=False)
+        self.console.print(preview(job.train, job.tokenizer))
+
+    def step(self, text: str) -> None:
+        """One line: what happens now."""
+        self.console.print(f"[dim]{text} ...[/dim]", highlight=False)
+
+    def callback(self, steps: int) -> TrainerCallback:
+        """Progress for a Trainer that will make `steps` steps."""
+        return _Progress(self.console, steps)
+
+    def result(self, result: Result, difference: float) -> None:
+        """Scores before and after, some answers, where things are."""
+        self.console.print(scores_table(result.before, result.after))
+        if result.answers:
+            self.console.print(answers_table(result.answers[:5]))
+        self.console.print(
+            f"The saved adapter was read back: it computes what was trained, bit for bit, and changes logits by up to "
+            f"{difference:.3g}.",
+            highlight=False,
+        )
+        self.console.print(f"adapter        {result.folder / 'adapter'}", highlight=False)
+        self.console.print(
+            f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}", highlight=False
+        )
+
+
+def sites_table(adapter: Adapter, base_parameters: int) -> Table:
+    """The adapter's sites by the end of their path: how many, shapes, parameters."""
+    count: Counter[str] = Counter()
+    shapes: dict[str, set[str]] = {}
+    parameters: Counter[str] = Counter()
+    for name, site in adapter.sites.items():
+        end = name.rsplit(".", 1)[-1]
+        count[end] += 1
+        shapes.setdefault(end, set()).add(f"{site.out_features} x {site.in_features}")
+    for name, parameter, _ in adapter.named_parameters():
+        site_name = next((s for s in (*adapter.sites, *adapter.replaced) if name.startswith(s + ".")), name)
+        parameters[site_name.rsplit(".", 1)[-1]] += parameter.numel()
+    trained = sum(parameters.values())
+    table = Table(title=f"will be trained: {adapter.method.name}, {trained:,} parameters", title_justify="left")
+    for column in ("sites", "count", "W (out x in)", "parameters"):
+        table.add_column(column, justify="right" if column in ("count", "parameters") else "left")
+    for end in parameters:
+        shape = ", ".join(sorted(shapes.get(end, {"trained whole"})))
+        table.add_row(end, str(count[end] or 1), shape, f"{parameters[end]:,}")
+    table.caption = f"{trained / base_parameters:.2%} of the base's {base_parameters:,}; everything else is frozen"
+    table.caption_justify = "left"
+    return table
+
+
+def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
+    """Held-out scores of base and adapter with their intervals."""
+    table = Table(title="held-out rows", title_justify="left")
+    for column in ("score", "base", "with adapter", "rows"):
+        table.add_column(column)
+    for old, new in zip(before, after, strict=True):
+        better = (new.value > old.value) == old.larger_is_better and new.value != old.value
+        colour = "green" if better else "red"
+        table.add_row(
+            f"{old.name} ({'higher' if old.larger_is_better else 'lower'} is better)",
+            f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
+            f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
+            str(new.rows),
+        )
+    table.caption = "dim: 95 % intervals"
+    table.caption_justify = "left"
+    return table
+
+
+def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
+    """Questions with the base's and the adapter's answers."""
+    table = Table(title="answers on held-out rows", title_justify="left", show_lines=True)
+    for column in ("question", "expected", "base", "with adapter"):
+        table.add_column(column, overflow="fold", max_width=44)
+    for base, adapted in pairs:
+        mark = "green" if adapted.right else "red"
+        table.add_row(
+            _cell(base.question), _cell(base.expected), _cell(base.given), f"[{mark}]{_cell(adapted.given)}[/{mark}]"
+        )
+    return table
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 160 else text[:157] + "..."
+    return short.replace("[", r"\[").replace("\n", "⏎ ")
+
+
+class _Progress(TrainerCallback):
+    """A live bar on a terminal, a line per logged step elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+        self.live = console.is_terminal
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  held out {task.fields[held_out]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=False,
+        )
+        self.task = self.bar.add_task("", total=steps, loss="-", held_out="-", speed="-")
+        self.since, self.tokens, self.began, self.first = time.monotonic(), 0, time.monotonic(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = self.since = time.monotonic()
+        self.first, self.steps = state.global_step, state.max_steps
+        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
+        if state.global_step:
+            self.console.print(f"continuing after step {state.global_step}")
+        if self.live:
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.bar.update(self.task, held_out=f"{logs['eval_loss']:.4f}")
+        if "loss" in logs:
+            seen = state.num_input_tokens_seen
+            now = time.monotonic()
+            speed = f"{(seen - self.tokens) / max(now - self.since, 1e-9):,.0f}"
+            self.tokens, self.since = seen, now
+            self.bar.update(self.task, loss=f"{logs['loss']:.4f}", speed=speed)
+        if not self.live and ("loss" in logs or "eval_loss" in logs):
+            self.console.print(self._line(state, logs), highlight=False)
+
+    def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
+        if "eval_loss" in logs:
+            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}"
+        done = max(1, state.global_step - self.first)
+        left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
+        speed = self.bar.tasks[0].fields["speed"]
+        return (
+            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}  {speed} tokens/s  {_duration(left)} left"
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.live:
+            self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
