@@ -96,6 +96,42 @@ def newest(run_folder: str | os.PathLike[str]) -> Found:
     return Found(None, skipped)
 
 
+def resume_point(run_folder: str | os.PathLike[str], wish: str | os.PathLike[str] | bool | None) -> Found:
+    """Choose where a run in this folder starts, so that a folder never holds two histories.
+
+    Args:
+        run_folder: where the run will write.
+        wish: None or False for a new run, True for the newest intact checkpoint, or the path of one.
+
+    Returns the checkpoint, or None in its place for a new run, and what was skipped.
+
+    Raises:
+        ValueError: a new run into a folder with checkpoints; nothing to resume from; a checkpoint that is damaged, or
+            that is older than another intact one in the folder.
+    """
+    found = newest(run_folder)
+    if wish is None or wish is False:
+        there = [path for path, _ in found.skipped] + ([found.path] if found.path else [])
+        if there:
+            raise ValueError(
+                f"{run_folder} already holds {there[0].name} of another run: resume from it, choose another folder, "
+                "or delete its checkpoints"
+            )
+        return found
+    path = found.path if wish is True else Path(wish)
+    if path is None:
+        reasons = "".join(f"\n  {skipped.name}: {reason}" for skipped, reason in found.skipped)
+        raise ValueError(f"{run_folder} holds no checkpoint to resume from{':' if reasons else ''}{reasons}")
+    if problems := verify(path):
+        raise ValueError(f"cannot resume from {path}: {'; '.join(problems)}")
+    if found.path is not None and found.path.resolve() != path.resolve():
+        raise ValueError(
+            f"cannot resume from {path}: {found.path} would stay the newest checkpoint of the run. Resume from that, "
+            "or delete it and those after it first"
+        )
+    return Found(path, found.skipped)
+
+
 def prune(run_folder: str | os.PathLike[str], keep: int, *, protect: Collection[Path] = ()) -> list[Path]:
     """Delete old checkpoints: all but the newest intact one, the `keep - 1` before it, and those in `protect`.
 
