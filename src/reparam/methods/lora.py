@@ -44,7 +44,7 @@ class LoRA(Method):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"r": 4, "alpha": 8},
         {"r": 1, "alpha": 2.0, "scaling": "alpha", "init": "gaussian"},
-        {"r": 4, "alpha": 4, "scaling": "rslora", "dropout": 0.1, "rank_pattern": {"q_proj": 2}},
+        {"r": 4, "alpha": 4, "scaling": "rslora", "dropout": 0.1, "rank_pattern": {"q_proj|c_attn": 2}},
     )
 
     r: int = 8
@@ -155,7 +155,7 @@ class LoRAUpdate(Update):
         else:
             rows, h = _Down.apply(rows, A)
         y = weight(rows, bias).addmm_(h, B.t(), alpha=self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.out_features)  # sizes, not -1: a batch may be empty
 
     def factors(self, weight: Weight) -> Factors:
         """A, and s · B."""
