@@ -1,0 +1,149 @@
+"""What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Fixed16
+from transformers.pytorch_utils import Conv1D
+
+import reparam
+from reparam import targets
+from reparam.base import METHODS, STORAGES, InputDependentError, Method, Weight
+
+SETTINGS = [
+    pytest.param(cls(**settings), id=f"{name}{index}")
+    for name, cls in METHODS.items()
+    for index, settings in enumerate(cls.examples)
+]
+FIRST = [pytest.param(cls(**cls.examples[0]), id=name) for name, cls in METHODS.items()]
+PACKED: dict[str, type[Weight]] = {**STORAGES, "fixed16": Fixed16}  # a toy, so that there is always a packed one
+KINDS = ("linear", "bias", "conv1d", "embedding")
+
+
+class One(nn.Module):
+    """A model of one layer, under a path that the examples' patterns match."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.q_proj: nn.Module = {
+                "linear": lambda: nn.Linear(12, 20, bias=False),
+                "bias": lambda: nn.Linear(12, 20),
+                "conv1d": lambda: Conv1D(20, 12),
+                "embedding": lambda: nn.Embedding(20, 12),
+            }[kind]()
+            if kind == "conv1d":
+                nn.init.normal_(self.q_proj.bias)  # type: ignore[arg-type]
+            nn.init.normal_(self.q_proj.weight, 0, 0.3)  # type: ignore[arg-type]
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer."""
+        return self.q_proj(x)
+
+    def input(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
+        """A batch of this shape: vectors of 12, or ids below 20."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "embedding":
+            return torch.randint(20, shape, generator=generator)
+        return torch.randn(*shape, 12, generator=generator, dtype=torch.float32).to(dtype)
+
+
+def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam.Adapter]:
+    """A model of one layer with a fresh adapter; skips the test where the update has no form for embeddings."""
+    model = One(kind)
+    store(model, ["q_proj"], storage)
+    try:
+        return model, reparam.attach(model, method, targets=["q_proj"], name="one")
+    except InputDependentError:
+        if kind != "embedding":
+            raise
+        pytest.skip("an update that depends on its input has no rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A whole model, and where adapters go in it."""
+
+    make: Callable[[], Any]
+    embedding: str
+    head: str
+
+    def build(self, storage: str = "dense") -> Any:
+        """The model, with the matrices of its linear maps and its embedding in this storage."""
+        model = self.make()
+        store(model, targets.resolve(model, ["all-linear", self.embedding]), storage)
+        return model
+
+    def attach(self, model: nn.Module, method: Method, *, name: str = "one") -> reparam.Adapter:
+        """An adapter on every linear map, and on the embedding where the method has a form for that."""
+        try:
+            return reparam.attach(model, method, targets=["all-linear", self.embedding], name=name)
+        except InputDependentError:
+            return reparam.attach(model, method, name=name)
+
+    def adapted(
+        self, method: Method, storage: str = "dense", *, seed: int | None = None, name: str = "one"
+    ) -> tuple[Any, reparam.Adapter]:
+        """The model with an adapter, moved away from its start when there is a seed."""
+        model = self.build(storage)
+        adapter = self.attach(model, method, name=name)
+        if seed is not None:
+            move(adapter, seed)
+        return model, adapter
+
+
+FAMILIES = {
+    "llama": Family(models.llama, "embed_tokens", "lm_head"),
+    "gpt2": Family(models.gpt2, "wte", "lm_head"),
+}
+PLACES = [("llama", storage) for storage in PACKED] + [("gpt2", "dense")]
+"""Models and storages that the checks of whole models use."""
+
+
+def store(model: nn.Module, paths: list[str], storage: str) -> None:
+    """Put the matrices of these modules into a storage."""
+    if storage == "dense":
+        return
+    for path in paths:
+        module = targets.wrap(model.get_submodule(path))
+        module.weight = PACKED[storage].pack(module.weight.dense())
+        model.set_submodule(path, module)
+
+
+@torch.no_grad()
+def move(adapter: reparam.Adapter, seed: int, *, size: float = 0.1) -> None:
+    """Take every parameter of an adapter away from its start, by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=size)
+
+
+def has_factors(adapter: reparam.Adapter) -> bool:
+    """Whether one matrix stands for the update."""
+    try:
+        for path, update in adapter.updates.items():
+            update.factors(adapter.modules[path].weight)
+    except InputDependentError:
+        return False
+    return True
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a model that is not an adapter's."""
+    own = re.compile(r"(^|\.)(updates|biases|reparam_shared)\.")
+    return {name: tensor for name, tensor in models.frozen(model).items() if not own.search(name)}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

@@ -1,0 +1,156 @@
+"""One site: every setting of every method, on every storage, on every kind of layer.
+
+The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `factors.apply(W)`, in float64.
+"""
+
+import pytest
+import torch
+from cases import KINDS, PACKED, SETTINGS, One, error, has_factors, move, one
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from reparam.base import Method, Update, Weight
+
+pytestmark = [
+    pytest.mark.parametrize("method", SETTINGS),
+    pytest.mark.parametrize("storage", PACKED),
+    pytest.mark.parametrize("kind", KINDS),
+]
+
+
+class Changed(nn.Module):
+    """W -> factors.apply(W), with the gradients of autograd."""
+
+    def __init__(self, update: Update, weight: Weight) -> None:
+        super().__init__()
+        self.parts = (update, weight)
+
+    def forward(self, W: Tensor) -> Tensor:
+        update, weight = self.parts
+        return update.factors(weight).apply(W)
+
+
+def oracle(model: One) -> nn.Module:
+    """A plain module with the matrix W' of the adapted layer of `model`."""
+    layer = model.q_proj
+    matrix = layer.weight.dense().double()
+    if model.kind == "embedding":
+        plain: nn.Module = nn.Embedding(*matrix.shape).double()
+    else:
+        plain = nn.Linear(matrix.shape[1], matrix.shape[0], bias=layer.bias is not None).double()
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().double())
+    plain.weight = nn.Parameter(matrix, requires_grad=False)
+    parametrize.register_parametrization(plain, "weight", Changed(layer.updates["one"], layer.weight))
+    return plain
+
+
+def gradients(module: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of a fixed sum of it for x (where that has one) and the parameters."""
+    wanted = [x.requires_grad_()] if x.is_floating_point() else []
+    y = module(x)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+    return y, list(torch.autograd.grad((y * weights).sum(), [*wanted, *parameters]))
+
+
+def test_a_fresh_adapter_changes_nothing(kind: str, storage: str, method: Method) -> None:
+    """Bit for bit, where the factors say that nothing is added."""
+    model, adapter = one(kind, method, storage)
+    layer, x = model.q_proj, model.input(4, 3)
+    y = model(x)
+    layer.active = None
+    base = model(x)
+    assert error(y, base) < 1e-6
+    if has_factors(adapter):
+        factors = layer.updates["one"].factors(layer.weight)
+        if factors.gain is None and not (factors.A.any() and factors.B.any()):
+            assert torch.equal(y, base)
+
+
+def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    if not has_factors(adapter):
+        pytest.skip("an update that depends on its input has no factors")
+    move(adapter, 1, size=0.3)
+    model.double().eval()
+    x = model.input(4, 3, dtype=torch.float64)
+    y, found = gradients(model, x, adapter.parameters())
+    expected_y, expected = gradients(oracle(model), x, adapter.parameters())
+    small = 1e-12 if y.dtype == torch.float64 else 1e-5
+    assert error(y, expected_y) < small
+    names = ["x"] * x.is_floating_point() + [name for name, _, _ in adapter.named_parameters()]
+    assert {n: e for n, f, g in zip(names, found, expected, strict=True) if (e := error(f, g)) >= small} == {}
+    model.q_proj.active = None
+    assert error(y, model(x)) > 1e-3  # the update does something here
+
+
+def test_gradients_are_those_of_differences(kind: str, storage: str, method: Method) -> None:
+    """Also for an update that no one matrix stands for."""
+    model, adapter = one(kind, method, storage)
+    move(adapter, 2)
+    model.double().eval()
+    x = model.input(2, dtype=torch.float64)
+    if model(x).dtype != torch.float64:
+        pytest.skip("the storage computes in less than float64")
+    parameters = adapter.parameters()
+    wanted = (x.requires_grad_(), *parameters) if x.is_floating_point() else tuple(parameters)
+    assert torch.autograd.gradcheck(lambda *_: model(x), wanted, fast_mode=True)
+
+
+def test_every_parameter_has_a_gradient_away_from_the_start(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    model.train()
+    move(adapter, 1)
+    model(model.input(4, 3)).square().sum().backward()
+    assert [name for name, p, _ in adapter.named_parameters() if p.grad is None] == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_any_leading_shape_gives_the_rows_of_the_flat_batch(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    move(adapter, 3)
+    model.eval()
+    width = 12 if kind == "embedding" else 20
+    for leading in [(), (1,), (5,), (0,), (2, 3), (2, 0), (2, 3, 4)]:
+        x = model.input(*leading)
+        y = model(x)
+        assert y.shape == (*leading, width)
+        if x.numel():
+            flat = x.reshape(-1) if kind == "embedding" else x.reshape(-1, 12)
+            assert error(y.reshape(-1, width), model(flat)) < 1e-6
+
+
+def test_a_batch_that_is_not_contiguous_gives_the_same(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    move(adapter, 4)
+    model.eval()
+    x = model.input(6, 4)
+    for view in (x.transpose(0, 1), x[::2], x[:1].expand(3, *x.shape[1:])):
+        y, found = gradients(model, view.detach(), adapter.parameters())
+        whole, expected = gradients(model, view.detach().contiguous(), adapter.parameters())
+        assert error(y, whole) < 1e-6
+        assert max(error(f, g) for f, g in zip(found, expected, strict=True)) < 1e-5
+
+
+def test_the_input_is_not_written_to(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    move(adapter, 5)
+    x = model.input(4, 3)
+    before = x.clone()
+    gradients(model, x, adapter.parameters())
+    assert torch.equal(x, before)
+
+
+def test_roles_name_every_parameter(kind: str, storage: str, method: Method) -> None:
+    _, adapter = one(kind, method, storage)
+    for update in adapter.updates.values():
+        assert {name for name, _ in update.named_parameters()} == set(update.roles)
+        assert set(update.roles.values()) <= {"in", "out", "core", "gain", "route"}
+        assert all(p.dtype == torch.float32 for p in update.parameters())
+
+
+def test_the_update_holds_none_of_the_base(kind: str, storage: str, method: Method) -> None:
+    model, adapter = one(kind, method, storage)
+    base = {p.data_ptr() for p in model.q_proj.weight.parameters()}
+    assert not base & {p.data_ptr() for p in adapter.parameters()}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in adapter.parameters())

@@ -1,0 +1,162 @@
+"""A storage and a method made for the tests, each as anybody would write one: one class, registered by its name.
+
+They use what LoRA and the dense storage do not: packed integers with statistics that `.to(bfloat16)` must not reach,
+state common to all sites, a controller, a penalty, a saved buffer, and (on request) an update that depends on its
+input. `registered` puts one into its registry for the length of a test.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import METHODS, STORAGES, Factors, InputDependentError, Method, Role, Site, Update, Weight
+
+
+class Fixed16(Weight):
+    """W as 16-bit whole numbers, with one scale for each row as the bits of a float32."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(codes, requires_grad=False)  # [O, I] int16
+        self.scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)  # [O]
+        self.out_features, self.in_features = codes.shape
+
+    @classmethod
+    def pack(cls, w: Tensor) -> Self:
+        """Round `w` [O, I] to 32767 steps in each row."""
+        scale = w.detach().float().abs().amax(1).clamp(min=1e-30) / 32767  # [O]
+        return cls((w.detach().float() / scale[:, None]).round().to(torch.int16), scale)
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """The codes times the scales, in float32."""
+        return self.codes[rows].float() * self.scale[rows].view(torch.float32)[:, None]
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias, through the dense matrix."""
+        return F.linear(x, self.dense().to(x.dtype), bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows W[ids]."""
+        return F.embedding(ids, self.dense())
+
+    def repack(self, w: Tensor) -> Self:
+        """New values in 16 bits."""
+        return self.pack(w)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Results of lookups and merged weights are float32."""
+        return torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Nudge(Method):
+    """W' = diag(1 + gain) W + b (a + common): one rank, one row vector that all sites of equal width share."""
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"routed": True})
+
+    strength: float = 1.0
+    """Factor of the low-rank part."""
+    price: float = 0.0
+    """Factor of the penalty, the sum of b²."""
+    routed: bool = False
+    """Scale the change by a gate that looks at the input, so that no one matrix stands for it."""
+
+    def shared(self, sites: list[Site]) -> nn.Module:
+        """One row vector for each width that a site reads."""
+        widths = sorted({site.in_features for site in sites})
+        return nn.ParameterDict({f"width{width}": nn.Parameter(torch.full((1, width), 0.1)) for width in widths})
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """Zeros on the side of the output."""
+        assert shared is not None
+        return NudgeUpdate(site, shared, self)
+
+    def controller(self, updates: Mapping[str, Update]) -> "Counter":
+        """Counts optimiser steps."""
+        return Counter(updates)
+
+
+class NudgeUpdate(Update):
+    """One site of `Nudge`."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"a": "in", "b": "out", "gain": "gain"}
+    steps: Tensor
+
+    def __init__(self, site: Site, shared: nn.Module, method: Nudge) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.linspace(-1, 1, site.in_features)[None])  # [1, I]
+        self.b = nn.Parameter(torch.zeros(site.out_features, 1))  # [O, 1]
+        self.gain = nn.Parameter(torch.zeros(site.out_features))  # [O]
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # how often it was trained; saved
+        self.method = method
+        self.owner = (shared,)  # in a tuple, so that it is no submodule: the model's root owns it
+
+    def factors(self, weight: Weight) -> Factors:
+        """The normal form, unless the gate looks at the input."""
+        if self.method.routed:
+            raise InputDependentError("Nudge(routed=True) scales its change by the input")
+        common = self.owner[0][f"width{weight.in_features}"]  # type: ignore[index]
+        return Factors(self.a + common, self.method.strength * self.b, 1 + self.gain)
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x W'ᵀ + bias."""
+        y = weight(x)
+        common = self.owner[0][f"width{weight.in_features}"].to(x.dtype)  # type: ignore[index]
+        change = F.linear(F.linear(x, self.a.to(x.dtype) + common), self.method.strength * self.b.to(x.dtype))
+        change = change + y * self.gain.to(x.dtype)
+        if self.method.routed:
+            change = change * torch.sigmoid(x.mean(-1, keepdim=True))
+        return y + change.to(y.dtype) if bias is None else y + change.to(y.dtype) + bias
+
+    def penalty(self) -> Tensor | None:
+        """The price of b."""
+        return self.method.price * self.b.square().sum() if self.method.price else None
+
+
+class Counter:
+    """How often the optimiser stepped, and that gradients were there before and parameters moved after."""
+
+    def __init__(self, updates: Mapping[str, Update]) -> None:
+        self.updates = updates
+        self.steps = 0
+        self.gradients = 0
+
+    def before_step(self) -> None:
+        """Sees the gradients."""
+        self.gradients += all(update.b.grad is not None for update in self.updates.values())  # type: ignore[union-attr]
+
+    def after_step(self) -> None:
+        """Writes the count into the buffers, which the file keeps."""
+        self.steps += 1
+        for update in self.updates.values():
+            update.steps.fill_(self.steps)  # type: ignore[operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The count."""
+        self.steps = state["steps"]
+
+
+@contextlib.contextmanager
+def registered(**classes: type) -> Iterator[None]:
+    """Have these storages and methods in their registries, under the names given."""
+    homes = {name: STORAGES if issubclass(cls, Weight) else METHODS for name, cls in classes.items()}
+    for name, cls in classes.items():
+        assert name not in homes[name], f"{name} is registered already"
+        homes[name][name] = cls  # type: ignore[index]
+        if homes[name] is METHODS:
+            cls.name = name  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in classes:
+            del homes[name][name]  # type: ignore[attr-defined]
