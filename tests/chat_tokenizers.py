@@ -39,6 +39,16 @@ FORGETS_THOUGHTS = CHATML.replace("m.content", "(m.content if loop.last else m.c
 THINKS_LAST = CHATML.replace("m.content", "('<think>' if loop.last and m.role == 'assistant' else '') + m.content")
 # Its generation prompt opens a thought that a rendered answer does not have.
 OPENS_THOUGHT = CHATML.replace("{{ '<|start|>assistant\n' }}", "{{ '<|start|>assistant\n<think>\n' }}")
+# Appends an end token to whatever has no generation prompt, as Phi-3 does.
+ENDS_THE_TEXT = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+# Ends the last answer with another token, as gpt-oss does.
+ENDS_LAST_OTHERWISE = CHATML.replace(
+    "+ '<|end|>\n'", "+ ('<|system|>' if loop.last and m.role == 'assistant' else '<|end|>')"
+)
+# Ends an answer and then its turn, as Command-R does.
+ENDS_TWICE = CHATML.replace("+ '<|end|>", "+ '<|pad|><|end|>")
+# Marks the content and its end apart.
+MARKED_TWICE = MARKED.replace("<|end|>{% endgen", "{% endgeneration %}{% generation %}<|end|>{% endgen")
 PLAIN = (
     "{% for m in messages %}{{ m.role + ':' + m.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"

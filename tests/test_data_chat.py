@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reparam.train.chat import special_tokens
 from reparam.train.data import IGNORED, Encoded
 from reparam.train.encode import encode
 from reparam.train.rows import DataError, Row
@@ -44,7 +45,7 @@ def test_loss_tokens_are_the_answers_and_their_ends(system, turns):
     messages = [] if system is None else [f"s:{system}"]
     messages += [message for question, answer in turns for message in (f"u:{question}", f"a:{answer}")]
     row = chat(*messages)
-    for template in (kit.MARKED, kit.UNMARKED, kit.MARKED_WITHOUT_END, kit.CHATML):
+    for template in (kit.MARKED, kit.MARKED_TWICE, kit.MARKED_WITHOUT_END, kit.UNMARKED, kit.CHATML, kit.ENDS_THE_TEXT):
         tokenizer = kit.make(template)
         encoded = encode([row], tokenizer, max_length=1000)
         assert with_loss(encoded, tokenizer) == "".join(answer + kit.END for _, answer in turns)
@@ -71,6 +72,20 @@ def test_template_that_strips_content(template):
     assert with_loss(encoded, tokenizer) == "the name<|end|>a<|end|>"
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (kit.ENDS_LAST_OTHERWISE, "b<|end|>d<|system|>"),
+        (kit.ENDS_TWICE, "b<|pad|><|end|>d<|pad|><|end|>"),
+        (kit.PLAIN, "b\n\nd\n\n"),
+    ],
+)
+def test_ends_of_several_answers(template, expected):
+    tokenizer = kit.make(template)
+    encoded = encode([chat("u:q", "a:b", "u:c", "a:d")], tokenizer, max_length=500)
+    assert with_loss(encoded, tokenizer) == expected
+
+
 def test_the_newline_behind_an_end_token_carries_no_loss():
     tokenizer = kit.make(kit.CHATML)
     example = encode([chat("u:q", "a:b")], tokenizer, max_length=500)[0]
@@ -89,6 +104,10 @@ def test_answer_that_spells_out_the_end_token_is_whole_and_warned_of():
     encoded = encode([chat("u:q", "a:x<|end|>y")], tokenizer, max_length=500)
     assert with_loss(encoded, tokenizer) == "x<|end|>y<|end|>"
     assert "spells out a special token" in encoded.report.warnings[0]
+
+
+def test_markers_around_content_and_end_need_no_warning():
+    assert encode([chat("u:q", "a:b")], kit.make(kit.MARKED_TWICE), max_length=500).report.warnings == ()
 
 
 def test_end_token_outside_the_markers_is_reported():
@@ -159,6 +178,12 @@ def test_chat_that_begins_with_an_answer():
     assert with_loss(encoded, tokenizer) == "the name<|end|>b<|end|>"
 
 
+def test_special_tokens_are_found_whole():
+    tokenizer = kit.make()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>2"]})
+    assert special_tokens(tokenizer).findall("a<|end|>2<|end|>") == ["<|end|>2", "<|end|>"]
+
+
 # --- what is refused ---
 
 
@@ -177,6 +202,12 @@ def test_ignored_role_whose_content_happens_to_appear_elsewhere():
     assert [p.split(";")[0] for p in found] == [
         f"f.jsonl:{i}: the chat template ignores message 1 with the role 'system'" for i in (1, 2)
     ]
+
+
+def test_role_of_which_only_the_name_is_rendered():
+    template = kit.CHATML.replace("m.content", "(m.content if m.role != 'system' else '')")
+    (found,) = problems([chat("s:be the function", "u:q", "a:b")], kit.make(template))
+    assert "ignores message 1 with the role 'system'" in found
 
 
 def test_empty_message_may_be_left_out():

@@ -4,9 +4,9 @@ A template with `{% generation %}` marks its answers itself. For one without, th
 
     render(messages[:i + 1])    adds to    render(messages[:i], add_generation_prompt=True)
 
-up to the first special token behind its content. This needs a template that is *prefix stable*: what was rendered
-stays as it is when messages follow. One that is not (it drops the reasoning of earlier turns, say) would be trained on
-a text that generation never sees, so it is refused.
+up to the special tokens behind its content. This needs a template that is *prefix stable*: a rendered answer stays as
+it is when messages follow, but for the token that ends it. Of one that is not (it drops the reasoning of earlier turns,
+say) the model would learn answers that it must not give, so it is refused.
 
 Templates also lose messages in silence: a role that they do not know, a content that they cut. Both are found here.
 """
@@ -125,18 +125,16 @@ class ChatTemplate:
         """The template's own ranges, each with the special token that ends the turn."""
         result: list[Span] = []
         warning = ""
-        for start, end in spans:
+        for start, end in _joined(spans):
             last = [match.end() for match in self._specials.finditer(text, start, end)][-1:]
-            if not last or text[last[0] : end].strip():
-                following = self._specials.match(text, end)
-                end = following.end() if following else end
-                warning = (
-                    "the {% generation %} part of the chat template leaves out the token that ends a turn; "
-                    "it carries loss all the same"
-                    if following
-                    else NO_END
-                )
-            result.append((start, end))
+            if last and not text[last[0] : end].strip():
+                result.append((start, end))
+            elif following := self._specials.match(text, end):
+                result.append((start, following.end()))
+                warning = END_ADDED
+            else:
+                result.append((start, end))
+                warning = NO_END
         return Rendered(text, result, warning)
 
     def _by_prefix(self, messages: Messages, text: str) -> Rendered:
@@ -146,19 +144,39 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            upto = text if i == len(messages) - 1 else self._text(messages[: i + 1])[0]
             before = self._text(messages[:i], generation_prompt=True)[0]
+            upto = text if i == len(messages) - 1 else self._text(messages[: i + 1])[0]
             body = message["content"].strip()
-            if not text.startswith(upto):
-                raise ValueError(_unstable(f"message {i + 1} changes when others follow", upto, text))
             if not upto.startswith(before) or (at := upto.find(body, len(before))) < 0:
                 raise ValueError(_unstable(f"message {i + 1} does not continue its generation prompt", before, upto))
-            ending = self._specials.search(upto, at + len(body))
-            spans.append((len(before), ending.end() if ending else len(upto)))
-            warning = warning if ending else NO_END
+            stop = at + len(body)
+            if not text.startswith(upto[:stop]):
+                raise ValueError(_unstable(f"message {i + 1} changes when others follow", upto, text))
+            end = self._end_of_turn(stop, upto, text)
+            spans.append((len(before), end or _common(upto, text)))
+            warning = warning if end else NO_END
         return Rendered(text, spans, warning)
 
+    def _end_of_turn(self, stop: int, upto: str, text: str) -> int | None:
+        """Where the special tokens end that close the answer whose content ends at `stop`; None without such tokens.
 
+        `upto` ends with this answer, `text` may go on, and may close the answer with another token than the last one.
+        """
+        first = self._specials.search(upto, stop)
+        if first is None or not text.startswith(upto[: first.start()]):
+            return None
+        end = first.end()
+        while following := self._specials.match(upto, end):  # the end of the answer, then the end of the turn
+            end = following.end()
+        if text.startswith(upto[:end]):
+            return end
+        other = self._specials.match(text, first.start())
+        return other.end() if other else None
+
+
+END_ADDED = (
+    "the {% generation %} part of the chat template leaves out the token that ends a turn; it carries loss all the same"
+)
 NO_END = "the chat template ends an answer without a special token, so the model does not learn where to stop"
 
 
@@ -171,10 +189,25 @@ def _ignored(number: int, message: Mapping[str, Any]) -> str:
 
 def _unstable(why: str, expected: str, actual: str) -> str:
     """The message of a template that is not prefix stable, with the first place that differs."""
-    pairs = zip(expected, actual, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    at = _common(expected, actual)
     return (
-        f"the chat template is not prefix stable: {why} ({actual[at : at + 20]!r} where {expected[at : at + 20]!r} "
-        "was expected). Use rows that end with their only answer, a template with {% generation %} markers, or "
-        "loss_on='all'"
+        f"the chat template is not prefix stable: {why} ({actual[at : at + 20]!r} where {expected[at : at + 20]!r} was "
+        "expected). Write such rows as prompt and completion, one for each answer, use a template with "
+        "{% generation %} markers, or loss_on='all'"
     )
+
+
+def _common(a: str, b: str) -> int:
+    """The length of the common beginning."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Ranges without gaps between them made one."""
+    result: list[Span] = []
+    for start, end in spans:
+        if result and result[-1][1] == start:
+            start = result.pop()[0]
+        result.append((start, end))
+    return result

@@ -72,8 +72,8 @@ def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_l
     if chats and not tokenizer.chat_template:
         problems.append(
             f"{chats[0].source}: the tokenizer has no chat template, which {counted(len(chats), 'chat row')} need; "
-            "train on prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take a base "
-            "that was tuned for chats"
+            "train on prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take "
+            "a base that was tuned for chats"
         )
     return problems
 

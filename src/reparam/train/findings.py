@@ -71,7 +71,7 @@ class Findings:
     def _beyond_vocabulary(self) -> list[str]:
         return [
             f"{sources[0]}: the token {self._tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, beyond the "
-            f"model's vocabulary of {self._vocab_size} ({counted(len(sources), 'row')}); use the tokenizer that belongs "
-            "to the model, or enlarge the model's embeddings"
+            f"model's vocabulary of {self._vocab_size} ({counted(len(sources), 'row')}); use the tokenizer that "
+            "belongs to the model, or enlarge the model's embeddings"
             for token, sources in sorted(self._beyond.items())
         ]
