@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,12 @@ class Adapter:
         for name, parameter in self.shared.named_parameters() if self.shared else ():
             yield f"shared.{name}", parameter, "core"
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved, by its name in files, detached: what it trains, and buffers of whole modules."""
+        biases = {path: m.biases[self.name] for path, m in self.modules.items() if self.name in m.biases}
+        copies = {path: holder.updates[self.name] for path, holder in self.replaced.items()}
+        return _saved(self.updates, biases, copies, self.shared)
+
     def parameters(self) -> list[nn.Parameter]:
         """Everything that this adapter trains."""
         return [parameter for _, parameter, _ in self.named_parameters()]
@@ -95,16 +101,13 @@ class Adapter:
         """The adapter as plain data."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
-        tensors = {name: parameter.detach() for name, parameter, _ in self.named_parameters()}
-        for path, module in self.replaced.items():
-            buffers = module.updates[self.name].named_buffers()
-            tensors |= {f"{path}.{name}": buffer for name, buffer in buffers}
         return Record(
             method=self.method,
             sites=self.sites,
-            tensors=tensors,
+            tensors=self.tensors(),
             replaced=tuple(self.replaced),
             base=Base(type(self.model).__name__, source, fingerprint(self.model)),
+            modules=tuple(path for path, _ in targets_.walk(self.model)),
         )
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
@@ -205,42 +208,94 @@ def untie(model: nn.Module) -> None:
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def install(
-    model: nn.Module, method: Method, *, names: list[str], replaced: list[str], name: str, bias: bool
-) -> Adapter:
-    """Build all updates, then put them into the model; nothing is touched if building fails."""
-    taken = adapters(model)
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless a new adapter on `model` can have this name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"name={name!r}: an adapter's name is made of letters, digits, '_' and '-'")
-    if hasattr(nn.ModuleDict, name):
-        raise ValueError(f"name={name!r} is also the name of a method of torch's ModuleDict; choose another")
-    if name in taken:
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"name={name!r} is also the name of an attribute of torch's containers; choose another")
+    if name in adapters(model):
         raise ValueError(f"name={name!r} is taken; remove(model, {name!r}) first, or choose another name")
-    for path in (*names, *replaced):
-        others = targets_.tied(model, path)
-        if others:
-            raise ValueError(
-                f"{path} shares its weight with {', '.join(others)}; changing one would change the other. Call "
-                f"reparam.untie(model) first, or leave it out"
-            )
-    modules = {path: targets_.wrap(model.get_submodule(path)) for path in names}
-    sites = {path: module.site(path) for path, module in modules.items()}
-    shared = method.shared(list(sites.values()))
-    updates = {path: method.build(sites[path], module.weight, shared) for path, module in modules.items()}
+
+
+def install(
+    model: nn.Module,
+    method: Method,
+    *,
+    names: list[str],
+    replaced: list[str],
+    name: str,
+    bias: bool,
+    check: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Adapter:
+    """Build all updates, then put them into the model; nothing is touched if building fails, or if `check` raises.
+
+    `check` gets the tensors that will be in the adapter's files, by their names there.
+    """
+    check_name(model, name)
+    _check_shared(model, names, replaced)
+    fresh = [path for path in names if not isinstance(_at(model, path), Adapted)]
+    trains = {path: bool(_at(model, path).weight.requires_grad) for path in fresh}
+    modules: dict[str, Adapted] = {}
+    try:
+        for path in names:
+            modules[path] = targets_.wrap(_at(model, path))
+        sites = {path: module.site(path) for path, module in modules.items()}
+        shared = method.shared(list(sites.values()))
+        updates = {path: method.build(sites[path], module.weight, shared) for path, module in modules.items()}
+        holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
+        copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
+        if check is not None:
+            biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
+            check(_saved(updates, biases, copies, shared))
+    except BaseException:
+        for path in trains.keys() & modules.keys():  # wrapping froze these, and transposed a Conv1D's matrix
+            modules[path].restore().get_parameter("weight").requires_grad_(trains[path])
+        raise
 
     adapter = Adapter(name, method, model)
-    adapter.sites, adapter.modules, adapter.shared = sites, modules, shared
+    adapter.sites, adapter.modules, adapter.replaced, adapter.shared = sites, modules, holders, shared
     for path, module in modules.items():
         module.add(name, updates[path].train(module.training), bias=bias)
         model.set_submodule(path, module)
-    for path in replaced:
-        module_ = model.get_submodule(path)
-        holder = module_ if isinstance(module_, Replaced) else Replaced(module_)
-        holder.updates[name] = copy.deepcopy(holder.origin)
+    for path, holder in holders.items():
+        holder.updates[name] = copies[path]
         model.set_submodule(path, holder)
-        adapter.replaced[path] = holder
     adapter.controller = method.controller(adapter.updates)
     if not hasattr(model, "reparam_state"):
         model.reparam_state = State(model)  # type: ignore[assignment]
     state_of(model).adopt(adapter)
     return adapter
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _saved(
+    updates: Mapping[str, nn.Module],
+    biases: Mapping[str, Tensor],
+    copies: Mapping[str, nn.Module],
+    shared: nn.Module | None,
+) -> dict[str, Tensor]:
+    """Every tensor that files hold, by its name there: parameters, and the buffers of modules replaced whole."""
+    found = {f"{path}.{name}": p.detach() for path, update in updates.items() for name, p in update.named_parameters()}
+    found |= {f"{path}.bias": bias.detach() for path, bias in biases.items()}
+    found |= {f"{path}.{name}": t for path, module in copies.items() for name, t in module.state_dict().items()}
+    return found | {f"shared.{name}": p.detach() for name, p in (shared.named_parameters() if shared else ())}
+
+
+def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> None:
+    """Raise ValueError where one adapter would change what something else uses as well."""
+    for path, others in targets_.tied(model, [*names, *replaced]).items():
+        raise ValueError(
+            f"{path} shares its weight with {', '.join(others)}; changing one would change the other. Call "
+            f"reparam.untie(model) first, or leave it out"
+        )
+    for path in replaced:
+        module = _at(model, path)
+        inside = () if isinstance(module, Replaced) else module.named_modules()
+        taken = [name for name, part in inside if isinstance(part, Adapted | Replaced)]
+        taken = [f"{path}.{name}".rstrip(".") for name in taken] or [n for n in names if f"{n}.".startswith(f"{path}.")]
+        if taken:
+            raise ValueError(f"{path} cannot be trained whole: {taken[0]} in it is adapted as well; remove that first")

@@ -95,6 +95,8 @@ class Site:
     """An embedding is a matrix too: a row per id, O = V rows of I = width."""
     out_features: int
     in_features: int
+    transposed: bool = False
+    """Whether the base keeps this matrix as [I, O], as GPT-2's Conv1D does. Only other libraries' files need it."""
 
 
 class InputDependentError(ValueError):
@@ -212,7 +214,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" with the closest of the known names, or nothing."""
+    """ ", did you mean 'x'?" with the closest of the known names, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 

@@ -1,15 +1,18 @@
 """Telling one base model from another, cheaply enough for every save and load.
 
-A fingerprint is a SHA-256 over every tensor's name, shape and up to 256 evenly spaced elements rounded to bfloat16, so
-that the dtype a model is loaded in does not matter. Any training of the whole model changes it; an edit of single
-weights may not. Matrices under adapters are digested apart from the rest ("sites" and "rest"), because a packed
-storage changes the former and not the latter.
+A fingerprint is a SHA-256 over every parameter's name, shape and up to 256 of its elements, taken at fixed places that
+are spread over the whole tensor. The elements are rounded first, to bfloat16 and, for a second digest, to float16: a
+model that is loaded in another dtype than it was saved in agrees in one of the two. Matrices and the rest are digested
+apart, because a packed storage changes the former and not the latter.
+
+It catches another model, other sizes or names, and any training of the whole model. It does not see a change of a few
+elements, such as some rows of an embedding, nor buffers. It is the same with and without adapters on the model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +21,45 @@ from reparam.base import storage_name
 from reparam.linear import Adapted, Replaced
 
 SAMPLES = 256
+ROUNDED = (torch.bfloat16, torch.float16)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of the base under any adapters: of its matrices, by the storage they are in, and of everything else."""
-    matrices, rest = hashlib.sha256(), hashlib.sha256()
-    storages = {storage_name(m.weight) for m in model.modules() if isinstance(m, Adapted)} - {"dense"}
-    for name, tensor in sorted(base_tensors(model)):
-        digest = matrices if tensor.ndim == 2 else rest
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(_sample(tensor))
-    return {f"matrices ({'+'.join(sorted(storages)) or 'dense'})": matrices.hexdigest(), "rest": rest.hexdigest()}
+    """Digests of the base under any adapters: `<group> as <dtype>` -> hexadecimal; compare with `agree`."""
+    storages, tensors = set(), []
+    for path, module in _base_modules(model, ""):
+        if isinstance(module, Adapted):
+            storages.add(storage_name(module.weight))
+        tensors += [(f"{path}.{name}".lstrip("."), tensor) for name, tensor in _own(module).items()]
+    tensors.sort(key=lambda item: item[0])
+    matrices = [(name, tensor) for name, tensor in tensors if tensor.ndim == 2]
+    rest = [(name, tensor) for name, tensor in tensors if tensor.ndim != 2]
+    groups = {f"matrices ({'+'.join(sorted(storages - {'dense'})) or 'dense'})": matrices, "rest": rest}
+    return {
+        f"{group} as {str(dtype).removeprefix('torch.')}": digest
+        for group, members in groups.items()
+        for dtype, digest in _digests(members).items()
+    }
+
+
+def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two fingerprints can be of the same base: each group that both have agrees in one of its dtypes."""
+    groups: dict[str, bool] = {}
+    for key in one.keys() & other.keys():
+        group = key.partition(" as ")[0]
+        groups[group] = groups.get(group, False) or one[key] == other[key]
+    return all(groups.values())
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base model's parameters under the names and in the layout that they have without adapters."""
     for path, module in _base_modules(model, ""):
-        own = module.stock() if isinstance(module, Adapted) else dict(module.named_parameters(recurse=False))
-        for name, tensor in own.items():
+        for name, tensor in _own(module).items():
             yield f"{path}.{name}".lstrip("."), tensor
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return module.stock() if isinstance(module, Adapted) else dict(module.named_parameters(recurse=False))
 
 
 def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -49,9 +72,30 @@ def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module
             yield from _base_modules(child, f"{path}.{name}".lstrip("."))
 
 
-def _sample(tensor: Tensor) -> bytes:
-    count = min(tensor.numel(), SAMPLES)
-    index = torch.arange(count, device=tensor.device) * tensor.numel() // max(count, 1)
-    places = torch.unravel_index(index, tensor.shape) if tensor.ndim else ()
-    found = tensor.detach()[places].to(torch.bfloat16).cpu().reshape(-1)
-    return found.view(torch.int16).numpy().tobytes()
+def _digests(tensors: list[tuple[str, Tensor]]) -> dict[torch.dtype, str]:
+    names = "".join(f"{name}{list(tensor.shape)}" for name, tensor in tensors).encode()
+    places: dict[tuple[int, torch.device], Tensor] = {}
+    samples = [_sample(tensor.detach(), places).float().cpu() for _, tensor in tensors]
+    values = torch.cat(samples) if samples else torch.zeros(0)
+    return {
+        dtype: hashlib.sha256(names + values.to(dtype).view(torch.int16).numpy().tobytes()).hexdigest()
+        for dtype in ROUNDED
+    }
+
+
+def _sample(tensor: Tensor, places: dict[tuple[int, torch.device], Tensor]) -> Tensor:
+    """Up to SAMPLES elements [n] of the tensor, which is not copied. `places` caches indices by size."""
+    key = (tensor.numel(), tensor.device)
+    if key not in places:
+        places[key] = _places(tensor.numel()).to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[places[key]]
+    return tensor[torch.unravel_index(places[key], tensor.shape)]
+
+
+def _places(size: int) -> Tensor:
+    """One index in each of SAMPLES equal stretches of range(size), not always at the same place in it."""
+    count = min(size, SAMPLES)
+    k = torch.arange(count)
+    start, end = k * size // max(count, 1), (k + 1) * size // max(count, 1)
+    return start + (k * 2654435761) % (end - start).clamp(min=1)  # Knuth's multiplicative hash

@@ -33,7 +33,8 @@ class Adapted(nn.Module):
 
     def site(self, name: str) -> Site:
         """This place, under its path in the model."""
-        return Site(name, self.kind, self.weight.out_features, self.weight.in_features)  # type: ignore[arg-type]
+        sizes = self.weight.out_features, self.weight.in_features
+        return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]))  # type: ignore[arg-type]
 
     def add(self, name: str, update: Update, *, bias: bool = False) -> None:
         """Hold `update` under the adapter's name; with `bias`, also a trainable copy of the bias."""
@@ -120,7 +121,9 @@ def why_not_linear(module: nn.Module) -> str | None:
     if is_conv1d(module):
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads the weight of its out_proj without calling it, so an update would do nothing"
+        return (
+            "nn.MultiheadAttention reads the weight of its out_proj without calling it, so an update would do nothing"
+        )
     if not isinstance(module, nn.Linear):
         return f"{kind} is not a linear map"
     if type(module).forward is not nn.Linear.forward:
@@ -150,7 +153,7 @@ class Replaced(nn.Module):
             raise ValueError(f"a mixed batch of {len(self.rows)} rows met an activation of shape {list(x.shape)}")
         parts: dict[str | None, list[int]] = {}
         for row, name in enumerate(self.rows):
-            parts.setdefault(name if name in self.updates else None, []).append(row)
+            parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
         found = torch.cat([self.copy_of(name)(x[rows]) for name, rows in parts.items()])
         order = [row for rows in parts.values() for row in rows]
         return found[torch.tensor(order, device=found.device).argsort()]

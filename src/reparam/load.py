@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam import targets
-from reparam.adapter import Adapter, install, remove, select
+from reparam.adapter import Adapter, check_name, install, select
 from reparam.base import nearest
-from reparam.fingerprint import base_tensors, fingerprint
+from reparam.fingerprint import agree, base_tensors, fingerprint
 from reparam.io import files
-from reparam.io.record import FormatError, Record
+from reparam.io.record import FormatError, Record, listed
+from reparam.linear import Replaced
 
 
 def load(
@@ -27,57 +30,110 @@ def load(
 
     Reads this project's format and PEFT's. `check_base=False` allows another base than the one it was trained on, of
     the same shapes. Raises `FormatError` (a ValueError) that names the file and the tensor for anything that is
-    missing, extra, of the wrong shape, damaged, edited or made for another base; the model is then as it was.
+    missing, extra, of the wrong shape, damaged, edited or made for another base, and ValueError for a name that is
+    taken, tied weights or a clash with another adapter; the model is then as it was.
     """
     folder = Path(folder)
+    check_name(model, name)
     record = files.read(folder)
     _check_model(model, record, folder)
     if check_base:
         _check_base(model, record, folder)
     biased = any(f"{site}.bias" in record.tensors for site in record.sites)
-    adapter = install(
-        model, record.method, names=list(record.sites), replaced=list(record.replaced), name=name, bias=biased
-    )
     try:
-        _fill(adapter, record, folder)
-    except FormatError:
-        remove(model, name)
-        raise
+        adapter = install(
+            model,
+            record.method,
+            names=list(record.sites),
+            replaced=list(record.replaced),
+            name=name,
+            bias=biased,
+            check=lambda wanted: _check_fit(wanted, record, folder),
+        )
+    except (re.error, RuntimeError) as error:  # settings that were never saved by us: a bad pattern, a rank of 10**12
+        raise FormatError(f"{folder}: the adapter cannot be built from its settings: {error}") from error
+    fill(adapter, record, folder)
     adapter.requires_grad_(False)
     if activate:
         select(model, name)
     return adapter
 
 
+def fill(adapter: Adapter, record: Record, folder: Path) -> None:
+    """Copy every tensor into its parameter. Raises FormatError with all that is missing, extra or misshapen."""
+    wanted = adapter.tensors()
+    _check_fit(wanted, record, folder)
+    for key, value in wanted.items():
+        value.copy_(record.tensors[key])
+
+
+def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> None:
+    """The file has exactly the tensors that the adapter has, of the same shapes and kinds."""
+    problems = [f"missing {key}" for key in wanted if key not in record.tensors]
+    problems += [f"unknown {key}" for key in record.tensors if key not in wanted]
+    for key in wanted.keys() & record.tensors.keys():
+        value, found = wanted[key], record.tensors[key]
+        if found.shape != value.shape:
+            problems.append(f"{key} has shape {list(found.shape)}, expected {list(value.shape)}")
+        elif found.dtype != value.dtype and not (found.is_floating_point() and value.is_floating_point()):
+            problems.append(f"{key} is {found.dtype}, expected {value.dtype}")
+    if problems:
+        raise FormatError(f"{folder}: tensors do not fit: {listed(problems)}")
+
+
 def _check_model(model: nn.Module, record: Record, folder: Path) -> None:
-    """The model has every site, with the right sizes."""
+    """The model has every site, with the right sizes, and no other adapter in the way."""
     have = dict(targets.walk(model))
     lost = [name for name in (*record.sites, *record.replaced) if name not in have]
+    for name in lost:
+        inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
+        if inside:
+            raise ValueError(f"{folder}: {name} is part of {inside[0]}, which another adapter here trains whole")
     if lost:
         raise FormatError(
             f"{folder}: made for modules that this {type(model).__name__} lacks ({len(lost)}, first: {lost[0]})"
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
-    targets.resolve(model, list(record.sites))
+    problems = [f"{name}: {why}" for name in record.sites if (why := targets.why_not(have[name]))]
+    if problems:
+        raise FormatError(f"{folder}: {listed(problems)}")
     for name, site in record.sites.items():
         found = targets.sizes(have[name])
         if found != (site.kind, site.out_features, site.in_features):
-            raise FormatError(
-                f"{folder}: {name} was a {site.kind} of {site.out_features} x {site.in_features}, and is "
-                f"{found[0]}, {found[1]} x {found[2]}, here; was it trained on another base?"
+            problems.append(
+                f"{name} was a {site.kind} of {site.out_features} x {site.in_features}, and is {found[0]}, "
+                f"{found[1]} x {found[2]}, here"
             )
+    if problems:
+        raise FormatError(f"{folder}: {listed(problems)}; was it trained on another base?")
+    if record.claims is not None:
+        _check_claims(have, record, folder)
+
+
+def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
+    """What the file says that it holds, it holds."""
+    assert record.claims is not None
+    missing = [
+        path
+        for path, module in have.items()
+        if path not in record.sites and record.claims.site(path) and targets.why_not(module) is None
+    ] + [path for path in have if path not in record.replaced and record.claims.whole(path)]
+    if missing:
+        raise FormatError(
+            f"{folder}: its settings name modules that it holds no tensors for: {listed(missing)}; the file is not "
+            f"whole, or this is not the model it was made for"
+        )
 
 
 def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
     """The model is the one the adapter was trained on, as far as the file says."""
     if record.base is not None and record.base.digests:
-        now = fingerprint(model)
         if record.base.architecture != type(model).__name__:
             raise FormatError(
                 f"{folder}: trained on a {record.base.architecture}, this is a {type(model).__name__}; pass "
                 f"check_base=False if that is meant"
             )
-        if any(now.get(key, digest) != digest for key, digest in record.base.digests.items()):
+        if not agree(record.base.digests, fingerprint(model)):
             raise FormatError(
                 f"{folder}: trained on other weights than this model's (base: {record.base.source or 'unnamed'}); load "
                 f"that base, or pass check_base=False if an adapter on changed weights is meant"
@@ -85,29 +141,16 @@ def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
     if record.frozen:
         own = dict(base_tensors(model))
         for key, tensor in record.frozen.items():
-            same = key in own and own[key].shape == tensor.shape and torch.equal(own[key].cpu().to(tensor.dtype), tensor)
-            if not same:
+            if key not in own or not _same(own[key].detach().cpu(), tensor):
                 raise FormatError(
                     f"{folder}: carries its own {key} {list(tensor.shape)}, which differs from the base's; was the "
                     f"vocabulary resized? Load the base it was trained on"
                 )
 
 
-def _fill(adapter: Adapter, record: Record, folder: Path) -> None:
-    """Copy every tensor into its parameter. Raises FormatError with all that is missing, extra or misshapen."""
-    wanted: dict[str, torch.Tensor] = {name: p for name, p, _ in adapter.named_parameters()}
-    for path, module in adapter.replaced.items():
-        wanted |= {f"{path}.{name}": buffer for name, buffer in module.updates[adapter.name].named_buffers()}
-    problems = [f"missing {key}" for key in wanted if key not in record.tensors]
-    problems += [f"unknown {key}" for key in record.tensors if key not in wanted]
-    problems += [
-        f"{key} has shape {list(record.tensors[key].shape)}, expected {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in record.tensors and record.tensors[key].shape != value.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise FormatError(f"{folder}: tensors do not fit: {shown}")
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(record.tensors[key])
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, as far as the coarser of their dtypes can tell."""
+    if one.shape != other.shape:
+        return False
+    coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(coarse), other.to(coarse))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -34,15 +34,15 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
             names = _keyword(target, linear, head=_head(model))
         elif target.startswith("re:"):
             pattern = re.compile(target[3:])
-            names = [name for name in modules if pattern.fullmatch(name) and _why_not(modules[name]) is None]
+            names = [name for name in modules if pattern.fullmatch(name) and why_not(modules[name]) is None]
         else:
             names = [name for name in modules if name == target or name.endswith("." + target)]
-            problems += [f"{name}: {why}" for name in names if (why := _why_not(modules[name]))]
+            problems += [f"{name}: {why}" for name in names if (why := why_not(modules[name]))]
         if not names:
-            usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if _why_not(module) is None}
+            usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not(module) is None}
             problems.append(
-                f"{target!r} matches no module{nearest(target, [*usable, *modules])}; the ends of the paths that can be "
-                f"targeted are {', '.join(sorted(usable)) or 'none'}"
+                f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible ends of paths "
+                f"are {', '.join(sorted(usable)) or 'none'}"
             )
         found |= set(names)
     if problems:
@@ -59,14 +59,18 @@ def ending(model: nn.Module, end: str) -> list[str]:
     return found
 
 
-def walk(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Modules by path, not looking inside adapted or replaced ones."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name and not name.startswith(inside or ("\0",)):
-            yield name, module
-            if isinstance(module, Adapted | Replaced):
-                inside = (*inside, name + ".")
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by path, not looking inside adapted or replaced ones: the cost does not grow with the adapters."""
+    yield from _below(model, "", {model})
+
+
+def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in parent.named_children():
+        if module not in seen:
+            seen.add(module)
+            yield path + name, module
+            if not isinstance(module, Adapted | Replaced):
+                yield from _below(module, f"{path}{name}.", seen)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -74,9 +78,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, Linear) or why_not_linear(module) is None
 
 
-def _why_not(module: nn.Module) -> str | None:
+def why_not(module: nn.Module) -> str | None:
+    """Why no update can go on this module, or None."""
     if isinstance(module, Adapted):
         return None
+    if isinstance(module, Replaced):
+        return f"{', '.join(module.updates)} trains this module whole, so that no update of it can be added"
     if isinstance(module, nn.Embedding):
         return why_not_embedding(module)
     why = why_not_linear(module)
@@ -101,16 +108,34 @@ def _head(model: nn.Module) -> str | None:
     return None
 
 
-def tied(model: nn.Module, name: str) -> list[str]:
-    """Paths of other modules that hold the same parameter as the module at `name`."""
-    own = {id(p) for p in model.get_submodule(name).parameters()}
-    return [
-        other
-        for other, module in model.named_modules(remove_duplicate=False)
-        if other != name
-        and not other.startswith(name + ".")
-        and any(id(p) in own for p in module.parameters(recurse=False))
-    ]
+def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """For each of `names` that shares a parameter with modules outside of it: the paths of those."""
+    holders: dict[int, list[str]] = {}
+    for path, parameter in _held(model, ""):
+        holders.setdefault(id(parameter), []).append(path)
+    shared = [paths for paths in holders.values() if len(paths) > 1]
+    found: dict[str, list[str]] = {}
+    for name in names if shared else ():
+        for paths in shared:
+            outside = [path for path in paths if path != name and not path.startswith(name + ".")]
+            if outside and len(outside) < len(paths):
+                found.setdefault(name, []).extend(outside)
+    return found
+
+
+def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's parameters, each under the path of every module that holds it."""
+    if isinstance(module, Replaced):
+        yield from _held(module.origin, path)
+        return
+    own = [*module.weight.parameters()] if isinstance(module, Adapted) else [*module.parameters(recurse=False)]
+    if isinstance(module, Adapted) and isinstance(module.bias, nn.Parameter):
+        own.append(module.bias)
+    for parameter in own:
+        yield path, parameter
+    for name, child in () if isinstance(module, Adapted) else module._modules.items():
+        if child is not None:
+            yield from _held(child, f"{path}.{name}".lstrip("."))
 
 
 def wrap(module: nn.Module) -> Adapted:
@@ -118,7 +143,6 @@ def wrap(module: nn.Module) -> Adapted:
     if isinstance(module, Adapted):
         return module
     return Embedding.wrap(module) if isinstance(module, nn.Embedding) else Linear.wrap(module)
-
 
 
 def sizes(module: nn.Module) -> tuple[str, int, int]:

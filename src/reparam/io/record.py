@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,6 +27,22 @@ class Base:
     """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
 
 
+def listed(problems: Sequence[str], *, shown: int = 5) -> str:
+    """The first few problems, and how many more there are."""
+    more = len(problems) - shown
+    return "; ".join(problems[:shown]) + (f"; and {more} more" if more > 0 else "")
+
+
+class Claims(Protocol):
+    """A rule by which a file tells what it holds tensors for. The model it is loaded into has the paths."""
+
+    def site(self, path: str) -> bool:
+        """Whether there must be an update for the linear map or embedding at this path."""
+
+    def whole(self, path: str) -> bool:
+        """Whether there must be a copy of the whole module at this path."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """Everything that an adapter is, apart from the model it sits in."""
@@ -38,3 +56,7 @@ class Record:
     base: Base | None = None
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Tensors of the base that the file carries along; the base must hold the same values."""
+    modules: tuple[str, ...] = ()
+    """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
+    claims: Claims | None = None
+    """What the file says about its own completeness, where that takes the model to check."""
