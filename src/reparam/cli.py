@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+
+from reparam.train.config import resolve
+from reparam.train.options import with_options
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +27,7 @@ app = typer.Typer(
     "Start with [bold]reparam demo[/bold], then [bold]reparam train --base.path MODEL --data.train rows.jsonl[/bold].",
 )
 console = Console()
+UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
@@ -32,30 +35,26 @@ AdapterFolder = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
-def _train_command() -> None:
-    from reparam.train.options import with_options
+@app.command()
+@with_options
+def train(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
+    overrides: Any = None,
+) -> None:
+    """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.
 
-    def train(
-        config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
-        overrides: Any = None,
-    ) -> None:
-        """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.
+    Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
+    Loss is on the answers only. A second call with the same output folder continues from its newest checkpoint.
 
-        Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
-        Loss is on the answers only. A second call with the same output folder continues from its newest checkpoint.
+    [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
+    """
+    from reparam.train.run import train as run
+    from reparam.train.show import Show
 
-        [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
-        """
-        from reparam.train.config import resolve
-        from reparam.train.run import train as run
-        from reparam.train.show import Show
-
-        result = run(resolve(config, overrides), show=Show(console))
-        if result.signal is not None:
-            console.print(f"stopped by a signal; the checkpoint in {result.folder} continues with the same command")
-            raise typer.Exit(128 + result.signal)
-
-    app.command("train")(with_options(train))
+    result = run(resolve(config, overrides), show=Show(console))
+    if result.signal is not None:
+        console.print(f"stopped by a signal; the same command continues from the checkpoint in {result.folder}")
+        raise typer.Exit(128 + result.signal)
 
 
 @app.command()
@@ -157,16 +156,14 @@ def _plain_warnings() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line, with one sentence and an exit code for every failure."""
-    if (len(sys.argv) > 1 and sys.argv[1] == "train") or sys.argv[1:] in (["--help"], []):
-        _train_command()
     errors = Console(stderr=True)
     try:
         with _plain_warnings():
             code = app(standalone_mode=False)
-    except click.ClickException as error:
+    except UsageProblem as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         errors.print("interrupted")
         code = 130
     except (OSError, RuntimeError, FloatingPointError) as error:

@@ -67,7 +67,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
         update = stand_alone(record, name)
         rank, change = _size(update, Dense.pack(torch.zeros(1, 1).expand(site.out_features, site.in_features)))
         matrix = own.get(f"{name}.weight")
-        norm = None if matrix is None else float(matrix.float().norm())
+        norm = None if matrix is None else float(matrix.detach().float().norm())
         sites.append(SiteSummary(name, (site.out_features, site.in_features), rank, change, norm))
     return Summary(
         folder=str(folder),

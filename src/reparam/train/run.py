@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from reparam.adapter import Adapter, attach, select, untie
+from reparam.base import nearest
 from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.load import fill, load
 from reparam.train.checkpoint import newest
-from reparam.train.config import Config, ConfigError, dump
+from reparam.train.config import Config, ConfigError, OptimConfig, dump
 from reparam.train.data import Collator, Encoded, padding_id
 from reparam.train.encode import encode
 from reparam.train.plot import plot_losses
@@ -73,7 +76,7 @@ class Result:
 
 
 def train(config: Config, *, show: Show) -> Result:
-    """Run it. Raises ValueError (a usable sentence) for what the user can mend, RuntimeError for what fails on the way."""
+    """Run it. Raises ValueError for what the user can mend, RuntimeError for what fails on the way."""
     job = prepare(config)
     show.job(job)
     folder = Path(config.run.output)
@@ -108,6 +111,7 @@ def prepare(config: Config) -> Job:
         raise ConfigError(
             f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the file"
         )
+    _check_names(config.optim)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
@@ -153,6 +157,15 @@ def prove(job: Job, folder: Path) -> float:
     return difference
 
 
+def _check_names(optim: OptimConfig) -> None:
+    """Raise ConfigError for an optimiser or schedule that transformers does not know."""
+    kinds = (("name", optim.name, OptimizerNames), ("schedule", optim.schedule, SchedulerType))
+    for key, value, known in kinds:
+        names = [member.value for member in known]
+        if value not in names:
+            raise ConfigError(f"optim.{key}: transformers knows no {value!r}{nearest(value, names)}")
+
+
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """Training rows, and the rows that are held out."""
     rows = read_rows(config.data.train)
@@ -172,9 +185,8 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
 def _trainer(job: Job, show: Show) -> Trainer:
     config = job.config
     run, optim = config.run, config.optim
-    steps = (
-        run.max_steps if run.max_steps > 0 else _steps(len(job.train), run.batch_size * run.accumulation, run.epochs)
-    )
+    rows = run.batch_size * run.accumulation
+    steps = run.max_steps if run.max_steps > 0 else max(1, math.ceil(len(job.train) / rows * run.epochs))
     tenth = max(1, steps // 10)
     arguments = TrainingArguments(
         output_dir=run.output,
@@ -190,7 +202,7 @@ def _trainer(job: Job, show: Show) -> Trainer:
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         bf16=run.precision == "bfloat16",
-        gradient_checkpointing=run.gradient_checkpointing,
+        activation_checkpointing=run.gradient_checkpointing or None,
         eval_strategy="steps",
         eval_steps=run.eval_every or tenth,
         save_strategy="steps",
@@ -240,10 +252,6 @@ def _save(adapter: Adapter, folder: Path) -> None:
 
 def _load(adapter: Adapter, folder: Path) -> None:
     fill(adapter, files.read(folder / "adapter"), folder / "adapter")
-
-
-def _steps(rows: int, batch: int, epochs: float) -> int:
-    return max(1, math.ceil(rows / batch * epochs))
 
 
 def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:

@@ -32,8 +32,11 @@ class Show:
 
     def job(self, job: Job) -> None:
         """What will be trained, on what."""
-        total = sum(p.numel() for p in job.model.parameters()) - sum(p.numel() for p in job.adapter.parameters())
-        self.console.print(sites_table(job.adapter, total))
+        trained = sum(p.numel() for p in job.adapter.parameters())
+        total = sum(p.numel() for p in job.model.parameters()) - trained
+        self.console.print(f"will be trained: {job.adapter.method.name}, {trained:,} parameters, on these sites")
+        self.console.print(sites_table(job.adapter))
+        self.console.print(f"that is {trained / total:.2%} of the base's {total:,}; everything else is frozen")
         self.console.print(f"training rows   {job.train.report}")
         self.console.print(f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
@@ -64,7 +67,7 @@ class Show:
         )
 
 
-def sites_table(adapter: Adapter, base_parameters: int) -> Table:
+def sites_table(adapter: Adapter) -> Table:
     """The adapter's sites by the end of their path: how many, shapes, parameters."""
     count: Counter[str] = Counter()
     shapes: dict[str, set[str]] = {}
@@ -76,22 +79,19 @@ def sites_table(adapter: Adapter, base_parameters: int) -> Table:
     for name, parameter, _ in adapter.named_parameters():
         site_name = next((s for s in (*adapter.sites, *adapter.replaced) if name.startswith(s + ".")), name)
         parameters[site_name.rsplit(".", 1)[-1]] += parameter.numel()
-    trained = sum(parameters.values())
-    table = Table(title=f"will be trained: {adapter.method.name}, {trained:,} parameters", title_justify="left")
+    table = Table()
     for column in ("sites", "count", "W (out x in)", "parameters"):
         table.add_column(column, justify="right" if column in ("count", "parameters") else "left")
     for end in parameters:
         shape = ", ".join(sorted(shapes.get(end, {"trained whole"})))
         table.add_row(end, str(count[end] or 1), shape, f"{parameters[end]:,}")
-    table.caption = f"{trained / base_parameters:.2%} of the base's {base_parameters:,}; everything else is frozen"
-    table.caption_justify = "left"
     return table
 
 
 def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
     """Held-out scores of base and adapter with their intervals."""
-    table = Table(title="held-out rows", title_justify="left")
-    for column in ("score", "base", "with adapter", "rows"):
+    table = Table()
+    for column in ("score, on held-out rows", "base (95 % interval)", "with adapter (95 % interval)", "rows"):
         table.add_column(column)
     for old, new in zip(before, after, strict=True):
         better = (new.value > old.value) == old.larger_is_better and new.value != old.value
@@ -102,15 +102,13 @@ def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
             f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
             str(new.rows),
         )
-    table.caption = "dim: 95 % intervals"
-    table.caption_justify = "left"
     return table
 
 
 def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
     """Questions with the base's and the adapter's answers."""
-    table = Table(title="answers on held-out rows", title_justify="left", show_lines=True)
-    for column in ("question", "expected", "base", "with adapter"):
+    table = Table(show_lines=True)
+    for column in ("held-out question", "expected", "base", "with adapter"):
         table.add_column(column, overflow="fold", max_width=44)
     for base, adapted in pairs:
         mark = "green" if adapted.right else "red"
