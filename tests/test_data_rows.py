@@ -63,7 +63,7 @@ def test_blank_lines_carriage_returns_and_byte_order_mark(tmp_path):
 
 
 def test_only_newlines_end_a_line(tmp_path):
-    # U+2028 and U+0085 are line ends for str.splitlines, a carriage return for bytes.splitlines; JSONL knows none of them
+    # U+2028 and U+0085 end a line for str.splitlines, a carriage return for bytes.splitlines, none of them in JSONL
     path = write(tmp_path, '{"text":\r"a\u2028b\u0085c"}', {"text": "d"})
     assert [(row.text, row.source) for row in read_rows(path)] == [
         ("a\u2028b\u0085c", f"{path}:1"),
