@@ -13,10 +13,10 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from reparam.train.data import IGNORED, Collator, Encoded, padding_id
-from reparam.train.encode import encode
-from reparam.train.preview import preview
-from reparam.train.rows import Row
+from reparam.data.batches import IGNORED, Collator, Encoded, padding_id
+from reparam.data.encode import encode
+from reparam.data.preview import preview
+from reparam.data.rows import Row
 
 
 def encoded(*answers: str, template: str = kit.MARKED) -> Encoded:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam.train.chat import special_tokens
-from reparam.train.data import IGNORED, Encoded
-from reparam.train.encode import encode
-from reparam.train.rows import DataError, Row
+from reparam.data.batches import IGNORED, Encoded
+from reparam.data.chat import special_tokens
+from reparam.data.encode import encode
+from reparam.data.rows import DataError, Row
 
 ROLES = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from reparam.train.data import IGNORED, Encoded
-from reparam.train.encode import BATCH, encode
-from reparam.train.rows import DataError, Row
+from reparam.data.batches import IGNORED, Encoded
+from reparam.data.encode import BATCH, encode
+from reparam.data.rows import DataError, Row
 
 
 def completion(prompt: str, answer: str, line: int = 1) -> Row:

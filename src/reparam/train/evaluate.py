@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from reparam.adapter import select
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
 from reparam.hf import vocabulary
 from reparam.open import open_model
-from reparam.train.encode import encode
-from reparam.train.rows import read_rows
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import answers_table, scores_table
 

@@ -24,16 +24,16 @@ from transformers.training_args import OptimizerNames
 
 from reparam.adapter import Adapter, attach, select, untie
 from reparam.base import nearest
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.encode import encode
+from reparam.data.rows import Row, read_rows
 from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.load import fill, load
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, ConfigError, OptimConfig, dump
-from reparam.train.data import Collator, Encoded, padding_id
-from reparam.train.encode import encode
 from reparam.train.plot import plot_losses
-from reparam.train.rows import Row, read_rows
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
 from reparam.train.trainer import Trainer

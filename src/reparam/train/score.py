@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.train.data import Collator, Encoded, padding_id
-from reparam.train.rows import Row
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def complete(
     return found
 
 
-def _split(row: Row) -> tuple[str | list[dict[str, object]], str] | None:
+def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
     """Question and expected answer, or None for a chat that does not end with an answer."""
     if row.kind == "completion":
         return row.prompt, row.completion
@@ -165,7 +165,7 @@ def _split(row: Row) -> tuple[str | list[dict[str, object]], str] | None:
     return ([dict(m) for m in before], str(last["content"])) if last["role"] == "assistant" and before else None
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, question: str | list[dict[str, object]]) -> list[int]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, question: str | list[dict[str, str]]) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer(question)["input_ids"])
     text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)

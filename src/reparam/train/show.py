@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
-from reparam.train.preview import preview
+from reparam.data.preview import preview
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

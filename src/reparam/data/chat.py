@@ -1,0 +1,213 @@
+"""Which characters of a rendered chat carry loss: the answers, each with the token that ends its turn.
+
+A template with `{% generation %}` marks its answers itself. For one without, the answer to message i is what
+
+    render(messages[:i + 1])    adds to    render(messages[:i], add_generation_prompt=True)
+
+up to the special tokens behind its content. This needs a template that is *prefix stable*: a rendered answer stays as
+it is when messages follow, but for the token that ends it. Of one that is not (it drops the reasoning of earlier turns,
+say) the model would learn answers that it must not give, so it is refused.
+
+Templates also lose messages in silence: a role that they do not know, a content that they cut. Both are found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+
+PROBE = "QZXJQ"  # content that no template writes by itself
+
+
+class Rendered(NamedTuple):
+    """One chat as text."""
+
+    text: str
+    spans: list[Span]
+    """Character ranges [start, end) of `text` that carry loss, ascending."""
+    warning: str = ""
+    """What is odd about this chat, in words that are the same for all chats with the oddity."""
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern that finds the tokenizer's special tokens in text, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
+
+
+class ChatTemplate:
+    """A tokenizer's chat template. The tokenizer must have one.
+
+    The template runs in jinja2's sandbox; whatever it raises comes out as a ValueError.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._template = tokenizer.get_chat_template()
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._specials = special_tokens(tokenizer)
+        self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
+        self._ignored: dict[tuple[tuple[str, bool], ...], int | None] = {}  # by form: the message that changes nothing
+
+    def render(self, messages: Messages, *, loss_on: Literal["answers", "all"]) -> Rendered:
+        """The chat as text, with the ranges that carry loss.
+
+        Raises ValueError: the template refuses the messages, ignores one, drops content, or is not prefix stable.
+        """
+        text, spans = self._text(messages)
+        self._check_all_appear(messages, text)
+        if loss_on == "all":
+            return Rendered(text, [(0, len(text))])
+        if self._marked:
+            return self._with_end_tokens(text, spans)
+        return self._by_prefix(messages, text)
+
+    def _text(self, messages: Messages, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The rendering and the ranges inside `{% generation %}`."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:  # not apply_chat_template: it keeps the character ranges to itself
+            result: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._marked,
+                add_generation_prompt=generation_prompt,
+                **self._variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"the chat template refuses the row: {error}") from error
+        texts, spans = result
+        return texts[0], spans[0] if spans else []
+
+    # --- what the template ignores ---
+
+    def _check_all_appear(self, messages: Messages, text: str) -> None:
+        """Raise ValueError if a message or its content left no trace in the rendering."""
+        for number, message in enumerate(messages, start=1):
+            if message["content"].strip() in text:
+                continue
+            probe = [*messages[: number - 1], {**message, "content": PROBE}, *messages[number:]]
+            if PROBE not in self._text(probe)[0]:
+                raise ValueError(_ignored(number, message))
+            if message["role"] == "assistant":  # the content of others may be changed, for example quoted as JSON
+                raise ValueError(f"the chat template changes or drops part of the answer in message {number}")
+        if (index := self._ignored_message(messages, text)) is not None:
+            raise ValueError(_ignored(index + 1, messages[index]))
+
+    def _ignored_message(self, messages: Messages, text: str) -> int | None:
+        """The message without which the rendering is the same. One answer for all chats of the same form."""
+        blank = [not message["content"].strip() for message in messages]  # a template may well leave out what is empty
+        form = tuple(zip((message["role"] for message in messages), blank, strict=True))
+        if form not in self._ignored:
+            whole = range(len(messages)) if len(messages) > 1 else ()
+            self._ignored[form] = next(
+                (i for i in whole if not blank[i] and self._same_without(i, messages, text)), None
+            )
+        return self._ignored[form]
+
+    def _same_without(self, index: int, messages: Messages, text: str) -> bool:
+        try:
+            return self._text([*messages[:index], *messages[index + 1 :]])[0] == text
+        except ValueError:  # the template notices that the message is missing
+            return False
+
+    # --- where the answers are ---
+
+    def _with_end_tokens(self, text: str, spans: Sequence[Span]) -> Rendered:
+        """The template's own ranges, each with the special token that ends the turn."""
+        result: list[Span] = []
+        warning = ""
+        for start, end in _joined(spans):
+            last = [match.end() for match in self._specials.finditer(text, start, end)][-1:]
+            if last and not text[last[0] : end].strip():
+                result.append((start, end))
+            elif following := self._specials.match(text, end):
+                result.append((start, following.end()))
+                warning = END_ADDED
+            else:
+                result.append((start, end))
+                warning = NO_END
+        return Rendered(text, result, warning)
+
+    def _by_prefix(self, messages: Messages, text: str) -> Rendered:
+        """The ranges found by rendering the messages before and up to each answer."""
+        spans: list[Span] = []
+        warning = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._text(messages[:i], generation_prompt=True)[0]
+            upto = text if i == len(messages) - 1 else self._text(messages[: i + 1])[0]
+            body = message["content"].strip()
+            if not upto.startswith(before) or (at := upto.find(body, len(before))) < 0:
+                raise ValueError(_unstable(f"message {i + 1} does not continue its generation prompt", before, upto))
+            stop = at + len(body)
+            if not text.startswith(upto[:stop]):
+                raise ValueError(_unstable(f"message {i + 1} changes when others follow", upto, text))
+            end = self._end_of_turn(stop, upto, text)
+            spans.append((len(before), end or _common(upto, text)))
+            warning = warning if end else NO_END
+        return Rendered(text, spans, warning)
+
+    def _end_of_turn(self, stop: int, upto: str, text: str) -> int | None:
+        """Where the special tokens end that close the answer whose content ends at `stop`; None without such tokens.
+
+        `upto` ends with this answer, `text` may go on, and may close the answer with another token than the last one.
+        """
+        first = self._specials.search(upto, stop)
+        if first is None or not text.startswith(upto[: first.start()]):
+            return None
+        end = first.end()
+        while following := self._specials.match(upto, end):  # the end of the answer, then the end of the turn
+            end = following.end()
+        if text.startswith(upto[:end]):
+            return end
+        other = self._specials.match(text, first.start())
+        return other.end() if other else None
+
+
+END_ADDED = (
+    "the {% generation %} part of the chat template leaves out the token that ends a turn; it carries loss all the same"
+)
+NO_END = "the chat template ends an answer without a special token, so the model does not learn where to stop"
+
+
+def _ignored(number: int, message: Mapping[str, Any]) -> str:
+    return (
+        f"the chat template ignores message {number} with the role {message['role']!r}; "
+        "use a role that the template knows, or move the content into another message"
+    )
+
+
+def _unstable(why: str, expected: str, actual: str) -> str:
+    """The message of a template that is not prefix stable, with the first place that differs."""
+    at = _common(expected, actual)
+    return (
+        f"the chat template is not prefix stable: {why} ({actual[at : at + 20]!r} where {expected[at : at + 20]!r} was "
+        "expected). Write such rows as prompt and completion, one for each answer, use a template with "
+        "{% generation %} markers, or loss_on='all'"
+    )
+
+
+def _common(a: str, b: str) -> int:
+    """The length of the common beginning."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Ranges without gaps between them made one."""
+    result: list[Span] = []
+    for start, end in spans:
+        if result and result[-1][1] == start:
+            start = result.pop()[0]
+        result.append((start, end))
+    return result

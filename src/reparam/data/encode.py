@@ -1,0 +1,167 @@
+"""From rows to a dataset of token ids and labels.
+
+Which tokens carry loss is decided in `train.tokenise`; here rows get the length they may have. Chats and completions
+longer than `max_length` lose their end. A text row becomes consecutive pieces that together are the row; the first
+token of a piece has nothing before it and is not predicted. Whatever would train nothing is refused.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from reparam.data.batches import Encoded, Report, counted
+from reparam.data.chat import Span
+from reparam.data.findings import Findings
+from reparam.data.rows import DataError, Row
+from reparam.data.tokenise import LossOn, Tokeniser, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 1024  # rows tokenised at once: enough for speed, and their offsets take little memory
+SHORTEST = 3  # the least max_length with which every piece of a text predicts a token
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    loss_on: LossOn = "answers",
+    vocab_size: int | None = None,
+) -> Encoded:
+    """Tokenise rows and mark the tokens that carry loss.
+
+    `max_length` is in tokens. `loss_on="all"` puts loss on prompts as well; text rows have it everywhere either way.
+    `vocab_size` is the number of embeddings of the model.
+
+    Raises DataError with everything that is wrong: no rows; a tokenizer without offsets, or without a chat template
+    where there are chats; a chat that its template refuses, ignores in part, or renders so that the answers cannot be
+    found; rows in which no token carries loss; rows whose whole answer lies beyond `max_length`; ids beyond the
+    vocabulary.
+    """
+    if problems := _obstacles(rows, tokenizer, max_length=max_length, loss_on=loss_on):
+        raise DataError(problems)
+    findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size)
+    tokenise = Tokeniser(tokenizer, findings, loss_on=loss_on)
+    store = _Store(findings, max_length=max_length)
+    for start in range(0, len(rows), BATCH):
+        for row, tokens in tokenise(rows[start : start + BATCH]):
+            store.add(row, tokens)
+    findings.raise_problems()
+    return store.encoded(len(rows))
+
+
+def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, loss_on: str) -> list[str]:
+    """What makes it pointless to look at single rows."""
+    problems: list[str] = []
+    if not rows:
+        problems.append("there are no rows to encode")
+    if max_length < SHORTEST:
+        problems.append(f"max_length={max_length} is too short; the least is {SHORTEST}")
+    if loss_on not in ("answers", "all"):
+        problems.append(f"loss_on={loss_on!r}; expected 'answers' or 'all'")
+    if not tokenizer.is_fast:
+        problems.append(f"{type(tokenizer).__name__} gives no offsets; load the fast version of this tokenizer")
+    chats = [row for row in rows if row.kind == "chat"]
+    if chats and not tokenizer.chat_template:
+        problems.append(
+            f"{chats[0].source}: the tokenizer has no chat template, which {counted(len(chats), 'chat row')} need; "
+            "train on prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take "
+            "a base that was tuned for chats"
+        )
+    return problems
+
+
+class _Store:
+    """Takes tokenised rows and holds their examples flat: Python lists would take ten times the memory."""
+
+    def __init__(self, findings: Findings, *, max_length: int) -> None:
+        self._findings = findings
+        self._max_length = max_length
+        self._ids = array("i")
+        self._loss = bytearray()
+        self._starts = array("q", [0])
+        self._text_bytes = array("q")
+        self._sources: list[str] = []
+        self._longest = self._truncated = self._split = 0
+
+    def add(self, row: Row, tokens: Tokens) -> None:
+        """Add the examples of one row, or note why it has none."""
+        ids, spans = tokens.ids, tokens.spans
+        self._findings.check_vocabulary(row, ids)
+        self._longest = max(self._longest, len(ids))
+        predicted = [(first, end) for start, end in spans if (first := max(start, 1)) < end]
+        if not predicted:
+            self._findings.refuse(row, _why_nothing(row))
+        elif row.kind == "text":
+            self._add_pieces(row, tokens)
+        elif predicted[0][0] >= self._max_length:
+            self._findings.answer_cut_off(row, len(ids))
+        else:
+            if predicted[-1][1] > self._max_length:
+                self._truncated += 1
+                self._findings.warn(row, f"max_length={self._max_length} cuts off tokens that would carry loss")
+            self._append(row, ids[: self._max_length], predicted)
+
+    def _add_pieces(self, row: Row, tokens: Tokens) -> None:
+        length = len(tokens.ids)
+        cuts = [*range(0, length, self._max_length), length]
+        if cuts[-1] - cuts[-2] == 1 and len(cuts) > 2:
+            cuts[-2] -= 1  # a piece of one token would predict nothing
+        self._split += len(cuts) > 2
+        for start, end in pairwise(cuts):
+            text = row.text[tokens.ends[start] : tokens.ends[end - 1]]  # what the tokens after the first stand for
+            self._append(row, tokens.ids[start:end], [(1, end - start)], text_bytes=len(text.encode()))
+
+    def _append(self, row: Row, ids: list[int], predicted: Sequence[Span], *, text_bytes: int = 0) -> None:
+        loss = bytearray(len(ids))
+        for start, end in predicted:
+            end = min(end, len(ids))
+            loss[start:end] = b"\x01" * (end - start)
+        self._ids.extend(ids)
+        self._loss += loss
+        self._starts.append(len(self._ids))
+        self._text_bytes.append(text_bytes)
+        self._sources.append(row.source)
+
+    def encoded(self, rows: int) -> Encoded:
+        """The dataset of all examples."""
+        loss = torch.frombuffer(self._loss, dtype=torch.bool)
+        report = Report(
+            rows=rows,
+            examples=len(self._sources),
+            tokens=len(self._ids),
+            loss_tokens=int(loss.sum()),
+            text_bytes=sum(self._text_bytes),
+            longest=self._longest,
+            truncated=self._truncated,
+            split=self._split,
+            warnings=self._findings.warnings(),
+        )
+        return Encoded(
+            ids=torch.frombuffer(self._ids, dtype=torch.int32),
+            loss=loss,
+            starts=torch.frombuffer(self._starts, dtype=torch.int64),
+            text_bytes=torch.frombuffer(self._text_bytes, dtype=torch.int64),
+            sources=self._sources,
+            report=report,
+        )
+
+
+def _why_nothing(row: Row) -> str:
+    """Why a row of this kind has no token that carries loss."""
+    match row.kind:
+        case "chat" if not any(message["role"] == "assistant" for message in row.messages):
+            return "no token carries loss, because no message has the role 'assistant'"
+        case "chat":
+            return "no token carries loss, because the chat template marks nothing of this chat as an answer"
+        case "completion":
+            return "no token carries loss, because the completion is empty"
+        case _:
+            return "no token carries loss, because the text is a single token and nothing follows it"

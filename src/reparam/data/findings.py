@@ -1,0 +1,77 @@
+"""Problems and warnings of encoding, collected over all rows so that they can be reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from reparam.data.batches import counted
+from reparam.data.rows import SHOWN, DataError, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Findings:
+    """What is wrong with rows, and what is odd about them.
+
+    Rows are named one by one where the reason differs, and together where it is the same.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._vocab_size = vocab_size
+        self._refused: list[str] = []
+        self._no_answer: list[tuple[str, int]] = []  # rows whose answer is cut off, and their length
+        self._beyond: dict[int, list[str]] = {}  # id beyond the vocabulary -> rows
+        self._odd: dict[str, list[str]] = {}  # what is odd -> rows
+
+    def refuse(self, row: Row, why: str) -> None:
+        """This row cannot be trained on."""
+        self._refused.append(f"{row.source}: {why}")
+
+    def answer_cut_off(self, row: Row, length: int) -> None:
+        """This row, `length` tokens long, has its whole answer beyond the maximum length."""
+        self._no_answer.append((row.source, length))
+
+    def check_vocabulary(self, row: Row, ids: Sequence[int]) -> None:
+        """Note the ids that the model has no embedding for."""
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            for token in {i for i in ids if i >= self._vocab_size}:
+                self._beyond.setdefault(token, []).append(row.source)
+
+    def warn(self, row: Row, what: str) -> None:
+        """This row is odd. Rows with the same `what` are reported together."""
+        self._odd.setdefault(what, []).append(row.source)
+
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each oddity."""
+        return tuple(
+            f"{what} ({counted(len(sources), 'row')}, first {sources[0]})" for what, sources in self._odd.items()
+        )
+
+    def raise_problems(self) -> None:
+        """Raise DataError if any row cannot be trained on."""
+        problems = [*self._answers_cut_off(), *self._refused, *self._beyond_vocabulary()]
+        if problems:
+            raise DataError(problems)
+
+    def _answers_cut_off(self) -> list[str]:
+        if not self._no_answer:
+            return []
+        names = [f"{source} ({length:,} tokens)" for source, length in self._no_answer[:SHOWN]]
+        names += ["..."] if len(self._no_answer) > SHOWN else []
+        needed = max(length for _, length in self._no_answer)
+        return [
+            f"max_length={self._max_length} cuts off the whole answer of {counted(len(self._no_answer), 'row')}: "
+            f"{', '.join(names)}; max_length={needed} keeps all of them"
+        ]
+
+    def _beyond_vocabulary(self) -> list[str]:
+        return [
+            f"{sources[0]}: the token {self._tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, beyond the "
+            f"model's vocabulary of {self._vocab_size} ({counted(len(sources), 'row')}); use the tokenizer that "
+            "belongs to the model, or enlarge the model's embeddings"
+            for token, sources in sorted(self._beyond.items())
+        ]

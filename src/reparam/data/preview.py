@@ -1,0 +1,100 @@
+"""What a model will be trained on, shown: the first rows with the tokens that carry loss set apart.
+
+On a terminal they are green and bold, the rest is dim; elsewhere they stand in ⟦ ⟧, so that a log stays readable.
+Newlines and control characters are visible in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from reparam.data.batches import Encoded, counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST = 400  # characters of one run of tokens that are shown; the middle of a longer one is left out
+LOSS, NO_LOSS = "bold green", "dim"
+
+
+def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, rows: int = 3) -> Preview:
+    """The first `rows` examples, ready for `rich.print` or `Console.print`."""
+    return Preview(encoded, tokenizer, rows=rows)
+
+
+class Preview:
+    """A rich renderable; made by `preview`."""
+
+    def __init__(self, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
+        self._encoded = encoded
+        self._tokenizer = tokenizer
+        self._rows = min(rows, len(encoded))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield a legend, then a heading and the tokens of each row."""
+        colour = console.is_terminal and console.color_system is not None
+        opening, closing = ("", "") if colour else ("[[", "]]") if options.ascii_only else ("⟦", "⟧")
+        yield Text.assemble(
+            (f"{opening}tokens that carry loss{closing}", LOSS if colour else ""),
+            " ",
+            ("tokens that are only read", NO_LOSS if colour else ""),
+        )
+        for index in range(self._rows):
+            runs = list(self._runs(index))
+            loss = sum(count for carries, count, _ in runs if carries)
+            yield Text(
+                f"{self._encoded.sources[index]}: {counted(sum(r[1] for r in runs), 'token')}, {loss:,} with loss"
+            )
+            body = Text()
+            for carries, _, content in runs:
+                shown = visible(_shortened(content), ascii_only=options.ascii_only)
+                if colour:
+                    body.append(shown, LOSS if carries else NO_LOSS)
+                else:
+                    body.append(f"{opening}{shown}{closing}" if carries else shown)
+            yield body
+
+    def _runs(self, index: int) -> Iterator[tuple[bool, int, str]]:
+        """Runs of neighbouring tokens, with and without loss in turn: (carries loss, tokens, text)."""
+        example = self._encoded[index]
+        pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)
+        for carries, run in groupby(pairs, key=lambda pair: pair[0] == pair[1]):
+            ids = [token for token, _ in run]
+            yield carries, len(ids), str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def visible(text: str, *, ascii_only: bool = False) -> str:
+    """The text with newlines marked and control characters replaced by symbols or escapes.
+
+    >>> visible("a\\tb\\x1b[31m")
+    'a⇥b␛[31m'
+    >>> visible("a\\tb\\x1b[31mé", ascii_only=True)
+    'a\\\\tb\\\\x1b[31m\\\\xe9'
+    """
+    if ascii_only:
+        return "".join(c if c.isascii() and c.isprintable() else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() else _symbol(c) for c in text)
+
+
+def _symbol(character: str) -> str:
+    named = {"\n": "↵\n", "\t": "⇥", "\x7f": "␡"}
+    if character in named:
+        return named[character]
+    return chr(0x2400 + ord(character)) if ord(character) < 0x20 else _escaped(character)
+
+
+def _escaped(character: str) -> str:
+    newline = "\n" if character == "\n" else ""
+    return character.encode("unicode_escape").decode() + newline
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"

@@ -1,0 +1,153 @@
+"""Token ids of rows, and which of them carry loss. By kind of row:
+
+- chat: the answers, each with the token that ends its turn (`train.chat` finds them in the rendered text).
+- completion: the completion and the end token. Prompt and completion are tokenised apart, so no token spans the
+  boundary, and the ids of the prompt are those that generation will see.
+- text: everything, with the end token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from reparam.data.chat import ChatTemplate, Rendered, Span, special_tokens
+from reparam.data.findings import Findings
+from reparam.data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossOn = Literal["answers", "all"]
+
+
+class Tokens(NamedTuple):
+    """One tokenised row."""
+
+    ids: list[int]
+    spans: list[Span]
+    """Token ranges [start, end) that carry loss, ascending."""
+    ends: list[int]
+    """Of a text row: where each token ends, in characters of the text. Else empty."""
+
+
+class Tokeniser:
+    """Tokenises rows in batches. Needs a fast tokenizer, and a chat template where there are chats.
+
+    Tokens that the tokenizer puts before a text (the beginning of a sequence) go before completions and texts, and its
+    end token behind them, once: not where the row spells them out. A chat has those that its template writes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, findings: Findings, *, loss_on: LossOn) -> None:
+        self._tokenizer = tokenizer
+        self._findings = findings
+        self._loss_on: LossOn = loss_on
+        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._specials = special_tokens(tokenizer)
+        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        probe = tokenizer("a", return_special_tokens_mask=True)
+        leading = len(list(takewhile(bool, probe["special_tokens_mask"])))
+        self._prefix: list[int] = probe["input_ids"][:leading]
+
+    def __call__(self, rows: Sequence[Row]) -> list[tuple[Row, Tokens]]:
+        """The rows in their order, without those that the findings now refuse."""
+        done: dict[int, Tokens] = {}  # by position in `rows`
+        for kind, tokenise in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
+            chosen = [i for i, row in enumerate(rows) if row.kind == kind]
+            if chosen:
+                done |= {chosen[i]: tokens for i, tokens in tokenise([rows[i] for i in chosen])}
+        return [(rows[i], done[i]) for i in sorted(done)]
+
+    def _ids_and_offsets(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
+        """The ids of each text and the characters that each token stands for; no special tokens are added."""
+        if not texts:
+            return [], []
+        batch = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,  # it would warn of rows longer than the model's limit, which are cut or split later
+        )
+        return batch["input_ids"], batch["offset_mapping"]
+
+    # --- the three kinds; each yields (position, tokens) ---
+
+    def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
+        assert self._template is not None
+        chats: dict[int, Rendered] = {}
+        for i, row in enumerate(rows):
+            self._look_at(row, *(message["content"] for message in row.messages))
+            if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages):
+                self._findings.warn(row, "an answer is empty, so only its end token is learnt")
+            try:
+                chats[i] = self._template.render(row.messages, loss_on=self._loss_on)
+            except ValueError as error:
+                self._findings.refuse(row, str(error))
+        batch = self._ids_and_offsets([chat.text for chat in chats.values()])
+        for (i, chat), ids, offsets in zip(chats.items(), *batch, strict=True):
+            if chat.warning:
+                self._findings.warn(rows[i], chat.warning)
+            yield i, Tokens(ids, self._token_spans(rows[i], chat.spans, ids=ids, offsets=offsets), [])
+
+    def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
+        prompts, _ = self._ids_and_offsets([row.prompt for row in rows])
+        completions, _ = self._ids_and_offsets([row.completion for row in rows])
+        for i, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
+            self._look_at(row, row.prompt, row.completion)
+            if not completion:
+                self._findings.warn(row, "an answer is empty, so only its end token is learnt")
+            ids = [*self._before(prompt), *prompt]
+            first = 0 if self._loss_on == "all" else len(ids)
+            ids += [*completion, *self._after(row, completion)]
+            yield i, Tokens(ids, [(first, len(ids))], [])
+
+    def _texts(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
+        batch = self._ids_and_offsets([row.text for row in rows])
+        for i, (row, text, offsets) in enumerate(zip(rows, *batch, strict=True)):
+            self._look_at(row, row.text)
+            before, after = self._before(text), self._after(row, text)
+            ends = [0] * len(before) + [end for _, end in offsets]
+            ends += ends[-1:] * len(after)
+            ids = [*before, *text, *after]
+            yield i, Tokens(ids, [(0, len(ids))], ends)
+
+    # --- details ---
+
+    def _before(self, ids: list[int]) -> list[int]:
+        """What the tokenizer puts before a text, unless the text begins with it."""
+        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+
+    def _after(self, row: Row, ids: list[int]) -> list[int]:
+        """The end token, unless the text ends with it."""
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            self._findings.warn(row, "the tokenizer has no end token, so the model does not learn where to stop")
+            return []
+        return [] if ids[-1:] == [end] else [end]
+
+    def _look_at(self, row: Row, *contents: str) -> None:
+        if any(self._specials.search(content) for content in contents):
+            self._findings.warn(row, "the content spells out a special token, which is read as that token")
+
+    def _token_spans(
+        self, row: Row, spans: Sequence[Span], *, ids: Sequence[int], offsets: Sequence[Span]
+    ) -> list[Span]:
+        """Ranges of tokens for ranges of characters.
+
+        A token that begins before an answer and ends in it belongs to the answer; only special tokens do not, which
+        may swallow the space behind them.
+        """
+        starts = [start for start, _ in offsets]
+        result: list[Span] = []
+        for start, end in spans:
+            first, last = bisect_left(starts, start), bisect_left(starts, end)
+            if first > 0 and offsets[first - 1][1] > start and ids[first - 1] not in self._special_ids:
+                first -= 1
+                self._findings.warn(row, "an answer begins inside a token that also ends its prompt")
+            result.append((first, last))
+        return result
