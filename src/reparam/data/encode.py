@@ -1,6 +1,6 @@
 """From rows to a dataset of token ids and labels.
 
-Which tokens carry loss is decided in `train.tokenise`; here rows get the length they may have. Chats and completions
+Which tokens carry loss is decided in `data.tokenise`; here rows get the length they may have. Chats and completions
 longer than `max_length` lose their end. A text row becomes consecutive pieces that together are the row; the first
 token of a piece has nothing before it and is not predicted. Whatever would train nothing is refused.
 """

@@ -1,4 +1,4 @@
-"""The main job on embedded data: train, show the difference, merge, and prove the merged model with plain transformers."""
+"""The main job on embedded data: train, compare, merge, and prove the merged model with plain transformers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from reparam.data.rows import read_rows
 from reparam.hf import load_tokenizer
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
 from reparam.train.config import AdapterConfig, BaseConfig, Config, DataConfig, OptimConfig, RunConfig
-from reparam.train.rows import read_rows
 from reparam.train.run import train
 from reparam.train.score import answer
 from reparam.train.show import Show

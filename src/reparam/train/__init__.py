@@ -1,1 +1,1 @@
-"""Training causal language models: data, the run on an existing trainer, checkpoints."""
+"""Training causal language models: configuration, the run on an existing trainer, checkpoints."""

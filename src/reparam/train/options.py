@@ -1,4 +1,4 @@
-"""Command-line options made from the configuration's dataclasses: `--section.key`, with the names users know as aliases."""
+"""Command-line options made from the configuration: `--section.key`, and the names that users know as aliases."""
 
 from __future__ import annotations
 
