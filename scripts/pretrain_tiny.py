@@ -1,6 +1,6 @@
 """Train the embedded test model: tokenizer, Llama, figures, all from the standard library's sources.
 
-    OMP_WAIT_POLICY=PASSIVE python scripts/pretrain_tiny.py assets/tiny-python --tokens 15e6
+    OMP_WAIT_POLICY=PASSIVE python scripts/pretrain_tiny.py assets/tiny-python --tokens 12.5e6
 
 Model: Llama architecture, width 256, 6 layers, 4 query and 2 key-value heads, tied embeddings, 5.48 M parameters.
 Tokenizer: byte-level BPE, 4096 tokens, four of them for chats. Optimiser: Muon for the matrices, AdamW for embeddings
@@ -96,7 +96,7 @@ def bits_per_byte(model: LlamaForCausalLM, ids: torch.Tensor, size: int, rows: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=float, default=15e6)
+    parser.add_argument("--tokens", type=float, default=12.5e6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100, help="steps between partial states")
     args = parser.parse_args()

@@ -1,5 +1,7 @@
 """reparam: adapt large models by reparameterising their weights.
 
+The interface, in six lines:
+
     adapter = reparam.attach(model, reparam.LoRA(r=8, alpha=16), targets="all-linear", name="task")
     adapter.bind(optimizer)
     reparam.select(model, "task")

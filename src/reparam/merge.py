@@ -106,7 +106,9 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
     state = state_of(model)
     name = state.choice
     if not isinstance(name, str):
-        raise ValueError(f"merge folds one adapter, and {name!r} is selected; select one of {', '.join(state.adapters)}")
+        raise ValueError(
+            f"merge folds one adapter, and {name!r} is selected; select one of {', '.join(state.adapters)}"
+        )
     adapter = state.adapters[name]
     factors = {path: update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()}
     for path, module in adapter.modules.items():

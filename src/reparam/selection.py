@@ -60,8 +60,10 @@ class State:
         if name in chosen:
             self.select(None)
         adapter = self.adapters.pop(name)
-        for module in (*adapter.modules.values(), *adapter.replaced.values()):
+        for module in adapter.modules.values():
             module.drop(name)
+        for holder in adapter.replaced.values():
+            holder.drop(name)
         self._slots.pop(name, None)
         self._versions.pop(name, None)
 
@@ -86,11 +88,11 @@ class State:
         if rows is not None:
             self._route(rows)
         self.choice = which if rows is None else rows
-        single = which if rows is None else BANK
+        single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
-            module.active = single if single in module.updates else None  # type: ignore[assignment]
+            module.active = single if single is not None and single in module.updates else None
         for holder in self.replaced.values():
-            holder.active, holder.rows = (which, None) if rows is None else (None, rows)  # type: ignore[assignment]
+            holder.active, holder.rows = single, rows
         return selection
 
     def _route(self, rows: list[str | None]) -> None:

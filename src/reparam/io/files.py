@@ -34,9 +34,14 @@ def write(folder: str | Path, record: Record, *, format: str = "reparam") -> Non
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.exists() else []
     if foreign:
         raise ValueError(
-            f"{folder}: holds other files ({', '.join(foreign[:3])}), which replacing it would delete; give a new folder"
+            f"{folder}: holds other files ({', '.join(foreign[:3])}), which would be lost; give a new folder"
         )
     contents = FORMATS[format].files(record)
     with staged_folder(folder, owned=True) as staging:
         for name, content in contents.items():
             (staging / name).write_bytes(content)
+
+
+def format_of(folder: str | Path) -> str:
+    """The name of the format that `read` finds in this folder."""
+    return next(name for name, module in FORMATS.items() if (Path(folder) / module.CONFIG).exists())
