@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam import targets as targets_
-from reparam.base import Controller, Method, Role, Site, Update
+from reparam.base import Controller, Method, Role, Site, Update, Weight
 from reparam.fingerprint import fingerprint
 from reparam.io import files
 from reparam.io.record import Base, Record
-from reparam.linear import Adapted, Replaced
+from reparam.linear import SHARED, Adapted, Replaced, Shared
 from reparam.selection import Selection, State, state_of
 
 
@@ -52,11 +52,11 @@ class Adapter:
         for path, module in self.replaced.items():
             for name, parameter in module.updates[self.name].named_parameters():
                 yield f"{path}.{name}", parameter, None
-        for name, parameter in self.shared.named_parameters() if self.shared else ():
-            yield f"shared.{name}", parameter, "core"
+        for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
+            yield f"{SHARED}.{name}", parameter, "core"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved, by its name in files, detached: what it trains, and buffers of whole modules."""
+        """Everything that is saved, by its name in files, detached: what it trains, and persistent buffers."""
         biases = {path: m.biases[self.name] for path, m in self.modules.items() if self.name in m.biases}
         copies = {path: holder.updates[self.name] for path, holder in self.replaced.items()}
         return _saved(self.updates, biases, copies, self.shared)
@@ -197,6 +197,8 @@ def unwrap(model: nn.Module) -> None:
             model.set_submodule(path, module.restore())
         elif isinstance(module, Replaced):
             model.set_submodule(path, module.origin)
+    if hasattr(model, SHARED):
+        delattr(model, SHARED)
     del model.reparam_state
 
 
@@ -242,9 +244,14 @@ def install(
             modules[path] = targets_.wrap(_at(model, path))
         sites = {path: module.site(path) for path, module in modules.items()}
         shared = method.shared(list(sites.values()))
+        if shared is not None:
+            shared.to(modules[names[0]].weight.device)
         updates = {path: method.build(sites[path], module.weight, shared) for path, module in modules.items()}
         holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
+        for path in names:
+            if sites[path].kind == "embedding":
+                _check_rows(updates[path], modules[path].weight)
         if check is not None:
             biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
             check(_saved(updates, biases, copies, shared))
@@ -261,11 +268,21 @@ def install(
     for path, holder in holders.items():
         holder.updates[name] = copies[path]
         model.set_submodule(path, holder)
+    if shared is not None:
+        if not hasattr(model, SHARED):
+            model.add_module(SHARED, Shared())
+        getattr(model, SHARED)[name] = shared
     adapter.controller = method.controller(adapter.updates)
     if not hasattr(model, "reparam_state"):
         model.reparam_state = State(model)  # type: ignore[assignment]
     state_of(model).adopt(adapter)
     return adapter
+
+
+@torch.no_grad()
+def _check_rows(update: Update, weight: Weight) -> None:
+    """Raise InputDependentError for an update that cannot look up the rows of an embedding."""
+    update.rows(torch.zeros(1, dtype=torch.int64, device=weight.device), weight)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
@@ -278,11 +295,10 @@ def _saved(
     copies: Mapping[str, nn.Module],
     shared: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """Every tensor that files hold, by its name there: parameters, and the buffers of modules replaced whole."""
-    found = {f"{path}.{name}": p.detach() for path, update in updates.items() for name, p in update.named_parameters()}
-    found |= {f"{path}.bias": bias.detach() for path, bias in biases.items()}
-    found |= {f"{path}.{name}": t for path, module in copies.items() for name, t in module.state_dict().items()}
-    return found | {f"shared.{name}": p.detach() for name, p in (shared.named_parameters() if shared else ())}
+    """Every tensor that files hold, by its name there: parameters and persistent buffers."""
+    parts = [*updates.items(), *copies.items(), *([] if shared is None else [(SHARED, shared)])]
+    found = {f"{path}.{name}": tensor for path, module in parts for name, tensor in module.state_dict().items()}
+    return found | {f"{path}.bias": bias.detach() for path, bias in biases.items()}
 
 
 def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> None:

@@ -161,7 +161,11 @@ class Method:
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def shared(self, sites: list[Site]) -> nn.Module | None:
-        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None."""
+        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None.
+
+        The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
+        never as a submodule of its own.
+        """
         return None
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.base import storage_name
-from reparam.linear import Adapted, Replaced
+from reparam.linear import Adapted, Replaced, Shared
 
 SAMPLES = 256
 ROUNDED = (torch.bfloat16, torch.float16)
@@ -69,7 +69,8 @@ def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module
     yield path, module
     if not isinstance(module, Adapted):
         for name, child in module.named_children():
-            yield from _base_modules(child, f"{path}.{name}".lstrip("."))
+            if not isinstance(child, Shared):
+                yield from _base_modules(child, f"{path}.{name}".lstrip("."))
 
 
 def _digests(tensors: list[tuple[str, Tensor]]) -> dict[torch.dtype, str]:

@@ -131,6 +131,17 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
+SHARED = "reparam_shared"  # where `Shared` is in a model
+
+
+class Shared(nn.ModuleDict):
+    """What all sites of an adapter have in common, by adapter. It is owned once, by the model's root."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself: a root that is an `nn.Sequential` calls every module it owns, this one included."""
+        return x
+
+
 class Replaced(nn.Module):
     """A module that an adapter trains whole (a task's head, say): the original, and a full copy for each adapter."""
 

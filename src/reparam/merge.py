@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reparam.adapter import unwrap
 from reparam.base import Factors, Weight
-from reparam.linear import Adapted
+from reparam.linear import SHARED, Adapted
 from reparam.selection import State, state_of
 from reparam.weights.dense import Dense
 
@@ -180,7 +180,7 @@ def _keep(model: nn.Module, state: State, name: str) -> _Undo:
         model,
         state,
         name,
-        {**state.sites, **state.replaced},
+        {**state.sites, **state.replaced, **({SHARED: getattr(model, SHARED)} if hasattr(model, SHARED) else {})},
         {path: module.weight for path, module in adapter.modules.items()},
         {path: module.weight.tensor().clone() for path, module in adapter.modules.items()},
         {path: module.bias.clone() for path, module in adapter.modules.items() if module.bias is not None},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reparam.bank import Bank, Routing
 from reparam.base import Update, nearest
-from reparam.linear import Adapted, Replaced
+from reparam.linear import SHARED, Adapted, Replaced
 
 if TYPE_CHECKING:
     from reparam.adapter import Adapter
@@ -64,6 +64,8 @@ class State:
             module.drop(name)
         for holder in adapter.replaced.values():
             holder.drop(name)
+        if adapter.shared is not None:
+            del getattr(self.model, SHARED)[name]
         self._slots.pop(name, None)
         self._versions.pop(name, None)
 

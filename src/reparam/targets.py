@@ -9,7 +9,7 @@ from torch import nn
 
 from reparam.base import nearest
 from reparam.embedding import Embedding, why_not_embedding
-from reparam.linear import Adapted, Linear, Replaced, is_conv1d, why_not_linear
+from reparam.linear import Adapted, Linear, Replaced, Shared, is_conv1d, why_not_linear
 
 Targets = str | Iterable[str]
 KEYWORDS = ("all-linear", "attention", "mlp")
@@ -66,7 +66,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in parent.named_children():
-        if module not in seen:
+        if module not in seen and not isinstance(module, Shared):
             seen.add(module)
             yield path + name, module
             if not isinstance(module, Adapted | Replaced):
@@ -134,7 +134,7 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
     for parameter in own:
         yield path, parameter
     for name, child in () if isinstance(module, Adapted) else module._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, Shared):
             yield from _held(child, f"{path}.{name}".lstrip("."))
 
 
