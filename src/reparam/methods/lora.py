@@ -179,7 +179,7 @@ class _Down(torch.autograd.Function):
         return through, F.linear(x, A)
 
     @staticmethod
-    def backward(ctx: Any, g_x: Tensor | None, g_h: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g_x: Tensor | None, g_h: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, A = ctx.saved_tensors
         g_A = g_h.t() @ x if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
