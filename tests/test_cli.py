@@ -237,6 +237,37 @@ def test_an_adapter_that_does_nothing_is_an_error(
     assert "does not change a single output" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "out", "--learning_rate", "1e30", "--save_steps", 1, "--warmup_steps", 0) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "rows.jsonl:" in message
+    assert "nan" in message or "inf" in message
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "out", "--save_steps", 3) == 0
+    done = (tmp_path / "out" / "adapter" / "adapter.safetensors").read_bytes()
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.safetensors").unlink()
+    capsys.readouterr()
+    assert train(base, rows, tmp_path / "out", "--save_steps", 3) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-6" in out
+    assert "optimizer.safetensors" in out
+    assert "checkpoint-3" in out
+    assert (tmp_path / "out" / "adapter" / "adapter.safetensors").read_bytes() == done
+
+
+def test_tensorboard_gets_the_losses(base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert train(base, rows, tmp_path / "out", "--report_to", "tensorboard") == 0
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+
+
 def test_help_names_every_key_and_its_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,9 @@ def train(config: Config, *, show: Show) -> Result:
         show.step("scoring the base model on held-out rows")
         before = _scores(job)
         select(job.model, job.adapter.name)
-        trainer.train(resume_from_checkpoint=config.run.resume and newest(folder).path is not None)
+        found = newest(folder)
+        show.found(found)
+        trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         plot_losses(history, folder / "loss.png")
         if trainer.interrupted is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from reparam.adapter import Adapter
+    from reparam.train.checkpoint import Found
     from reparam.train.run import Job, Result
     from reparam.train.score import Answer, Score
 
@@ -46,6 +47,13 @@ class Show:
     def step(self, text: str) -> None:
         """One line: what happens now."""
         self.console.print(f"[dim]{text} ...[/dim]", highlight=False)
+
+    def found(self, found: Found) -> None:
+        """Which checkpoint the run goes on from, and what it skipped."""
+        for path, reason in found.skipped:
+            self.console.print(f"[yellow]skipped[/yellow] {path}: {reason}", highlight=False)
+        if found.path is not None:
+            self.console.print(f"continuing from {found.path}", highlight=False)
 
     def callback(self, steps: int) -> TrainerCallback:
         """Progress for a Trainer that will make `steps` steps."""
@@ -147,8 +155,6 @@ class _Progress(TrainerCallback):
         self.began = self.since = time.monotonic()
         self.first, self.steps = state.global_step, state.max_steps
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
-        if state.global_step:
-            self.console.print(f"continuing after step {state.global_step}")
         if self.live:
             self.bar.start()
 

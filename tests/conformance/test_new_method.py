@@ -1,0 +1,196 @@
+"""A new method is one file: a toy that uses every interface, registered for one test, goes the whole way.
+
+It has state common to all sites, a controller that counts steps, a penalty, a saved buffer, and a form that depends on
+its input.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from cases import FAMILIES, error, move
+from models import IDS, logits
+from torch import Tensor, nn
+from toys import Counter, Nudge, registered
+
+import reparam
+from reparam.base import METHODS, InputDependentError
+from reparam.io.record import FormatError
+
+LLAMA = FAMILIES["llama"]
+SHARED = {"reparam_shared.width32", "reparam_shared.width48"}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    before = dict(METHODS)
+    with registered(nudge=Nudge):
+        yield
+    assert before == METHODS
+
+
+def step(model: nn.Module, adapter: reparam.Adapter, optimizer: torch.optim.Optimizer) -> float:
+    """One step on the loss and the penalty."""
+    loss = models.loss(model)
+    penalty = adapter.penalty()
+    optimizer.zero_grad()
+    (loss if penalty is None else loss + penalty).backward()
+    optimizer.step()
+    return float(loss)
+
+
+def test_it_trains_with_its_controller_and_its_penalty() -> None:
+    model, adapter = LLAMA.adapted(Nudge(price=0.5))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    adapter.bind(optimizer)
+    losses = [step(model, adapter, optimizer) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert isinstance(adapter.controller, Counter)
+    assert (adapter.controller.steps, adapter.controller.gradients) == (4, 4)
+    expected = sum(0.5 * float(update.b.square().sum()) for update in adapter.updates.values())
+    assert float(adapter.penalty()) == pytest.approx(expected, rel=1e-5)
+    adapter.penalty().backward()
+    assert LLAMA.adapted(Nudge(), name="free")[1].penalty() is None
+
+
+def test_shared_state_is_owned_once_by_the_root() -> None:
+    model, adapter = LLAMA.adapted(Nudge())
+    held = [name for name, _ in model.named_parameters() if "width32" in name]
+    assert held == ["reparam_shared.one.width32"]
+    assert {name for name, _, role in adapter.named_parameters() if role == "core"} == SHARED
+    assert sum(p.requires_grad for p in model.parameters()) == len(adapter.parameters())
+    models.loss(model).backward()
+    model.double()
+    assert adapter.shared is not None
+    assert all(p.dtype == torch.float64 for p in adapter.shared.parameters())
+    assert logits(model).dtype == torch.float64
+
+
+def test_an_optimizer_without_the_shared_state_is_refused() -> None:
+    _, adapter = LLAMA.adapted(Nudge())
+    own = [p for name, p, _ in adapter.named_parameters() if name not in SHARED]
+    with pytest.raises(ValueError, match=r"2 parameters are not in the optimiser .*reparam_shared\.width32"):
+        adapter.bind(torch.optim.SGD(own, lr=1))
+
+
+def test_it_is_saved_whole_and_loaded(tmp_path: Path) -> None:
+    model, adapter = LLAMA.adapted(Nudge(strength=0.5))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    adapter.bind(optimizer)
+    for _ in range(3):
+        step(model, adapter, optimizer)
+    adapter.save(tmp_path / "a")
+    assert adapter.tensors().keys() >= SHARED
+
+    other = LLAMA.make()
+    again = reparam.load(other, tmp_path / "a", name="again")
+    assert again.method == Nudge(strength=0.5)
+    assert torch.equal(logits(other), logits(model))
+    assert {int(update.steps) for update in again.updates.values()} == {3}
+    assert not any(p.requires_grad for p in again.parameters())
+    with pytest.raises(FormatError, match="PEFT has no equal of the method 'nudge'"):
+        adapter.save(tmp_path / "b", format="peft")
+
+
+def test_two_of_them_have_shared_state_of_their_own() -> None:
+    """In a mixed batch too; and removing one leaves the other's."""
+    model, _ = LLAMA.adapted(Nudge(), seed=1)
+    alone = logits(model)
+    move(LLAMA.attach(model, Nudge(strength=2), name="two"), 2)
+    second = logits(model)
+    with torch.no_grad(), reparam.select(model, ["two", "one", None]):
+        mixed = logits(model)
+    with reparam.select(model, None):
+        base = logits(model)
+    for row, expected in enumerate((second, alone, base)):
+        assert error(mixed[row], expected[row]) < 1e-5
+    reparam.remove(model, "two")
+    reparam.select(model, "one")
+    assert torch.equal(logits(model), alone)
+    reparam.remove(model, "one")
+    assert str(model) == str(LLAMA.make())
+    assert torch.equal(logits(model), base)
+
+
+def test_merging_folds_it_and_restore_brings_the_shared_state_back() -> None:
+    model, adapter = LLAMA.adapted(Nudge(), seed=1)
+    y = logits(model)
+    report = reparam.merge(model, keep_base=True)
+    assert error(logits(model), y) < 1e-5
+    assert str(model) == str(LLAMA.make())
+    report.restore()
+    assert torch.equal(logits(model), y)
+    model.double()
+    assert all(p.dtype == torch.float64 for p in adapter.parameters())
+
+
+def test_a_copy_of_the_model_has_shared_state_of_its_own() -> None:
+    model, adapter = LLAMA.adapted(Nudge(), seed=1)
+    twin = copy.deepcopy(model)
+    y = logits(model)
+    with torch.no_grad():
+        for parameter in reparam.adapters(twin)["one"].shared.parameters():
+            parameter.add_(1)
+    assert torch.equal(logits(model), y)
+    assert error(logits(twin), y) > 1e-2
+    assert adapter.shared is not reparam.adapters(twin)["one"].shared
+
+
+def test_the_root_may_be_a_sequential() -> None:
+    """Which calls every module that it owns."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.randn(3, 5)
+    base = model(x)
+    move(reparam.attach(model, Nudge()), 1)
+    with reparam.select(model, None):
+        assert torch.equal(model(x), base)
+    assert error(model(x), base) > 1e-2
+    reparam.merge(model)
+    assert len(model) == 3
+
+
+def test_an_update_that_depends_on_its_input_is_used_alone(tmp_path: Path) -> None:
+    """It trains, is saved and loaded; it is not merged, not banked, and not put on an embedding."""
+    model = LLAMA.make()
+    base = str(model)
+    with pytest.raises(InputDependentError, match="routed"):
+        reparam.attach(model, Nudge(routed=True), targets=["q_proj", "embed_tokens"])
+    assert str(model) == base
+    adapter = reparam.attach(model, Nudge(routed=True), name="routed")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    adapter.bind(optimizer)
+    losses = [step(model, adapter, optimizer) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    y = logits(model)
+    move(reparam.attach(model, reparam.LoRA(), name="plain"), 1)
+    with pytest.raises(InputDependentError):
+        reparam.select(model, ["plain", "routed", None])
+    with torch.no_grad(), reparam.select(model, ["plain", "plain", None]):
+        logits(model, IDS)
+    reparam.select(model, "routed")
+    with pytest.raises(InputDependentError):
+        reparam.merge(model)
+    assert torch.equal(logits(model), y)
+    adapter.save(tmp_path / "a")
+    other = LLAMA.make()
+    reparam.load(other, tmp_path / "a")
+    assert torch.equal(logits(other), y)
+
+
+def test_gradients_reach_the_shared_state_from_every_site() -> None:
+    model, adapter = LLAMA.adapted(Nudge(), seed=1)
+    models.loss(model).backward()
+    assert adapter.shared is not None
+    whole: Tensor = adapter.shared["width32"].grad  # type: ignore[index]
+    parts = torch.zeros_like(whole)
+    for name in adapter.sites:
+        other, again = LLAMA.adapted(Nudge(), seed=1)
+        separate = copy.deepcopy(again.shared)
+        again.updates[name].owner = (separate,)  # type: ignore[assignment]
+        models.loss(other).backward()
+        found = separate["width32"].grad  # type: ignore[index]
+        parts += 0 if found is None else found
+    assert error(parts, whole) < 1e-4
