@@ -1,4 +1,8 @@
-"""What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one."""
+"""What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one.
+
+A toy storage and a toy method are among them, so that packed weights, gains, shared state and updates that depend on
+their input are always met.
+"""
 
 import dataclasses
 import re
@@ -9,20 +13,21 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Fixed16
+from toys import Fixed16, Nudge
 from transformers.pytorch_utils import Conv1D
 
 import reparam
 from reparam import targets
 from reparam.base import METHODS, STORAGES, InputDependentError, Method, Weight
 
+TOYS: dict[str, type[Method]] = {"nudge": Nudge}
 SETTINGS = [
     pytest.param(cls(**settings), id=f"{name}{index}")
-    for name, cls in METHODS.items()
+    for name, cls in {**METHODS, **TOYS}.items()
     for index, settings in enumerate(cls.examples)
 ]
-FIRST = [pytest.param(cls(**cls.examples[0]), id=name) for name, cls in METHODS.items()]
-PACKED: dict[str, type[Weight]] = {**STORAGES, "fixed16": Fixed16}  # a toy, so that there is always a packed one
+FIRST = [param for param in SETTINGS if param.id and param.id.endswith("0")]
+PACKED: dict[str, type[Weight]] = {**STORAGES, "fixed16": Fixed16}
 KINDS = ("linear", "bias", "conv1d", "embedding")
 
 
@@ -104,8 +109,12 @@ FAMILIES = {
     "llama": Family(models.llama, "embed_tokens", "lm_head"),
     "gpt2": Family(models.gpt2, "wte", "lm_head"),
 }
-PLACES = [("llama", storage) for storage in PACKED] + [("gpt2", "dense")]
-"""Models and storages that the checks of whole models use."""
+ELSEWHERE = [("llama", storage) for storage in PACKED if storage != "dense"] + [("gpt2", "dense")]
+CASES = [
+    *(pytest.param(FAMILIES["llama"], "dense", *p.values, id=f"llama-dense-{p.id}") for p in SETTINGS),
+    *(pytest.param(FAMILIES[f], s, *p.values, id=f"{f}-{s}-{p.id}") for f, s in ELSEWHERE for p in FIRST),
+]
+"""Model, storage and method for the checks of whole models: every setting, and the first of each elsewhere."""
 
 
 def store(model: nn.Module, paths: list[str], storage: str) -> None:

@@ -1,12 +1,12 @@
-"""The toy storage is registered while the conformance suite runs, so that every check also meets a packed storage."""
+"""The toys are registered while the conformance suite runs, and at no other time."""
 
 from collections.abc import Iterator
 
 import pytest
-from toys import Fixed16, registered
+from toys import Fixed16, Nudge, registered
 
 
 @pytest.fixture(autouse=True)
-def _toy_storage() -> Iterator[None]:
-    with registered(fixed16=Fixed16):
+def _toys() -> Iterator[None]:
+    with registered(fixed16=Fixed16, nudge=Nudge):
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from cases import FAMILIES, FIRST, PACKED, SETTINGS, base_of, error, move, store
+from cases import FAMILIES, FIRST, PACKED, SETTINGS, base_of, error, has_factors, move, store
 from models import IDS, logits
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -50,7 +50,7 @@ def check_compiled(model: nn.Module, x: Tensor, adapter: reparam.Adapter) -> Non
     torch.compiler.reset()
 
 
-@every
+@first
 @stored
 def test_layers_compile_without_graph_breaks(storage: str, method: Method) -> None:
     model = nn.Sequential(OrderedDict(wte=nn.Embedding(9, 12), q_proj=nn.Linear(12, 8), c_attn=Conv1D(6, 8)))
@@ -72,9 +72,8 @@ def test_a_model_compiles_without_graph_breaks(method: Method) -> None:
 
 
 @every
-@stored
-def test_checkpointed_gradients_are_the_plain_ones(storage: str, method: Method) -> None:
-    model, adapter = LLAMA.adapted(method, storage, seed=1)
+def test_checkpointed_gradients_are_the_plain_ones(method: Method) -> None:
+    model, adapter = LLAMA.adapted(method, seed=1)
     model.train()
     expected = gradients(model, adapter)
     for reentrant in (False, True):
@@ -133,13 +132,14 @@ def test_a_16_bit_base_trains_with_masters_in_float32(method: Method, dtype: tor
     assert losses[-1] < 0.98 * losses[0]
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in adapter.parameters())  # type: ignore[union-attr]
     assert models.same(base_of(model), before)
-    with torch.no_grad(), reparam.select(model, ["one", None, "one"]):
-        mixed = logits(model)
-    assert mixed.dtype == dtype
-    assert error(mixed[0], logits(model)[0]) < 3e-2
+    if has_factors(adapter):
+        with torch.no_grad(), reparam.select(model, ["one", None, "one"]):
+            mixed = logits(model)
+        assert mixed.dtype == dtype
+        assert error(mixed[0], logits(model)[0]) < 3e-2
 
 
-@every
+@first
 @stored
 def test_autocast_computes_in_bfloat16_and_keeps_the_masters(storage: str, method: Method) -> None:
     model, adapter = LLAMA.adapted(method, storage, seed=1)
@@ -150,11 +150,11 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_masters(storage: str, metho
         found = gradients(model, adapter)
         model.eval()
         low = logits(model)
-        with torch.no_grad(), reparam.select(model, ["one", None, "one"]):
-            mixed = logits(model)
+        if has_factors(adapter):
+            with torch.no_grad(), reparam.select(model, ["one", None, "one"]):
+                assert error(logits(model)[0], low[0]) < 5e-2
     assert low.dtype == torch.bfloat16
     assert 1e-5 < error(low, y) < 5e-2
-    assert error(mixed[0], low[0]) < 5e-2
     assert all(g.dtype == torch.float32 for g in found.values())
     assert max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items()) < 0.15
 

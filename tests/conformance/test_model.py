@@ -7,18 +7,14 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from cases import FAMILIES, FIRST, PLACES, SETTINGS, Family, base_of, error, has_factors, move
+from cases import CASES, Family, base_of, error, has_factors, move
 from models import IDS, logits
 
 import reparam
 from reparam.base import InputDependentError, Method
 from reparam.linear import Adapted
 
-pytestmark = pytest.mark.parametrize(
-    ("family", "storage"), [(FAMILIES[f], s) for f, s in PLACES], ids=map("-".join, PLACES)
-)
-every = pytest.mark.parametrize("method", SETTINGS)
-first = pytest.mark.parametrize("method", FIRST)
+pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 
 
 def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate: float = 1e-2) -> list[float]:
@@ -39,7 +35,6 @@ def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate:
     return losses
 
 
-@every
 def test_a_fresh_adapter_is_the_base_and_so_is_none(family: Family, storage: str, method: Method) -> None:
     model = family.build(storage)
     base = logits(model)
@@ -54,7 +49,6 @@ def test_a_fresh_adapter_is_the_base_and_so_is_none(family: Family, storage: str
     assert error(logits(model), base) > 1e-2
 
 
-@every
 def test_training_lowers_the_loss_and_leaves_the_base_alone(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage)
     before = base_of(model)
@@ -66,7 +60,6 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(family: Family, stor
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-@every
 def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage, seed=1)
     plain = [type(module) for module in family.make().modules()]
@@ -87,7 +80,6 @@ def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage:
     assert torch.equal(logits(model), y)
 
 
-@every
 def test_a_mixed_batch_is_each_row_alone(family: Family, storage: str, method: Method) -> None:
     """Rows with different adapters, ranks and sites, and rows with none; in one forward and in `generate`."""
     model, adapter = family.adapted(method, storage, seed=1)
@@ -120,7 +112,6 @@ def test_a_mixed_batch_is_each_row_alone(family: Family, storage: str, method: M
     assert model.state_dict().keys() == keys
 
 
-@every
 def test_saved_and_loaded_is_the_same_bit_for_bit(family: Family, storage: str, method: Method, tmp_path: Path) -> None:
     model, adapter = family.adapted(method, storage)
     train(model, adapter, steps=2)
@@ -136,7 +127,6 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(family: Family, storage: str, 
     ).read_bytes()
 
 
-@every
 def test_the_same_seed_gives_the_same_adapter(family: Family, storage: str, method: Method) -> None:
     """Whatever was drawn or wrapped before."""
     _, adapter = family.adapted(method, storage)
@@ -147,7 +137,6 @@ def test_the_same_seed_gives_the_same_adapter(family: Family, storage: str, meth
     assert models.same(family.attach(model, method).tensors(), adapter.tensors())
 
 
-@first
 def test_a_copy_of_the_model_is_a_model_of_its_own(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage, seed=1)
     twin = copy.deepcopy(model)
@@ -162,7 +151,6 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(family: Family, storage: str,
     assert all(p.requires_grad for p in adapter.parameters())
 
 
-@first
 def test_the_state_dict_goes_round_without_pickle(family: Family, storage: str, method: Method) -> None:
     model, _ = family.adapted(method, storage, seed=1)
     content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
@@ -171,7 +159,6 @@ def test_the_state_dict_goes_round_without_pickle(family: Family, storage: str, 
     assert torch.equal(logits(other), logits(model))
 
 
-@first
 def test_removing_the_last_adapter_gives_the_plain_model_back(family: Family, storage: str, method: Method) -> None:
     model = family.build(storage)
     base, shape = logits(model), str(family.make())

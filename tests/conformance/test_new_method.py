@@ -5,7 +5,6 @@ its input.
 """
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import models
@@ -17,19 +16,11 @@ from torch import Tensor, nn
 from toys import Counter, Nudge, registered
 
 import reparam
-from reparam.base import METHODS, InputDependentError
+from reparam.base import METHODS, InputDependentError, method
 from reparam.io.record import FormatError
 
 LLAMA = FAMILIES["llama"]
 SHARED = {"reparam_shared.width32", "reparam_shared.width48"}
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    before = dict(METHODS)
-    with registered(nudge=Nudge):
-        yield
-    assert before == METHODS
 
 
 def step(model: nn.Module, adapter: reparam.Adapter, optimizer: torch.optim.Optimizer) -> float:
@@ -178,6 +169,16 @@ def test_an_update_that_depends_on_its_input_is_used_alone(tmp_path: Path) -> No
     other = LLAMA.make()
     reparam.load(other, tmp_path / "a")
     assert torch.equal(logits(other), y)
+
+
+def test_registering_lasts_as_long_as_the_test_and_names_are_unique() -> None:
+    before = dict(METHODS)
+    with registered(fleeting=Nudge):
+        assert METHODS["fleeting"] is Nudge
+    assert before == METHODS
+    with pytest.raises(AssertionError, match="two methods are called lora"):
+        method("lora")(Nudge)
+    Nudge.name = "nudge"
 
 
 def test_gradients_reach_the_shared_state_from_every_site() -> None:
