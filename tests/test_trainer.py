@@ -385,12 +385,22 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
 
 
 def test_a_moved_run_still_knows_its_best(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    saved(tmp_path / "here", **settings, learning_rate=10.0, lr_scheduler_type="constant")
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # so that the first is the best
+    }
+    first = trainer(tmp_path / "here", **settings)
+    first.train()
     (tmp_path / "here").rename(tmp_path / "there")
-    run = trainer(tmp_path / "there", **settings, max_steps=3)
-    run.train(resume_from_checkpoint=True)
-    assert run.state.best_model_checkpoint == str(tmp_path / "there" / f"checkpoint-{run.state.best_global_step}")
+    second = trainer(tmp_path / "there", model=tiny(seed=7), **settings)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.best_model_checkpoint == str(tmp_path / "there" / "checkpoint-2")
+    assert same(weights(first.model), weights(second.model))
 
 
 def test_no_pickle_and_no_frozen_weights_are_written(tmp_path):
@@ -528,6 +538,44 @@ def test_a_terminated_run_leaves_a_checkpoint(ended):
     found = newest(ended / "terminated")
     assert found.path.name == "checkpoint-2"
     assert found.skipped == []
+
+
+# ---- several processes
+
+RANKS = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_trainer as t
+
+folder, second = Path(sys.argv[2]), os.environ["RANK"] == "1"
+straight = t.trainer(folder / "straight", max_steps=4)
+t.torch.manual_seed(second)  # so that each process drops out other units
+straight.train()
+stop = [t.At(2, t.send(t.signal.SIGTERM))] if second else []  # only one of them gets the signal
+first = t.trainer(folder / "run", max_steps=4, callbacks=stop)
+t.torch.manual_seed(second)
+first.train()
+assert (first.interrupted, first.state.global_step) == (t.signal.SIGTERM, 2)
+again = t.trainer(folder / "run", model=t.tiny(seed=7), max_steps=4)
+again.train(resume_from_checkpoint=True)
+assert again.args.world_size == 2
+assert t.same(t.weights(straight.model), t.weights(again.model))
+assert t.history(straight.state) == t.history(again.state)
+"""
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    rng = json.loads((tmp_path / "run" / "checkpoint-4" / "rng.json").read_text())
+    assert len(rng["tree"]) == 2
 
 
 # ---- numbers that are not finite

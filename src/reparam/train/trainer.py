@@ -15,7 +15,7 @@ Private methods of transformers 5.23 are overridden where it has no public way; 
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +29,13 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from reparam.io.staged import staged_folder
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
+from reparam.train.order import ByEpoch, row_order, unsupported
 from reparam.train.state import (
     State,
     StateError,
@@ -89,13 +90,15 @@ class Trainer(transformers.Trainer):
         row_names: Callable[[int], str] | Sequence[str] | None = None,
         extra_loss: Callable[[], Tensor | None] | None = None,
     ) -> None:
-        problems = _unsupported(args) + ([] if hasattr(train_dataset, "__len__") else ["train_dataset has no length"])
+        problems = unsupported(args) + ([] if hasattr(train_dataset, "__len__") else ["train_dataset has no length"])
         if problems:
             raise ValueError("cannot train like this: " + "; ".join(problems))
         # Otherwise the data order follows whatever seed torch was given last before `train`.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         # Otherwise early stopping starts counting anew on resume.
         args.restore_callback_states_from_checkpoint = True
+        # The check in compute_loss comes before it, and waiting for the device once is enough.
+        args.logging_nan_inf_filter = False
         super().__init__(
             model,
             args,
@@ -164,7 +167,7 @@ class Trainer(transformers.Trainer):
         if not (found.path / TRAINER_STATE_NAME).is_file():
             raise StateError(f"{found.path} lacks {TRAINER_STATE_NAME}: it was not saved by this trainer")
         state = load_state(found.path)
-        then, now = state.progress["plan"], self._plan()
+        then, now = state.progress["row_order"], self._row_order()
         changed = [f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in now if then.get(key) != now[key]]
         if changed:
             raise ValueError(
@@ -173,18 +176,8 @@ class Trainer(transformers.Trainer):
         self.resumed, self._loaded = found, state
         return found.path
 
-    def _plan(self) -> dict[str, Any]:
-        """What the order of the training rows depends on."""
-        args = self.args
-        return {
-            "number of training rows": len(self.train_dataset),  # type: ignore[arg-type]
-            "train_batch_size": args.train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "number of processes": args.world_size,
-            "data_seed": args.data_seed,
-            "train_sampling_strategy": str(args.train_sampling_strategy),
-            "dataloader_drop_last": args.dataloader_drop_last,
-        }
+    def _row_order(self) -> dict[str, Any]:
+        return row_order(self.args, len(cast(Sized, self.train_dataset)))
 
     def _init_training_state(
         self,
@@ -217,7 +210,11 @@ class Trainer(transformers.Trainer):
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=cast(Any, exported)).stateful_callbacks
         rng = gather_object([random_state()]) if self.args.world_size > 1 else [random_state()]
         # The sum of losses since the last log entry: transformers forgets it, and the next entry would lack them.
-        progress = {"plan": self._plan(), "loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
+        progress = {
+            "row_order": self._row_order(),
+            "loss": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
+        }
 
         def write(folder: Path) -> None:
             self._save_trained(folder)
@@ -354,31 +351,11 @@ class Trainer(transformers.Trainer):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        # Overridden because the order by length is drawn from torch's global generator when an epoch starts, whose
-        # state at that time a checkpoint from the middle of the epoch does not have.
+        # Overridden because of what ByEpoch's docstring says.
         sampler = super()._get_train_sampler(train_dataset)
         return (
-            _ByEpoch(sampler, cast(int, self.args.data_seed)) if isinstance(sampler, LengthGroupedSampler) else sampler
+            ByEpoch(sampler, cast(int, self.args.data_seed)) if isinstance(sampler, LengthGroupedSampler) else sampler
         )
-
-
-class _ByEpoch(Sampler[int]):
-    """Order by length that follows from the seed and the epoch alone."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-        sampler.generator = torch.Generator()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator.manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
 
 class _Hooks(TrainerCallback):
@@ -417,27 +394,3 @@ class _Hooks(TrainerCallback):
         if self.trainer._stopping and not float(state.epoch).is_integer():
             # transformers takes every stop for the end of the epoch; the resumed run will come to the real one.
             control.should_log = control.should_evaluate = control.should_save = False
-
-
-def _unsupported(args: TrainingArguments) -> list[str]:
-    """What in the arguments would break the promises of `Trainer`."""
-    refused = {
-        "push_to_hub": (args.push_to_hub, "push the result after training"),
-        "save_only_model": (args.save_only_model, "a checkpoint without optimiser state cannot be resumed"),
-        "ignore_data_skip": (args.ignore_data_skip, "a resumed run would see the same rows again"),
-        "auto_find_batch_size": (args.auto_find_batch_size, "a resumed run could get another batch size; set one"),
-        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "SIGTERM leads to a checkpoint without it"),
-        "dataloader_persistent_workers": (
-            args.dataloader_persistent_workers,
-            "such workers draw their seeds once per process, so the random numbers of a resumed run would differ",
-        ),
-        "use_seedable_sampler=False": (
-            not cast(AcceleratorConfig, args.accelerator_config).use_seedable_sampler,
-            "the order of the rows would be lost when a run stops in the middle of an epoch",
-        ),
-        "save_total_limit=1 with metric_for_best_model": (
-            args.save_total_limit == 1 and args.metric_for_best_model is not None,
-            "the newest checkpoint would be deleted in favour of the best one; use 2",
-        ),
-    }
-    return [f"{name}: {why}" for name, (given, why) in refused.items() if given]
