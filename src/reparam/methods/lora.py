@@ -85,8 +85,12 @@ class LoRA(Method):
             problems.append(f"scaling={self.scaling!r}: expected one of {', '.join(SCALINGS)}")
         if self.init not in INITS:
             problems.append(f"init={self.init!r}: expected one of {', '.join(INITS)}")
-        if self.init_std is not None and not (self.init == "gaussian" and self.init_std > 0):
-            problems.append(f"init_std={self.init_std!r}: only for init='gaussian', and above 0")
+        if self.init_std is not None and not (self.init == "gaussian" and 0 < self.init_std < math.inf):
+            problems.append(f"init_std={self.init_std!r}: only for init='gaussian', and a finite number above 0")
+        for field in ("rank_pattern", "alpha_pattern"):
+            problems += [
+                f"{field} {p!r} is no regular expression: {why}" for p in getattr(self, field) if (why := _bad(p))
+            ]
         if problems:
             raise ValueError("LoRA: " + "; ".join(problems))
 
@@ -190,6 +194,15 @@ class _Down(torch.autograd.Function):
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _bad(pattern: str) -> str | None:
+    """What is wrong with a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def _matches(pattern: str, name: str) -> bool:
