@@ -99,13 +99,13 @@ def sites_table(adapter: Adapter) -> Table:
 def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
     """Held-out scores of base and adapter with their intervals."""
     table = Table()
-    for column in ("score, on held-out rows", "base (95 % interval)", "with adapter (95 % interval)", "rows"):
+    for column in ("held-out score", "base, 95 % interval", "with adapter", "rows"):
         table.add_column(column)
     for old, new in zip(before, after, strict=True):
         better = (new.value > old.value) == old.larger_is_better and new.value != old.value
         colour = "green" if better else "red"
         table.add_row(
-            f"{old.name} ({'higher' if old.larger_is_better else 'lower'} is better)",
+            f"{old.name} {'↑' if old.larger_is_better else '↓'}",
             f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
             f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
             str(new.rows),
