@@ -152,7 +152,8 @@ def attach(
     Adapter('task', lora, 1 sites, 16 parameters)
     """
     names = targets_.resolve(model, targets)
-    whole = [path for end in modules_to_save for path in targets_.ending(model, end)]
+    ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    whole = [path for end in ends for path in targets_.ending(model, end)]
     inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
     names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
     adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from reparam.base import nearest
 from reparam.embedding import Embedding, why_not_embedding
@@ -21,33 +23,67 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     "all-linear" is every linear map but the output head; "attention" and "mlp" are the linear maps of the repeated
     blocks inside, and outside, an attention module; `re:...` is a regular expression for the whole path; anything else
     is a path or the end of one. Several may be given. Raises ValueError, with all problems at once, where one of them
-    matches nothing (naming the nearest) or something that is neither a linear map nor an embedding.
+    matches nothing (naming the nearest) or something that is neither a linear map nor an embedding. Warns, naming
+    them, of weights that one of the three words stands for and that no update can go on, such as fused experts.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
-    linear = [name for name, module in modules.items() if is_linear(module)]
-    problems, found = [], set()
+    linear = {name: why_not(m) for name, m in modules.items() if isinstance(m, Linear | nn.Linear) or is_conv1d(m)}
+    linear |= fused(modules)
+    problems: list[str] = []
+    found: set[str] = set()
+    missed: dict[str, str] = {}
     if not wanted:
         problems.append("no targets were given; try 'all-linear'")
     for target in wanted:
         if target in KEYWORDS:
-            names = _keyword(target, linear, head=_head(model))
+            asked = _keyword(target, list(linear), head=_head(model))
+            names = [name for name in asked if linear[name] is None]
+            missed |= {name: why for name in asked if (why := linear[name])}
         elif target.startswith("re:"):
-            pattern = re.compile(target[3:])
-            names = [name for name in modules if pattern.fullmatch(name) and why_not(modules[name]) is None]
+            names = _matching(target[3:], modules, problems)
         else:
             names = [name for name in modules if name == target or name.endswith("." + target)]
             problems += [f"{name}: {why}" for name in names if (why := why_not(modules[name]))]
         if not names:
-            usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not(module) is None}
-            problems.append(
-                f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible ends of paths "
-                f"are {', '.join(sorted(usable)) or 'none'}"
-            )
+            problems.append(_nothing(target, modules))
         found |= set(names)
+    left = "; ".join(f"{name} ({why})" for name, why in list(missed.items())[:3])
+    left += f"; and {len(missed) - 3} more" if len(missed) > 3 else ""
     if problems:
-        raise ValueError("targets: " + "; ".join(problems[:10]))
+        raise ValueError("targets: " + "; ".join(problems[:10]) + (f"; no update can go on {left}" if left else ""))
+    if left:
+        warnings.warn(f"targets: no update goes on {left}; they stay as they are in the base", stacklevel=3)
     return [name for name in modules if name in found]
+
+
+def fused(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Parameters that hold a matrix for each of several experts, which no module stands for: path -> what it is."""
+    return {
+        f"{path}.{name}": f"a fused weight {list(parameter.shape)}"
+        for path, module in modules.items()
+        if not isinstance(module, Adapted | Replaced | nn.Bilinear | _ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    }
+
+
+def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
+    """Adaptable modules whose whole path the regular expression matches; a bad one is added to the problems."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        problems.append(f"{pattern!r} is no regular expression: {error}")
+        return []
+    return [name for name in modules if compiled.fullmatch(name) and why_not(modules[name]) is None]
+
+
+def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
+    usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not(module) is None}
+    return (
+        f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible ends of paths "
+        f"are {', '.join(sorted(usable)) or 'none'}"
+    )
 
 
 def ending(model: nn.Module, end: str) -> list[str]:
@@ -71,11 +107,6 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
             yield path + name, module
             if not isinstance(module, Adapted | Replaced):
                 yield from _below(module, f"{path}{name}.", seen)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map that can be adapted, or is one already."""
-    return isinstance(module, Linear) or why_not_linear(module) is None
 
 
 def why_not(module: nn.Module) -> str | None:
