@@ -36,16 +36,18 @@ def load(
     folder = Path(folder)
     check_name(model, name)
     record = files.read(folder)
-    _check_model(model, record, folder)
+    have = dict(targets.walk(model))
+    _check_model(model, have, record, folder)
     if check_base:
         _check_base(model, record, folder)
+    _check_frozen(model, record, folder, values=check_base)
     biased = any(f"{site}.bias" in record.tensors for site in record.sites)
     try:
         adapter = install(
             model,
             record.method,
-            names=list(record.sites),
-            replaced=list(record.replaced),
+            names=[path for path in have if path in record.sites],
+            replaced=[path for path in have if path in record.replaced],
             name=name,
             bias=biased,
             check=lambda wanted: _check_fit(wanted, record, folder),
@@ -81,9 +83,8 @@ def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> No
         raise FormatError(f"{folder}: tensors do not fit: {listed(problems)}")
 
 
-def _check_model(model: nn.Module, record: Record, folder: Path) -> None:
+def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
     """The model has every site, with the right sizes, and no other adapter in the way."""
-    have = dict(targets.walk(model))
     lost = [name for name in (*record.sites, *record.replaced) if name not in have]
     for name in lost:
         inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
@@ -113,11 +114,13 @@ def _check_model(model: nn.Module, record: Record, folder: Path) -> None:
 def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
     """What the file says that it holds, it holds."""
     assert record.claims is not None
-    missing = [
-        path
-        for path, module in have.items()
-        if path not in record.sites and record.claims.site(path) and targets.why_not(module) is None
-    ] + [path for path in have if path not in record.replaced and record.claims.whole(path)]
+    missing = []
+    for path, module in have.items():
+        inside = any(f"{path}.".startswith(f"{whole}.") for whole in record.replaced)
+        site = path not in record.sites and targets.why_not(module) is None and record.claims.site(path)
+        whole = record.claims.whole(path) and any(True for _ in module.parameters())
+        if (site or whole) and not inside:
+            missing.append(path)
     if missing:
         raise FormatError(
             f"{folder}: its settings name modules that it holds no tensors for: {listed(missing)}; the file is not "
@@ -138,19 +141,25 @@ def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
                 f"{folder}: trained on other weights than this model's (base: {record.base.source or 'unnamed'}); load "
                 f"that base, or pass check_base=False if an adapter on changed weights is meant"
             )
-    if record.frozen:
-        own = dict(base_tensors(model))
-        for key, tensor in record.frozen.items():
-            if key not in own or not _same(own[key].detach().cpu(), tensor):
-                raise FormatError(
-                    f"{folder}: carries its own {key} {list(tensor.shape)}, which differs from the base's; was the "
-                    f"vocabulary resized? Load the base it was trained on"
-                )
+
+
+def _check_frozen(model: nn.Module, record: Record, folder: Path, *, values: bool) -> None:
+    """What the file carries along of the base is in the model, and, if asked, has the same values there."""
+    own = dict(base_tensors(model)) if record.frozen else {}
+    for key, tensor in record.frozen.items():
+        if key not in own:
+            raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has a place for it")
+        shape = list(own[key].shape)
+        if list(tensor.shape) != shape or (values and not _same(own[key].detach().cpu(), tensor)):
+            raise FormatError(
+                f"{folder}: carries its own {key} {list(tensor.shape)}, which differs from the base's {shape}; was the "
+                f"vocabulary resized? Load the base it was trained on"
+            )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, as far as the coarser of their dtypes can tell."""
-    if one.shape != other.shape:
-        return False
+    """Whether two tensors of one shape are equal, as far as the coarser of their dtypes can tell."""
+    if not (one.is_floating_point() and other.is_floating_point()):
+        return torch.equal(one, other)
     coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(one.to(coarse), other.to(coarse))

@@ -9,34 +9,41 @@ from reparam.io.record import FormatError, Record
 from reparam.io.staged import staged_folder
 
 FORMATS = {"reparam": native, "peft": peft}
-OURS = {native.WEIGHTS, native.CONFIG, peft.WEIGHTS, peft.CONFIG, "README.md"}
 
 
 def read(folder: str | Path) -> Record:
     """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
     folder = Path(folder)
-    found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder")
-    if len(found) != 1:
-        what = "both" if found else "neither"
-        raise FormatError(f"{folder}: expected {native.CONFIG} or {peft.CONFIG}, found {what}")
-    return found[0].read(folder)
+        raise FormatError(
+            f"{folder}: {'is a file; give the folder that it is in' if folder.exists() else 'no such folder'}"
+        )
+    found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
+    if len(found) == 1:
+        return found[0].read(folder)
+    if found:
+        raise FormatError(f"{folder}: holds both {native.CONFIG} and {peft.CONFIG}; move one of the two adapters away")
+    below = sorted({file.parent.name for module in FORMATS.values() for file in folder.glob(f"*/{module.CONFIG}")})
+    hint = f". There are adapters in its subfolders: {', '.join(below)}" if below else ""
+    raise FormatError(f"{folder}: no adapter here: neither {native.CONFIG} nor {peft.CONFIG} was found{hint}")
 
 
 def write(folder: str | Path, record: Record, *, format: str = "reparam") -> None:
-    """Put the adapter into `folder`, which is made, or replaced if it holds an adapter and nothing else."""
+    """Put the adapter into `folder`, which is made, or replaced if it holds an adapter in this format and nothing else.
+
+    Raises ValueError for an unknown format, and where replacing the folder would delete something else.
+    """
     folder = Path(folder)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; give a folder")
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.exists() else []
+    contents = FORMATS[format].files(record)
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in contents) if folder.exists() else []
     if foreign:
         raise ValueError(
-            f"{folder}: holds other files ({', '.join(foreign[:3])}), which would be lost; give a new folder"
+            f"{folder}: holds other files ({', '.join(foreign[:3])}), which would be deleted; give a new folder"
         )
-    contents = FORMATS[format].files(record)
     with staged_folder(folder, owned=True) as staging:
         for name, content in contents.items():
             (staging / name).write_bytes(content)

@@ -1,7 +1,8 @@
 """The project's own format: `adapter.safetensors` and `adapter.json` in one folder.
 
 `adapter.json` holds the method with its settings, the sites, the base, the SHA-256 of the weights file, and a digest
-of itself, so that neither file can change without the other. The folder is staged, fsynced and put in place at once.
+of itself, so that neither file can change without the other. The digests find damage and edits. They are no signature:
+who writes both files anew can write anything, so every value is checked before it is used, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -9,77 +10,145 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from reparam.base import Site, find_method
-from reparam.io.record import Base, FormatError, Record
+from reparam.base import Method, Site, find_method
+from reparam.io.plain import decode
+from reparam.io.record import Base, FormatError, Record, listed
+from reparam.linear import SHARED
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
-VERSION = 1
+FORMAT, VERSION = "reparam adapter", 1
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    kind: Literal["linear", "embedding"]
+    shape: tuple[int, int]
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    file: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """The keys of `adapter.json`, in the order in which they are written."""
+
+    format: str
+    version: int
+    method: str
+    settings: dict[str, Any]
+    sites: dict[str, _Site]
+    replaced: list[str]
+    base: Base | None
+    weights: _Weights
+    digest: str = ""
 
 
 def files(record: Record) -> dict[str, bytes]:
     """The two files' contents by name."""
-    weights = save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in record.tensors.items()})
-    config: dict[str, Any] = {
-        "format": "reparam adapter",
-        "version": VERSION,
-        "method": record.method.name,
-        "settings": record.method.settings(),
-        "sites": {
-            name: {"kind": site.kind, "shape": [site.out_features, site.in_features]}
-            for name, site in record.sites.items()
-        },
-        "replaced": list(record.replaced),
-        "base": dataclasses.asdict(record.base) if record.base else None,
-        "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest()},
-    }
-    config["digest"] = _digest(config)
-    return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=1) + "\n").encode()}
+    weights = pack_tensors(record.tensors)
+    config = _Config(
+        format=FORMAT,
+        version=VERSION,
+        method=record.method.name,
+        settings=record.method.settings(),
+        sites={n: _Site(s.kind, (s.out_features, s.in_features), s.transposed) for n, s in record.sites.items()},
+        replaced=list(record.replaced),
+        base=record.base,
+        weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
+    )
+    values = dataclasses.asdict(config)
+    values["digest"] = _digest(values)
+    return {WEIGHTS: weights, CONFIG: (json.dumps(values, indent=1) + "\n").encode()}
 
 
 def read(folder: Path) -> Record:
     """The adapter in `folder`. Raises FormatError for anything missing, edited, cut short or not finite."""
-    config = read_json(folder / CONFIG)
-    if config.get("format") != "reparam adapter" or config.get("version") != VERSION:
+    file = folder / CONFIG
+    values = read_json(file)
+    if values.get("format") != FORMAT or values.get("version") != VERSION:
         raise FormatError(
-            f"{folder / CONFIG}: format {config.get('format')!r} version {config.get('version')!r}; this release reads "
-            f"'reparam adapter' version {VERSION}"
+            f"{file}: format {values.get('format')!r} version {values.get('version')!r}; this release reads {FORMAT!r} "
+            f"version {VERSION}. A later release may have written it"
         )
-    if config.get("digest") != _digest(config):
+    if values.get("digest") != _digest(values):
         raise FormatError(
-            f"{folder / CONFIG}: its digest does not fit its content, so it was edited or damaged; restore the file, "
-            f"or change the setting in Python and save the adapter again"
+            f"{file}: its digest does not fit its content, so it was edited or damaged; restore the file, or change "
+            f"the setting in Python and save the adapter again"
         )
+    config = decode(_Config, values, file)
+    if config.weights.file != WEIGHTS:  # never a path to follow
+        raise FormatError(f"{file}: weights.file: expected {WEIGHTS!r}, found {config.weights.file!r}")
     weights = read_bytes(folder / WEIGHTS)
-    if hashlib.sha256(weights).hexdigest() != config["weights"]["sha256"]:
+    if hashlib.sha256(weights).hexdigest() != config.weights.sha256:
         raise FormatError(
             f"{folder / WEIGHTS}: not the file that {CONFIG} was written with (SHA-256 differs); it was cut short, "
             f"damaged or comes from another save"
         )
-    base = config["base"]
-    return Record(
-        method=find_method(config["method"])(**config["settings"]),
-        sites={n: Site(n, s["kind"], *s["shape"]) for n, s in config["sites"].items()},
+    record = Record(
+        method=_method(config, file),
+        sites={n: Site(n, s.kind, *s.shape, transposed=s.transposed) for n, s in config.sites.items()},
         tensors=parse_tensors(weights, folder / WEIGHTS),
-        replaced=tuple(config["replaced"]),
-        base=Base(**base) if base else None,
+        replaced=tuple(config.replaced),
+        base=config.base,
     )
+    _check_whole(record, folder)
+    return record
+
+
+def _method(config: _Config, file: Path) -> Method:
+    try:
+        return decode(find_method(config.method), config.settings, f"{file}: settings")
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{file}: {error}") from None
+
+
+def _check_whole(record: Record, folder: Path) -> None:
+    """The settings and the tensors speak of the same sites and modules."""
+    problems = [
+        f"{CONFIG}: sites[{name!r}]: no matrix has {site.out_features} x {site.in_features} elements"
+        for name, site in record.sites.items()
+        if min(site.out_features, site.in_features) < 1
+    ]
+    owners = [*record.sites, *record.replaced]
+    if len(set(owners)) < len(owners) or "" in owners:
+        problems.append(f"{CONFIG}: sites and replaced name a module twice, or the model itself")
+    owned = (*(f"{name}." for name in owners), f"{SHARED}.")
+    problems += [
+        f"{WEIGHTS}: unknown tensor {key}: {CONFIG} has no site or module for it"
+        for key in record.tensors
+        if not key.startswith(owned)
+    ]
+    if problems:
+        raise FormatError(f"{folder}: {listed(problems)}")
 
 
 def read_bytes(file: Path) -> bytes:
     """The content of a file that must be there and not be empty."""
+    if not file.exists():
+        raise FormatError(f"{file}: no such file; the adapter is incomplete")
+    if not file.is_file():  # a pipe would never end
+        raise FormatError(f"{file}: not a file")
     try:
         content = file.read_bytes()
-    except FileNotFoundError:
-        raise FormatError(f"{file}: no such file; the adapter is incomplete") from None
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be read: {error.strerror}") from error
     if not content:
         raise FormatError(f"{file}: the file is empty")
     return content
@@ -89,27 +158,44 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
         found = json.loads(read_bytes(file))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{file}: expected a JSON object, found {type(found).__name__}")
     return found
 
 
+def pack_tensors(tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file. Tensors that share memory are written once each."""
+    seen: set[int] = set()
+    plain = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        plain[key] = value.clone() if value.untyped_storage().data_ptr() in seen else value
+        seen.add(value.untyped_storage().data_ptr())
+    return save_tensors(plain, metadata=metadata)
+
+
 def parse_tensors(content: bytes, file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises FormatError for none, a damaged file, NaN or infinity."""
     try:
         tensors = load_tensors(content)
-    except SafetensorError as error:
+    except Exception as error:  # whatever the library raises on bytes that it cannot read
         raise FormatError(f"{file}: not a whole safetensors file ({error})") from None
     if not tensors:
         raise FormatError(f"{file}: holds no tensors, so it would change nothing")
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    odd = [f"{key} is {value.dtype}" for key, value in tensors.items() if value.dtype not in (*FLOATS, *WHOLE)]
+    if odd:
+        raise FormatError(f"{file}: {listed(odd)}, which no adapter has")
+    bad = [key for key, value in tensors.items() if value.dtype in FLOATS and not torch.isfinite(value).all()]
     if bad:
-        raise FormatError(f"{file}: NaN or infinity in {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''}")
+        raise FormatError(f"{file}: NaN or infinity in {listed(bad)}")
     return tensors
 
 
-def _digest(config: dict[str, Any]) -> str:
+def _digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the digest. The order of keys counts: the first of two patterns that match wins."""
     rest = {key: value for key, value in config.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()

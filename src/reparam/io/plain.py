@@ -1,0 +1,129 @@
+"""Plain values from a file into dataclasses: nothing is used before it has the type that it must have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from reparam.base import nearest
+from reparam.io.record import FormatError, listed
+
+T = TypeVar("T")
+_NAMES: dict[Any, str] = {
+    dict: "an object",
+    Mapping: "an object",
+    list: "a list",
+    tuple: "a list",
+    types.NoneType: "null",
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+def decode(cls: type[T], value: object, where: object) -> T:
+    """An instance of the dataclass `cls` from a JSON object. Raises FormatError with every key that does not fit.
+
+    Understands str, int, float, bool, None, Literal, unions, lists, tuples, dictionaries and dataclasses; an unknown
+    key is an error, a missing one too unless it has a default. `where` starts the message.
+
+    >>> from reparam.base import Site
+    >>> decode(Site, {"name": "a", "kind": "linear", "out_features": 2, "in_features": "x"}, "file.json")
+    Traceback (most recent call last):
+    reparam.io.record.FormatError: file.json: in_features: expected a whole number, found 'x'
+    """
+    problems = _problems(value, cls, "")
+    if problems:
+        raise FormatError(f"{where}: {listed(problems)}")
+    return _made(value, cls)
+
+
+def _problems(value: Any, hint: Any, key: str) -> list[str]:
+    kind = get_origin(hint) or hint
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _field_problems(value, kind, key)
+    if kind in (Union, types.UnionType):
+        found = {choice: _problems(value, choice, key) for choice in get_args(hint)}
+        close = [choice for choice, problems in found.items() if not problems] or _alike(value, get_args(hint))
+        return found[close[0]] if close else [_unfit(key, " or ".join(_name(choice) for choice in found), value)]
+    if kind in (dict, Mapping) and isinstance(value, dict):
+        return [p for k, v in value.items() for p in _problems(v, get_args(hint)[1], f"{key}[{k!r}]")]
+    if kind in (list, tuple) and isinstance(value, list):
+        inner = get_args(hint)
+        if kind is tuple and inner[-1] is not Ellipsis and len(inner) != len(value):
+            return [f"{key}: expected {len(inner)} values, found {len(value)}"]
+        each = inner if kind is tuple and inner[-1] is not Ellipsis else [inner[0]] * len(value)
+        return [p for i, (v, h) in enumerate(zip(value, each, strict=True)) for p in _problems(v, h, f"{key}[{i}]")]
+    if _fits(value, kind, hint):
+        return []
+    return [_unfit(key, _name(hint), value)]
+
+
+def _alike(value: Any, choices: tuple[Any, ...]) -> list[Any]:
+    """Those of the choices that are containers of the kind that `value` is, so that its content is the problem."""
+    kinds = {choice: get_origin(choice) or choice for choice in choices}
+    if isinstance(value, dict):
+        return [choice for choice, kind in kinds.items() if kind in (dict, Mapping) or dataclasses.is_dataclass(kind)]
+    return [choice for choice, kind in kinds.items() if kind in (list, tuple) and isinstance(value, list)]
+
+
+def _fits(value: Any, kind: Any, hint: Any) -> bool:
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if kind is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return kind in (str, int, bool, types.NoneType) and type(value) is kind
+
+
+def _field_problems(value: dict[str, Any], cls: type, key: str) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems = [f"{key}.{k}".lstrip(".") + f": unknown key{nearest(k, fields)}" for k in value if k not in fields]
+    for name, field in fields.items():
+        path = f"{key}.{name}".lstrip(".")
+        if name in value:
+            problems += _problems(value[name], hints[name], path)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{path}: missing")
+    return problems
+
+
+def _made(value: Any, hint: Any) -> Any:
+    kind = get_origin(hint) or hint
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _made(v, hints[name]) for name, v in value.items()})
+    if kind in (Union, types.UnionType):
+        return _made(value, next(choice for choice in get_args(hint) if not _problems(value, choice, "")))
+    if kind in (dict, Mapping):
+        return {k: _made(v, get_args(hint)[1]) for k, v in value.items()}
+    if kind in (list, tuple):
+        inner = get_args(hint)
+        made = [_made(v, inner[0] if kind is list or inner[-1] is Ellipsis else inner[i]) for i, v in enumerate(value)]
+        return kind(made)
+    return value
+
+
+def _unfit(key: str, expected: str, value: Any) -> str:
+    return f"{key or 'content'}: expected {expected}, found {_short(value)}"
+
+
+def _name(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    return "an object" if dataclasses.is_dataclass(kind) else _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"{_NAMES[type(value)]} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
