@@ -205,6 +205,8 @@ def unwrap(model: nn.Module) -> None:
 
 def untie(model: nn.Module) -> None:
     """Give the output head a matrix of its own where it shares the embedding's, so that either can be adapted."""
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"{type(model).__name__} has no input and output embeddings that could be tied")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

@@ -67,22 +67,24 @@ class Linear(Adapted):
 
     @classmethod
     def wrap(cls, module: nn.Module) -> Self:
-        """Take over an `nn.Linear` or GPT-2's `Conv1D`, whose [I, O] matrix is transposed here, once.
+        """Take over an `nn.Linear` or GPT-2's `Conv1D`, whose [I, O] matrix is transposed here, once, as a view.
 
-        The parameter of an `nn.Linear` is shared, not copied. Raises ValueError for anything else.
+        Nothing is copied, so that the base computes what it did before, to the bit. Raises ValueError for anything else.
         """
         problem = why_not_linear(module)
         if problem:
             raise ValueError(problem)
         matrix: nn.Parameter = module.weight  # type: ignore[assignment]
         if is_conv1d(module):
-            matrix = nn.Parameter(matrix.detach().t().contiguous(), requires_grad=False)
+            matrix = nn.Parameter(matrix.detach().t(), requires_grad=False)
             module.weight = None  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         return cls(module, Dense.pack(matrix), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)  # T5 keeps `wo` in float32, and casts for it only if it finds a tensor there
         name = self.active
         if name is None:
             return self.weight(x, self.bias)

@@ -152,7 +152,7 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
             delta += (gain[rows, None] - 1) * old
         new = (old + delta).to(out.dtype)
         flat = delta.view(-1)
-        kept.append(torch.dot((new - old).view(-1), flat))
+        kept.append(torch.dot((new - old).reshape(-1), flat))
         whole.append(torch.dot(flat, flat))
         out[rows] = new
     change = float(torch.stack(whole).double().sum())
