@@ -151,6 +151,14 @@ def base_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in models.frozen(model).items() if not own.search(name)}
 
 
+def starts_exactly(adapter: reparam.Adapter) -> bool:
+    """Whether a fresh adapter promises the base's output to the bit: factors without a gain, one of them zero."""
+    if not has_factors(adapter):
+        return False
+    found = [update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()]
+    return all(f.gain is None and not (f.A.any() and f.B.any()) for f in found)
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest entry."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
