@@ -127,7 +127,7 @@ def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
 
 
 def _cell(text: str) -> str:
-    short = text if len(text) <= 160 else text[:157] + "..."
+    short = text if len(text) <= 80 else text[:77] + "..."
     return short.replace("[", r"\[").replace("\n", "⏎ ")
 
 
