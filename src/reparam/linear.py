@@ -69,7 +69,7 @@ class Linear(Adapted):
     def wrap(cls, module: nn.Module) -> Self:
         """Take over an `nn.Linear` or GPT-2's `Conv1D`, whose [I, O] matrix is transposed here, once, as a view.
 
-        Nothing is copied, so that the base computes what it did before, to the bit. Raises ValueError for anything else.
+        Nothing is copied, and the base computes what it did before, to the bit. Raises ValueError for anything else.
         """
         problem = why_not_linear(module)
         if problem:

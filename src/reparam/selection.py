@@ -31,7 +31,7 @@ class Selection:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._state.select(self._before)
+        self._state.select_again(self._before)
 
 
 class State:
@@ -84,11 +84,12 @@ class State:
         if rows is not None and not rows:
             raise ValueError("select: an empty list; give one name, or None, for each row of the batch")
         selection = Selection(self, self.choice)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
         if rows is not None:
             self._route(rows)
+        if self._hook is not None:
+            self._hook.remove()
+        checks = rows is not None
+        self._hook = self.model.register_forward_pre_hook(self._check_rows, with_kwargs=True) if checks else None
         self.choice = which if rows is None else rows
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
@@ -96,6 +97,12 @@ class State:
         for holder in self.replaced.values():
             holder.active, holder.rows = single, rows
         return selection
+
+    def select_again(self, before: Choice) -> None:
+        """Back to an earlier choice; to the base where an adapter in it is gone, to nothing where all are."""
+        if getattr(self.model, "reparam_state", None) is self:
+            names = {before} if before is None or isinstance(before, str) else set(before)
+            self.select(before if names <= {None, *self.adapters} else None)
 
     def _route(self, rows: list[str | None]) -> None:
         """Bring the bank up to date for these adapters, and its slots to these rows."""
@@ -109,7 +116,6 @@ class State:
         device = next(self.model.parameters()).device
         self._routing.slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
         self._routing.tokens = None
-        self._hook = self.model.register_forward_pre_hook(self._check_rows, with_kwargs=True)
 
     def _write(self, adapter: Adapter) -> None:
         """Write one adapter's factors into its slot at every site."""
