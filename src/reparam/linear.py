@@ -37,10 +37,11 @@ class Adapted(nn.Module):
         return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]))  # type: ignore[arg-type]
 
     def add(self, name: str, update: Update, *, bias: bool = False) -> None:
-        """Hold `update` under the adapter's name; with `bias`, also a trainable copy of the bias."""
+        """Hold `update` under the adapter's name; with `bias`, also a copy of the bias to train, in float32 or more."""
         self.updates[name] = update
         if bias and self.bias is not None:
-            self.biases[name] = nn.Parameter(self.bias.detach().clone())
+            dtype = torch.promote_types(self.bias.dtype, torch.float32)
+            self.biases[name] = nn.Parameter(self.bias.detach().to(dtype, copy=True))
 
     def drop(self, name: str) -> None:
         """Forget the adapter's update and bias."""
@@ -51,7 +52,9 @@ class Adapted(nn.Module):
 
     def bias_of(self, name: str | None) -> Tensor | None:
         """The bias [O] that is used with this adapter."""
-        return self.biases[name] if name is not None and name in self.biases else self.bias
+        if name is None or name not in self.biases:
+            return self.bias
+        return self.biases[name].to(self.weight.dtype)
 
     def stock(self) -> dict[str, Tensor]:
         """The frozen tensors under the names and in the layout that they had before."""

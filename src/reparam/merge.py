@@ -1,7 +1,7 @@
 """Folding the active adapter into the weights: exact about what was asked, and about what rounding left of it.
 
-One site at a time, in blocks of rows: W' = diag(gain) W + B A in float32, cast once, written over the base. For each
-site the report states which share of the update ΔW = W' − W is in what was written:
+One site at a time, in blocks of rows: W' = diag(gain) W + B A in float32 (a float64 base: in float64), cast once,
+written over the base. For each site the report states which share of the update ΔW = W' − W is in what was written:
 
     survival = ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩        1 is everything, 0 is nothing
 
@@ -111,6 +111,9 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
         )
     adapter = state.adapters[name]
     factors = {path: update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()}
+    bad = [key for key, t in adapter.tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
         _check_finite(path, module.weight, factors[path])
     undo = _keep(model, state, name) if keep_base else None
@@ -132,7 +135,7 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
             warnings.warn(
                 f"merging into {_short(dtype)} kept {share:.4f} of the update (1 is all): the rest was rounded away. "
                 f"Load the base in float32 and merge there, or keep the adapter apart",
-                stacklevel=2,
+                stacklevel=3,  # past the decorator
             )
     return report
 
@@ -140,13 +143,14 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
 def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
     """The merged weight, dense, and what became of the update. A dense `weight` is overwritten and returned."""
     out = weight.tensor().detach()  # [O, I]: the stored tensor itself, or a new one for a packed storage
-    A, B = factors.A.float(), factors.B.float()
-    gain = None if factors.gain is None else factors.gain.float()
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    A, B = factors.A.to(dtype), factors.B.to(dtype)
+    gain = None if factors.gain is None else factors.gain.to(dtype)
     size = max(1, BLOCK // out.shape[1]) if out.device.type == "cpu" else len(out)
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
-        old = weight.dense(rows)
+        old = weight.dense(rows) if dtype == torch.float32 else out[rows]
         delta = B[rows] @ A
         if gain is not None:
             delta += (gain[rows, None] - 1) * old
