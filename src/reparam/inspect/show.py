@@ -21,12 +21,14 @@ def show(adapter: Path, base: str | None, console: Console, *, json: bool = Fals
         console.print_json(json_.dumps(dataclasses.asdict(summary)))
         return
     settings = ", ".join(f"{key}={value}" for key, value in summary.settings.items() if value not in (None, {}))
-    console.print(f"[bold]{summary.method}[/bold] in {summary.format} format: {settings}", highlight=False)
-    console.print(f"base        {summary.base}", highlight=False)
-    console.print(f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes", highlight=False)
+    console.print(
+        f"[bold]{summary.method}[/bold] in {summary.format} format: {settings}", highlight=False, soft_wrap=True
+    )
+    console.print(f"base        {summary.base}", highlight=False, soft_wrap=True)
+    console.print(f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes", highlight=False, soft_wrap=True)
     console.print(_table(summary))
     for module in summary.replaced:
-        console.print(f"replaces {module} whole", highlight=False)
+        console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
 

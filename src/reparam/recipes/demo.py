@@ -31,6 +31,7 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
         "Base: a small Llama trained on Python's standard library (a test model, not a language model).\n"
         "Task: from a function's signature, say the names of its arguments.",
         highlight=False,
+        soft_wrap=True,
     )
     config = Config(
         base=BaseConfig(path=str(base), dtype="float32"),
@@ -48,7 +49,7 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
     merge_to(merged, str(base), str(result.folder), dtype="float32", console=console)
     console.rule("3. plain transformers")
     _prove(merged, [adapted.given for _, adapted in result.answers], task / "valid.jsonl", console)
-    console.print(f"\nloss curve     {result.folder / 'loss.png'}", highlight=False)
+    console.print(f"\nloss curve     {result.folder / 'loss.png'}", highlight=False, soft_wrap=True)
     console.print(
         f"try            reparam generate 'def scale(self, factor=2):' -a {result.folder} --compare", highlight=False
     )
@@ -65,6 +66,7 @@ def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> N
         f"AutoModelForCausalLM.from_pretrained({str(merged)!r}) gives the same answer as base and adapter on {same} of "
         f"{len(given)} held-out rows.",
         highlight=False,
+        soft_wrap=True,
     )
     if same != len(given):
         raise RuntimeError(

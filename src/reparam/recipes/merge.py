@@ -17,6 +17,6 @@ def merge_to(output: Path, base: str | None, adapter: str, *, dtype: str, consol
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype)
     report = merge(model)
     save_model(model, tokenizer, output)
-    console.print(str(report), highlight=False)
-    console.print(f"merged model   {output}", highlight=False)
+    console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"merged model   {output}", highlight=False, soft_wrap=True)
     return report

@@ -41,19 +41,19 @@ class Show:
         self.console.print(f"training rows   {job.train.report}")
         self.console.print(f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
-            self.console.print(f"[yellow]note[/yellow] {warning}", highlight=False)
+            self.console.print(f"[yellow]note[/yellow] {warning}", highlight=False, soft_wrap=True)
         self.console.print(preview(job.train, job.tokenizer))
 
     def step(self, text: str) -> None:
         """One line: what happens now."""
-        self.console.print(f"[dim]{text} ...[/dim]", highlight=False)
+        self.console.print(f"[dim]{text} ...[/dim]", highlight=False, soft_wrap=True)
 
     def found(self, found: Found) -> None:
         """Which checkpoint the run goes on from, and what it skipped."""
         for path, reason in found.skipped:
-            self.console.print(f"[yellow]skipped[/yellow] {path}: {reason}", highlight=False)
+            self.console.print(f"[yellow]skipped[/yellow] {path}: {reason}", highlight=False, soft_wrap=True)
         if found.path is not None:
-            self.console.print(f"continuing from {found.path}", highlight=False)
+            self.console.print(f"continuing from {found.path}", highlight=False, soft_wrap=True)
 
     def callback(self, steps: int) -> TrainerCallback:
         """Progress for a Trainer that will make `steps` steps."""
@@ -68,8 +68,9 @@ class Show:
             f"The saved adapter was read back: it computes what was trained, bit for bit, and changes logits by up to "
             f"{difference:.3g}.",
             highlight=False,
+            soft_wrap=True,
         )
-        self.console.print(f"adapter        {result.folder / 'adapter'}", highlight=False)
+        self.console.print(f"adapter        {result.folder / 'adapter'}", highlight=False, soft_wrap=True)
         self.console.print(
             f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}", highlight=False
         )
@@ -179,7 +180,7 @@ class _Progress(TrainerCallback):
             self.tokens, self.since = seen, now
             self.bar.update(self.task, loss=f"{logs['loss']:.4f}", speed=speed)
         if not self.live and ("loss" in logs or "eval_loss" in logs):
-            self.console.print(self._line(state, logs), highlight=False)
+            self.console.print(self._line(state, logs), highlight=False, soft_wrap=True)
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         if "eval_loss" in logs:
