@@ -1,11 +1,10 @@
-"""Adapters on a model: attach, load, select, remove; and the handle through which one is trained and saved."""
+"""Adapters on a model: attach, select, remove."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,118 +12,10 @@ from torch import Tensor, nn
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam import targets as targets_
-from reparam.base import Controller, Method, Role, Site, Update, Weight
-from reparam.fingerprint import fingerprint
-from reparam.io import files
-from reparam.io.record import Base, Record
+from reparam.base import Method, Update, Weight
+from reparam.handle import Adapter, saved
 from reparam.linear import SHARED, Adapted, Replaced, Shared
 from reparam.selection import Selection, State, state_of
-
-
-class Adapter:
-    """One adapter on one model: its method, its updates by site, what else it trains.
-
-    It is made by `attach` or `load`. `parameters()` is everything that it trains and nothing else.
-    """
-
-    def __init__(self, name: str, method: Method, model: nn.Module) -> None:
-        self.name = name
-        self.method = method
-        self.model = model
-        self.sites: dict[str, Site] = {}
-        self.modules: dict[str, Adapted] = {}
-        self.replaced: dict[str, Replaced] = {}
-        self.shared: nn.Module | None = None
-        self.controller: Controller | None = None
-
-    @property
-    def updates(self) -> dict[str, Update]:
-        """The updates by site."""
-        return {name: module.updates[self.name] for name, module in self.modules.items()}  # type: ignore[misc]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
-        """Name as in files, parameter, and its role; the role of biases and of modules replaced whole is None."""
-        for site, update in self.updates.items():
-            for name, parameter in update.named_parameters():
-                yield f"{site}.{name}", parameter, update.roles[name]
-            if self.name in self.modules[site].biases:
-                yield f"{site}.bias", self.modules[site].biases[self.name], None
-        for path, module in self.replaced.items():
-            for name, parameter in module.updates[self.name].named_parameters():
-                yield f"{path}.{name}", parameter, None
-        for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
-            yield f"{SHARED}.{name}", parameter, "core"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved, by its name in files, detached: what it trains, and persistent buffers."""
-        biases = {path: m.biases[self.name] for path, m in self.modules.items() if self.name in m.biases}
-        copies = {path: holder.updates[self.name] for path, holder in self.replaced.items()}
-        return _saved(self.updates, biases, copies, self.shared)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that this adapter trains."""
-        return [parameter for _, parameter, _ in self.named_parameters()]
-
-    def requires_grad_(self, trains: bool = True) -> Adapter:
-        """Let the adapter train, or freeze it."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(trains)
-        return self
-
-    def penalty(self) -> Tensor | None:
-        """The sum of the updates' extra losses, or None when no update has one."""
-        found = [p for p in (update.penalty() for update in self.updates.values()) if p is not None]
-        return torch.stack(found).sum() if found else None
-
-    def bind(self, optimizer: torch.optim.Optimizer) -> Adapter:
-        """Make whatever the method needs around a step happen at each `optimizer.step()`.
-
-        Raises ValueError when the adapter is frozen or the optimiser does not hold all of its parameters: it would
-        train less than it seems to.
-        """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p, _ in self.named_parameters() if id(p) not in held]
-        frozen = [name for name, p, _ in self.named_parameters() if not p.requires_grad]
-        if missing or frozen:
-            what, names = ("not in the optimiser", missing) if missing else ("frozen", frozen)
-            raise ValueError(
-                f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimiser "
-                f"from adapter.parameters() after adapter.requires_grad_()"
-            )
-        controller = self.controller
-        if controller is not None:
-            optimizer.register_step_pre_hook(lambda *_: controller.before_step())
-            optimizer.register_step_post_hook(lambda *_: controller.after_step())
-        return self
-
-    def record(self) -> Record:
-        """The adapter as plain data."""
-        config = getattr(self.model, "config", None)
-        source = str(getattr(config, "_name_or_path", "") or "")
-        return Record(
-            method=self.method,
-            sites=self.sites,
-            tensors=self.tensors(),
-            replaced=tuple(self.replaced),
-            base=Base(type(self.model).__name__, source, fingerprint(self.model)),
-            modules=tuple(path for path, _ in targets_.walk(self.model)),
-        )
-
-    def save(self, folder: str | Path, *, format: str = "reparam") -> None:
-        """Write the adapter, and nothing of the base, into `folder`; in one step, or not at all.
-
-        `format` is "reparam" or "peft". Raises ValueError when a tensor is not finite, when the folder holds anything
-        but an adapter, or when the format cannot express the method.
-        """
-        record = self.record()
-        bad = [key for key, t in record.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-        if bad:
-            raise ValueError(f"adapter {self.name!r}: NaN or infinity in {', '.join(bad[:5])}; not saved")
-        files.write(folder, record, format=format)
-
-    def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        return f"Adapter({self.name!r}, {self.method.name}, {len(self.sites)} sites, {count:,} parameters)"
 
 
 def attach(
@@ -257,7 +148,7 @@ def install(
                 _check_rows(updates[path], modules[path].weight)
         if check is not None:
             biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
-            check(_saved(updates, biases, copies, shared))
+            check(saved(updates, biases, copies, shared))
     except BaseException:
         for path in trains.keys() & modules.keys():  # wrapping froze these, and transposed a Conv1D's matrix
             modules[path].restore().get_parameter("weight").requires_grad_(trains[path])
@@ -290,18 +181,6 @@ def _check_rows(update: Update, weight: Weight) -> None:
 
 def _at(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
-
-
-def _saved(
-    updates: Mapping[str, nn.Module],
-    biases: Mapping[str, Tensor],
-    copies: Mapping[str, nn.Module],
-    shared: nn.Module | None,
-) -> dict[str, Tensor]:
-    """Every tensor that files hold, by its name there: parameters and persistent buffers."""
-    parts = [*updates.items(), *copies.items(), *([] if shared is None else [(SHARED, shared)])]
-    found = {f"{path}.{name}": tensor for path, module in parts for name, tensor in module.state_dict().items()}
-    return found | {f"{path}.bias": bias.detach() for path, bias in biases.items()}
 
 
 def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> None:

@@ -14,7 +14,7 @@ from reparam.base import Update, nearest
 from reparam.linear import SHARED, Adapted, Replaced
 
 if TYPE_CHECKING:
-    from reparam.adapter import Adapter
+    from reparam.handle import Adapter
 
 Choice = str | Sequence[str | None] | None
 BANK = "*"  # the key that a site's bank has among its updates; no adapter can have this name
