@@ -1,12 +1,13 @@
 """Telling one base model from another, cheaply enough for every save and load.
 
 A fingerprint is a SHA-256 over every parameter's name, shape and up to 256 of its elements, taken at fixed places that
-are spread over the whole tensor. The elements are rounded first, to bfloat16 and, for a second digest, to float16: a
-model that is loaded in another dtype than it was saved in agrees in one of the two. Matrices and the rest are digested
-apart, because a packed storage changes the former and not the latter.
+are spread over the whole tensor. The elements are digested as bfloat16 and as float16, so that a model which is loaded
+in another dtype than it was saved in agrees in one of the two; where all are float32, also as that, and two such models
+are compared exactly. Matrices and the rest are digested apart, because a packed storage changes the former alone.
 
 It catches another model, other sizes or names, and any training of the whole model. It does not see a change of a few
-elements, such as some rows of an embedding, nor buffers. It is the same with and without adapters on the model.
+elements, such as some rows of an embedding, nor buffers; nor, between dtypes, what rounding hides. It is the same with
+and without adapters on the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from reparam.base import storage_name
 from reparam.linear import Adapted, Replaced, Shared
 
 SAMPLES = 256
-ROUNDED = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -43,12 +44,12 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two fingerprints can be of the same base: each group that both have agrees in one of its dtypes."""
-    groups: dict[str, bool] = {}
+    """Whether two fingerprints can be of the same base: each group that both have agrees, in float32 or in a half."""
+    groups: dict[str, dict[str, bool]] = {}
     for key in one.keys() & other.keys():
-        group = key.partition(" as ")[0]
-        groups[group] = groups.get(group, False) or one[key] == other[key]
-    return all(groups.values())
+        group, _, dtype = key.partition(" as ")
+        groups.setdefault(group, {})[dtype] = one[key] == other[key]
+    return all(found.get("float32", any(found.values())) for found in groups.values())
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -78,9 +79,10 @@ def _digests(tensors: list[tuple[str, Tensor]]) -> dict[torch.dtype, str]:
     places: dict[tuple[int, torch.device], Tensor] = {}
     samples = [_sample(tensor.detach(), places).float().cpu() for _, tensor in tensors]
     values = torch.cat(samples) if samples else torch.zeros(0)
+    single = all(tensor.dtype in (torch.float32, torch.float64) for _, tensor in tensors)
     return {
-        dtype: hashlib.sha256(names + values.to(dtype).view(torch.int16).numpy().tobytes()).hexdigest()
-        for dtype in ROUNDED
+        dtype: hashlib.sha256(names + values.to(dtype).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for dtype in ((torch.float32, *HALVES) if single else HALVES)
     }
 
 

@@ -30,8 +30,8 @@ def load(
 
     Reads this project's format and PEFT's. `check_base=False` allows another base than the one it was trained on, of
     the same shapes. Raises `FormatError` (a ValueError) that names the file and the tensor for anything that is
-    missing, extra, of the wrong shape, damaged, edited or made for another base, and ValueError for a name that is
-    taken, tied weights or a clash with another adapter; the model is then as it was.
+    missing, extra, of the wrong shape, damaged, edited or made for another base, for tied weights and for a clash with
+    another adapter, and ValueError for a name that is taken; the model is then as it was.
     """
     folder = Path(folder)
     check_name(model, name)
@@ -52,8 +52,10 @@ def load(
             bias=biased,
             check=lambda wanted: _check_fit(wanted, record, folder),
         )
-    except (re.error, RuntimeError) as error:  # settings that were never saved by us: a bad pattern, a rank of 10**12
-        raise FormatError(f"{folder}: the adapter cannot be built from its settings: {error}") from error
+    except FormatError:
+        raise
+    except (ValueError, re.error, RuntimeError) as error:  # ties, clashes; a pattern or a rank that nobody saved
+        raise FormatError(f"{folder}: cannot be put on this model: {error}") from error
     fill(adapter, record, folder)
     adapter.requires_grad_(False)
     if activate:
@@ -89,7 +91,7 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
     for name in lost:
         inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
         if inside:
-            raise ValueError(f"{folder}: {name} is part of {inside[0]}, which another adapter here trains whole")
+            raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter here trains whole")
     if lost:
         raise FormatError(
             f"{folder}: made for modules that this {type(model).__name__} lacks ({len(lost)}, first: {lost[0]})"

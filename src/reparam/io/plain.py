@@ -77,8 +77,10 @@ def _fits(value: Any, kind: Any, hint: Any) -> bool:
         return True
     if kind is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if kind in (int, float) and type(value) is int:
+        return -(2**63) <= value < 2**63  # what tensors, and JSON elsewhere, can hold
     if kind is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
+        return type(value) is float and math.isfinite(value)
     return kind in (str, int, bool, types.NoneType) and type(value) is kind
 
 

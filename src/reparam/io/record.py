@@ -12,7 +12,7 @@ from reparam.base import Method, Site
 
 
 class FormatError(ValueError):
-    """A file is not what it should be; the message names the file, the tensor or key, and what to do."""
+    """A file is damaged, or does not fit the model; the message names the file, the tensor or key, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
