@@ -58,6 +58,10 @@ class Weight(nn.Module):
         """x [..., I] -> x Wᵀ + bias [..., O]; differentiable in x."""
         raise NotImplementedError
 
+    def cast(self, x: Tensor) -> Tensor:
+        """x in a dtype that `forward` and an update beside it can use; by default as it is."""
+        return x
+
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] of integers below O -> the rows W[ids], [..., I]."""
         raise NotImplementedError

@@ -86,8 +86,7 @@ class Linear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.weight.dtype)  # T5 keeps `wo` in float32, and casts for it only if it finds a tensor there
+        x = self.weight.cast(x)
         name = self.active
         if name is None:
             return self.weight(x, self.bias)

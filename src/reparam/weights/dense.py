@@ -30,6 +30,15 @@ class Dense(Weight):
         """x [..., I] -> x Wᵀ + bias [..., O]."""
         return F.linear(x, self.W, bias)
 
+    def cast(self, x: Tensor) -> Tensor:
+        """x in the dtype of W, unless autocast takes care of it.
+
+        transformers keeps T5's `wo` in float32 in a 16-bit model, and casts for it only if `wo.weight` is a tensor.
+        """
+        if x.dtype is self.W.dtype or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.W.dtype)
+
     def rows(self, ids: Tensor) -> Tensor:
         """W[ids], [..., I]."""
         return F.embedding(ids, self.W)
