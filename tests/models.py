@@ -148,8 +148,14 @@ ALL: dict[str, Callable[[], Any]] = {
 }
 
 
+@torch.no_grad()
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    """The model's scores for a batch; a decoder beside an encoder reads the same tokens."""
+    """The model's scores for a batch. Without gradients, because with them some attention kernels round differently."""
+    return scores(model, ids)
+
+
+def scores(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    """The same with gradients; a decoder beside an encoder reads the same tokens."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model(input_ids=ids, decoder_input_ids=ids).logits
     return model(input_ids=ids).logits

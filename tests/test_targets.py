@@ -56,7 +56,7 @@ def test_the_words_on_every_model(name: str) -> None:
 def test_every_site_of_a_word_is_reached_by_the_forward(name: str, word: str) -> None:
     model = models.ALL[name]()
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets=word)
-    logits(model).square().sum().backward()
+    models.scores(model).square().sum().backward()
     assert [n for n, p, _ in adapter.named_parameters() if n.endswith("B") and not p.grad.any()] == []  # type: ignore[union-attr]
 
 
@@ -301,7 +301,7 @@ def test_a_layer_kept_in_float32_gets_its_input_in_float32(dtype: torch.dtype) -
         adapter = reparam.attach(model, reparam.LoRA(r=2))
         assert torch.equal(logits(model), base)
     assert logits(model).dtype == dtype
-    logits(model).float().sum().backward()
+    models.scores(model).float().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
 
 
