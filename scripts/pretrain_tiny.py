@@ -24,7 +24,8 @@ from stdlib_text import files, held_out
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-EOS, PAD, USER, ASSISTANT, SYSTEM, END = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
+EOS, PAD, END = "<|endoftext|>", "<|pad|>", "<|end|>"
+USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] not in ['system', 'user', 'assistant'] %}"
@@ -109,7 +110,7 @@ def main() -> None:
     train_ids, test_ids = pack(tokenizer, train), pack(tokenizer, test)
     test_bytes = sum(len(t.encode()) for t in test)
     rows = train_ids[: len(train_ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    print(f"{len(train)} training files, {len(train_ids):,} tokens; {len(test)} held out, {len(test_ids):,}", flush=True)
+    print(f"{len(train)} training files, {len(train_ids):,} tokens; {len(test)} held out", flush=True)
 
     torch.manual_seed(args.seed)
     model = build(tokenizer)

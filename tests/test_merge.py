@@ -243,9 +243,7 @@ def test_a_weight_that_would_overflow_is_refused() -> None:
     model, adapter = adapted(lambda: models.llama().half(), size=0.0)
     with torch.no_grad():
         adapter.updates["model.layers.1.mlp.down_proj"].B.fill_(3e5)
-    with pytest.raises(
-        ValueError, match=r"down_proj: the merged weight would not be finite in float16"
-    ):
+    with pytest.raises(ValueError, match=r"down_proj: the merged weight would not be finite in float16"):
         reparam.merge(model)
     with reparam.select(model, None):
         assert torch.equal(logits(model), logits(models.llama().half()))

@@ -192,8 +192,11 @@ def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> No
         )
     for path in replaced:
         module = _at(model, path)
+        why = targets_.why_not_whole(module)
+        if why:
+            raise ValueError(f"{path} cannot be trained whole: {why}; name the parts of it that can")
         inside = () if isinstance(module, Replaced) else module.named_modules()
-        taken = [name for name, part in inside if isinstance(part, Adapted | Replaced)]
-        taken = [f"{path}.{name}".rstrip(".") for name in taken] or [n for n in names if f"{n}.".startswith(f"{path}.")]
+        taken = [f"{path}.{name}".rstrip(".") for name, part in inside if isinstance(part, Adapted | Replaced)]
+        taken += [n for n in (*names, *replaced) if n.startswith(f"{path}.") or (n == path and n in names)]
         if taken:
             raise ValueError(f"{path} cannot be trained whole: {taken[0]} in it is adapted as well; remove that first")

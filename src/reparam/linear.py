@@ -25,6 +25,7 @@ class Adapted(nn.Module):
         self.bias = bias
         self.updates = nn.ModuleDict()
         self.biases = nn.ParameterDict()  # an adapter's own bias [O], where it trains biases
+        self.biased: set[str] = set()  # its keys, because asking a ParameterDict takes long
         self.active: str | None = None
         self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
         self.train(origin.training)
@@ -42,19 +43,19 @@ class Adapted(nn.Module):
         if bias and self.bias is not None:
             dtype = torch.promote_types(self.bias.dtype, torch.float32)
             self.biases[name] = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+            self.biased.add(name)
 
     def drop(self, name: str) -> None:
         """Forget the adapter's update and bias."""
         if name in self.updates:
             del self.updates[name]
-        if name in self.biases:
+        if name in self.biased:
             del self.biases[name]
+            self.biased.remove(name)
 
     def bias_of(self, name: str | None) -> Tensor | None:
         """The bias [O] that is used with this adapter."""
-        if name is None or name not in self.biases:
-            return self.bias
-        return self.biases[name].to(self.weight.dtype)
+        return self.biases[name].to(self.weight.dtype) if name in self.biased else self.bias
 
     def stock(self) -> dict[str, Tensor]:
         """The frozen tensors under the names and in the layout that they had before."""
@@ -86,12 +87,14 @@ class Linear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
-        x = self.weight.cast(x)
+        parts = self._modules  # nn.Module's look-up of an attribute takes longer than a small product
+        weight: Weight = parts["weight"]  # type: ignore[assignment]
+        x = weight.cast(x)
         name = self.active
         if name is None:
-            return self.weight(x, self.bias)
-        bias = self.bias_of(name) if self.biases else self.bias
-        return self.updates[name](x, self.weight, bias)
+            return weight(x, self.bias)
+        update: Update = parts["updates"]._modules[name]  # type: ignore[assignment, union-attr]
+        return update(x, weight, self.bias_of(name))
 
     def stock(self) -> dict[str, Tensor]:
         """`weight` and, where there is one, `bias`."""

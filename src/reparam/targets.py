@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,6 +120,18 @@ def why_not(module: nn.Module) -> str | None:
         return why_not_embedding(module)
     why = why_not_linear(module)
     return f"{why}; adapters go on linear maps and embeddings" if why else None
+
+
+def why_not_whole(module: nn.Module) -> str | None:
+    """Why `Replaced` cannot stand in for this module, or None: it hands on one input, and no attributes."""
+    if isinstance(module, Adapted | Replaced):
+        return None
+    kind = type(module).__name__
+    if type(module).forward is nn.Module.forward:
+        return f"a {kind} has no forward of its own"
+    takes = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
 
 
 def _keyword(target: str, linear: list[str], *, head: str | None) -> list[str]:

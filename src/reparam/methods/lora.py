@@ -150,15 +150,19 @@ class LoRAUpdate(Update):
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ [..., O]. The small product is added in place, by one addmm."""
         rows = x.reshape(-1, x.shape[-1])  # [N, I]: two dimensions, so that addmm needs no view of its target
+        A: Tensor = self.A
+        B_t = self.B.t()
         dtype = _compute_dtype(x)
-        A, B = self.A.to(dtype), self.B.to(dtype)
+        if dtype is not A.dtype:
+            A, B_t = A.to(dtype), B_t.to(dtype)
         if self.dropout and self.training:
-            h = F.linear(F.dropout(rows, self.dropout), A)  # [N, R]
+            h_t = F.linear(A, F.dropout(rows, self.dropout))  # [R, N]
         elif torch.compiler.is_compiling() or not torch.is_grad_enabled() or rows.dtype != dtype:
-            h = F.linear(rows, A)
+            h_t = F.linear(A, rows)
         else:
-            rows, h = _Down.apply(rows, A)
-        y = weight(rows, bias).addmm_(h, B.t(), alpha=self.scale)
+            rows, h_t = _Down.apply(rows, A)
+            B_t = B_t.contiguous()  # so that its gradient is one of the fast products
+        y = weight(rows, bias).addmm_(h_t.t(), B_t, alpha=self.scale)
         return y.view(*x.shape[:-1], weight.out_features)  # sizes, not -1: a batch may be empty
 
     def factors(self, weight: Weight) -> Factors:
@@ -167,7 +171,7 @@ class LoRAUpdate(Update):
 
 
 class _Down(torch.autograd.Function):
-    """x [N, I], A [R, I] -> x itself, and x Aᵀ [N, R].
+    """x [N, I], A [R, I] -> x itself, and A xᵀ [R, N].
 
     x goes through so that its gradient from the frozen map arrives here and takes the branch's share in place: one
     pass over [N, I] less than when autograd adds two gradients. Nothing else sees that gradient, because the x that is
@@ -180,15 +184,19 @@ class _Down(torch.autograd.Function):
         through = x.view_as(x)
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(through)
-        return through, F.linear(x, A)
+        return through, F.linear(A, x)
 
     @staticmethod
-    def backward(ctx: Any, g_x: Tensor | None, g_h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, g_x: Tensor | None, g_h_t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, A = ctx.saved_tensors
-        g_A = g_h.t() @ x if ctx.needs_input_grad[1] else None
+        g_h = g_h_t.t()
         if not ctx.needs_input_grad[0]:
-            return None, g_A
-        return (g_h @ A if g_x is None else g_x.addmm_(g_h, A)), g_A
+            g_x = None
+        elif g_x is None:
+            g_x = g_h @ A
+        else:
+            g_x = g_x.addmm_(g_h, A)  # before g_A: g_x has just been written and is in the cache
+        return g_x, g_h_t @ x if ctx.needs_input_grad[1] else None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -73,7 +73,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "overrides"] + made
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    del wrapped.__wrapped__  # type: ignore[attr-defined]  # typer would read the signature underneath
+    del wrapped.__wrapped__  # typer would read the signature underneath
     return wrapped
 
 
