@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapters import trained
@@ -294,3 +295,20 @@ def test_cost_grows_with_the_model_and_no_faster(tmp_path: Path) -> None:
         model = llama(num_hidden_layers=layers)
         found.append(calls(lambda m=model, n=layers: reparam.load(m, tmp_path / str(n))))
     assert found[1] < 2.1 * found[0]
+
+
+@pytest.mark.parametrize("part", ["layers.1", "layers", "mlp"])
+def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path) -> None:
+    """PEFT replaces anything; what takes a mask beside its input, or is only a list, cannot be stood in for here."""
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["lm_head"], modules_to_save=[part]))
+    theirs.save_pretrained(str(tmp_path))
+    model = llama()
+    before = state(model)
+    if part == "mlp":
+        reparam.load(model, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(logits(model), logits(theirs))
+        return
+    with pytest.raises(reparam.FormatError, match=r"layers.* cannot be trained whole"):
+        reparam.load(model, tmp_path)
+    assert state(model) == before

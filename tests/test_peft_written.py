@@ -83,6 +83,7 @@ def test_comes_back_to_us_unchanged(case: str, tmp_path: Path) -> None:
     found = reparam.load(again, tmp_path / "out")
     assert found.tensors().keys() == adapter.tensors().keys()
     assert all(torch.equal(found.tensors()[key], value) for key, value in adapter.tensors().items())
+    assert found.method.settings()["dropout"] == adapter.method.settings()["dropout"]
     with torch.no_grad():  # with gradients, T5's attention picks another kernel
         assert torch.equal(logits(again), logits(model))
 
