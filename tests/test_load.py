@@ -297,9 +297,9 @@ def test_cost_grows_with_the_model_and_no_faster(tmp_path: Path) -> None:
     assert found[1] < 2.1 * found[0]
 
 
-@pytest.mark.parametrize("part", ["layers.1", "layers", "mlp"])
+@pytest.mark.parametrize("part", ["layers.1", "self_attn", "mlp"])
 def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path) -> None:
-    """PEFT replaces anything; what takes a mask beside its input, or is only a list, cannot be stood in for here."""
+    """PEFT replaces whatever has a forward; what takes a mask beside its input cannot be stood in for here."""
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["lm_head"], modules_to_save=[part]))
     theirs.save_pretrained(str(tmp_path))
     model = llama()
@@ -312,3 +312,10 @@ def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path
     with pytest.raises(reparam.FormatError, match=r"layers.* cannot be trained whole"):
         reparam.load(model, tmp_path)
     assert state(model) == before
+
+
+def test_a_list_of_modules_is_not_replaced_whole() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="model.layers cannot be trained whole: a ModuleList has no forward"):
+        reparam.attach(model, LoRA(r=1), targets=["lm_head"], modules_to_save=["layers"])
+    assert not hasattr(model, "reparam_state")
