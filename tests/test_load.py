@@ -316,6 +316,6 @@ def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path
 
 def test_a_list_of_modules_is_not_replaced_whole() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="model.layers cannot be trained whole: a ModuleList has no forward"):
+    with pytest.raises(ValueError, match=r"model.layers cannot be trained whole: a ModuleList has no forward"):
         reparam.attach(model, LoRA(r=1), targets=["lm_head"], modules_to_save=["layers"])
     assert not hasattr(model, "reparam_state")
