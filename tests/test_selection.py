@@ -1,6 +1,7 @@
 """Which adapter a model uses: one, none, one for each row; and that nothing of a choice is left behind."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -295,10 +296,11 @@ def test_slots_are_used_again_after_removal() -> None:
     moved(model, "c", 3, bias=True)
     under(model, ["a", "b", "c"])
     size = {len(bank.A) for bank in banks(model)}
-    for seed in range(4, 8):
-        reparam.remove(model, "b")
-        moved(model, "b", seed, r=1)
-        check_rows(model, ["b", "a", "c"])
+    names = ["b", "d", "e", "f", "g"]
+    for seed, (old, new) in enumerate(itertools.pairwise(names)):
+        reparam.remove(model, old)
+        moved(model, new, 4 + seed, r=1)
+        check_rows(model, [new, "a", "c"])
     assert {len(bank.A) for bank in banks(model)} == size
 
 
