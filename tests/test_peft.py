@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 from adapters import assert_equal_but_for_rounding
-from models import bert, build, gpt2, llama, logits, mixtral, qwen_moe, t5, tied_llama
+from models import IDS, bert, build, gpt2, llama, logits, mixtral, qwen_moe, t5, tied_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 import reparam
 from reparam.io.peft import CONFIG, WEIGHTS
@@ -233,3 +233,27 @@ def test_states_which_base_it_is_for(tmp_path: Path) -> None:
     base = reparam.io.files.read(tmp_path).base
     assert base is not None
     assert base.source == "someone/base"
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "CAUSAL_LM", None])
+def test_models_wrapped_for_a_task(task: str | None, tmp_path: Path) -> None:
+    """The wrapper's name is not in the keys: they are the base's paths, whichever class of PEFT wrapped it."""
+
+    def make() -> Any:
+        return llama() if task == "CAUSAL_LM" else build(LlamaModel, llama().config)
+
+    model = randomise(peft.get_peft_model(make(), peft.LoraConfig(target_modules=PROJECTIONS, task_type=task)))
+    model.save_pretrained(str(tmp_path))
+    found = make()
+    reparam.load(found, tmp_path)
+    assert_equal_but_for_rounding(found(IDS)[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("init", ["eva", "Gaussian", False, None])
+def test_initialisations_that_leave_the_base_alone(init: object, tmp_path: Path) -> None:
+    saved = save(llama, tmp_path, target_modules=PROJECTIONS)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "init_lora_weights": init}))
+    model = llama()
+    reparam.load(model, tmp_path)
+    assert_equal_but_for_rounding(logits(model), saved.logits)
