@@ -22,7 +22,7 @@ from reparam.linear import SHARED, Adapted
 from reparam.selection import State, state_of
 from reparam.weights.dense import Dense
 
-BLOCK = 1 << 16  # elements of W in one block on a CPU: 256 KiB in float32, which stays in a core's cache
+BLOCK = 1 << 16  # elements of W in one block on a CPU: 256 KiB in float32, so that the buffers stay in a core's cache
 ENOUGH = 0.99
 
 
@@ -110,17 +110,16 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
             f"merge folds one adapter, and {name!r} is selected; select one of {', '.join(state.adapters)}"
         )
     adapter = state.adapters[name]
-    factors = {path: update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()}
     bad = [key for key, t in adapter.tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
-        _check_finite(path, module.weight, factors[path])
+        _check_finite(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
     undo = _keep(model, state, name) if keep_base else None
 
     sites = []
     for path, module in adapter.modules.items():
-        merged, site = fold(path, module.weight, factors.pop(path))
+        merged, site = fold(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
         sites.append(site)
         if merged is not module.weight:
             module.weight = merged
@@ -147,16 +146,20 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     A, B = factors.A.to(dtype), factors.B.to(dtype)
     gain = None if factors.gain is None else factors.gain.to(dtype)
     size = max(1, BLOCK // out.shape[1]) if out.device.type == "cpu" else len(out)
+    buffers = A.new_empty(2, size, out.shape[1])
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
         old = weight.dense(rows) if dtype == torch.float32 else out[rows]
-        delta = B[rows] @ A
+        delta, new = buffers[:, : len(old)]
+        torch.mm(B[rows], A, out=delta)
         if gain is not None:
             delta += (gain[rows, None] - 1) * old
-        new = (old + delta).to(out.dtype)
-        flat = delta.view(-1)
-        kept.append(torch.dot((new - old).reshape(-1), flat))
+        torch.add(old, delta, out=new)
+        if out.dtype != dtype:
+            new.copy_(new.to(out.dtype))
+        written, flat = new - old, delta.view(-1)
+        kept.append(torch.dot(written.reshape(-1), flat))
         whole.append(torch.dot(flat, flat))
         out[rows] = new
     change = float(torch.stack(whole).double().sum())
