@@ -42,7 +42,7 @@ def test_every_option_that_the_documents_print_exists() -> None:
 
 def test_the_files_that_the_documents_name_are_there() -> None:
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
             assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
