@@ -15,11 +15,23 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.bank import Bank, Routing
-from reparam.base import METHODS, STORAGES, Factors, Method, Site, Update, Weight, find_method, nearest, storage_name
+from reparam.base import (
+    METHODS,
+    STORAGES,
+    Factors,
+    Method,
+    Site,
+    Storage,
+    Update,
+    Weight,
+    find_method,
+    find_storage,
+    nearest,
+)
 from reparam.embedding import Embedding
 from reparam.fingerprint import agree, base_tensors, fingerprint
 from reparam.linear import Linear
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 sizes = st.integers(1, 8)
 
@@ -58,12 +70,13 @@ def test_factors_are_differentiable_and_take_the_dtype_of_the_matrix() -> None:
 @pytest.mark.parametrize("name", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: torch.dtype) -> None:
-    weight = STORAGES[name].pack(numbers(24, 64).to(dtype))
+    weight = STORAGES[name]().pack(numbers(24, 64).to(dtype))
     W = weight.dense()
     assert (weight.out_features, weight.in_features) == W.shape == (24, 64)
     assert W.dtype == torch.float32
     assert not any(p.requires_grad for p in weight.parameters())
-    assert storage_name(weight) == name
+    assert weight.storage.name == name
+    assert type(weight.storage)(**weight.storage.settings()) == weight.storage
     x, bias = numbers(5, 64, seed=1).to(weight.dtype), numbers(24, seed=2).to(weight.dtype)
     loose = {"rtol": 3e-2, "atol": 3e-2} if weight.dtype.itemsize < 4 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(weight(x, bias).float(), x.float() @ W.T + bias.float(), **loose)
@@ -73,8 +86,9 @@ def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: 
     assert torch.equal(weight.dense(slice(3, 7)), W[3:7])
     assert weight.tensor().dtype == weight.dtype
     torch.testing.assert_close(weight.tensor().float(), W, **loose)
-    assert type(weight.repack(2 * W)) is type(weight)
-    torch.testing.assert_close(weight.repack(2 * W).dense(), 2 * W, rtol=0.1, atol=0.1)
+    again = weight.storage.pack(2 * W)
+    assert type(again) is type(weight)
+    torch.testing.assert_close(again.dense(), 2 * W, rtol=0.1, atol=0.1)
     x = x.requires_grad_()
     (found,) = torch.autograd.grad(weight(x).float().sum(), x)
     torch.testing.assert_close(found.float(), W.sum(0).expand(5, 64), rtol=3e-2, atol=3e-1)
@@ -82,11 +96,11 @@ def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: 
 
 def test_the_dense_storage_takes_a_parameter_over() -> None:
     parameter = nn.Parameter(torch.randn(3, 4))
-    weight = Dense.pack(parameter)
+    weight = DenseWeight(parameter)
     assert weight.W is parameter
     assert not parameter.requires_grad
     assert weight.dense().data_ptr() == weight.tensor().data_ptr() == parameter.data_ptr()
-    assert weight.repack(torch.zeros(3, 4)).W is not parameter
+    assert weight.plain is parameter
 
 
 # ---- registries
@@ -97,6 +111,9 @@ def test_a_name_that_nobody_registered_is_an_error_that_names_the_nearest() -> N
     with pytest.raises(ValueError, match=r"unknown method 'lroa' \(did you mean 'lora'\?\): the methods are .*lora"):
         find_method("lroa")
     assert nearest("zzz", METHODS) == ""
+    assert find_storage("nf4") is reparam.NF4
+    with pytest.raises(ValueError, match=r"unknown storage 'fn4' \(did you mean 'nf4'\?\): the storages are .*int8"):
+        find_storage("fn4")
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -111,7 +128,8 @@ def test_a_method_is_its_settings(method: type[Method]) -> None:
 
 def test_what_a_subclass_has_to_implement_says_so() -> None:
     for call in (
-        lambda: Weight.pack(torch.ones(1, 1)),
+        lambda: Storage().pack(torch.ones(1, 1)),
+        lambda: Weight().storage,
         lambda: Weight()(torch.ones(1)),
         lambda: Weight().rows(torch.ones(1)),
         lambda: Weight().dense(),
@@ -142,7 +160,7 @@ def test_each_row_of_a_bank_is_its_own_matrix(
     """Against dense matrices; slots with different ranks, one that leaves the site alone, gains only in some."""
     o, i = (9, 5) if embedding else (4, 5)
     W, base_bias = numbers(o, i, seed=seed), None if embedding else numbers(o, seed=seed + 1)
-    weight = Dense(W)
+    weight = DenseWeight(W)
     routing = Routing(torch.tensor(rows))
     bank = Bank(weight, routing).eval()
     gains, biases = kind in ("gain", "both"), kind in ("bias", "both") and not embedding
@@ -174,7 +192,7 @@ def test_each_row_of_a_bank_is_its_own_matrix(
 
 
 def test_a_slot_that_is_written_again_keeps_nothing_of_before() -> None:
-    weight = Dense(numbers(4, 5))
+    weight = DenseWeight(numbers(4, 5))
     bank = Bank(weight, Routing(torch.tensor([0]))).eval()
     x = numbers(1, 2, 5)
     bank.write(0, Factors(numbers(6, 5), numbers(4, 6), numbers(4)), numbers(4))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import reparam
 from reparam.base import Factors
 from reparam.merge import fold
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 
 def adapted(make: Callable[[], Any] = models.llama, *, size: float = 0.15, **settings: Any) -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ def test_survival_is_that_of_dense_float64(dtype: torch.dtype, size: float, gain
     A, B = torch.randn(3, 400, generator=generator), size * torch.randn(300, 3, generator=generator)
     gain = 1 + size * torch.randn(300, generator=generator) if gained else None
     delta = B.double() @ A.double() + (0 if gain is None else (gain.double() - 1)[:, None] * W.double())
-    weight, report = fold("here", Dense.pack(W.clone()), Factors(A, B, gain))
+    weight, report = fold("here", DenseWeight(W.clone()), Factors(A, B, gain))
     written = weight.tensor()
     assert written.dtype == report.dtype == dtype
     precision = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
@@ -76,7 +76,7 @@ def test_what_is_written_is_the_nearest_number(seed: int, rows: int, columns: in
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, columns, generator=generator).bfloat16()
     A, B = torch.randn(1, columns, generator=generator), torch.randn(rows, 1, generator=generator)
-    weight, _ = fold("here", Dense.pack(W.clone()), Factors(A, B))
+    weight, _ = fold("here", DenseWeight(W.clone()), Factors(A, B))
     assert torch.equal(weight.tensor(), (W.float() + B @ A).bfloat16())
 
 

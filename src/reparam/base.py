@@ -1,7 +1,7 @@
 """The nouns everything else is written in: a frozen weight, a trainable update, the method that makes updates.
 
-A linear map W [O, I] stays frozen in some storage (`Weight`); an `Update` owns the few parameters that change it; a
-`Method` is the configuration that builds one update for each `Site`. Whatever can be merged reduces to `Factors`:
+A linear map W [O, I] stays frozen (`Weight`, packed by a `Storage`); an `Update` owns the few parameters that change
+it; a `Method` is the configuration that builds one update for each `Site`. What can be merged reduces to `Factors`:
 
     W' = diag(gain) · W + B · A
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +42,22 @@ class Factors(NamedTuple):
 class Weight(nn.Module):
     """How a frozen matrix W [O, I] is stored. An operator first, a matrix only on request.
 
-    A subclass keeps its tensors as parameters or buffers, implements the methods below, and is registered with
-    `@storage("name")`. Nothing in it trains.
+    A subclass keeps its tensors as parameters or buffers and implements the methods below; its `Storage` makes it.
+    Nothing in it trains.
     """
 
     out_features: int
     in_features: int
 
-    @classmethod
-    def pack(cls, w: Tensor) -> Self:
-        """Store `w` [O, I], of any floating dtype."""
+    @property
+    def storage(self) -> Storage:
+        """The configuration that makes more weights like this one."""
         raise NotImplementedError
+
+    @property
+    def plain(self) -> Tensor | None:
+        """The stored matrix [O, I] itself, where there is one that may be written to; None for a packed storage."""
+        return None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias [..., O]; differentiable in x."""
@@ -72,11 +77,16 @@ class Weight(nn.Module):
 
     def tensor(self) -> Tensor:
         """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
-        return self.dense().to(self.dtype)
+        return self.dense().to(self.dtype) if self.plain is None else self.plain
 
-    def repack(self, w: Tensor) -> Self:
-        """New values [O, I] in the same format."""
-        raise NotImplementedError
+    def rounded(self, delta: Tensor) -> Weight:
+        """W + delta [O, I] in the same format, each entry rounded to the nearest that the format has, or as it says.
+
+        Raises ValueError where the format has no such operation.
+        """
+        raise ValueError(
+            f"a merge into the storage {self.storage.name!r} itself is not defined; merge into a dense one"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,6 +97,26 @@ class Weight(nn.Module):
     def device(self) -> torch.device:
         """Where the matrix is."""
         return next(self.parameters()).device
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Configuration and factory of a weight: a frozen dataclass whose `__post_init__` refuses bad values.
+
+    A subclass is registered with `@storage("name")`, lists in `examples` the settings that the conformance suite
+    builds, and implements `pack`.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def pack(self, w: Tensor) -> Weight:
+        """Store `w` [O, I], of any floating dtype. Raises ValueError for values that the format cannot hold."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `STORAGES[name](**settings)` gives an equal storage."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +215,18 @@ class Method:
         return dataclasses.asdict(self)
 
 
-STORAGES: dict[str, type[Weight]] = {}
+STORAGES: dict[str, type[Storage]] = {}
 METHODS: dict[str, type[Method]] = {}
-_W = TypeVar("_W", bound=type[Weight])
+_S = TypeVar("_S", bound=type[Storage])
 _M = TypeVar("_M", bound=type[Method])
 
 
-def storage(name: str) -> Callable[[_W], _W]:
+def storage(name: str) -> Callable[[_S], _S]:
     """Register a storage under `name`."""
 
-    def register(cls: _W) -> _W:
+    def register(cls: _S) -> _S:
         assert name not in STORAGES, f"two storages are called {name}"
+        cls.name = name
         STORAGES[name] = cls
         return cls
 
@@ -221,12 +252,14 @@ def find_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def find_storage(name: str) -> type[Storage]:
+    """The storage registered under `name`. Raises ValueError that lists the names and the nearest one."""
+    if name not in STORAGES:
+        raise ValueError(f"unknown storage {name!r}{nearest(name, STORAGES)}: the storages are {', '.join(STORAGES)}")
+    return STORAGES[name]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" with the closest of the known names, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
-
-
-def storage_name(weight: Weight) -> str:
-    """The name that the storage of `weight` is registered under."""
-    return next(name for name, cls in STORAGES.items() if type(weight) is cls)

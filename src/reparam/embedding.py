@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from reparam.linear import Adapted
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 
 class Embedding(Adapted):
@@ -21,7 +21,7 @@ class Embedding(Adapted):
         problem = why_not_embedding(module)
         if problem:
             raise ValueError(problem)
-        return cls(module, Dense.pack(module.weight))  # type: ignore[arg-type]
+        return cls(module, DenseWeight(module.weight))  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of the base, or of the active update's matrix."""
@@ -33,14 +33,6 @@ class Embedding(Adapted):
     def stock(self) -> dict[str, Tensor]:
         """`weight`."""
         return {"weight": self.weight.tensor()}
-
-    def restore(self) -> nn.Module:
-        """The `nn.Embedding` again."""
-        module = self.origin[0]
-        matrix = self.stock()["weight"]
-        if matrix is not module.weight:
-            module.weight = nn.Parameter(matrix.detach(), requires_grad=False)
-        return module.train(self.training)
 
 
 def why_not_embedding(module: nn.Module) -> str | None:

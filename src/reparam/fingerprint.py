@@ -3,7 +3,8 @@
 A fingerprint is a SHA-256 over every parameter's name, shape and up to 256 of its elements, taken at fixed places that
 are spread over the whole tensor. The elements are digested as bfloat16 and as float16, so that a model which is loaded
 in another dtype than it was saved in agrees in one of the two; where all are float32, also as that, and two such models
-are compared exactly. Matrices and the rest are digested apart, because a packed storage changes the former alone.
+are compared exactly. Matrices and the rest are digested apart, because a packed storage changes the former alone; of
+a packed matrix, the packed tensors are digested.
 
 It catches another model, other sizes or names, and any training of the whole model. It does not see a change of a few
 elements, such as some rows of an embedding, nor buffers; nor, between dtypes, what rounding hides. It is the same with
@@ -18,7 +19,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from reparam.base import storage_name
 from reparam.linear import Adapted, Replaced, Shared
 
 SAMPLES = 256
@@ -27,19 +27,19 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Digests of the base under any adapters: `<group> as <dtype>` -> hexadecimal; compare with `agree`."""
-    storages, tensors = set(), []
+    storages: set[str] = set()
+    matrices: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for path, module in _base_modules(model, ""):
-        if isinstance(module, Adapted):
-            storages.add(storage_name(module.weight))
-        tensors += [(f"{path}.{name}".lstrip("."), tensor) for name, tensor in _own(module).items()]
-    tensors.sort(key=lambda item: item[0])
-    matrices = [(name, tensor) for name, tensor in tensors if tensor.ndim == 2]
-    rest = [(name, tensor) for name, tensor in tensors if tensor.ndim != 2]
-    groups = {f"matrices ({'+'.join(sorted(storages - {'dense'})) or 'dense'})": matrices, "rest": rest}
+        if _packed(module):
+            storages.add(module.weight.storage.name)  # type: ignore[union-attr]
+        for name, tensor, matrix in _digested(module):
+            (matrices if matrix else rest)[f"{path}.{name}".lstrip(".")] = tensor
+    groups = {f"matrices ({'+'.join(sorted(storages)) or 'dense'})": matrices, "rest": rest}
     return {
         f"{group} as {str(dtype).removeprefix('torch.')}": digest
         for group, members in groups.items()
-        for dtype, digest in _digests(members).items()
+        for dtype, digest in _digests(sorted(members.items(), key=lambda item: item[0])).items()
     }
 
 
@@ -57,6 +57,23 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in _base_modules(model, ""):
         for name, tensor in _own(module).items():
             yield f"{path}.{name}".lstrip("."), tensor
+
+
+def _packed(module: nn.Module) -> bool:
+    return isinstance(module, Adapted) and module.weight.plain is None
+
+
+def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor, and whether it is a matrix or a part of a packed one, of what this module holds itself."""
+    if not _packed(module):
+        for name, tensor in _own(module).items():
+            yield name, tensor, tensor.ndim == 2
+        return
+    assert isinstance(module, Adapted)
+    for name, tensor in module.weight.named_parameters():
+        yield f"weight.{name}", tensor, True
+    if module.bias is not None:
+        yield "bias", module.bias, False
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from reparam.base import Site, Update, Weight
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 
 class Adapted(nn.Module):
@@ -62,8 +62,21 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def restore(self) -> nn.Module:
-        """The module as it was before, holding the current frozen weight and bias."""
-        raise NotImplementedError
+        """The module as it was before, holding the current frozen weight and bias; if that is packed, a bare one."""
+        if self.weight.plain is None:
+            return type(self)(self.origin[0], self.weight, self.bias).train(self.training)
+        module = self.origin[0]
+        matrix = self.stock()["weight"]
+        if matrix is not module.weight:
+            module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+        return module.train(self.training)
+
+    def repack(self, weight: Weight) -> None:
+        """Hold the same matrix in another storage; the dense one is let go, here and in what was here before."""
+        self.weight = weight
+        if weight.plain is None:
+            shape = weight.out_features, weight.in_features
+            self.origin[0].weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
 class Linear(Adapted):
@@ -83,7 +96,7 @@ class Linear(Adapted):
             matrix = nn.Parameter(matrix.detach().t(), requires_grad=False)
             module.weight = None  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]
-        return cls(module, Dense.pack(matrix), bias)
+        return cls(module, DenseWeight(matrix), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
@@ -102,17 +115,10 @@ class Linear(Adapted):
         found = {"weight": matrix.t() if is_conv1d(self.origin[0]) else matrix}
         return found if self.bias is None else {**found, "bias": self.bias}
 
-    def restore(self) -> nn.Module:
-        """The `nn.Linear` or `Conv1D` again."""
-        module = self.origin[0]
-        matrix = self.stock()["weight"]
-        if matrix is not module.weight:
-            module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
-        return module.train(self.training)
-
     def extra_repr(self) -> str:
-        """Sizes and the active adapter."""
-        return f"in={self.weight.in_features}, out={self.weight.out_features}, active={self.active}"
+        """Sizes, how the matrix is stored, and the active adapter."""
+        weight = self.weight
+        return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"
 
 
 def is_conv1d(module: nn.Module) -> bool:

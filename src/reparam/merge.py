@@ -20,7 +20,7 @@ from reparam.adapter import unwrap
 from reparam.base import Factors, Weight
 from reparam.linear import SHARED, Adapted
 from reparam.selection import State, state_of
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 BLOCK = 1 << 16  # elements of W in one block on a CPU: 256 KiB in float32, so that the buffers stay in a core's cache
 ENOUGH = 0.99
@@ -82,7 +82,8 @@ class MergeReport:
             undo.model.set_submodule(path, module)
             if isinstance(module, Adapted) and path in undo.weights:
                 module.weight = undo.weights[path]
-                module.weight.tensor().copy_(undo.values[path])
+                if path in undo.values:
+                    module.weight.plain.copy_(undo.values[path])  # type: ignore[union-attr]
                 if path in undo.biases:
                     module.bias.copy_(undo.biases[path])  # type: ignore[union-attr]
         for path, origin in undo.origins.items():
@@ -140,8 +141,10 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
 
 
 def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
-    """The merged weight, dense, and what became of the update. A dense `weight` is overwritten and returned."""
-    out = weight.tensor().detach()  # [O, I]: the stored tensor itself, or a new one for a packed storage
+    """The merged weight, dense, and what became of the update. A plain `weight` is overwritten and returned."""
+    plain = weight.plain
+    shape = weight.out_features, weight.in_features
+    out = torch.empty(shape, dtype=weight.dtype, device=weight.device) if plain is None else plain.detach()
     dtype = torch.promote_types(out.dtype, torch.float32)
     A, B = factors.A.to(dtype), factors.B.to(dtype)
     gain = None if factors.gain is None else factors.gain.to(dtype)
@@ -150,7 +153,7 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
-        old = weight.dense(rows) if dtype == torch.float32 else out[rows]
+        old = out[rows] if plain is not None and dtype != torch.float32 else weight.dense(rows).to(dtype)
         delta, new = buffers[:, : len(old)]
         torch.mm(B[rows], A, out=delta)
         if gain is not None:
@@ -164,7 +167,7 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
         out[rows] = new
     change = float(torch.stack(whole).double().sum())
     share = float(torch.stack(kept).double().sum()) / change if change else 1.0
-    merged = weight if out.data_ptr() == weight.tensor().data_ptr() else Dense.pack(out)
+    merged = DenseWeight(out) if plain is None else weight
     return merged, SiteMerge(name, out.dtype, change**0.5, share)
 
 
@@ -189,7 +192,7 @@ def _keep(model: nn.Module, state: State, name: str) -> _Undo:
         name,
         {**state.sites, **state.replaced, **({SHARED: getattr(model, SHARED)} if hasattr(model, SHARED) else {})},
         {path: module.weight for path, module in adapter.modules.items()},
-        {path: module.weight.tensor().clone() for path, module in adapter.modules.items()},
+        {p: m.weight.plain.clone() for p, m in adapter.modules.items() if m.weight.plain is not None},
         {path: module.bias.clone() for path, module in adapter.modules.items() if module.bias is not None},
         {path: holder.origin for path, holder in adapter.replaced.items()},
     )

@@ -104,6 +104,12 @@ class State:
             names = {before} if before is None or isinstance(before, str) else set(before)
             self.select(before if names <= {None, *self.adapters} else None)
 
+    def refresh(self) -> None:
+        """The frozen weights have changed: what the bank holds may depend on them, and is written anew when used."""
+        self._versions.clear()
+        if self.choice is not None and not isinstance(self.choice, str):
+            self.select(self.choice)
+
     def _route(self, rows: list[str | None]) -> None:
         """Bring the bank up to date for these adapters, and its slots to these rows."""
         names = [name for name in dict.fromkeys(rows) if name is not None]

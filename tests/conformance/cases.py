@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import reparam
 from reparam import targets
-from reparam.base import METHODS, STORAGES, InputDependentError, Method, Weight
+from reparam.base import METHODS, STORAGES, InputDependentError, Method, Storage
 
 TOYS: dict[str, type[Method]] = {"nudge": Nudge}
 SETTINGS = [
@@ -27,7 +27,11 @@ SETTINGS = [
     for index, settings in enumerate(cls.examples)
 ]
 FIRST = [param for param in SETTINGS if param.id and param.id.endswith("0")]
-PACKED: dict[str, type[Weight]] = {**STORAGES, "fixed16": Fixed16}
+PACKED: dict[str, Storage] = {
+    f"{name}{index or ''}": cls(**settings)
+    for name, cls in {**STORAGES, "fixed16": Fixed16}.items()
+    for index, settings in enumerate(cls.examples)
+}
 KINDS = ("linear", "bias", "conv1d", "embedding")
 
 
@@ -119,12 +123,8 @@ CASES = [
 
 def store(model: nn.Module, paths: list[str], storage: str) -> None:
     """Put the matrices of these modules into a storage."""
-    if storage == "dense":
-        return
-    for path in paths:
-        module = targets.wrap(model.get_submodule(path))
-        module.weight = PACKED[storage].pack(module.weight.dense())
-        model.set_submodule(path, module)
+    if storage != "dense":
+        reparam.pack(model, PACKED[storage], targets=paths)
 
 
 @torch.no_grad()

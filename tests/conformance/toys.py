@@ -8,16 +8,26 @@ input. `registered` puts one into its registry for the length of a test.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import METHODS, STORAGES, Factors, InputDependentError, Method, Role, Site, Update, Weight
+from reparam.base import METHODS, STORAGES, Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
 
 
-class Fixed16(Weight):
+@dataclasses.dataclass(frozen=True)
+class Fixed16(Storage):
+    """Rounds to 32767 steps in each row."""
+
+    def pack(self, w: Tensor) -> "Fixed16Weight":
+        """Round `w` [O, I]."""
+        scale = w.detach().float().abs().amax(1).clamp(min=1e-30) / 32767  # [O]
+        return Fixed16Weight((w.detach().float() / scale[:, None]).round().to(torch.int16), scale)
+
+
+class Fixed16Weight(Weight):
     """W as 16-bit whole numbers, with one scale for each row as the bits of a float32."""
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
@@ -26,11 +36,10 @@ class Fixed16(Weight):
         self.scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)  # [O]
         self.out_features, self.in_features = codes.shape
 
-    @classmethod
-    def pack(cls, w: Tensor) -> Self:
-        """Round `w` [O, I] to 32767 steps in each row."""
-        scale = w.detach().float().abs().amax(1).clamp(min=1e-30) / 32767  # [O]
-        return cls((w.detach().float() / scale[:, None]).round().to(torch.int16), scale)
+    @property
+    def storage(self) -> Fixed16:
+        """`Fixed16()`."""
+        return Fixed16()
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The codes times the scales, in float32."""
@@ -43,10 +52,6 @@ class Fixed16(Weight):
     def rows(self, ids: Tensor) -> Tensor:
         """The rows W[ids]."""
         return F.embedding(ids, self.dense())
-
-    def repack(self, w: Tensor) -> Self:
-        """New values in 16 bits."""
-        return self.pack(w)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,12 +154,11 @@ class Counter:
 @contextlib.contextmanager
 def registered(**classes: type) -> Iterator[None]:
     """Have these storages and methods in their registries, under the names given."""
-    homes = {name: STORAGES if issubclass(cls, Weight) else METHODS for name, cls in classes.items()}
+    homes = {name: STORAGES if issubclass(cls, Storage) else METHODS for name, cls in classes.items()}
     for name, cls in classes.items():
         assert name not in homes[name], f"{name} is registered already"
         homes[name][name] = cls  # type: ignore[index]
-        if homes[name] is METHODS:
-            cls.name = name  # type: ignore[attr-defined]
+        cls.name = name  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from reparam.base import InputDependentError, Update, Weight
 from reparam.fingerprint import base_tensors
 from reparam.io import files
 from reparam.io.record import Record
-from reparam.weights.dense import Dense
+from reparam.weights.dense import DenseWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
     sites = []
     for name, site in record.sites.items():
         update = stand_alone(record, name)
-        rank, change = _size(update, Dense.pack(torch.zeros(1, 1).expand(site.out_features, site.in_features)))
+        rank, change = _size(update, DenseWeight(torch.zeros(1, 1).expand(site.out_features, site.in_features)))
         matrix = own.get(f"{name}.weight")
         norm = None if matrix is None else float(matrix.detach().float().norm())
         sites.append(SiteSummary(name, (site.out_features, site.in_features), rank, change, norm))
@@ -85,7 +85,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
 def stand_alone(record: Record, name: str) -> Update:
     """The update of one site with its saved values, without a model: the frozen matrix it sees is zero."""
     site = record.sites[name]
-    update = record.method.build(site, Dense.pack(torch.zeros(1, 1).expand(site.out_features, site.in_features)), None)
+    update = record.method.build(site, DenseWeight(torch.zeros(1, 1).expand(site.out_features, site.in_features)), None)
     with torch.no_grad():
         for key, parameter in update.named_parameters():
             parameter.copy_(record.tensors[f"{name}.{key}"])

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Self
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Weight, storage
+from reparam.base import Storage, Weight, storage
 
 
 @storage("dense")
-class Dense(Weight):
+@dataclasses.dataclass(frozen=True)
+class Dense(Storage):
+    """W as it is; nothing to set."""
+
+    def pack(self, w: Tensor) -> DenseWeight:
+        """Keep `w` [O, I] as it is; a parameter is taken over, not copied."""
+        return DenseWeight(w)
+
+
+class DenseWeight(Weight):
     """W as one frozen parameter [O, I]."""
 
     def __init__(self, w: Tensor) -> None:
@@ -21,10 +30,15 @@ class Dense(Weight):
         self.W.requires_grad_(False)
         self.out_features, self.in_features = w.shape
 
-    @classmethod
-    def pack(cls, w: Tensor) -> Self:
-        """Keep `w` [O, I] as it is; a parameter is taken over, not copied."""
-        return cls(w)
+    @property
+    def storage(self) -> Dense:
+        """`Dense()`."""
+        return Dense()
+
+    @property
+    def plain(self) -> Tensor:
+        """W itself."""
+        return self.W
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias [..., O]."""
@@ -46,14 +60,6 @@ class Dense(Weight):
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of W in float32; a view when W is float32."""
         return self.W.detach()[rows].float()
-
-    def tensor(self) -> Tensor:
-        """W itself."""
-        return self.W
-
-    def repack(self, w: Tensor) -> Self:
-        """New values in the dtype of the old."""
-        return type(self)(w.to(self.W.dtype))
 
     @property
     def dtype(self) -> torch.dtype:

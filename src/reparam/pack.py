@@ -1,0 +1,146 @@
+"""Putting the frozen matrices of a model into another storage, with or without adapters on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from reparam import targets as targets_
+from reparam.base import STORAGES, Storage, Weight, find_storage
+from reparam.linear import Adapted
+from reparam.selection import state_of
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSite:
+    """One matrix that is packed."""
+
+    name: str
+    entries: int
+    """O · I."""
+    bytes: int
+    """What is held for it now, statistics and all."""
+    before: int
+    """What was held for it before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackReport:
+    """What was packed, what it takes, and which large tensors were left as they are."""
+
+    storage: Storage
+    sites: tuple[PackedSite, ...]
+    left: dict[str, int]
+    """Tensors of two or more dimensions that are not packed: path -> bytes."""
+
+    @property
+    def bits(self) -> float:
+        """Bits for each packed entry, statistics and all."""
+        return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
+        before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
+        largest = sorted(self.left, key=lambda name: -self.left[name])
+        more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
+        left = (
+            f"; left as they are: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
+        )
+        return (
+            f"packed {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
+            f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry{left if largest else ''}"
+        )
+
+
+@torch.no_grad()
+def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> PackReport:
+    """Put the matrices that `targets` names into a storage, one at a time; adapters on them stay as they are.
+
+    `storage` is a name ("nf4", "int8", or "dense" to unpack) or a configuration such as `NF4(block=128)`; `targets` are
+    as in `attach`, so that the output head and the embeddings stay as they are unless named. Weights that cannot be
+    packed, such as fused experts, are warned about and listed in the report.
+
+    Raises ValueError, before anything is changed, for targets that match nothing, matrices that are packed already,
+    tied ones, and whatever the storage refuses, NaN for instance (then some may have been packed).
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    >>> str(pack(model, "int8", targets="0"))
+    'packed 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits an entry; left as they are: 1.weight (512 B)'
+    """
+    chosen = find_storage(storage)() if isinstance(storage, str) else storage
+    names = targets_.resolve(model, targets)
+    _check(model, names, chosen)
+    sites = []
+    for path in names:
+        module = targets_.wrap(model.get_submodule(path))
+        old, before = module.weight, _bytes(module.weight)
+        module.repack(_repacked(path, module, chosen))
+        sites.append(PackedSite(path, old.out_features * old.in_features, _bytes(module.weight), before))
+        if module.weight.plain is not None and not module.updates:
+            model.set_submodule(path, module.restore())
+        else:
+            model.set_submodule(path, module)
+    if hasattr(model, "reparam_state"):
+        state_of(model).refresh()
+    return PackReport(chosen, tuple(sites), dict(_left(model)))
+
+
+def packed_as(model: nn.Module) -> dict[str, Storage]:
+    """The storages of the matrices that are packed, by path."""
+    return {
+        path: module.weight.storage
+        for path, module in targets_.walk(model)
+        if isinstance(module, Adapted) and module.weight.plain is None
+    }
+
+
+def size(count: float) -> str:
+    """A number of bytes for reading.
+
+    >>> size(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _repacked(path: str, module: Adapted, storage: Storage) -> Weight:
+    try:
+        return storage.pack(module.weight.tensor())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
+    """Raise ValueError where packing would repeat a loss or change something that other modules use."""
+    problems = []
+    for path, others in targets_.tied(model, names).items():
+        problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
+    held = packed_as(model)
+    dense = STORAGES["dense"]
+    for path in names if not isinstance(storage, dense) else ():
+        if path in held:
+            problems.append(f"{path} is {held[path].name} already, and packing twice loses twice; load the original")
+    if problems:
+        raise ValueError("pack: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5)))
+
+
+def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
+    for path, module in targets_.walk(model):
+        if isinstance(module, Adapted):
+            if module.weight.plain is not None:
+                yield f"{path}.weight", module.weight.plain.nbytes
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                yield f"{path}.{name}", parameter.nbytes
+
+
+def _bytes(weight: Weight) -> int:
+    return sum(parameter.nbytes for parameter in weight.parameters())

@@ -1,0 +1,76 @@
+"""Eight bits an entry: whole numbers from -127 to 127 with the largest magnitude of each row (absmax).
+
+    q = round(127 · w / absmax),    ŵ = q · (absmax / 127)
+
+[2, 3, 4, 1000] becomes [0, 0, 1, 127]: one outlier in a row costs all others, which is what blocks (NF4) are for.
+Rounding is half to even. Shapes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reparam.base import Storage, storage
+from reparam.kernels.frozen import frozen_linear
+from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
+
+LEVELS = 127
+
+
+@storage("int8")
+@dataclasses.dataclass(frozen=True)
+class Int8(Storage):
+    """Configuration of int8; nothing to set.
+
+    >>> Int8().pack(torch.tensor([[2.0, 3.0, 4.0, 1000.0]])).codes.tolist()
+    [[0, 0, 1, 127]]
+    """
+
+    def pack(self, w: Tensor) -> Int8Weight:
+        """Quantise `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
+        check_packable(w, self.name)
+        wide = w.detach().float()
+        absmax = wide.abs().amax(1)  # [O]
+        codes = (wide * LEVELS / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+        return Int8Weight(codes.to(torch.int8), absmax, w.dtype)
+
+
+class Int8Weight(PackedWeight):
+    """Whole numbers, and one magnitude for each row."""
+
+    def __init__(self, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:
+        super().__init__((codes.shape[0], codes.shape[1]), dtype, codes.device)
+        self.codes = frozen(codes)  # [O, I] int8
+        self.absmax = bits(absmax)  # [O]
+
+    @property
+    def storage(self) -> Int8:
+        """`Int8()`."""
+        return Int8()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias [..., O]."""
+        return _linear(x, (self.codes, floats(self.absmax)), self.shape, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows W[ids], [..., I]."""
+        return _values(F.embedding(ids, self.codes), floats(self.absmax)[ids]).to(self.dtype)
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of W in float32."""
+        return _values(self.codes[rows], floats(self.absmax)[rows])
+
+
+def _values(codes: Tensor, absmax: Tensor) -> Tensor:
+    return codes * (absmax / LEVELS).unsqueeze(-1)  # float32: one rounding
+
+
+def _unpack(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return _values(codes, absmax).to(dtype)
+
+
+_linear = frozen_linear("int8", "Tensor codes, Tensor absmax", _unpack)

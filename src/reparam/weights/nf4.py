@@ -1,0 +1,133 @@
+"""NF4 with double quantisation: 4.127 bits an entry (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, §3).
+
+The arithmetic is in `kernels/nf4.py`; this is the module that holds the result. Bits an entry, in blocks of 64:
+4 + 32/64 = 4.5 plain, 4 + 8/64 + 32/(64 · 256) = 4.126953125 doubly quantised.
+
+Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from reparam.base import Storage, storage
+from reparam.kernels.frozen import frozen_linear
+from reparam.kernels.nf4 import compress, dequantize, magnitudes, quantize
+from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, Statistics
+from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
+
+
+@storage("nf4")
+@dataclasses.dataclass(frozen=True)
+class NF4(Storage):
+    """Configuration of NF4. Raises ValueError for a block size that the format does not have.
+
+    >>> weight = NF4().pack(torch.randn(128, 128))
+    >>> sum(p.nbytes for p in weight.parameters()) * 8 / 128**2
+    4.12890625
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"block": 32, "double": False})
+
+    block: int = 64
+    """Entries that share one magnitude: 32, 64, 128, ... 4096."""
+    double: bool = True
+    """Keep the magnitudes in 8 bits too."""
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS or isinstance(self.block, bool):
+            raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
+
+    def pack(self, w: Tensor) -> NF4Weight:
+        """Quantise `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
+        check_packable(w, self.name)
+        codes, absmax = quantize(w, self.block)
+        stats = compress(absmax) if self.double else Statistics(absmax)
+        return NF4Weight(codes, stats, self.block, (w.shape[0], w.shape[1]), w.dtype)
+
+
+class NF4Weight(PackedWeight):
+    """Packed codes, and the magnitude of each block.
+
+    The tensors are those of a bitsandbytes file; its constant tables are kept only where they are not the standard.
+    """
+
+    def __init__(
+        self, codes: Tensor, stats: Statistics, block: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        super().__init__(shape, dtype, codes.device)
+        self.block = block
+        self.codes = frozen(codes)  # [⌈n/2⌉] uint8
+        double = stats.nested is not None
+        self.absmax = frozen(stats.absmax) if double else bits(stats.absmax)  # [N] uint8 or int32
+        own = stats.map is not None and not torch.equal(stats.map, DYNAMIC.to(stats.map.device))
+        self.nested = None if stats.nested is None else bits(stats.nested)  # [M]
+        self.offset = None if stats.offset is None else bits(stats.offset)  # [1]
+        self.map = bits(stats.map) if own and stats.map is not None else None  # [256]
+
+    @property
+    def storage(self) -> NF4:
+        """Its block size, and whether magnitudes are doubly quantised."""
+        return NF4(self.block, self.nested is not None)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The magnitudes as float32 or doubly quantised; views."""
+        if self.nested is None:
+            return Statistics(floats(self.absmax))
+        assert self.offset is not None
+        own = None if self.map is None else floats(self.map)
+        return Statistics(self.absmax, floats(self.nested), floats(self.offset), own)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias [..., O]."""
+        return _linear(x, (self.codes, *self.statistics, self.block), self.shape, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows W[ids], [..., I]."""
+        entries = ids.unsqueeze(-1) * self.in_features + torch.arange(self.in_features, device=ids.device)
+        return self.at(entries).to(self.dtype)
+
+    def at(self, entries: Tensor) -> Tensor:
+        """entries [...] of integers below n -> those of the flattened matrix in float32, [...]."""
+        half = self.codes[entries >> 1]
+        index = torch.where(entries & 1 == 0, half >> 4, half & 15)
+        return CODE.to(index.device)[index.long()] * magnitudes(self.statistics, entries // self.block)
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of W in float32."""
+        start, stop, step = rows.indices(self.out_features)
+        assert step == 1, "rows are a plain slice"
+        first, last = start * self.in_features, max(start, stop) * self.in_features
+        begin = first // self.block * self.block  # whole blocks around the rows
+        blocks = torch.arange(begin // self.block, -(-last // self.block), device=self.device)
+        codes, stats = self.codes[begin // 2 : (last + 1) // 2], Statistics(magnitudes(self.statistics, blocks))
+        found = dequantize(codes, stats, block=self.block, count=last - begin, dtype=torch.float32)
+        return found[first - begin :].view(-1, self.in_features)
+
+
+def _unpack(
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    map: Tensor | None,
+    block: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    stats = Statistics(absmax, nested, offset, map)
+    found = dequantize(codes, stats, block=block, count=shape[0] * shape[1], dtype=dtype)
+    return found.view(shape)
+
+
+_linear = frozen_linear(
+    "nf4",
+    "Tensor codes, Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map, int block",
+    _unpack,
+)
