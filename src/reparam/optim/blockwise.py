@@ -1,0 +1,104 @@
+"""Blockwise 8-bit numbers: one byte per element and one float32 per block of 256 (Dettmers et al., arXiv 2110.02861).
+
+A block's values are divided by their largest magnitude, and each becomes the index of a level of the *dynamic map*
+(arXiv 1511.04561; not E4M3): seven decades, each with twice the levels of the one below. For e = 0..6 the magnitudes
+are the midpoints of `linspace(0.1, 1, n + 1)` times 10^(e-6), with n = 2^e and both signs, or n = 2^(e+1) and one sign;
+and 0, and 1. Shapes: N blocks of 256 elements.
+
+Nearest level, a tie to the lower one; but with one sign, nothing above 0 becomes 0. That map holds AdamW's mean
+squares, whose root the step is divided by: the square of a gradient 3000 times smaller than its block's largest is
+below half of the first level, and the step would be divided by eps alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+_BUCKETS = 1 << 16  # one for each upper half of a float32: sign, exponent, 7 bits of the mantissa
+
+
+def dynamic_map(*, signed: bool) -> Tensor:
+    """The 256 levels, ascending, float32, on the CPU; bit for bit those of bitsandbytes, on any machine.
+
+    Signed ones reach from -0.993 to 1, the others from 0 to 1.
+
+    >>> dynamic_map(signed=False)[[0, 1, 254, 255]]
+    tensor([0.0000e+00, 3.2500e-07, 9.9648e-01, 1.0000e+00])
+    """
+    decades = []
+    for e in range(7):
+        edges = _linspace(2**e if signed else 2 ** (e + 1))
+        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (e - 6))
+    magnitudes = torch.cat(decades)
+    both = [-magnitudes, magnitudes] if signed else [magnitudes]
+    return torch.cat([*both, torch.tensor([0.0, 1.0])]).sort().values
+
+
+class Codebook(NamedTuple):
+    """A map with what finds the nearest level in two look-ups, where a binary search takes eight steps.
+
+    No bucket of float32 numbers with the same upper half holds two thresholds, so that the level of a number is that
+    of its bucket's smallest, or the next.
+    """
+
+    levels: Tensor  # [256] float32
+    lowest: Tensor  # [65536] uint8, the level of each bucket's smallest number
+    threshold: Tensor  # [65536] float32, above which it is the next one
+
+
+def codebook(*, signed: bool, device: torch.device | str = "cpu") -> Codebook:
+    """The signed map, for means, or the other, for mean squares.
+
+    >>> codebook(signed=True).levels[127].item()
+    0.0
+    """
+    levels = dynamic_map(signed=signed)
+    thresholds = (levels[:-1] + levels[1:]) / 2
+    if not signed:
+        thresholds[0] = 0.0
+    upper = torch.arange(-_BUCKETS // 2, _BUCKETS // 2, dtype=torch.int32) << 16
+    smallest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+    lowest = torch.bucketize(smallest, thresholds)
+    threshold = torch.cat([thresholds, torch.tensor([torch.inf])])[lowest]
+    return Codebook(levels.to(device), lowest.to(device, torch.uint8), threshold.to(device))
+
+
+def quantise(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, 256] and scales float32 [N, 1] of values float32 [N, 256].
+
+    A block's scale is its largest magnitude, at least 1.2e-38. Values that are not finite spoil their own
+    block.
+
+    >>> codes, scales = quantise(torch.linspace(-1, 3, 256)[None], codebook(signed=True))
+    >>> scales.item(), codes[0, 255].item()
+    (3.0, 255)
+    """
+    scales = values.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    scaled = (values / scales).view(-1)
+    bucket = (scaled.view(torch.int32) >> 16).add_(_BUCKETS // 2)
+    codes = book.lowest.index_select(0, bucket)
+    codes += scaled > book.threshold.index_select(0, bucket)
+    return codes.view_as(values), scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
+    """Values float32 [N, 256] of codes [N, 256] and scales [N, 1].
+
+    >>> book = codebook(signed=False)
+    >>> dequantise(torch.tensor([[0, 255]], dtype=torch.uint8), torch.tensor([[2.0]]), book)
+    tensor([[0., 2.]])
+    """
+    return book.levels.index_select(0, codes.reshape(-1).int()).view(codes.shape).mul_(scales)
+
+
+def _linspace(steps: int) -> Tensor:
+    """`torch.linspace(0.1, 1, steps + 1)` as a machine with fused multiply-add computes it; others are an ulp off."""
+    start, end = torch.tensor(0.1), torch.tensor(1.0)
+    step = ((end - start) / steps).double()
+    index = torch.arange(steps + 1, dtype=torch.float64)
+    rising, falling = start.double() + step * index, end.double() - step * (steps - index)
+    return torch.where(index < (steps + 1) // 2, rising, falling).float()

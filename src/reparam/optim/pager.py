@@ -1,0 +1,137 @@
+"""A pager: fixed pages of bytes on a device, of which a budget holds some; the others are in a store.
+
+The page that was used longest ago makes room for the next (LRU). A page that was never used is zeros, and costs no
+transfer. Every page that is asked for is taken to be changed, so that each one that leaves is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from reparam.optim.store import Store, Wait, make_store
+
+
+@dataclasses.dataclass(frozen=True)
+class Paging:
+    """What a pager has done so far. All but `peak_resident` and `total` count up."""
+
+    faults: int = 0
+    """Pages that were read back while an update waited for them."""
+    prefetched: int = 0
+    """Pages that were read back ahead of their update."""
+    evictions: int = 0
+    """Pages that left the device."""
+    bytes_in: int = 0
+    """Bytes that were read back."""
+    bytes_out: int = 0
+    """Bytes that were written."""
+    peak_resident: int = 0
+    """The most bytes of pages on the device at once; at most the budget."""
+    total: int = 0
+    """Bytes of all pages."""
+
+
+class Pager:
+    """Pages by number, uint8 [page] each.
+
+    Args:
+        page: bytes of a page.
+        slots: how many pages the device may hold; None for all.
+        device: where they are used.
+        folder: of the file that a CPU's pages go to; the system's temporary one by default.
+
+    >>> pager = Pager(4, slots=1, device=torch.device("cpu"))
+    >>> pager.grow(2)
+    >>> for index in (0, 1, 0):
+    ...     page = pager.page(index).add_(1)
+    >>> page.tolist(), pager.paging.faults, pager.paging.bytes_out
+    ([2, 2, 2, 2], 1, 8)
+    """
+
+    def __init__(
+        self, page: int, *, slots: int | None, device: torch.device, folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        assert slots is None or slots > 0, slots
+        self.device = device
+        self._page, self._slots, self._folder = page, slots, folder
+        self._resident: OrderedDict[int, Tensor] = OrderedDict()  # the one that was used longest ago first
+        self._arriving: dict[int, Wait] = {}
+        self._written: set[int] = set()
+        self._store: Store | None = None
+        self._count = self._faults = self._prefetched = self._evictions = self._peak = 0
+
+    @property
+    def paging(self) -> Paging:
+        """The counters."""
+        faults, ahead, evictions, page = self._faults, self._prefetched, self._evictions, self._page
+        moved = (faults + ahead) * page, evictions * page
+        return Paging(faults, ahead, evictions, *moved, self._peak * page, self._count * page)
+
+    def grow(self, count: int) -> None:
+        """Have `count` pages in all. Raises OSError when those that do not fit on the device have no room."""
+        if self._slots is not None and count > self._slots:
+            self._store = self._store or make_store(self._page, self.device, self._folder)
+            self._store.reserve(count)
+        self._count = count
+
+    def page(self, index: int) -> Tensor:
+        """The page, to read and change until another one is asked for. Raises OSError when a transfer fails."""
+        assert index < self._count, (index, self._count)
+        if index not in self._resident:
+            if index in self._written:
+                self._fetch(index)
+                self._faults += 1
+            else:
+                buffer, leaving = self._room()
+                if leaving is not None:
+                    self._move(buffer, leaving, None)()
+                self._resident[index] = buffer.zero_()
+        self._settle(index)
+        self._resident.move_to_end(index)
+        return self._resident[index]
+
+    def prefetch(self, index: int) -> None:
+        """Start to bring in a page that will be asked for next. The page that was asked for last stays."""
+        if index in self._written and index not in self._resident and self._slots != 1:
+            self._fetch(index)
+            self._prefetched += 1
+
+    def peek(self, index: int) -> Tensor:
+        """The page, to read only; nothing moves, and nothing is counted."""
+        if index in self._resident:
+            self._settle(index)
+            return self._resident[index]
+        if index in self._written and self._store is not None:
+            return self._store.read(index)
+        return torch.zeros(self._page, dtype=torch.uint8)
+
+    def _fetch(self, index: int) -> None:
+        buffer, leaving = self._room()
+        self._arriving[index] = self._move(buffer, leaving, index)
+        self._resident[index] = buffer
+
+    def _room(self) -> tuple[Tensor, int | None]:
+        """A buffer, and the page in it that has to leave."""
+        if self._slots is None or len(self._resident) < self._slots:
+            self._peak = max(self._peak, len(self._resident) + 1)
+            return torch.empty(self._page, dtype=torch.uint8, device=self.device), None
+        leaving = next(iter(self._resident))
+        self._settle(leaving)
+        return self._resident.pop(leaving), leaving
+
+    def _move(self, buffer: Tensor, leaving: int | None, entering: int | None) -> Wait:
+        assert self._store is not None
+        if leaving is not None:
+            self._written.add(leaving)
+            self._evictions += 1
+        return self._store.exchange(buffer, leaving, entering)
+
+    def _settle(self, index: int) -> None:
+        """Wait for a page that is on its way."""
+        if (wait := self._arriving.pop(index, None)) is not None:
+            wait()

@@ -1,0 +1,442 @@
+"""PagedAdamW: torch's AdamW bit for bit, whatever the pages; 8 bits beside 32; states saved, loaded, refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import reparam
+from reparam.optim import PagedAdamW, Paging
+from reparam.train.state import StateError, load_state, restore_optimizer, save_state
+
+BITS = pytest.mark.parametrize("bits", [32, 8])
+DEVICES = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+        ),
+    ],
+)
+BLOCK_BYTES = {32: 2048, 8: 520}
+SIZES = [(40, 30), (7,), (0,), (256,), (3, 5, 7), (1,), (2000,)]
+
+
+def make(sizes: Sequence[Sequence[int]] = SIZES, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Any]:
+    draw = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(tuple(size), generator=draw).to(device, dtype)) for size in sizes]
+
+
+def give_gradients(parameters: Sequence[Tensor], step: int, missing: Callable[[int, int], bool] | None = None) -> None:
+    """Gradients that depend on nothing but the step and the parameter's number; of very different sizes."""
+    for number, p in enumerate(parameters):
+        draw = torch.Generator().manual_seed(1000 * step + number)
+        gradient = torch.randn(p.shape, generator=draw) * torch.rand(p.shape, generator=draw) ** 4
+        p.grad = None if missing is not None and missing(step, number) else gradient.to(p.device, p.dtype)
+
+
+def two_groups(parameters: list[Any], **first: Any) -> list[dict[str, Any]]:
+    return [{"params": parameters[:3], **first}, {"params": parameters[3:], "lr": 0.02, "weight_decay": 0.0}]
+
+
+def run(
+    optimizer: torch.optim.Optimizer, steps: range = range(6), missing: Callable[[int, int], bool] | None = None
+) -> list[Tensor]:
+    """The parameters after these steps, with a learning rate that changes."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in steps:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate / (1 + step)
+        give_gradients(parameters, step, missing)
+        optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return [p.detach().clone() for p in parameters]
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def sometimes(step: int, number: int) -> bool:
+    return (step + number) % 3 == 0
+
+
+# ---- bit for bit
+
+
+@pytest.mark.parametrize("missing", [None, sometimes])
+@pytest.mark.parametrize("pages", [{}, {"page": 2048}, {"page": 2048, "budget": 2048}, {"page": 5000, "budget": 9000}])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_it_is_torch_adamw_bit_for_bit(missing: Any, pages: dict[str, int], decay: float) -> None:
+    settings = {"lr": 0.05, "betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": decay}
+    judge = torch.optim.AdamW(two_groups(make()), **settings, foreach=False, fused=False)
+    ours = PagedAdamW(two_groups(make()), **settings, **pages)
+    assert same(run(ours, missing=missing), run(judge, missing=missing))
+    theirs = judge.state_dict()["state"]
+    found = ours.state_dict()["state"]
+    assert found.keys() == theirs.keys()
+    for index in found:
+        assert found[index].keys() == theirs[index].keys()
+        assert all(torch.equal(found[index][key], theirs[index][key]) for key in found[index])
+
+
+@DEVICES
+@BITS
+@given(data=st.data())
+def test_pages_change_no_bit(bits: int, device: str, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 3000).map(lambda n: (n,)), min_size=1, max_size=6))
+    block = BLOCK_BYTES[bits]
+    page = data.draw(st.integers(block, 6 * block))
+    budget = data.draw(st.integers(page, 8 * page))
+    gaps = data.draw(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=8))
+
+    def missing(step: int, number: int) -> bool:
+        return (step, number) in gaps
+
+    unpaged = PagedAdamW(make(sizes, device=device), 0.1, bits=bits)
+    paged = PagedAdamW(make(sizes, device=device), 0.1, bits=bits, page=page, budget=budget)
+    assert same(run(paged, range(4), missing), run(unpaged, range(4), missing))
+    a, b = paged.state_dict()["state"], unpaged.state_dict()["state"]
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+    assert paged.paging.peak_resident <= budget
+    assert paged.paging.evictions > 0 or paged.paging.total <= budget or gaps
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_are_updated_in_float32_and_rounded_once(bits: int, dtype: torch.dtype) -> None:
+    parameters = make(dtype=dtype)
+    optimizer = PagedAdamW(parameters, 0.1, bits=bits, page=4096, budget=8192, weight_decay=0.1)
+    masters = [nn.Parameter(p.detach().float()) for p in parameters]
+    give_gradients(parameters, 0)
+    for master, p in zip(masters, parameters, strict=True):
+        master.grad = p.grad.float()
+    optimizer.step()
+    torch.optim.AdamW(masters, 0.1, weight_decay=0.1, foreach=False).step()
+    assert same(parameters, [master.to(dtype) for master in masters])
+
+
+def test_gradients_in_any_layout() -> None:
+    ours, judge = make([(30, 20)]), make([(30, 20)])
+    gradient = torch.randn(20, 30).t()
+    ours[0].grad, judge[0].grad = gradient, gradient.contiguous()
+    PagedAdamW(ours, page=2048).step()
+    PagedAdamW(judge, page=2048).step()
+    assert same(ours, judge)
+
+
+# ---- what moves
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 7])
+def test_a_step_moves_only_the_pages_that_do_not_fit(slots: int) -> None:
+    """Going there and back, P pages with room for S need P - S, which is the least that is possible."""
+    pages = 7
+    optimizer = PagedAdamW(make([(700,), (1000,)]), page=2048, budget=slots * 2048)
+    run(optimizer, range(2))
+    before = optimizer.paging
+    assert before.total == pages * 2048
+    run(optimizer, range(2, 6))
+    after = optimizer.paging
+    moved = 4 * (pages - slots) * 2048
+    assert (after.bytes_in - before.bytes_in, after.bytes_out - before.bytes_out) == (moved, moved)
+    assert after.peak_resident == slots * 2048
+    waited = after.faults - before.faults
+    assert waited == (4 * (pages - 1) if slots == 1 else 0)  # all others came ahead of their update
+
+
+def test_small_tensors_share_pages() -> None:
+    """bitsandbytes pages none below 100,000 elements, which are most factors of low rank."""
+    optimizer = PagedAdamW(make([(8, 32)] * 40), bits=8, page=520 * 10, budget=520 * 10)
+    run(optimizer, range(2))
+    assert optimizer.paging.total == 4 * 520 * 10
+    assert optimizer.paging.peak_resident == 520 * 10
+    assert optimizer.paging.evictions > 0
+
+
+def test_pages_of_parameters_without_gradients_do_not_move() -> None:
+    optimizer = PagedAdamW(make([(256,)] * 5), page=2048, budget=2048)
+    run(optimizer, range(4), missing=lambda step, number: number > 1)
+    assert optimizer.paging.bytes_in == 3 * 2048
+    assert optimizer.state_dict()["state"].keys() == {0, 1}
+
+
+def test_without_a_budget_everything_stays() -> None:
+    optimizer = PagedAdamW(make(), page=2048)
+    assert optimizer.paging == Paging()
+    run(optimizer)
+    total = optimizer.paging.total
+    assert optimizer.paging == Paging(peak_resident=total, total=total)
+
+
+def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
+    optimizer = PagedAdamW(make(), page=2048, budget=2048, folder=tmp_path)
+    run(optimizer)
+    assert optimizer.paging.bytes_out > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- as an optimiser of torch
+
+
+def test_a_closure_computes_with_gradients() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p], 0.1)
+
+    def closure() -> Tensor:
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3
+    assert torch.allclose(p, torch.tensor(0.9 - 0.001), atol=1e-6)
+
+
+def test_schedulers_reach_it() -> None:
+    ours, judge = make(), make()
+    both = PagedAdamW(ours, 0.1, page=2048, budget=4096), torch.optim.AdamW(judge, 0.1, foreach=False)
+    plans = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 5) for o in both]
+    for step in range(5):
+        for parameters, optimizer, plan in zip((ours, judge), both, plans, strict=True):
+            give_gradients(parameters, step)
+            optimizer.step()
+            plan.step()
+    assert same(ours, judge)
+
+
+def test_a_group_that_is_added_later_keeps_the_states_that_are_there() -> None:
+    ours, judge = make(), make()
+    optimizer = PagedAdamW(ours[:4], 0.1, page=2048, budget=2048)
+    other = torch.optim.AdamW(judge[:4], 0.1, foreach=False)
+    for o, parameters in ((optimizer, ours), (other, judge)):
+        run(o, range(2))
+        o.add_param_group({"params": parameters[4:], "lr": 0.3})
+        run(o, range(2, 4))
+    assert same(ours, judge)
+
+
+def test_nothing_to_do() -> None:
+    parameters = make()
+    optimizer = PagedAdamW([{"params": parameters}, {"params": []}])  # as transformers makes groups
+    optimizer.step()
+    assert same(parameters, make())
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_an_adapter_binds_to_it() -> None:
+    model = models.llama()
+    adapter = reparam.attach(model, reparam.LoRA(r=4))
+    adapter.bind(PagedAdamW(adapter.parameters(), bits=8))
+
+
+# ---- state dicts
+
+
+@BITS
+@pytest.mark.parametrize("other", [{}, {"page": 7000, "budget": 7000}, {"page": 2048, "budget": 3 * 2048}])
+def test_a_resumed_run_is_the_same_run(bits: int, other: dict[str, int], tmp_path: Path) -> None:
+    straight = PagedAdamW(two_groups(make()), 0.1, bits=bits)
+    expected = run(straight, missing=sometimes)
+
+    first = PagedAdamW(two_groups(make()), 0.1, bits=bits, page=4096, budget=4096)
+    weights = run(first, range(3), missing=sometimes)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(first, factor=1.0)
+    save_state(tmp_path, optimizer=first, scheduler=scheduler, progress={})
+
+    second = PagedAdamW(two_groups(make()), 0.7, bits=bits, **other)
+    restore_optimizer(second, load_state(tmp_path).optimizer)
+    for p, saved in zip([p for g in second.param_groups for p in g["params"]], weights, strict=True):
+        p.data.copy_(saved)
+    assert same(run(second, range(3, 6), missing=sometimes), expected)
+
+
+def test_torch_and_we_load_each_others_states() -> None:
+    for one, other in ((torch.optim.AdamW, PagedAdamW), (PagedAdamW, torch.optim.AdamW)):
+        expected = run(torch.optim.AdamW(make(), 0.1, foreach=False))
+        first = one(make(), 0.1)
+        weights = run(first, range(3))
+        second = other(make(), 0.1)
+        second.load_state_dict(first.state_dict())
+        for p, saved in zip(second.param_groups[0]["params"], weights, strict=True):
+            p.data.copy_(saved)
+        assert same(run(second, range(3, 6)), expected)
+
+
+@BITS
+def test_a_state_dict_is_a_copy(bits: int) -> None:
+    optimizer = PagedAdamW(make(), bits=bits, page=2048, budget=2048)
+    run(optimizer, range(2))
+    saved = optimizer.state_dict()
+    before = {(i, key): value.clone() for i, state in saved["state"].items() for key, value in state.items()}
+    loaded = PagedAdamW(make(), bits=bits)
+    loaded.load_state_dict(saved)
+    for each in (optimizer, loaded):
+        run(each, range(2, 4))
+    assert all(torch.equal(saved["state"][i][key], value) for (i, key), value in before.items())
+
+
+def test_a_state_that_is_loaded_replaces_what_was_there() -> None:
+    fresh = PagedAdamW(make(), 0.1)
+    used = PagedAdamW(make(), 0.1)
+    run(used, range(3))
+    used.load_state_dict(fresh.state_dict())
+    for p, start in zip(used.param_groups[0]["params"], make(), strict=True):
+        p.data.copy_(start)
+    assert same(run(used, range(3)), run(fresh, range(3)))
+
+
+def state(sizes: Any = SIZES, **settings: Any) -> dict[str, Any]:
+    optimizer = PagedAdamW(make(sizes), **settings)
+    run(optimizer, range(1))
+    return optimizer.state_dict()
+
+
+def amsgrad() -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(make(), amsgrad=True)
+    run(optimizer, range(1))
+    return optimizer.state_dict()
+
+
+def sgd() -> dict[str, Any]:
+    saved = state()
+    saved["state"] = {i: {"momentum_buffer": each["exp_avg"]} for i, each in saved["state"].items()}
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (lambda: state(bits=8), "the saved state has 8 bits and this optimiser 32: set bits=8"),
+        (lambda: state(SIZES[:3]), r"the saved state has groups of \[3\] parameters, and this optimiser of \[7\]"),
+        (
+            lambda: state([*SIZES[:6], (1999,)]),
+            r"parameter 6: the saved exp_avg is float32 \[1999\], and this optimiser's is float32 \[2000\]",
+        ),
+        (amsgrad, "amsgrad is not supported: leave it out"),
+        (sgd, "parameter 0: the saved state holds momentum_buffer, and one of 32 bits holds exp_avg, exp_avg_sq, step"),
+    ],
+    ids=["bits", "groups", "sizes", "amsgrad", "sgd"],
+)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(saved: Any, message: str) -> None:
+    optimizer = PagedAdamW(make(), page=2048, budget=4096)
+    run(optimizer, range(2))
+    before = optimizer.state_dict()
+    with pytest.raises(StateError, match=message):
+        restore_optimizer(optimizer, saved())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(before["state"][i][key], v) for i, s in after["state"].items() for key, v in s.items())
+
+
+# ---- 8 bits
+
+
+def train(bits: int, steps: int, **settings: Any) -> list[float]:
+    """Losses of a small Llama with LoRA, on one batch."""
+    model = models.llama()
+    adapter = reparam.attach(model, reparam.LoRA(r=4, alpha=8))
+    optimizer = PagedAdamW(adapter.parameters(), 0.02, bits=bits, **settings)
+    losses = []
+    for _ in range(steps):
+        loss = models.loss(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_8_bits_learn_as_32_do() -> None:
+    full, small = train(32, 40), train(8, 40)
+    assert small[0] == full[0]
+    assert full[-1] < full[0] / 2
+    assert abs(small[-1] - full[-1]) < 0.01 * (full[0] - full[-1])
+    assert max(abs(a - b) for a, b in zip(full, small, strict=True)) < 0.02 * full[0]
+    assert train(8, 40, page=5200, budget=5200) == small
+
+
+def test_a_small_gradient_beside_a_large_one_is_not_stepped_with_eps_alone() -> None:
+    """Its mean square is below the first level; rounded to zero, the step would be a hundred times the rate."""
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = PagedAdamW([p], 0.001, bits=8, weight_decay=0.0)
+    for gradient in ([1.0, 1e-4], [1.0, 0.0]):
+        before = p.detach().clone()
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert ((p - before).abs() <= 0.0011).all()
+
+
+def test_bytes_per_element() -> None:
+    for bits, expected in ((32, 8.0), (8, 2.03125)):
+        optimizer = PagedAdamW(make([(256, 64)]), bits=bits, page=64 * BLOCK_BYTES[bits])
+        run(optimizer, range(1))
+        assert optimizer.paging.total / (256 * 64) == expected
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 16}, "bits is 16: 32 or 8"),
+        ({"page": 2047}, "page is 2047 bytes: at least 2048, the states of 256 elements at 32 bits"),
+        ({"bits": 8, "page": 519}, "page is 519 bytes: at least 520"),
+        (
+            {"page": 5000, "budget": 4000},
+            "budget is 4000 bytes, below one page of 4096: raise it, or set a smaller page",
+        ),
+        ({"budget": 0}, "budget is 0 bytes, below one page of 1048576"),
+        ({"folder": "/no/such"}, "folder '/no/such' does not exist"),
+        ({"lr": -1.0, "eps": -2.0}, "lr is -1.0: at least 0; eps is -2.0: at least 0"),
+        ({"lr": float("nan")}, "lr is nan: at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: at least 0"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): each from 0 to below 1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PagedAdamW(make(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (torch.zeros(3, 2, dtype=torch.float64), r"a parameter is float64 \[3, 2\]: float32, bfloat16 or float16"),
+        (torch.zeros(3, 2).t(), r"a parameter is float32 \[2, 3\], not contiguous: "),
+    ],
+)
+def test_other_parameters(parameter: Tensor, message: str) -> None:
+    optimizer = PagedAdamW(make())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(parameter)]})
+    run(optimizer, range(1))  # the group that was refused is not there
+
+
+def test_sparse_gradients() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="takes no sparse gradients: make the embedding with sparse=False"):
+        PagedAdamW(table.parameters()).step()
+
+
+def test_parameters_on_two_devices() -> None:
+    optimizer = PagedAdamW([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))])
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match=re.escape("states are on cpu and a parameter is on meta: one optimiser for")):
+        optimizer.step()
