@@ -1,0 +1,55 @@
+"""The tensors of an int8 weight in a file: `<p>.weight` int8 [O, I] and `<p>.weight.absmax` float32 [O].
+
+    ŵ = weight · (absmax / 127), row by row
+
+This is not the layout of LLM.int8, which has `<p>.SCB`. Shapes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from reparam.io.record import FormatError, listed
+from reparam.weights.int8 import Int8Weight
+from reparam.weights.packed import floats
+
+KEYS = ("weight", "weight.absmax")
+"""All keys that such a weight has, without its path."""
+
+
+def state_of(weight: Int8Weight, path: str) -> dict[str, Tensor]:
+    """The tensors of the module at `path`, under the keys above.
+
+    >>> from reparam.weights.int8 import Int8
+    >>> state_of(Int8().pack(torch.tensor([[1.0, -0.5]])), "a")
+    {'a.weight': tensor([[127, -64]], dtype=torch.int8), 'a.weight.absmax': tensor([1.])}
+    """
+    return {f"{path}.weight": weight.codes.detach(), f"{path}.weight.absmax": floats(weight.absmax.detach())}
+
+
+def weight_from(state: Mapping[str, Tensor], path: str) -> Int8Weight:
+    """The weight of the module at `path`; the inverse of `state_of`, but that its dtype, which no file says, is float32.
+
+    Raises FormatError, with the path, for tensors that are missing or unknown, or have a dtype, a length or values that
+    the format does not have.
+    """
+    start = f"{path}.weight"
+    parts = {key[len(path) + 1 :]: value for key, value in state.items() if key == start or key.startswith(start + ".")}
+    problems = [f"{path}.{key} is missing" for key in KEYS if key not in parts]
+    problems += [f"{path}.{key} is not known" for key in parts if key not in KEYS]
+    if not problems:
+        codes, absmax = parts["weight"], parts["weight.absmax"]
+        if codes.dtype is not torch.int8 or codes.ndim != 2 or not codes.numel():
+            problems.append(f"weight is {str(codes.dtype)[6:]} {list(codes.shape)}, expected a matrix of int8")
+        elif absmax.dtype is not torch.float32 or list(absmax.shape) != [len(codes)]:
+            problems.append(
+                f"weight.absmax is {str(absmax.dtype)[6:]} {list(absmax.shape)}, expected float32 [{len(codes)}]"
+            )
+        elif not torch.isfinite(absmax).all():
+            problems.append("weight.absmax holds NaN or infinity")
+    if problems:
+        raise FormatError(f"{start}: not a whole int8 weight: {listed(problems)}")
+    return Int8Weight(codes, absmax, torch.float32)
