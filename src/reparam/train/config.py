@@ -76,7 +76,7 @@ class OptimConfig:
     """How it is optimised; names and meanings are those of transformers' TrainingArguments."""
 
     name: str = "adamw_torch"
-    """Optimiser."""
+    """Optimiser; paged_adamw_32bit, paged_adamw_8bit and adamw_8bit are reparam's own."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: str = "cosine"
@@ -87,6 +87,10 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
+    budget: int | str = "512MiB"
+    """Most memory for a paged optimiser's states on the device: bytes, or 64MiB, 2GiB; the rest is paged out."""
+    page: int | str = "1MiB"
+    """How much a paged optimiser moves at a time."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from reparam.adapter import Adapter, attach, select, untie
-from reparam.base import nearest
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
@@ -31,8 +28,9 @@ from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.load import fill, load
+from reparam.train import optimizer
 from reparam.train.checkpoint import newest
-from reparam.train.config import Config, ConfigError, OptimConfig, dump
+from reparam.train.config import Config, ConfigError, dump
 from reparam.train.plot import plot_losses
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
@@ -40,6 +38,8 @@ from reparam.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from reparam.optim import Paging
 
 CHECK = "__proof"  # the name under which the saved adapter is read back
 
@@ -73,6 +73,8 @@ class Result:
     """For each scored row that has an answer, the base model's and the adapter's."""
     signal: int | None = None
     """The signal that ended the run early, after a checkpoint; there are no scores then."""
+    paging: Paging | None = None
+    """What the optimiser's pager did, if it is one of ours."""
 
 
 def train(config: Config, *, show: Show) -> Result:
@@ -100,7 +102,7 @@ def train(config: Config, *, show: Show) -> Result:
         difference = prove(job, folder / "adapter")
         after = _scores(job)
         pairs = tuple(zip(before[1], after[1], strict=True))
-        result = Result(folder, before[0], after[0], pairs)
+        result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
         write_file(folder / "figures.json", _figures(job, result, difference, history))
     show.result(result, difference)
     return result
@@ -113,7 +115,7 @@ def prepare(config: Config) -> Job:
         raise ConfigError(
             f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the file"
         )
-    _check_names(config.optim)
+    optimizer.check(config.optim)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
@@ -157,15 +159,6 @@ def prove(job: Job, folder: Path) -> float:
             f"learning rate, or check that the targets are used by the model"
         )
     return difference
-
-
-def _check_names(optim: OptimConfig) -> None:
-    """Raise ConfigError for an optimiser or schedule that transformers does not know."""
-    kinds = (("name", optim.name, OptimizerNames), ("schedule", optim.schedule, SchedulerType))
-    for key, value, known in kinds:
-        names = [member.value for member in known]
-        if value not in names:
-            raise ConfigError(f"optim.{key}: transformers knows no {value!r}{nearest(value, names)}")
 
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
@@ -231,6 +224,7 @@ def _trainer(job: Job, show: Show) -> Trainer:
         extra_loss=job.adapter.penalty,
         callbacks=[_Bind(job.adapter), show.callback(steps)],
     )
+    optimizer.install(trainer, optim)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -276,6 +270,7 @@ def _figures(job: Job, result: Result, difference: float, history: list[dict[str
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
         "largest change of a logit": difference,
+        "paging": dataclasses.asdict(result.paging) if result.paging is not None else None,
         "history": history,
     }
     return (json.dumps(figures, indent=1) + "\n").encode()

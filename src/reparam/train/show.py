@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from reparam.adapter import Adapter
+    from reparam.optim import Paging
     from reparam.train.checkpoint import Found
     from reparam.train.run import Job, Result
     from reparam.train.score import Answer, Score
@@ -70,6 +71,8 @@ class Show:
             highlight=False,
             soft_wrap=True,
         )
+        if result.paging is not None:
+            self.console.print(paging_line(result.paging), highlight=False, soft_wrap=True)
         self.console.print(f"adapter        {result.folder / 'adapter'}", highlight=False, soft_wrap=True)
         self.console.print(
             f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}", highlight=False
@@ -112,6 +115,17 @@ def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
             str(new.rows),
         )
     return table
+
+
+def paging_line(paging: Paging) -> str:
+    """What the optimiser's pager did."""
+    here, total, read, written = (
+        f"{count / 2**20:.2f} MiB" for count in (paging.peak_resident, paging.total, paging.bytes_in, paging.bytes_out)
+    )
+    return (
+        f"optimiser      at most {here} of {total} of states resident; {read} read and {written} written, "
+        f"{paging.faults:,} pages waited for, {paging.prefetched:,} fetched ahead, {paging.evictions:,} evicted"
+    )
 
 
 def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
