@@ -368,6 +368,28 @@ def test_8_bits_learn_as_32_do() -> None:
     assert train(8, 40, page=5200, budget=5200) == small
 
 
+def test_8_bits_are_as_near_to_32_as_those_of_bitsandbytes() -> None:
+    """With gradients of sizes far apart within a block, whose small ones are what rounding loses."""
+    judge = pytest.importorskip("bitsandbytes.optim")
+    kinds: list[Callable[[list[Any]], torch.optim.Optimizer]] = [
+        lambda p: torch.optim.AdamW(p, 1e-2),
+        lambda p: PagedAdamW(p, 1e-2, bits=8),
+        lambda p: judge.AdamW8bit(p, 1e-2),
+    ]
+    ends = []
+    for make_optimizer in kinds:
+        draw = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.zeros(64, 256))
+        towards = torch.randn(64, 256, generator=draw) ** 3
+        optimizer = make_optimizer([p])
+        for _ in range(50):
+            p.grad = towards * torch.randn(64, 256, generator=draw).add_(1)
+            optimizer.step()
+        ends.append(p.detach())
+    exact, ours, theirs = ends
+    assert (ours - exact).norm() < (theirs - exact).norm()
+
+
 def test_a_small_gradient_beside_a_large_one_is_not_stepped_with_eps_alone() -> None:
     """Its mean square is below the first level; rounded to zero, the step would be a hundred times the rate."""
     p = nn.Parameter(torch.zeros(2))

@@ -125,7 +125,10 @@ class PagedAdamW(torch.optim.Optimizer):
     def _advance(self, present: list[Tensor]) -> None:
         pager = self._ready(present)
         for parameter in present:
-            self.state[parameter].setdefault("step", torch.tensor(0.0)).add_(1)
+            state = self.state[parameter]
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)  # as torch keeps it
+            state["step"] += 1
         settings = {p: group for group in self.param_groups for p in group["params"]}
         walk = self._flat.walk(present)
         order = sorted(walk, reverse=self._backwards)
