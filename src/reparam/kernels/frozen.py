@@ -9,15 +9,20 @@ Shapes: O out_features, I in_features; x [..., I], g and y [..., O].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Unpack = Callable[..., Tensor]
 Product = Callable[..., Tensor | None]
+
+
+_PIECE = 1 << 20
+"""Entries of W unpacked at once on a CPU: 4 MiB in float32, which stay in the cache until the product has read them.
+
+More than that costs ten times as much for one token: fresh memory for all of W comes in page by page."""
 
 
 def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | None = None) -> Callable[..., Tensor]:
@@ -26,13 +31,13 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
     Args:
         name: the storage's.
         packed: its tensors and numbers in the words of an op's schema, as "Tensor codes, Tensor? offset, int block".
-        unpack: from these, the shape [O, I] and a dtype, to W [O, I] in that dtype.
+        unpack: from these, the shape [O, I], two numbers of rows and a dtype, to W[start:stop] in that dtype.
         product: a faster x Wᵀ for some x [N, I], or None to unpack: a fused kernel for a few rows.
 
     Returns:
         f(x, packed, shape, bias): the output in the dtype of x, or autocast's, differentiable in x and the bias.
 
-    >>> half = frozen_linear("doc_half", "Tensor w", lambda w, shape, dtype: w.to(dtype))
+    >>> half = frozen_linear("doc_half", "Tensor w", lambda w, shape, start, stop, dtype: w[start:stop].to(dtype))
     >>> half(torch.ones(1, 2), (torch.ones(3, 2, dtype=torch.half),), (3, 2), None)
     tensor([[2., 2., 2.]])
     """
@@ -44,15 +49,22 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
 
     def forward(x: Tensor, *rest: Any) -> Tensor:
         *parts, shape, bias = rest
-        found = product(x.view(-1, shape[1]), *parts, shape) if product is not None and x.is_contiguous() else None
-        if found is None:
-            return F.linear(x, unpack(*parts, shape, x.dtype), bias)
-        y = found.view(*x.shape[:-1], shape[0])
-        return y if bias is None else y.add_(bias)
+        flat = x.reshape(-1, shape[1])
+        y = product(flat, *parts, shape) if product is not None else None
+        if y is None:
+            y = x.new_empty(len(flat), shape[0])
+            for start, stop in _pieces(shape, x.device):
+                torch.mm(flat, unpack(*parts, shape, start, stop, x.dtype).t(), out=y[:, start:stop])
+        y = y if bias is None else y.add_(bias)
+        return _shaped(y, x, shape[0])
 
     def backward(g: Tensor, *rest: Any) -> Tensor:
         *parts, shape = rest
-        return g @ unpack(*parts, shape, g.dtype)
+        flat = g.reshape(-1, shape[0])
+        x = g.new_zeros(len(flat), shape[1])
+        for start, stop in _pieces(shape, g.device):
+            x.addmm_(flat[:, start:stop], unpack(*parts, shape, start, stop, g.dtype), beta=int(start > 0))
+        return _shaped(x, g, shape[1])
 
     torch.library.impl(forward_name, "CompositeExplicitAutograd", forward)
     torch.library.impl(backward_name, "CompositeExplicitAutograd", backward)
@@ -84,3 +96,18 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
         return run(x.to(dtype), *parts, list(shape), bias)
 
     return call
+
+
+def _shaped(flat: Tensor, like: Tensor, last: int) -> Tensor:
+    """flat [N, last] in the leading shape of `like`; not as a view, which autograd would not let others add to."""
+    return torch.ops.aten._unsafe_view.default(flat, [*like.shape[:-1], last])
+
+
+def _pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
+    """Where to cut the rows of W: into equal pieces on a CPU, not at all elsewhere."""
+    outputs, inputs = shape
+    count = max(1, round(outputs * inputs / _PIECE)) if device.type == "cpu" else 1
+    size = -(-outputs // count)
+    size += -size % 64 if count > 1 else 0  # so that blocks of entries begin where rows do
+    for start in range(0, outputs, size):
+        yield start, min(start + size, outputs)

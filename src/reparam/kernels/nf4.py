@@ -10,10 +10,10 @@ Double quantisation stores c itself in eight bits: less the mean of all c, in bl
 map with a scale for each block. Bytes, statistics and order of operations are those of bitsandbytes 0.50 on CUDA,
 except that a block of zeros gets the code of zero, as on its CPU.
 
-The torch functions here are the reference. `nf4_cpu` holds compiled ones for a CPU, `nf4_gpu` ones in Triton; on every
-device the bytes are the reference's.
+These are the ops. `nf4_reference` is what they compute, in torch; `nf4_cpu` holds compiled kernels for a CPU, `nf4_gpu`
+kernels in Triton. On every device the bytes are the reference's.
 
-Shapes: n entries, N blocks, M = ⌈N/256⌉ blocks of statistics.
+Shapes: n entries, N blocks.
 """
 
 from __future__ import annotations
@@ -24,33 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reparam.kernels.nf4_tables import CODE, DYNAMIC, NESTED_BLOCK, THRESHOLDS, TINY, Statistics
-
-
-def compress(absmax: Tensor) -> Statistics:
-    """Double quantisation of float32 absmax [N] (§3 "Double Quantization"); the nearest entry, a tie to the lower."""
-    offset = absmax.mean()
-    rest = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested = rest.abs().amax(1)  # [M]
-    scaled = rest * (1 / nested.clamp(min=TINY))[:, None]
-    table = DYNAMIC.to(absmax.device)
-    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return Statistics(codes.view(-1)[: len(absmax)].contiguous(), nested, offset.view(1))
-
-
-def magnitudes(stats: Statistics, blocks: Tensor) -> Tensor:
-    """The magnitudes of these blocks, integers [...], as float32 [...]."""
-    found = stats.absmax[blocks]
-    if stats.nested is None:
-        return found
-    assert stats.offset is not None
-    table = DYNAMIC.to(found.device) if stats.map is None else stats.map
-    return table[found.long()] * stats.nested[blocks // NESTED_BLOCK] + stats.offset
-
-
-def expand(stats: Statistics) -> Tensor:
-    """All magnitudes as float32 [N]."""
-    return magnitudes(stats, torch.arange(len(stats.absmax), device=stats.absmax.device))
+from reparam.kernels import nf4_reference as reference
+from reparam.kernels.nf4_tables import Statistics
 
 
 def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -66,71 +41,78 @@ def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
-    codes: Tensor, stats: Statistics, *, block: int, count: int, dtype: torch.dtype, out: Tensor | None = None
+    codes: Tensor,
+    stats: Statistics,
+    *,
+    block: int,
+    count: int,
+    dtype: torch.dtype,
+    first: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The first `count` entries [count] in `dtype`; computed in float32 and rounded once. Into `out`, if given.
+    """`count` entries [count] from block number `first` on, in `dtype`; computed in float32 and rounded once.
+
+    Into `out`, contiguous, if given.
 
     >>> dequantize(torch.tensor([0xF0], dtype=torch.uint8), Statistics(torch.tensor([2.0])), block=64, count=2,
     ...            dtype=torch.bfloat16).tolist()
     [2.0, -2.0]
     """
     out = codes.new_empty(count, dtype=dtype) if out is None else out
-    torch.ops.reparam.nf4_dequantize_.default(out, codes, *stats, block)
+    torch.ops.reparam.nf4_dequantize_.default(out, codes, *stats, block, first)
     return out
 
 
-def quantize_reference(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """What `quantize` must equal, byte for byte."""
-    flat = w.detach().reshape(-1).float()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1)
-    index = torch.bucketize(scaled, THRESHOLDS.to(w.device), out_int32=True).view(-1).to(torch.uint8)
-    index = index[: len(flat) + len(flat) % 2].view(-1, 2)
-    return index[:, 0] << 4 | index[:, 1], absmax
+def compress(absmax: Tensor) -> Statistics:
+    """Double quantisation of magnitudes, float32 [N]: eight bits each, and float32 for every 256.
 
-
-def dequantize_reference(codes: Tensor, stats: Statistics, *, block: int, count: int, dtype: torch.dtype) -> Tensor:
-    """What `dequantize` must equal, bit for bit."""
-    index = torch.stack([codes >> 4, codes & 15], 1).view(-1)[:count]
-    absmax = expand(stats).repeat_interleave(block)[:count]
-    return (CODE.to(codes.device)[index.long()] * absmax).to(dtype)
+    >>> stats = compress(torch.tensor([0.5, 1.0]))
+    >>> stats.absmax.tolist(), stats.offset.tolist()
+    ([0, 255], [0.75])
+    """
+    compiled = getattr(_kernels(absmax.device.type), "nearest", None)
+    return reference.compress(absmax, compiled or reference.nearest)
 
 
 # ---- the ops
 
 _QUANTIZE, _DEQUANTIZE = "reparam::nf4_quantize", "reparam::nf4_dequantize_"
+_STATISTICS = "Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map"
+_TAG = torch.Tag.pt2_compliant_tag
+torch.library.define(_QUANTIZE, "(Tensor w, int block) -> (Tensor codes, Tensor absmax)", tags=_TAG)
 torch.library.define(
-    _QUANTIZE, "(Tensor w, int block) -> (Tensor codes, Tensor absmax)", tags=torch.Tag.pt2_compliant_tag
-)
-torch.library.define(
-    _DEQUANTIZE,
-    "(Tensor(a!) out, Tensor codes, Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map, int block) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
+    _DEQUANTIZE, f"(Tensor(a!) out, Tensor codes, {_STATISTICS}, int block, int first) -> ()", tags=_TAG
 )
 
 
 @torch.library.impl(_QUANTIZE, "CompositeExplicitAutograd")
 def _quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     kernels = _kernels(w.device.type)
-    if kernels is not None and w.dtype != torch.float64:
-        return kernels.quantize(w.detach().contiguous(), block)
-    return quantize_reference(w, block)
+    if kernels is None or w.dtype == torch.float64:
+        return reference.quantize_reference(w, block)
+    return kernels.quantize(w.detach().contiguous(), block)
 
 
 @torch.library.impl(_DEQUANTIZE, "CompositeExplicitAutograd")
 def _dequantize(
     out: Tensor, codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, map: Tensor | None,
-    block: int,
+    block: int, first: int,
 ) -> None:  # fmt: skip
     stats = Statistics(absmax, nested, offset, map)
-    kernels = _kernels(out.device.type)
-    if kernels is not None and out.is_contiguous() and out.dtype != torch.float64:
-        kernels.dequantize(out, codes, stats, block)
-        torch.autograd.graph.increment_version(out)  # the kernel writes where autograd cannot see it
-    else:
-        flat = dequantize_reference(codes, stats, block=block, count=out.numel(), dtype=out.dtype)
+    kernels = _kernels(out.device.type) if out.dtype != torch.float64 else None
+    if first and (kernels is None or out.device.type != "cpu"):  # only the kernel for a CPU can begin elsewhere
+        last = first - (-out.numel() // block)
+        stats = Statistics(reference.magnitudes(stats, torch.arange(first, last, device=out.device)))
+        codes, first = codes[first * block // 2 :], 0
+    if kernels is None:
+        flat = reference.dequantize_reference(codes, stats, block=block, count=out.numel(), dtype=out.dtype)
         out.copy_(flat.view(out.shape))
+        return
+    if first:
+        kernels.dequantize(out, codes, stats, block, first)
+    else:
+        kernels.dequantize(out, codes, stats, block)
+    torch.autograd.graph.increment_version(out)  # the kernel writes where autograd cannot see it
 
 
 @torch.library.register_fake(_QUANTIZE)
@@ -142,7 +124,7 @@ def _quantize_fake(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake(_DEQUANTIZE)
 def _dequantize_fake(
     out: Tensor, codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, map: Tensor | None,
-    block: int,
+    block: int, first: int,
 ) -> None:  # fmt: skip
     return None
 

@@ -5,27 +5,18 @@ orders make that a stream that the hardware prefetches: rows are walked by slot 
 slower from memory), and factor rows one after the other (four at once was 1.4 times slower). From four tokens on it is
 arithmetic: tiles of 4 tokens x 4 ranks keep 16 sums in registers.
 
-Threads: not numba's. Its OpenMP layer dies in a forked child, its own pool aborts on a call from a second thread, and
-either would stand beside torch's pool. The kernel takes one share of the work and releases the GIL, and a few Python
-threads take a share each of a call that is large enough. How the work is shared out never changes a result.
-
 Shapes as in `rows`; I and O are named by the loops over them.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
-import torch
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
+
+from reparam.kernels.threads import compile_kernel, pointer, spread
 
 _UNIT = 32
 """Tokens of a row in a unit of work, which one thread does."""
@@ -43,25 +34,8 @@ def run(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tens
     scale = 0 if gain is None else gain.data_ptr()
     at = (y.data_ptr(), x.data_ptr(), slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), ranks.data_ptr(), scale)
     sizes = (rows, tokens, inputs, outputs, count, rank)
-    threads = min(torch.get_num_threads(), rows * tokens * rank * (inputs + outputs) // _GRAIN)
-    if threads <= 1:
-        return _kernel(*at, *sizes, 0, 1)
-    pool = _pool(os.getpid(), threads - 1)
-    # The workers' arguments keep the tensors alive: an interrupt may leave this frame before they are done.
-    alive = (y, x, slots, A, B_t, ranks, gain)
-    others = [pool.submit(_share, alive, *at, *sizes, share, threads) for share in range(1, threads)]
-    good = _kernel(*at, *sizes, 0, threads)
-    return all(other.result() for other in others) and good
-
-
-def _share(alive: tuple[Tensor | None, ...], *numbers: int) -> bool:
-    return _kernel(*numbers)
-
-
-@functools.cache
-def _pool(process: int, workers: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's, and makes its own."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="reparam-rows")
+    worth = rows * tokens * rank * (inputs + outputs) // _GRAIN
+    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, slots, A, B_t, ranks, gain))
 
 
 @numba.njit(fastmath=_MATHS)
@@ -166,34 +140,22 @@ def _by_slot(slots: _Integers, ranks: _Integers, most: int) -> tuple[bool, _Inte
     return True, order
 
 
-def _cast(context: Any, address: Any) -> Any:
-    """Types and code of a cast from an address to the pointer that `carray` takes; numba has no public form of it."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return numba.types.voidptr(address), generate
-
-
-_pointer: Any = intrinsic(_cast)
-
-
 def _walk(
     y_at: int, x_at: int, slots_at: int, A_at: int, B_at: int, ranks_at: int, gain_at: int,
     rows: int, tokens: int, inputs: int, outputs: int, count: int, most: int,
     share: int, shares: int,
 ) -> bool:  # fmt: skip
     """One of equal shares of the update; addresses and sizes as `run` has them, `gain_at` 0 for no gain."""
-    slots = numba.carray(_pointer(slots_at), (rows,), np.int64)
-    ranks = numba.carray(_pointer(ranks_at), (count,), np.int64)
+    slots = numba.carray(pointer(slots_at), (rows,), np.int64)
+    ranks = numba.carray(pointer(ranks_at), (count,), np.int64)
     good, order = _by_slot(slots, ranks, most)
     if not good:
         return False
-    y = numba.carray(_pointer(y_at), (rows, tokens, outputs), np.float32)
-    x = numba.carray(_pointer(x_at), (rows, tokens, inputs), np.float32)
-    A = numba.carray(_pointer(A_at), (count, most, inputs), np.float32)
-    B_t = numba.carray(_pointer(B_at), (count, most, outputs), np.float32)
-    gain = numba.carray(_pointer(gain_at), (count, outputs), np.float32)
+    y = numba.carray(pointer(y_at), (rows, tokens, outputs), np.float32)
+    x = numba.carray(pointer(x_at), (rows, tokens, inputs), np.float32)
+    A = numba.carray(pointer(A_at), (count, most, inputs), np.float32)
+    B_t = numba.carray(pointer(B_at), (count, most, outputs), np.float32)
+    gain = numba.carray(pointer(gain_at), (count, outputs), np.float32)
     h = np.empty((4, max(4, most)), np.float32)
     blocks = (tokens + _UNIT - 1) // _UNIT
     units = len(order) * blocks
@@ -215,12 +177,4 @@ def _walk(
     return True
 
 
-def _compile(*, cache: bool) -> Callable[..., bool]:
-    signature = numba.types.boolean(*[numba.types.int64] * 15)
-    return numba.njit(signature, nogil=True, fastmath=_MATHS, error_model="numpy", cache=cache)(_walk)
-
-
-try:  # the cache is next to this file or in the user's cache folder; without one, compiling takes some seconds
-    _kernel = _compile(cache=True)
-except (RuntimeError, OSError):  # no folder that numba can write to
-    _kernel = _compile(cache=False)
+_kernel = compile_kernel(_walk, fastmath=_MATHS)

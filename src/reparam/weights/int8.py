@@ -69,8 +69,8 @@ def _values(codes: Tensor, absmax: Tensor) -> Tensor:
     return codes * (absmax / LEVELS).unsqueeze(-1)  # float32: one rounding
 
 
-def _unpack(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return _values(codes, absmax).to(dtype)
+def _unpack(codes: Tensor, absmax: Tensor, shape: list[int], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    return _values(codes[start:stop], absmax[start:stop]).to(dtype)
 
 
 _linear = frozen_linear("int8", "Tensor codes, Tensor absmax", _unpack)

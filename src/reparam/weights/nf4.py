@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reparam.base import Storage, storage
 from reparam.kernels.frozen import frozen_linear
-from reparam.kernels.nf4 import compress, dequantize, magnitudes, quantize
+from reparam.kernels.nf4 import compress, dequantize, quantize
+from reparam.kernels.nf4_reference import magnitudes
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, Statistics
 from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
 
@@ -103,12 +104,19 @@ class NF4Weight(PackedWeight):
         """Rows of W in float32."""
         start, stop, step = rows.indices(self.out_features)
         assert step == 1, "rows are a plain slice"
-        first, last = start * self.in_features, max(start, stop) * self.in_features
-        begin = first // self.block * self.block  # whole blocks around the rows
-        blocks = torch.arange(begin // self.block, -(-last // self.block), device=self.device)
-        codes, stats = self.codes[begin // 2 : (last + 1) // 2], Statistics(magnitudes(self.statistics, blocks))
-        found = dequantize(codes, stats, block=self.block, count=last - begin, dtype=torch.float32)
-        return found[first - begin :].view(-1, self.in_features)
+        stop = max(start, stop)
+        return _rows(self.codes, self.statistics, self.block, self.in_features, start, stop, torch.float32)
+
+
+def _rows(
+    codes: Tensor, stats: Statistics, block: int, inputs: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """W[start:stop]: the whole blocks around these rows, less what is ahead of them."""
+    first = start * inputs // block
+    ahead = start * inputs - first * block
+    count = ahead + (stop - start) * inputs
+    found = dequantize(codes, stats, block=block, first=first, count=count, dtype=dtype)
+    return found[ahead:].view(stop - start, inputs)
 
 
 def _unpack(
@@ -119,11 +127,11 @@ def _unpack(
     map: Tensor | None,
     block: int,
     shape: list[int],
+    start: int,
+    stop: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    stats = Statistics(absmax, nested, offset, map)
-    found = dequantize(codes, stats, block=block, count=shape[0] * shape[1], dtype=dtype)
-    return found.view(shape)
+    return _rows(codes, Statistics(absmax, nested, offset, map), block, shape[1], start, stop, dtype)
 
 
 _linear = frozen_linear(

@@ -1,0 +1,62 @@
+"""NF4 in torch, for any device and dtype: what the compiled kernels must equal, byte for byte.
+
+Shapes: n entries, N blocks, M = ⌈N/256⌉ blocks of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reparam.kernels.nf4_tables import CODE, DYNAMIC, NESTED_BLOCK, THRESHOLDS, TINY, Statistics
+
+
+def nearest(scaled: Tensor) -> Tensor:
+    """The entry of the dynamic map nearest to each number, as uint8; a tie goes to the lower."""
+    table = DYNAMIC.to(scaled.device)
+    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def compress(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = nearest) -> Statistics:
+    """Double quantisation of float32 absmax [N] (§3 "Double Quantization")."""
+    offset = absmax.mean()
+    rest = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested = rest.abs().amax(1)  # [M]
+    scaled = rest * (1 / nested.clamp(min=TINY))[:, None]
+    return Statistics(nearest(scaled).view(-1)[: len(absmax)].contiguous(), nested, offset.view(1))
+
+
+def magnitudes(stats: Statistics, blocks: Tensor) -> Tensor:
+    """The magnitudes of these blocks, integers [...], as float32 [...]."""
+    found = stats.absmax[blocks]
+    if stats.nested is None:
+        return found
+    assert stats.offset is not None
+    table = DYNAMIC.to(found.device) if stats.map is None else stats.map
+    return table[found.long()] * stats.nested[blocks // NESTED_BLOCK] + stats.offset
+
+
+def expand(stats: Statistics) -> Tensor:
+    """All magnitudes as float32 [N]."""
+    return magnitudes(stats, torch.arange(len(stats.absmax), device=stats.absmax.device))
+
+
+def quantize_reference(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """What `quantize` must equal, byte for byte."""
+    flat = w.detach().reshape(-1).float()
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1)
+    index = torch.bucketize(scaled, THRESHOLDS.to(w.device), out_int32=True).view(-1).to(torch.uint8)
+    index = index[: len(flat) + len(flat) % 2].view(-1, 2)
+    return index[:, 0] << 4 | index[:, 1], absmax
+
+
+def dequantize_reference(codes: Tensor, stats: Statistics, *, block: int, count: int, dtype: torch.dtype) -> Tensor:
+    """What `dequantize` must equal, bit for bit."""
+    index = torch.stack([codes >> 4, codes & 15], 1).view(-1)[:count]
+    absmax = expand(stats).repeat_interleave(block)[:count]
+    return (CODE.to(codes.device)[index.long()] * absmax).to(dtype)
