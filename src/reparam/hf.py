@@ -1,37 +1,71 @@
-"""Models and tokenizers of transformers: loading with clear refusals, and writing a merged model safely."""
+"""Models and tokenizers of transformers: loading with clear refusals, and writing plain or packed models safely."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from reparam.base import nearest
+from reparam import hf_quantizer  # noqa: F401  (registers itself, so that packed folders can be read)
+from reparam import targets as targets_
+from reparam.base import Storage, nearest
+from reparam.hf_config import METHOD, PackConfig, config_for, config_of, from_bitsandbytes, tensors_of, to_bitsandbytes
 from reparam.io.staged import staged_folder
-from reparam.linear import Adapted, Replaced
+from reparam.linear import Adapted
+from reparam.pack import packed_as
 
 
 class BaseError(ValueError):
     """A base model cannot be loaded as asked."""
 
 
-def load_base(path: str, *, dtype: str = "auto", revision: str | None = None) -> nn.Module:
+def load_base(
+    path: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    storage: Storage | None = None,
+    targets: targets_.Targets = "all-linear",
+) -> nn.Module:
     """The causal language model in a local folder or on the hub, in eval mode.
 
+    With a `storage`, the matrices that `targets` names are packed while they are read, as `reparam.pack` would do it
+    afterwards. A folder that is packed already, by `save_model` or in NF4 by bitsandbytes (which is not needed for it),
+    is read as it is, without quantising anything anew.
+
     Weights are read from safetensors only, and no code of the repository is run. Raises BaseError, in one sentence,
-    for a folder that does not exist or holds no such model, and for a hub that cannot be reached.
+    for a folder that does not exist or holds no such model, for one that is packed in another way than is asked for,
+    and for a hub that cannot be reached.
     """
     _check_path(path)
     logging.disable_progress_bar()
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        packed = _packed_config(config)
+        if packed is not None:
+            config.quantization_config = packed.to_dict()
+            _check_storage(packed, storage)
+        packing = None if packed is not None or storage is None else config_for(storage, targets)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, revision=revision or "main", use_safetensors=True, trust_remote_code=False
+            path,
+            config=config,
+            dtype=wanted,
+            revision=revision or "main",
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({} if packing is None else {"quantization_config": packing}),
         )
-    except (OSError, ValueError, KeyError) as error:
+        if packed is not None and storage is not None:
+            dense = sorted(set(targets_.resolve(model, targets)) - packed_as(model).keys())
+            if dense:
+                raise ValueError(f"is packed already, without {', '.join(dense[:3])}; load the original model")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseError(f"{path}: no causal language model could be loaded: {_first_line(error)}") from error
     return model.eval()
 
@@ -45,18 +79,26 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
         raise BaseError(f"{path}: no tokenizer could be loaded: {_first_line(error)}") from error
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
-    """Write a plain model, and its tokenizer, into a new folder; whole, or not at all.
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
+) -> None:
+    """Write a plain or packed model, and its tokenizer, into a new folder; whole, or not at all.
 
-    Raises ValueError while adapters are on the model (stock tools could not read it), and for the folder that the base
-    came from, which would be overwritten.
+    A packed one is written as it is. `format` says who is to read it: "reparam" (`load_base`, or transformers once
+    `reparam.hf` is imported), or "bitsandbytes" (transformers with bitsandbytes; `load_base` too).
+
+    Raises ValueError while adapters are on the model (stock tools could not read it), for the folder that the base
+    came from, which would be overwritten, and for a packed model that the format has no place for.
     """
     target = Path(folder).resolve()
-    if any(isinstance(module, Adapted | Replaced) for module in model.modules()):
-        raise ValueError("the model has adapters on it; reparam.merge(model) first, or save the adapter alone")
+    tensors = tensors_of(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
+    entry = _entry(model, format)
     with staged_folder(target) as staging:
-        model.save_pretrained(staging)  # type: ignore[operator]
+        model.save_pretrained(staging, state_dict=tensors)  # type: ignore[operator]
+        if entry is not None:
+            file = staging / "config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": entry}, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
 
@@ -72,6 +114,33 @@ def vocabulary(model: nn.Module) -> int:
     """Number of rows of the input embedding."""
     module = model.get_input_embeddings()  # type: ignore[operator]
     return int(module.weight.out_features if isinstance(module, Adapted) else module.weight.shape[0])
+
+
+def _packed_config(config: Any) -> PackConfig | None:
+    """What a folder's configuration says of how it is packed, in our terms; None where it is dense, or not ours."""
+    values = getattr(config, "quantization_config", None)
+    if not isinstance(values, dict):
+        return None
+    if values.get("quant_method") == METHOD:
+        return PackConfig.from_dict(values)
+    return from_bitsandbytes(values) if values.get("quant_method") == "bitsandbytes" else None
+
+
+def _check_storage(packed: PackConfig, storage: Storage | None) -> None:
+    if storage is not None and storage != packed.storage:
+        raise ValueError(
+            f"is packed already, as {packed.storage}, and {storage} was asked for: packing twice loses twice; "
+            f"load the original model, or leave the storage out"
+        )
+
+
+def _entry(model: nn.Module, format: str) -> dict[str, Any] | None:
+    """The entry of a packed model in `config.json`."""
+    if format not in ("reparam", "bitsandbytes"):
+        raise ValueError(f"format={format!r}: expected 'reparam' or 'bitsandbytes'")
+    if format == "bitsandbytes":
+        return to_bitsandbytes(model)
+    return config_of(model).to_dict() if packed_as(model) else None
 
 
 def _check_path(path: str) -> None:

@@ -31,7 +31,7 @@ def state_of(weight: Int8Weight, path: str) -> dict[str, Tensor]:
 
 
 def weight_from(state: Mapping[str, Tensor], path: str) -> Int8Weight:
-    """The weight of the module at `path`; the inverse of `state_of`, but that its dtype, which no file says, is float32.
+    """The weight of the module at `path`; the inverse of `state_of`. Its dtype is float32: tensors do not say it.
 
     Raises FormatError, with the path, for tensors that are missing or unknown, or have a dtype, a length or values that
     the format does not have.
