@@ -391,7 +391,7 @@ def test_8_bits_are_as_near_to_32_as_those_of_bitsandbytes() -> None:
 
 
 def test_a_small_gradient_beside_a_large_one_is_not_stepped_with_eps_alone() -> None:
-    """Its mean square is below the first level; rounded to zero, the step would be a hundred times the rate."""
+    """Its mean square is below the first level; rounded to zero, the next step would be thousands of times the rate."""
     p = nn.Parameter(torch.zeros(2))
     optimizer = PagedAdamW([p], 0.001, bits=8, weight_decay=0.0)
     for gradient in ([1.0, 1e-4], [1.0, 0.0]):
