@@ -41,7 +41,7 @@ class NF4(Storage):
     """Keep the magnitudes in 8 bits too."""
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS or isinstance(self.block, bool):
+        if type(self.block) is not int or self.block not in BLOCKS:
             raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
 
     def pack(self, w: Tensor) -> NF4Weight:

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from reparam.base import Weight
 
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 2.0**100
+"""About 1e30. Beyond it the sums and products that statistics are made of can overflow float32."""
+
 
 class PackedWeight(Weight):
     """A weight of whole numbers. Its results have the dtype that the matrix had, or that the model was moved to since.
@@ -51,13 +55,14 @@ def floats(stored: Tensor) -> Tensor:
 
 def check_packable(w: Tensor, storage: str) -> None:
     """Raise ValueError unless `w` is a matrix of finite floating-point numbers with entries."""
-    if w.ndim != 2 or not w.is_floating_point() or not w.numel():
+    if w.ndim != 2 or w.dtype not in PACKABLE or not w.numel():
         raise ValueError(
             f"{storage}: expected a matrix of floating-point numbers with entries, got {str(w.dtype)[6:]} "
-            f"{list(w.shape)}" + ("; is it packed already?" if not w.is_floating_point() else "")
+            f"{list(w.shape)}" + ("; is it packed already?" if w.dtype not in PACKABLE else "")
         )
-    if not w.is_meta and not torch.isfinite(w).all():
-        place = [int(i) for i in (~torch.isfinite(w)).nonzero()[0]]
+    if not w.is_meta and not float(w.detach().abs().amax()) <= LARGEST:
+        place = [int(i) for i in (~(w.detach().abs().float() <= LARGEST)).nonzero()[0]]
         raise ValueError(
-            f"{storage}: the matrix holds NaN or infinity (first at {place}), which would spoil its whole block"
+            f"{storage}: the matrix holds NaN, infinity or numbers beyond 1e30 (first at {place}), which would spoil "
+            f"their whole block"
         )
