@@ -70,7 +70,7 @@ def build(shape: m.Shape, device: torch.device, make: Make) -> nn.Module:
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, nn.Parameter(random(parameter, device), requires_grad=False))
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reparam.kernels.nf4 import compress, dequantize_reference, quantize_reference
+from reparam.kernels.nf4_reference import compress, dequantize_reference, quantize_reference
 from reparam.kernels.nf4_tables import BLOCKS, DYNAMIC, THRESHOLDS, TINY, Statistics
 
 pytest.importorskip("triton")
@@ -107,18 +107,18 @@ def test_dequantising_gives_the_bits_of_the_reference(block: int, double: bool, 
 
 
 @on_device
-def test_many_blocks_of_statistics_an_own_map_and_a_part_from_the_middle() -> None:
-    """Three blocks of 256 magnitudes; codes that begin at an odd address; a map that came with a file."""
+@pytest.mark.parametrize("first", [0, 1, 300])
+def test_many_blocks_of_statistics_an_own_map_and_a_part_from_the_middle(first: int) -> None:
+    """Three blocks of 256 magnitudes; a map that came with a file; codes that begin at an odd address; an odd count."""
     codes, stats = stored(random(600 * 32), 32, double=True)
     assert stats.nested is not None
     assert len(stats.nested) == 3
     own = stats._replace(map=(DYNAMIC * 0.5).to(DEVICE))
-    for case, first in ((stats, 0), (own, 0), (Statistics(random(601).abs()), 7)):
-        part, count = codes[first:], (len(codes) - first) * 2
-        found = torch.empty(2, count // 2, device=DEVICE)
-        nf4_gpu.dequantize(found, part, case, 32)
-        exact = dequantize_reference(part, case, block=32, count=count, dtype=torch.float32)
-        assert torch.equal(found.view(-1), exact)
+    for case, part in ((stats, codes), (own, codes), (Statistics(random(600).abs()), codes[5:])):
+        whole = dequantize_reference(part, case, block=32, count=len(part) * 2, dtype=torch.float32)
+        found = torch.empty(3, 1233, device=DEVICE)
+        nf4_gpu.dequantize(found, part, case, 32, first)
+        assert torch.equal(found.view(-1), whole[first * 32 :][: 3 * 1233])
 
 
 @on_device
@@ -147,6 +147,7 @@ def test_a_row_does_not_depend_on_the_others(rows: int) -> None:
     codes, stats = stored(random(6, 1100), 64, double=True)
     x = random(rows, 1100)
     clean = nf4_gpu.matvec(x, codes, stats, 64, (6, 1100))
+    assert torch.equal(nf4_gpu.matvec(x.t().contiguous().t(), codes, stats, 64, (6, 1100)), clean)
     for row in range(rows):
         spoilt = torch.full_like(x, float("nan"))
         spoilt[row] = x[row]
@@ -168,7 +169,7 @@ def test_all_of_the_above_in_the_interpreter() -> None:
 
 TYPES = dict.fromkeys(("w", "x", "y", "out"), "*bf16") | {"codes": "*u8"}
 TYPES |= dict.fromkeys(("code", "thresholds", "absmax", "nested", "offset", "map"), "*fp32")
-TYPES |= dict.fromkeys(("n", "size", "rows", "inputs", "outputs"), "i32")
+TYPES |= dict.fromkeys(("n", "size", "rows", "inputs", "outputs", "first"), "i32")
 COMPILED = [
     ("_quantize", 64, {"G": 64}),
     ("_quantize", 4096, {"G": 1}),

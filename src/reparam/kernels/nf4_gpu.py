@@ -11,7 +11,8 @@ two codes of a byte.
 
 It has run in Triton's interpreter on a CPU and been compiled for GPUs, and not run on one yet: see the tests.
 
-Shapes: n entries, O out_features, I in_features, M rows of x; G pieces of L entries in a tile.
+Shapes: n entries, O out_features, I in_features, M rows of x; G pieces of L entries in a tile. Codes and statistics are
+contiguous.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int) -> None:
-    """Write the first entries into `out`, contiguous, of any shape and of float32, float16 or bfloat16."""
-    n, unit = out.numel(), min(block, _TILE)
+def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first: int = 0) -> None:
+    """Fill `out`, contiguous, of float32, float16 or bfloat16, with the entries from block number `first` on."""
+    n, unit, codes = out.numel(), min(block, _TILE), codes[first * block // 2 :]
     code, _, dynamic = _tables(out.device)
     with torch.cuda.device_of(out):
         _dequantize[(triton.cdiv(n, _TILE),)](
             out, codes, code, stats.absmax, stats.nested, stats.offset, dynamic if stats.map is None else stats.map,
-            n, len(codes), block, unit, _TILE // unit, enable_fp_fusion=False,
+            n, len(codes), first, block, unit, _TILE // unit, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def matvec(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: tuple[int, int]) -> Tensor:
-    """x [M, I], contiguous, M at most `MOST_ROWS` -> x Wᵀ [M, O] for the matrix of this shape, summed in float32."""
-    rows, (outputs, inputs) = len(x), shape
+    """x [M, I], M at most `MOST_ROWS` -> x Wᵀ [M, O] in its dtype, for W of this shape [O, I]; summed in float32."""
+    rows, (outputs, inputs), x = len(x), shape, x.contiguous()
     assert 0 < rows <= MOST_ROWS, f"{rows} rows"
     y = x.new_empty(rows, outputs)
     unit = min(block, _SPAN)
@@ -95,13 +96,14 @@ def _quantize(w, codes, absmax, thresholds, n, size, BLOCK: tl.constexpr, G: tl.
     tl.store(codes + byte, (high * 16 + low).to(tl.uint8), mask=byte < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _dequantize(  # type: ignore[no-untyped-def]
-    out, codes, code, absmax, nested, offset, map, n, size, BLOCK: tl.constexpr, L: tl.constexpr, G: tl.constexpr
-):
-    """G pieces of L entries."""
+    out, codes, code, absmax, nested, offset, map, n, size, first,
+    BLOCK: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """G pieces of L entries; `codes` and `out` begin at block number `first`."""
     piece = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
-    c = _magnitude(absmax, nested, offset, map, piece * L // BLOCK, piece * L < n)
+    c = _magnitude(absmax, nested, offset, map, first + piece * L // BLOCK, piece * L < n)
     byte = piece[:, None] * (L // 2) + tl.arange(0, L // 2)[None, :]
     high, low = _levels(codes, code, byte, byte < size)
     value = tl.interleave(high, low) * c[:, None]
