@@ -26,8 +26,8 @@ from reparam.kernels import nf4_gpu
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-COUNTS = [1, 2, 63, 4096, 4097, 12345]
-SHAPES = [(3, 64), (5, 33), (7, 100), (2, 5001), (4, 2050), (1, 1)]
+COUNTS = [1, 63, 4097, 12346]
+SHAPES = [(1, 1), (5, 33), (2, 5001), (4, 2050)]
 
 
 def on_device(test: object) -> object:
