@@ -49,6 +49,10 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
 
     def forward(x: Tensor, *rest: Any) -> Tensor:
         *parts, shape, bias = rest
+        if x.shape[-1] != shape[1] or not x.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating-point numbers [..., {shape[1]}], got {str(x.dtype)[6:]} {list(x.shape)}"
+            )
         flat = x.reshape(-1, shape[1])
         y = product(flat, *parts, shape) if product is not None else None
         if y is None:
@@ -61,10 +65,17 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
     def backward(g: Tensor, *rest: Any) -> Tensor:
         *parts, shape = rest
         flat = g.reshape(-1, shape[0])
-        x = g.new_zeros(len(flat), shape[1])
-        for start, stop in _pieces(shape, g.device):
-            x.addmm_(flat[:, start:stop], unpack(*parts, shape, start, stop, g.dtype), beta=int(start > 0))
-        return _shaped(x, g, shape[1])
+        pieces = [*_pieces(shape, g.device)]
+        # The sums of several pieces are added in float32 at least: a large matrix has hundreds, each a rounding.
+        dtype = torch.promote_types(g.dtype, torch.float32) if len(pieces) > 1 else g.dtype
+        x = g.new_zeros(len(flat), shape[1], dtype=dtype)
+        for start, stop in pieces:
+            part, W = flat[:, start:stop], unpack(*parts, shape, start, stop, g.dtype)
+            if dtype == g.dtype:
+                x.addmm_(part, W)
+            else:
+                x += part @ W
+        return _shaped(x.to(g.dtype), g, shape[1])
 
     torch.library.impl(forward_name, "CompositeExplicitAutograd", forward)
     torch.library.impl(backward_name, "CompositeExplicitAutograd", backward)
@@ -81,21 +92,30 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
         ctx.shape = inputs[1 + count]
 
     def differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        parts = [next(saved) if tensor else part for tensor, part in zip(ctx.tensors, ctx.rest, strict=True)]
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-        g_x = run_backward(g, *parts, ctx.shape) if needs_x else None
+        g_x = run_backward(g, *_parts(ctx), ctx.shape) if needs_x else None
         return g_x, *[None] * (count + 1), g.reshape(-1, g.shape[-1]).sum(0) if needs_bias else None
 
+    def differentiate_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return run(g, *_parts(ctx), ctx.shape, None), *[None] * (count + 1)
+
     torch.library.register_autograd(forward_name, differentiate, setup_context=keep)
+    torch.library.register_autograd(backward_name, differentiate_backward, setup_context=keep)
 
     def call(x: Tensor, parts: Sequence[Any], shape: Sequence[int], bias: Tensor | None) -> Tensor:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if low else x.dtype
         bias = bias if bias is None else bias.to(dtype)
         return run(x.to(dtype), *parts, list(shape), bias)
 
     return call
+
+
+def _parts(ctx: Any) -> list[Any]:
+    """The packed tensors and numbers that a forward kept."""
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if tensor else part for tensor, part in zip(ctx.tensors, ctx.rest, strict=True)]
 
 
 def _shaped(flat: Tensor, like: Tensor, last: int) -> Tensor:
