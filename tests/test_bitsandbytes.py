@@ -123,6 +123,13 @@ def test_what_is_not_nf4_is_refused_in_one_sentence(tmp_path: Path, changes: dic
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_is_not_packed_although_it_says_so(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text())
+    with pytest.raises(BaseError, match="no matrix is packed"):
+        load_base(str(tmp_path))
+
+
 # ---- one weight
 
 

@@ -65,7 +65,7 @@ def load_base(
             dense = sorted(set(targets_.resolve(model, targets)) - packed_as(model).keys())
             if dense:
                 raise ValueError(f"is packed already, without {', '.join(dense[:3])}; load the original model")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BaseError(f"{path}: no causal language model could be loaded: {_first_line(error)}") from error
     return model.eval()
 
@@ -98,7 +98,8 @@ def save_model(
         model.save_pretrained(staging, state_dict=tensors)  # type: ignore[operator]
         if entry is not None:
             file = staging / "config.json"
-            file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": entry}, indent=2) + "\n")
+            config = {**json.loads(file.read_text()), "quantization_config": entry}
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
 

@@ -124,6 +124,7 @@ class Quantizer(HfQuantizer):
         rest = sorted(self.paths - self.sites.keys())
         if self.pre_quantized and not self.problems:
             self.problems = [f"{path}.weight is not packed, and config.json says that it is" for path in rest]
+            self.problems += [] if self.sites else ["no matrix is packed, and config.json says that some are"]
         if self.problems:
             raise FormatError(listed(self.problems))
         for path in rest:  # what came through transformers' own conversions under another first name
