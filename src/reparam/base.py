@@ -33,6 +33,11 @@ class Factors(NamedTuple):
         kept = w if self.gain is None else self.gain.to(w.dtype)[:, None] * w
         return torch.addmm(kept, self.B.to(w.dtype), self.A.to(w.dtype))
 
+    def change(self, w: Tensor, rows: slice = slice(None)) -> Tensor:
+        """ΔW [rows, I] in the dtype of `w`, which is W[rows]."""
+        low_rank = self.B[rows].to(w.dtype) @ self.A.to(w.dtype)
+        return low_rank if self.gain is None else torch.addcmul(low_rank, self.gain[rows, None].to(w.dtype) - 1, w)
+
     def low_rank_norm(self) -> float:
         """Frobenius norm of B·A from two [R, R] products, in float64; the matrix [O, I] is never built."""
         a, b = self.A.detach().double(), self.B.detach().double()
@@ -79,14 +84,12 @@ class Weight(nn.Module):
         """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
         return self.dense().to(self.dtype) if self.plain is None else self.plain
 
-    def rounded(self, delta: Tensor) -> Weight:
-        """W + delta [O, I] in the same format, each entry rounded to the nearest that the format has, or as it says.
+    def rounded(self, factors: Factors, rounding: str) -> Weight:
+        """W' in the same format; `rounding` is "nearest", or "aware", which keeps the update's effect where it can.
 
         Raises ValueError where the format has no such operation.
         """
-        raise ValueError(
-            f"a merge into the storage {self.storage.name!r} itself is not defined; merge into a dense one"
-        )
+        raise ValueError(f"no merge into the storage {self.storage.name!r} itself is defined; merge into a dense one")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,6 +33,10 @@ AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+StorageName = Annotated[
+    str | None,
+    typer.Option("--storage", help="How the base is kept: dense, nf4 or int8; by default as the adapter was trained."),
+]
 
 
 @app.command()
@@ -63,6 +67,7 @@ def generate(
     base: Base = None,
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
+    storage: StorageName = None,
     compare: Annotated[bool, typer.Option(help="Show the base model's answer beside the adapter's.")] = False,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
@@ -73,7 +78,7 @@ def generate(
     """
     from reparam.serve.chat import Chat
 
-    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens)
+    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens, storage=storage)
     if prompt is not None:
         chat.answer(prompt, console, compare=compare)
     else:
@@ -86,6 +91,7 @@ def evaluate(
     base: Base = None,
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
+    storage: StorageName = None,
     max_length: Annotated[int, typer.Option(min=3, help="Longest row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward.")] = 16,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -96,7 +102,30 @@ def evaluate(
     """
     from reparam.train.evaluate import evaluate as run
 
-    run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size).show(console, json=json)
+    found = run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage)
+    found.show(console, json=json)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model to pack: a folder or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the packed model.")],
+    storage: Annotated[str, typer.Option(help="nf4 or int8.")] = "nf4",
+    block: Annotated[int, typer.Option(help="NF4: entries that share one magnitude.")] = 64,
+    double: Annotated[bool, typer.Option(help="NF4: keep the magnitudes in 8 bits too.")] = True,
+    targets: Annotated[str, typer.Option(help="What is packed, as adapter.targets in train.")] = "all-linear",
+    dtype: Dtype = "auto",
+    format: Annotated[str, typer.Option(help="reparam, or bitsandbytes for stock tools (NF4 only).")] = "reparam",
+) -> None:
+    """Pack the frozen matrices of a model and write it, so that it loads in a quarter of the memory.
+
+    [bold]reparam quantize ./model ./model-nf4[/bold]
+    """
+    from reparam.recipes.quantize import quantize_to
+
+    settings = {"path": model, "dtype": dtype, "storage": storage, "block": block, "double": double, "packed": targets}
+    config = resolve(None, {f"base.{key}": value for key, value in settings.items()})
+    quantize_to(output, config.base, format=format, console=console)
 
 
 @app.command()
@@ -105,6 +134,14 @@ def merge(
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Folder of the adapter.")],
     base: Base = None,
     dtype: Dtype = "auto",
+    onto: Annotated[
+        str, typer.Option(help="trained: the base as it was trained on, unpacked; original: the files' own weights.")
+    ] = "trained",
+    into: Annotated[
+        str | None, typer.Option(help="nf4 or int8: write the storage of the base again, and lose part of the update.")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="With --into: aware of the update, or nearest.")] = "aware",
+    force: Annotated[bool, typer.Option(help="Write it however little of the update survives.")] = False,
 ) -> None:
     """Fold an adapter into its base and write a plain model that stock tools load.
 
@@ -112,7 +149,7 @@ def merge(
     """
     from reparam.recipes.merge import merge_to
 
-    merge_to(output, base, adapter, dtype=dtype, console=console)
+    merge_to(output, base, adapter, dtype=dtype, onto=onto, into=into, rounding=rounding, force=force, console=console)
 
 
 @app.command()

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reparam import targets
-from reparam.base import Controller, Method, Role, Site, Update
+from reparam.base import Controller, Method, Role, Site, Storage, Update
 from reparam.fingerprint import fingerprint
 from reparam.io import files
-from reparam.io.record import Base, Record
+from reparam.io.record import Base, Packing, Record
 from reparam.linear import SHARED, Adapted, Replaced
 
 
@@ -108,7 +108,7 @@ class Adapter:
             sites=self.sites,
             tensors=self.tensors(),
             replaced=tuple(self.replaced),
-            base=Base(type(self.model).__name__, source, fingerprint(self.model)),
+            base=Base(type(self.model).__name__, source, fingerprint(self.model), _packing(self.model)),
             modules=tuple(path for path, _ in targets.walk(self.model)),
         )
 
@@ -127,6 +127,13 @@ class Adapter:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         return f"Adapter({self.name!r}, {self.method.name}, {len(self.sites)} sites, {count:,} parameters)"
+
+
+def _packing(model: nn.Module) -> tuple[Packing, ...]:
+    held: dict[Storage, list[str]] = {}
+    for path, storage in targets.packed_as(model).items():
+        held.setdefault(storage, []).append(path)
+    return tuple(Packing(storage.name, storage.settings(), tuple(paths)) for storage, paths in held.items())
 
 
 def saved(

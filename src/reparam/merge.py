@@ -1,29 +1,37 @@
 """Folding the active adapter into the weights: exact about what was asked, and about what rounding left of it.
 
 One site at a time, in blocks of rows: W' = diag(gain) W + B A in float32 (a float64 base: in float64), cast once,
-written over the base. For each site the report states which share of the update ΔW = W' − W is in what was written:
+written over the base. Packed matrices are unpacked on the way, into the dtype that their results have: what is written
+is W as the adapter was trained on it, plus ΔW. For each site the report states which share of the update ΔW = W' − W is
+in what was written:
 
     survival = ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩        1 is everything, 0 is nothing
 
-In bfloat16 a small update can vanish in the rounding; the report warns below 0.99.
+In bfloat16 a small update can vanish in the rounding; the report warns below 0.99. In four bits most of it does, so
+that packed matrices are packed again only when asked for by name, and not where less than 0.9 survives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from reparam.adapter import unwrap
 from reparam.base import Factors, Weight
+from reparam.handle import Adapter
+from reparam.io.record import listed
 from reparam.linear import SHARED, Adapted
 from reparam.selection import State, state_of
 from reparam.weights.dense import DenseWeight
 
 BLOCK = 1 << 16  # elements of W in one block on a CPU: 256 KiB in float32, so that the buffers stay in a core's cache
 ENOUGH = 0.99
+LEAST = 0.9
+"""Share of an update that must survive in a storage that is merged into."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,10 @@ class SiteMerge:
     """Frobenius norm of ΔW."""
     survival: float
     """Share of ΔW that is in what was written; 1 when ΔW is zero."""
+    storage: str = "dense"
+    """Name of the storage that was written."""
+    noise: float | None = None
+    """|written − W − ΔW| / |ΔW|, in a packed storage: what else was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +72,9 @@ class MergeReport:
     """Modules that were replaced whole by the adapter's copies."""
     undo: _Undo | None = dataclasses.field(default=None, repr=False)
 
-    def survival(self) -> dict[torch.dtype, float]:
-        """For each dtype that was written, the share of ΔW that survived, over all its sites."""
-        found = {}
-        for dtype in dict.fromkeys(site.dtype for site in self.sites):
-            sites = [site for site in self.sites if site.dtype == dtype]
-            total = sum(site.change**2 for site in sites)
-            found[dtype] = sum(site.survival * site.change**2 for site in sites) / total if total else 1.0
-        return found
+    def survival(self) -> dict[torch.dtype | str, float]:
+        """The share of ΔW that survived over all sites of one dtype; of packed ones, of one storage, by its name."""
+        return survival(self.sites)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -92,16 +99,35 @@ class MergeReport:
         undo.state.select(undo.choice)
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{share:.4f} in {_short(dtype)}" for dtype, share in self.survival().items())
-        return f"merged {self.adapter!r} into {len(self.sites)} sites; share of the update that was written: {shares}"
+        shares = ", ".join(f"{share:.4f} in {_short(kind)}" for kind, share in self.survival().items())
+        noise = sum((site.noise * site.change) ** 2 for site in self.sites if site.noise is not None)
+        total = sum(site.change**2 for site in self.sites if site.noise is not None)
+        beside = f", beside noise of {(noise / total) ** 0.5:.2f} times its size" if total else ""
+        return (
+            f"merged {self.adapter!r} into {len(self.sites)} sites; share of the update that was written: "
+            f"{shares}{beside}"
+        )
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
-    """Fold the selected adapter into the model, which is plain again afterwards: its own modules, no adapters.
+def merge(
+    model: nn.Module,
+    *,
+    keep_base: bool = False,
+    into: str | None = None,
+    rounding: str = "aware",
+    force: bool = False,
+) -> MergeReport:
+    """Fold the selected adapter into the model: its own modules again afterwards, and no adapters.
 
-    `keep_base` copies the base first, so that the report's `restore` can bring it back. Raises ValueError, before
-    anything is changed, when no single adapter is selected or a merged weight would not be finite; and
+    Packed matrices that the adapter goes on become dense, in the dtype of their results; those it does not go on stay
+    packed. With `into`, the name of the storage that they are in, they are packed again instead: "nearest" rounds W'
+    and loses nearly all of a small update, "aware" moves codes so that its effect stays (`weights/rounding.py`).
+
+    `keep_base` copies the base first, so that the report's `restore` can bring it back.
+
+    Raises ValueError, before anything is changed, when no single adapter is selected, a merged weight would not be
+    finite, or less than `LEAST` of the update would survive in the storage `into` (unless `force`); and
     `InputDependentError` for a method whose update no one matrix stands for.
     """
     state = state_of(model)
@@ -116,11 +142,15 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
         _check_finite(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
+    packed = {} if into is None else _packed_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
     sites = []
     for path, module in adapter.modules.items():
-        merged, site = fold(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
+        if path in packed:
+            merged, site = packed[path]
+        else:
+            merged, site = fold(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
         sites.append(site)
         if merged is not module.weight:
             module.weight = merged
@@ -134,7 +164,7 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> MergeReport:
         if share < ENOUGH:
             warnings.warn(
                 f"merging into {_short(dtype)} kept {share:.4f} of the update (1 is all): the rest was rounded away. "
-                f"Load the base in float32 and merge there, or keep the adapter apart",
+                f"Merge into {'a dense storage' if into else 'a base in float32'}, or keep the adapter apart",
                 stacklevel=3,  # past the decorator
             )
     return report
@@ -171,6 +201,57 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     return merged, SiteMerge(name, out.dtype, change**0.5, share)
 
 
+def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
+    """The merged weights in the storage that they are in, and what became of the update; nothing is changed."""
+    problems = [
+        f"{path} is {module.weight.storage.name}"
+        for path, module in adapter.modules.items()
+        if module.weight.storage.name != into
+    ]
+    if problems:
+        raise ValueError(f"into={into!r} is for matrices that are in {into} now: {listed(problems)}; leave it out")
+    found = {}
+    for path, module in adapter.modules.items():
+        factors = module.updates[adapter.name].factors(module.weight)  # type: ignore[operator]
+        merged = module.weight.rounded(factors, rounding)
+        found[path] = merged, _measured(path, module.weight, merged, factors)
+    share = survival([site for _, site in found.values()])[into]
+    if share < LEAST and not force:
+        how = "round with 'aware'" if rounding != "aware" else "force it"
+        raise ValueError(
+            f"merging into {into} would keep {share:.4f} of the update (1 is all); nothing was merged. Merge into a "
+            f"dense storage, keep the adapter apart, or {how}"
+        )
+    return found
+
+
+def _measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
+    """What of the update is in a weight that is packed again, and what else."""
+    size = max(1, (1 << 20) // weight.in_features)
+    sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.out_features, size):
+        rows = slice(start, start + size)
+        old = weight.dense(rows)
+        delta, written = factors.change(old, rows), merged.dense(rows) - old
+        sums += torch.stack([(delta * written).sum(), delta.square().sum(), (written - delta).square().sum()])
+    kept, change, noise = sums.tolist()
+    if not change:
+        return SiteMerge(name, weight.dtype, 0.0, 1.0, merged.storage.name, 0.0)
+    return SiteMerge(name, weight.dtype, change**0.5, kept / change, merged.storage.name, (noise / change) ** 0.5)
+
+
+def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
+    """The share of ΔW that survived over all of these sites of one dtype; of packed ones, of one storage."""
+    groups: dict[torch.dtype | str, list[SiteMerge]] = {}
+    for site in sites:
+        groups.setdefault(site.dtype if site.storage == "dense" else site.storage, []).append(site)
+    found = {}
+    for kind, members in groups.items():
+        total = sum(site.change**2 for site in members)
+        found[kind] = sum(site.survival * site.change**2 for site in members) / total if total else 1.0
+    return found
+
+
 def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
     """Raise ValueError unless every entry of W' is certain to be finite: |W'| <= gain |W| + |B| |A|."""
     bound = factors.A.double().norm() * factors.B.double().norm()
@@ -198,5 +279,5 @@ def _keep(model: nn.Module, state: State, name: str) -> _Undo:
     )
 
 
-def _short(dtype: torch.dtype) -> str:
+def _short(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")

@@ -8,25 +8,55 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter import Adapter
+from reparam.base import Storage, find_storage
 from reparam.hf import load_base, load_tokenizer
 from reparam.io import files
-from reparam.io.record import FormatError
+from reparam.io.record import FormatError, Packing
 from reparam.load import load
+from reparam.pack import pack
+from reparam.targets import packed_as
 
 
 def open_model(
-    base: str | None, adapter: str | Path | None, *, dtype: str = "auto"
+    base: str | None, adapter: str | Path | None, *, dtype: str = "auto", storage: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Adapter | None]:
     """Base, tokenizer, and the adapter on it. A base that is not named is the one the adapter was trained on.
 
-    Raises ValueError when neither tells the base.
+    Matrices that were packed when the adapter was trained are packed in the same way here, unless `storage` says how
+    all linear maps are to be kept: "dense", "nf4", "int8". Raises ValueError when neither tells the base.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
     path = base or base_of(folder)
-    model, tokenizer = load_base(path, dtype=dtype), load_tokenizer(path)
+    model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
     if folder is None:
         return model, tokenizer, None
     return model, tokenizer, load(model, folder, name="adapter")
+
+
+def _load(path: str, folder: Path | None, dtype: str, storage: str | None) -> nn.Module:
+    """The base, in the storage that is asked for or, where none is, in those that the adapter was trained on."""
+    if storage is not None and storage != "dense":
+        return load_base(path, dtype=dtype, storage=find_storage(storage)())
+    record = files.read(folder) if folder is not None and storage is None else None
+    packing = record.base.packing if record is not None and record.base is not None else ()
+    first = packing[0] if packing else None
+    if first is None:
+        model = load_base(path, dtype=dtype)
+        if storage == "dense" and packed_as(model):
+            raise FormatError(f"{path}: its matrices are packed, and what they were before is lost; give --base")
+        return model
+    model = load_base(path, dtype=dtype, storage=made(first), targets=first.modules)
+    for other in packing[1:]:
+        pack(model, made(other), targets=other.modules)
+    return model
+
+
+def made(packing: Packing) -> Storage:
+    """The storage with its settings. Raises FormatError for one that this release does not have."""
+    try:
+        return find_storage(packing.storage)(**packing.settings)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"the adapter's base was packed in a way that is not known here: {error}") from None
 
 
 def adapter_folder(folder: str | Path) -> Path:

@@ -12,6 +12,7 @@ from reparam import targets as targets_
 from reparam.base import STORAGES, Storage, Weight, find_storage
 from reparam.linear import Adapted
 from reparam.selection import state_of
+from reparam.targets import packed_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PackedSite:
     bytes: int
     """What is held for it now, statistics and all."""
     before: int
-    """What was held for it before."""
+    """What a dense matrix in its dtype takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,8 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
     sites = []
     for path in names:
         module = targets_.wrap(model.get_submodule(path))
-        old, before = module.weight, _bytes(module.weight)
         module.repack(_repacked(path, module, chosen))
-        sites.append(PackedSite(path, old.out_features * old.in_features, _bytes(module.weight), before))
+        sites.append(_site(path, module.weight))
         if module.weight.plain is not None and not module.updates:
             model.set_submodule(path, module.restore())
         else:
@@ -88,13 +88,21 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
     return PackReport(chosen, tuple(sites), dict(_left(model)))
 
 
-def packed_as(model: nn.Module) -> dict[str, Storage]:
-    """The storages of the matrices that are packed, by path."""
-    return {
-        path: module.weight.storage
-        for path, module in targets_.walk(model)
-        if isinstance(module, Adapted) and module.weight.plain is None
-    }
+def reports(model: nn.Module) -> list[PackReport]:
+    """What is packed in a model, one report for each storage; none where everything is dense."""
+    held: dict[Storage, list[PackedSite]] = {}
+    for path, storage in packed_as(model).items():
+        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).weight))  # type: ignore[arg-type]
+    left = dict(_left(model))
+    return [PackReport(storage, tuple(sites), left) for storage, sites in held.items()]
+
+
+def entries(model: nn.Module) -> int:
+    """Numbers that the parameters of a model stand for: of a packed matrix its O · I entries, not its bytes."""
+    packed = [module.weight for _, module in targets_.walk(model) if isinstance(module, Adapted)]
+    stored = sum(p.numel() for weight in packed for p in weight.parameters())
+    meant = sum(weight.out_features * weight.in_features for weight in packed)
+    return sum(p.numel() for p in model.parameters()) - stored + meant
 
 
 def size(count: float) -> str:
@@ -142,5 +150,6 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{path}.{name}", parameter.nbytes
 
 
-def _bytes(weight: Weight) -> int:
-    return sum(parameter.nbytes for parameter in weight.parameters())
+def _site(path: str, weight: Weight) -> PackedSite:
+    entries = weight.out_features * weight.in_features
+    return PackedSite(path, entries, sum(p.nbytes for p in weight.parameters()), entries * weight.dtype.itemsize)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from reparam.base import nearest
+from reparam.base import Storage, nearest
 from reparam.embedding import Embedding, why_not_embedding
 from reparam.linear import Adapted, Linear, Replaced, Shared, is_conv1d, why_not_linear
 
@@ -108,6 +108,15 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
             yield path + name, module
             if not isinstance(module, Adapted | Replaced):
                 yield from _below(module, f"{path}{name}.", seen)
+
+
+def packed_as(model: nn.Module) -> dict[str, Storage]:
+    """The storages of the matrices that are packed, by path."""
+    return {
+        path: module.weight.storage
+        for path, module in walk(model)
+        if isinstance(module, Adapted) and module.weight.plain is None
+    }
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -72,6 +72,8 @@ def files(record: Record) -> dict[str, bytes]:
         weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
     )
     values = dataclasses.asdict(config)
+    if record.base is not None and not record.base.packing:  # as files were before bases could be packed
+        del values["base"]["packing"]
     values["digest"] = _digest(values)
     return {WEIGHTS: weights, CONFIG: (json.dumps(values, indent=1) + "\n").encode()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,17 @@ from reparam.base import Method, Site
 
 class FormatError(ValueError):
     """A file is damaged, or does not fit the model; the message names the file, the tensor or key, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Matrices of the base that were packed in one way while the adapter was trained."""
+
+    storage: str
+    """Name of the storage."""
+    settings: dict[str, Any]
+    modules: tuple[str, ...]
+    """Paths of the modules that hold them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +36,8 @@ class Base:
     """Folder or hub id that it was loaded from, as far as the model knows; not used for checks."""
     digests: dict[str, str]
     """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
+    packing: tuple[Packing, ...] = ()
+    """How its matrices were packed; what is in none of these was dense."""
 
 
 def listed(problems: Sequence[str], *, shown: int = 5) -> str:

@@ -19,6 +19,7 @@ Shapes: n entries, N blocks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,19 +71,27 @@ def compress(absmax: Tensor) -> Statistics:
     >>> stats.absmax.tolist(), stats.offset.tolist()
     ([0, 255], [0.75])
     """
-    compiled = getattr(_kernels(absmax.device.type), "nearest", None)
-    return reference.compress(absmax, compiled or reference.nearest)
+    return reference.compress(absmax, torch.ops.reparam.nf4_nearest.default)
+
+
+def few_rows(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: Sequence[int]) -> Tensor | None:
+    """x [M, I] -> x Wᵀ [M, O] without unpacking W [O, I]; None where no kernel does that for so many rows."""
+    kernels = _kernels("cuda") if x.device.type == "cuda" and x.dtype != torch.float64 else None
+    if kernels is None or not 0 < len(x) <= kernels.MOST_ROWS:
+        return None
+    return kernels.matvec(x.contiguous(), codes, stats, block, (shape[0], shape[1]))
 
 
 # ---- the ops
 
-_QUANTIZE, _DEQUANTIZE = "reparam::nf4_quantize", "reparam::nf4_dequantize_"
+_QUANTIZE, _DEQUANTIZE, _NEAREST = "reparam::nf4_quantize", "reparam::nf4_dequantize_", "reparam::nf4_nearest"
 _STATISTICS = "Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map"
 _TAG = torch.Tag.pt2_compliant_tag
 torch.library.define(_QUANTIZE, "(Tensor w, int block) -> (Tensor codes, Tensor absmax)", tags=_TAG)
 torch.library.define(
     _DEQUANTIZE, f"(Tensor(a!) out, Tensor codes, {_STATISTICS}, int block, int first) -> ()", tags=_TAG
 )
+torch.library.define(_NEAREST, "(Tensor scaled) -> Tensor", tags=_TAG)
 
 
 @torch.library.impl(_QUANTIZE, "CompositeExplicitAutograd")
@@ -100,19 +109,27 @@ def _dequantize(
 ) -> None:  # fmt: skip
     stats = Statistics(absmax, nested, offset, map)
     kernels = _kernels(out.device.type) if out.dtype != torch.float64 else None
-    if first and (kernels is None or out.device.type != "cpu"):  # only the kernel for a CPU can begin elsewhere
-        last = first - (-out.numel() // block)
-        stats = Statistics(reference.magnitudes(stats, torch.arange(first, last, device=out.device)))
-        codes, first = codes[first * block // 2 :], 0
-    if kernels is None:
-        flat = reference.dequantize_reference(codes, stats, block=block, count=out.numel(), dtype=out.dtype)
-        out.copy_(flat.view(out.shape))
+    if kernels is not None:
+        kernels.dequantize(out, codes, stats, block, first)
+        torch.autograd.graph.increment_version(out)  # the kernel writes where autograd cannot see it
         return
     if first:
-        kernels.dequantize(out, codes, stats, block, first)
-    else:
-        kernels.dequantize(out, codes, stats, block)
-    torch.autograd.graph.increment_version(out)  # the kernel writes where autograd cannot see it
+        last = first - (-out.numel() // block)
+        stats = Statistics(reference.magnitudes(stats, torch.arange(first, last, device=out.device)))
+    codes = codes[first * block // 2 :]
+    flat = reference.dequantize_reference(codes, stats, block=block, count=out.numel(), dtype=out.dtype)
+    out.copy_(flat.view(out.shape))
+
+
+@torch.library.impl(_NEAREST, "CompositeExplicitAutograd")
+def _nearest(scaled: Tensor) -> Tensor:
+    kernels = _kernels("cpu") if scaled.device.type == "cpu" else None
+    return (reference if kernels is None else kernels).nearest(scaled)
+
+
+@torch.library.register_fake(_NEAREST)
+def _nearest_fake(scaled: Tensor) -> Tensor:
+    return scaled.new_empty(scaled.shape, dtype=torch.uint8)
 
 
 @torch.library.register_fake(_QUANTIZE)

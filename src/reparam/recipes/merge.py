@@ -1,4 +1,4 @@
-"""From an adapter's folder to the folder of a plain merged model."""
+"""From an adapter's folder to the folder of a merged model: plain, or in the storage that the base was trained in."""
 
 from __future__ import annotations
 
@@ -9,14 +9,57 @@ from rich.console import Console
 from reparam.hf import check_not_base, save_model
 from reparam.merge import MergeReport, merge
 from reparam.open import adapter_folder, base_of, open_model
+from reparam.pack import pack, packed_as, reports
+
+ONTO = ("trained", "original")
 
 
-def merge_to(output: Path, base: str | None, adapter: str, *, dtype: str, console: Console) -> MergeReport:
-    """Merge and write, and say what survived the rounding. Raises ValueError for the base's own folder as output."""
-    check_not_base(output, base or base_of(adapter_folder(adapter)))
-    model, tokenizer, _ = open_model(base, adapter, dtype=dtype)
-    report = merge(model)
+def merge_to(
+    output: Path,
+    base: str | None,
+    adapter: str,
+    *,
+    dtype: str,
+    console: Console,
+    onto: str = "trained",
+    into: str | None = None,
+    rounding: str = "aware",
+    force: bool = False,
+) -> MergeReport:
+    """Merge and write, and say onto what, into what, and what survived the rounding.
+
+    `onto` is "trained", the base as the adapter was trained on it: packed matrices are unpacked and the update added;
+    or "original", the weights in the base's files, which the adapter has not seen where it was trained on packed ones.
+    `into` names the storage of a packed base to write that again, see `reparam.merge`.
+
+    Raises ValueError for the base's own folder as output, and for what cannot be combined.
+    """
+    if onto not in ONTO:
+        raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
+    if into is not None and onto == "original":
+        raise ValueError("--into writes the storage that the adapter was trained on, so it cannot go onto the original")
+    path = base or base_of(adapter_folder(adapter))
+    check_not_base(output, path)
+    model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
+    held = packed_as(model)
+    names = ", ".join(sorted({storage.name for storage in held.values()}))
+    report = merge(model, into=into, rounding=rounding, force=force)
+    rest = list(packed_as(model))
+    if rest and into is None:
+        pack(model, "dense", targets=rest)
     save_model(model, tokenizer, output)
     console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"merged onto    {_said(path, names, onto, into)}", highlight=False, soft_wrap=True)
+    for packed in reports(model):
+        console.print(str(packed), highlight=False, soft_wrap=True)
     console.print(f"merged model   {output}", highlight=False, soft_wrap=True)
     return report
+
+
+def _said(path: str, storages: str, onto: str, into: str | None) -> str:
+    if onto == "original":
+        return f"the weights in {path} as they are in its files"
+    if not storages:
+        return path
+    written = f"rounded to {into} again" if into else f"unpacked; --onto original would add the update to {path} itself"
+    return f"{path} in {storages}, as the adapter was trained, {written}"

@@ -15,8 +15,17 @@ from reparam.train.score import complete
 class Chat:
     """A conversation. Raises ValueError for a tokenizer without a chat template, unless `raw`."""
 
-    def __init__(self, base: str | None, adapter: str | None, *, dtype: str, raw: bool, max_new_tokens: int) -> None:
-        self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype)
+    def __init__(
+        self,
+        base: str | None,
+        adapter: str | None,
+        *,
+        dtype: str,
+        raw: bool,
+        max_new_tokens: int,
+        storage: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype, storage=storage)
         self.raw = raw
         self.max_new_tokens = max_new_tokens
         if not raw and not self.tokenizer.chat_template:

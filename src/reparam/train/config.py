@@ -19,8 +19,9 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-import reparam.methods  # noqa: F401  (fills the registry)
-from reparam.base import METHODS, Method, find_method, nearest
+import reparam.methods
+import reparam.weights  # noqa: F401  (both fill their registries)
+from reparam.base import METHODS, Method, Storage, find_method, find_storage, nearest
 
 
 class ConfigError(ValueError):
@@ -39,6 +40,23 @@ class BaseConfig:
     """Branch, tag or commit on the hub."""
     untie: bool = False
     """Give the output head its own copy of a tied embedding, so that either can be a target."""
+    storage: str = "dense"
+    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are packed while the model is read."""
+    block: int = 64
+    """NF4: entries that share one magnitude."""
+    double: bool = True
+    """NF4: keep the magnitudes in 8 bits too (double quantisation)."""
+    packed: tuple[str, ...] = ("all-linear",)
+    """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
+
+    def __post_init__(self) -> None:
+        self.packing()
+
+    def packing(self) -> Storage | None:
+        """The storage with its settings; None for dense. Raises ValueError for what does not exist or cannot be."""
+        cls = find_storage(self.storage)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(cls)}
+        return cls(**own) if self.storage != "dense" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,11 +42,18 @@ class Evaluation:
 
 
 def evaluate(
-    data: Path, base: str | None, adapter: str | None, *, dtype: str, max_length: int, batch: int
+    data: Path,
+    base: str | None,
+    adapter: str | None,
+    *,
+    dtype: str,
+    max_length: int,
+    batch: int,
+    storage: str | None = None,
 ) -> Evaluation:
     """Score on the rows of `data`. Raises ValueError for unusable data, base or adapter."""
     rows = read_rows(data)
-    model, tokenizer, loaded = open_model(base, adapter, dtype=dtype)
+    model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model))
     found = []
     for name in [None] if loaded is None else [None, loaded.name]:

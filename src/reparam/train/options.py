@@ -17,6 +17,9 @@ from reparam.train.config import SECTIONS, documentation
 ALIASES = {
     "base.path": ["--model_name_or_path", "--base", "--model"],
     "base.dtype": ["--dtype", "--torch_dtype"],
+    "base.storage": ["--storage", "--quantization"],
+    "base.block": ["--bnb_4bit_blocksize"],
+    "base.double": ["--use_nested_quant", "--bnb_4bit_use_double_quant"],
     "data.train": ["--train_file", "--data"],
     "data.valid": ["--validation_file"],
     "data.max_length": ["--max_length", "--max_seq_length"],

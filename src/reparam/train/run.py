@@ -120,8 +120,9 @@ def prepare(config: Config) -> Job:
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
     train_rows, held_out = _rows(config)
-    model = load_base(config.base.path, dtype=config.base.dtype, revision=config.base.revision)
-    if config.base.untie:
+    base = config.base
+    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    if base.untie:
         untie(model)
     size = vocabulary(model)
     encoded, valid = (

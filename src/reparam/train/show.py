@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from reparam.data.preview import preview
+from reparam.pack import entries, reports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,10 +36,12 @@ class Show:
     def job(self, job: Job) -> None:
         """What will be trained, on what."""
         trained = sum(p.numel() for p in job.adapter.parameters())
-        total = sum(p.numel() for p in job.model.parameters()) - trained
+        total = entries(job.model) - trained
         self.console.print(f"will be trained: {job.adapter.method.name}, {trained:,} parameters, on these sites")
         self.console.print(sites_table(job.adapter))
         self.console.print(f"that is {trained / total:.2%} of the base's {total:,}; everything else is frozen")
+        for report in reports(job.model):
+            self.console.print(str(report), highlight=False, soft_wrap=True)
         self.console.print(f"training rows   {job.train.report}")
         self.console.print(f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):

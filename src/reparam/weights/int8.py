@@ -35,8 +35,7 @@ class Int8(Storage):
         check_packable(w, self.name)
         wide = w.detach().float()
         absmax = wide.abs().amax(1)  # [O]
-        codes = (wide * LEVELS / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-        return Int8Weight(codes.to(torch.int8), absmax, w.dtype)
+        return Int8Weight(_codes(wide, absmax), absmax, w.dtype)
 
 
 class Int8Weight(PackedWeight):
@@ -63,6 +62,25 @@ class Int8Weight(PackedWeight):
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of W in float32."""
         return _values(self.codes[rows], floats(self.absmax)[rows])
+
+    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """One step of each row's scale up and down."""
+        codes, step = self.codes[rows], (floats(self.absmax)[rows] / LEVELS)[:, None]
+        return torch.where(codes < LEVELS, step, 0), torch.where(codes > -LEVELS, -step, 0)
+
+    def coded(self, w: Tensor) -> Int8Weight:
+        """The same magnitudes with the nearest codes."""
+        absmax = floats(self.absmax).clone()
+        return Int8Weight(_codes(w, absmax), absmax, self.dtype)
+
+    def moved(self, steps: Tensor) -> Int8Weight:
+        """The same magnitudes with other codes."""
+        return Int8Weight(self.codes + steps, floats(self.absmax).clone(), self.dtype)
+
+
+def _codes(w: Tensor, absmax: Tensor) -> Tensor:
+    scaled = w * LEVELS / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return scaled.round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
 
 
 def _values(codes: Tensor, absmax: Tensor) -> Tensor:

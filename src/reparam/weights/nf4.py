@@ -8,18 +8,20 @@ Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reparam.base import Storage, storage
 from reparam.kernels.frozen import frozen_linear
-from reparam.kernels.nf4 import compress, dequantize, quantize
-from reparam.kernels.nf4_reference import magnitudes
-from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, Statistics
+from reparam.kernels.nf4 import compress, dequantize, few_rows, quantize
+from reparam.kernels.nf4_reference import expand, magnitudes
+from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, THRESHOLDS, TINY, Statistics
 from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
 
 
@@ -96,9 +98,8 @@ class NF4Weight(PackedWeight):
 
     def at(self, entries: Tensor) -> Tensor:
         """entries [...] of integers below n -> those of the flattened matrix in float32, [...]."""
-        half = self.codes[entries >> 1]
-        index = torch.where(entries & 1 == 0, half >> 4, half & 15)
-        return CODE.to(index.device)[index.long()] * magnitudes(self.statistics, entries // self.block)
+        index = self._index(entries).long()
+        return CODE.to(index.device)[index] * magnitudes(self.statistics, entries // self.block)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of W in float32."""
@@ -106,6 +107,40 @@ class NF4Weight(PackedWeight):
         assert step == 1, "rows are a plain slice"
         stop = max(start, stop)
         return _rows(self.codes, self.statistics, self.block, self.in_features, start, stop, torch.float32)
+
+    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The gaps to the levels above and below, times the block's magnitude."""
+        start, stop, _ = rows.indices(self.out_features)
+        size = self.in_features
+        entries = torch.arange(start * size, stop * size, device=self.device).view(-1, size)
+        index = self._index(entries).long()
+        absmax = magnitudes(self.statistics, entries // self.block)
+        code = CODE.to(index.device)
+        up, down = (code[(index + step).clamp(0, 15)] - code[index] for step in (1, -1))
+        return up * absmax, down * absmax
+
+    def coded(self, w: Tensor) -> NF4Weight:
+        """The same magnitudes with the nearest codes."""
+        flat = w.reshape(-1)
+        absmax = expand(self.statistics).repeat_interleave(self.block)[: len(flat)]
+        scaled = flat / torch.where(absmax.abs() < TINY, TINY, absmax)
+        return self._with(torch.bucketize(scaled, THRESHOLDS.to(w.device), out_int32=True).to(torch.uint8))
+
+    def moved(self, steps: Tensor) -> NF4Weight:
+        """The same magnitudes with other codes."""
+        index = torch.stack([self.codes >> 4, self.codes & 15], 1).view(-1)[: steps.numel()]
+        return self._with(index + steps.reshape(-1).to(torch.uint8))  # -1 is 255 there, and wraps around
+
+    def _with(self, index: Tensor) -> NF4Weight:
+        """The same magnitudes with these codes, uint8 [n]."""
+        pairs = F.pad(index, (0, len(index) % 2), value=7).view(-1, 2)
+        codes = pairs[:, 0] << 4 | pairs[:, 1]
+        return NF4Weight(codes, copy.deepcopy(self.statistics), self.block, self.shape, self.dtype)
+
+    def _index(self, entries: Tensor) -> Tensor:
+        """The codes, 0 to 15, of entries of the flattened matrix."""
+        half = self.codes[entries >> 1]
+        return torch.where(entries & 1 == 0, half >> 4, half & 15)
 
 
 def _rows(
@@ -134,8 +169,22 @@ def _unpack(
     return _rows(codes, Statistics(absmax, nested, offset, map), block, shape[1], start, stop, dtype)
 
 
+def _product(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    map: Tensor | None,
+    block: int,
+    shape: list[int],
+) -> Tensor | None:
+    return few_rows(x, codes, Statistics(absmax, nested, offset, map), block, shape)
+
+
 _linear = frozen_linear(
     "nf4",
     "Tensor codes, Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map, int block",
     _unpack,
+    _product,
 )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
-from reparam.base import Weight
+from reparam.base import Factors, Weight
+from reparam.weights.rounding import moves
+
+ROUNDINGS = ("aware", "nearest")
+_PIECE = 1 << 22
+"""Entries that are rounded at once: some ten temporaries of 16 MiB."""
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST = 2.0**100
@@ -36,6 +43,39 @@ class PackedWeight(Weight):
     def shape(self) -> tuple[int, int]:
         """O and I."""
         return self.out_features, self.in_features
+
+    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """How entries of these rows [rows, I] change when their code is one higher, and one lower; 0 at the ends."""
+        raise NotImplementedError
+
+    def coded(self, w: Tensor) -> Self:
+        """The same statistics with the codes that are nearest to `w` [O, I]."""
+        raise NotImplementedError
+
+    def moved(self, steps: Tensor) -> Self:
+        """The same statistics with each code moved by so many levels, int8 [O, I]."""
+        raise NotImplementedError
+
+    def rounded(self, factors: Factors, rounding: str) -> Weight:
+        """W' in the same format. Raises ValueError for an unknown rounding.
+
+        "nearest" packs W' anew. "aware" keeps the magnitudes, and chooses codes so that ΔW keeps its effect, see
+        `rounding.py`.
+        """
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+        old = self.dense()
+        wanted = old + factors.change(old)
+        if rounding == "nearest":
+            return self.storage.pack(wanted).to(self.dtype)
+        near = self.coded(wanted)
+        basis = torch.linalg.qr(factors.A.float().T)[0] if factors.gain is None else None
+        steps = torch.empty(self.shape, dtype=torch.int8, device=self.device)
+        size = max(1, _PIECE // self.in_features)
+        for start in range(0, self.out_features, size):
+            rows = slice(start, start + size)
+            steps[rows] = moves(wanted[rows] - near.dense(rows), *near.neighbours(rows), basis)
+        return near.moved(steps)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,0 +1,24 @@
+"""From the folder of a model to the folder of the same model with its frozen matrices packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from reparam.hf import check_not_base, load_base, load_tokenizer, save_model
+from reparam.pack import reports
+from reparam.train.config import BaseConfig
+
+
+def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console) -> None:
+    """Pack while reading, write, and say what was packed and what was left. Raises ValueError for a dense storage."""
+    if base.packing() is None:
+        raise ValueError("storage 'dense' packs nothing; choose nf4 or int8")
+    check_not_base(output, base.path)
+    tokenizer = load_tokenizer(base.path, revision=base.revision)
+    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    save_model(model, tokenizer, output, format=format)
+    for report in reports(model):
+        console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"packed model   {output}", highlight=False, soft_wrap=True)
