@@ -10,7 +10,7 @@ from torch import nn
 
 from reparam import targets as targets_
 from reparam.base import STORAGES, Storage, Weight, find_storage
-from reparam.linear import Adapted
+from reparam.linear import Adapted, Replaced
 from reparam.selection import state_of
 from reparam.targets import packed_as
 
@@ -76,8 +76,7 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
     _check(model, names, chosen)
     sites = []
     for path in names:
-        module = targets_.wrap(model.get_submodule(path))
-        module.repack(_repacked(path, module, chosen))
+        module = _repacked(path, model.get_submodule(path), chosen)
         sites.append(_site(path, module.weight))
         if module.weight.plain is not None and not module.updates:
             model.set_submodule(path, module.restore())
@@ -118,11 +117,18 @@ def size(count: float) -> str:
     return f"{count:.4g} GiB"
 
 
-def _repacked(path: str, module: Adapted, storage: Storage) -> Weight:
+def _repacked(path: str, found: nn.Module, storage: Storage) -> Adapted:
+    """The module in its adapted form with the matrix in the storage; as it was, where the storage refuses it."""
+    trains = isinstance(found, Adapted) or bool(found.weight.requires_grad)
+    module = targets_.wrap(found)
     try:
-        return storage.pack(module.weight.tensor())
+        weight = storage.pack(module.weight.tensor())
     except ValueError as error:
+        if module is not found:  # wrapping froze the matrix, and transposed a Conv1D's
+            module.restore().get_parameter("weight").requires_grad_(trains)
         raise ValueError(f"{path}: {error}") from error
+    module.repack(weight)
+    return module
 
 
 def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
@@ -140,14 +146,15 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
 
 
 def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
-    for path, module in targets_.walk(model):
+    for path, module in (("", model), *targets_.walk(model)):
         if isinstance(module, Adapted):
             if module.weight.plain is not None:
                 yield f"{path}.weight", module.weight.plain.nbytes
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        holder = module.origin if isinstance(module, Replaced) else module
+        for name, parameter in holder.named_parameters(recurse=holder is not module):
             if parameter.ndim >= 2:
-                yield f"{path}.{name}", parameter.nbytes
+                yield f"{path}.{name}".lstrip("."), parameter.nbytes
 
 
 def _site(path: str, weight: Weight) -> PackedSite:
