@@ -7,6 +7,7 @@ The golden bytes and the table of mean errors are bitsandbytes'. What the compil
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from statistics import NormalDist
 
@@ -328,6 +329,21 @@ def test_equal_magnitudes_stay_as_they_are() -> None:
     assert torch.equal(expand(compress(torch.zeros(300))), torch.zeros(300))
 
 
+def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -> None:
+    """So that a model packed on one machine is the model packed on another."""
+    before = torch.get_num_threads()
+    try:
+        for seed in range(4):
+            a = normal(100_000 + seed, seed=seed).abs()
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                offset = compress(a).offset
+                assert offset is not None
+                assert float(offset) == f32(math.fsum(a.tolist()) / len(a))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_own_map_is_used() -> None:
     codes, absmax = quantize(normal(40000), 64)
     stats = compress(absmax)
@@ -383,6 +399,17 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
     assert weight.dtype == dtype
     unit = torch.eye(shape[1], dtype=torch.float64)
     assert torch.equal(weight(unit), whole.double().t())
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_an_id_that_is_no_row_is_refused(bad: int) -> None:
+    """Where an index from the end, or one that padding answers, would be something else than an embedding's."""
+    for shape in ((9, 7), (9, 1)):
+        weight = NF4().pack(normal(*shape))
+        with pytest.raises(RuntimeError, match="an id is not one of the 9 rows"):
+            weight.rows(torch.tensor([0, bad]))
+        ids = torch.tensor([8, 0], dtype=torch.int32)
+        assert torch.equal(weight.rows(ids), weight.dense()[ids])
 
 
 def test_a_parameter_is_packed_and_nothing_of_it_trains() -> None:

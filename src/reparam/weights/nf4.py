@@ -93,6 +93,10 @@ class NF4Weight(PackedWeight):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows W[ids], [..., I]."""
+        ids = ids.long()  # 32 bits may be too few for the entries of an embedding
+        torch._assert_async(
+            ((ids >= 0) & (ids < self.out_features)).all(), f"nf4: an id is not one of the {self.out_features} rows"
+        )
         entries = ids.unsqueeze(-1) * self.in_features + torch.arange(self.in_features, device=ids.device)
         return self.at(entries).to(self.dtype)
 
