@@ -1,4 +1,7 @@
-"""FSDP2: two processes that hold a half of every tensor give the numbers of one, for every storage and method."""
+"""Two processes give the numbers of one, for every storage and method: with a half of every tensor each, or copies.
+
+FSDP2 shards what is packed as it is; DistributedDataParallel keeps copies of the model.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from cases import FAMILIES, FIRST, PACKED, base_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from toys import Nudge, registered
 
 import reparam
@@ -56,7 +60,7 @@ def alone(storage: str, method: Method, dtype: torch.dtype) -> dict[str, Tensor]
     return found | {f"new {name}": masters[name] - 0.1 * gradients[name] for name in masters}
 
 
-def check(storage: str, method: Method, dtype: torch.dtype) -> None:
+def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) -> None:
     """One step of this process on its half of the rows."""
     rank = dist.get_rank()
     expected = alone(storage, method, dtype)
@@ -64,25 +68,26 @@ def check(storage: str, method: Method, dtype: torch.dtype) -> None:
 
     model, adapter = FAMILIES["llama"].adapted(method, storage, seed=1)
     before = base_of(model)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*model.model.layers, model):
-        fully_shard(part, mp_policy=policy)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    found = step(model, adapter, IDS.chunk(2)[rank])
+    if sharded:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mp_policy=policy)
+        check_shares(model)
+    found = step(model if sharded else DistributedDataParallel(model), adapter, IDS.chunk(2)[rank])
     dist.all_reduce(found["loss"])
     found["loss"] /= 2
 
     assert found.keys() == expected.keys()
     small = 1e-5 if dtype == torch.float32 else 0.15  # two roundings to bfloat16 of what half cancels
     wrong = {name: e for name in expected if (e := apart(found[name], expected[name])) > small}
-    assert not wrong, f"{storage}, {method}, {dtype}: {wrong}"
+    assert not wrong, f"{storage}, {method}, {dtype}, {sharded=}: {wrong}"
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     assert models.same({name: whole(tensor) for name, tensor in base_of(model).items()}, before)
-    check_shares(model)
 
 
 def check_shares(model: nn.Module) -> None:
-    """Each process holds about a half of what is packed."""
+    """Each process holds about a half of everything that is frozen."""
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     held = [p for p in model.parameters() if isinstance(p, DTensor) and not p.requires_grad]
     total, here = sum(p.nbytes for p in held), sum(p.to_local().nbytes for p in held)
     assert 0.45 < here / total < 0.55
@@ -100,8 +105,9 @@ def run() -> None:
     with registered(nudge=Nudge):
         for storage in STORED:
             for method in METHODS:
+                check(storage, method, torch.float32, sharded=False)
                 for dtype in (torch.float32, torch.bfloat16):
-                    check(storage, method, dtype)
+                    check(storage, method, dtype, sharded=True)
     if dist.get_rank() == 0:
         print(f"{len(STORED)} storages, {len(METHODS)} methods")
     dist.destroy_process_group()
