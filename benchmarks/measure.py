@@ -183,9 +183,9 @@ def peak_bytes(call: Call) -> int:
     return peak
 
 
-def show(title: str, rows: list[Row], command: str) -> None:
+def show(title: str, rows: list[Row], command: str, *, rival: str = f"PEFT {peft.__version__}") -> None:
     """Print one Markdown table and the command that makes it again."""
-    print(f"### {title}\n\n| measured | reparam | PEFT {peft.__version__} | limit | to reach |\n|---|---|---|---|---|")
+    print(f"### {title}\n\n| measured | reparam | {rival} | limit | to reach |\n|---|---|---|---|---|")
     for row in rows:
         missed = " (missed)" if row.goal is not None and row.ours > row.goal else ""
         cells = (_cell(row.ours) + missed, _cell(row.peft), _cell(row.limit), _cell(row.goal))

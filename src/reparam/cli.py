@@ -154,17 +154,17 @@ def merge(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes.
+    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is packed.
 
     [bold]reparam inspect out/first[/bold]
     """
     from reparam.inspect.show import show
 
-    show(adapter, base, console, json=json)
+    show(folder, base, console, json=json)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`reparam inspect`: a summary as a terminal table or as JSON."""
+"""`reparam inspect`: a summary of an adapter, or of a packed model, as a terminal table or as JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from rich.table import Table
 from reparam.hf import load_base
 from reparam.inspect.summary import SiteSummary, Summary, summarise
 from reparam.open import adapter_folder
+from reparam.pack import PackReport, entries, reports, size
 
 
-def show(adapter: Path, base: str | None, console: Console, *, json: bool = False) -> None:
-    """Print what the adapter holds. Raises FormatError for a folder that holds no whole adapter."""
-    summary = summarise(adapter_folder(adapter), load_base(base) if base else None)
+def show(folder: Path, base: str | None, console: Console, *, json: bool = False) -> None:
+    """Print what an adapter holds or, of a model's folder, what is packed in it and what that takes.
+
+    Raises FormatError for a folder that holds neither whole.
+    """
+    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        _show_model(folder, console, json=json)
+        return
+    summary = summarise(adapter_folder(folder), load_base(base) if base else None)
     if json:
         console.print_json(json_.dumps(dataclasses.asdict(summary)))
         return
@@ -31,6 +38,39 @@ def show(adapter: Path, base: str | None, console: Console, *, json: bool = Fals
         console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
+
+
+def _show_model(folder: Path, console: Console, *, json: bool) -> None:
+    model = load_base(str(folder))
+    found = reports(model)
+    if json:
+        told = [
+            {"storage": r.storage.name, "settings": r.storage.settings(), "bits for each entry": r.bits}
+            | {"sites": [dataclasses.asdict(site) for site in r.sites], "dense": r.left}
+            for r in found
+        ]
+        console.print_json(json_.dumps(told))
+        return
+    held = sum(p.nbytes for p in model.parameters())
+    console.print(
+        f"[bold]{type(model).__name__}[/bold]: {entries(model):,} parameters in {size(held)}", highlight=False
+    )
+    for report in found:
+        console.print(str(report), highlight=False, soft_wrap=True)
+        console.print(_packed_table(report))
+    if not found:
+        console.print("all of it is dense; reparam quantize packs it", highlight=False)
+
+
+def _packed_table(report: PackReport) -> Table:
+    table = Table()
+    for column in ("packed matrix", "entries", "bytes", "bits an entry", "of dense"):
+        left = column == "packed matrix"
+        table.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    for site in report.sites:
+        bits, share = f"{8 * site.bytes / site.entries:.9g}", f"{site.bytes / site.before:.1%}"
+        table.add_row(site.name, f"{site.entries:,}", f"{site.bytes:,}", bits, share)
+    return table
 
 
 def _table(summary: Summary) -> Table:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reparam.base import Factors, Weight
 from reparam.weights.rounding import moves
@@ -59,21 +60,23 @@ class PackedWeight(Weight):
     def rounded(self, factors: Factors, rounding: str) -> Weight:
         """W' in the same format. Raises ValueError for an unknown rounding.
 
-        "nearest" packs W' anew. "aware" keeps the magnitudes, and chooses codes so that ΔW keeps its effect, see
-        `rounding.py`.
+        "nearest" packs W' anew. "aware" begins there, or at the nearest codes with the magnitudes as they are, which
+        leaves entries alone that did not change; and moves codes so that ΔW keeps its effect, see `rounding.py`.
         """
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(ROUNDINGS)}")
         old = self.dense()
         wanted = old + factors.change(old)
+        anew = cast(PackedWeight, self.storage.pack(wanted).to(self.dtype))
         if rounding == "nearest":
-            return self.storage.pack(wanted).to(self.dtype)
-        near = self.coded(wanted)
-        basis = torch.linalg.qr(factors.A.float().T)[0] if factors.gain is None else None
+            return anew
+        near = min(self.coded(wanted), anew, key=lambda weight: float((wanted - weight.dense()).norm()))
+        shared = torch.linalg.qr(factors.A.float().T)[0][None] if factors.gain is None else None  # [1, I, R]
         steps = torch.empty(self.shape, dtype=torch.int8, device=self.device)
         size = max(1, _PIECE // self.in_features)
         for start in range(0, self.out_features, size):
             rows = slice(start, start + size)
+            basis = F.normalize(wanted[rows] - old[rows], dim=1).unsqueeze(2) if shared is None else shared
             steps[rows] = moves(wanted[rows] - near.dense(rows), *near.neighbours(rows), basis)
         return near.moved(steps)
 

@@ -12,13 +12,8 @@ Scales are not touched. Shapes: O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-_Map = Callable[[Tensor], Tensor]
 
 ROUNDS = 8
 """Passes over a row; each mends most of what the ones before left. More change little."""
@@ -26,29 +21,27 @@ SHARE = 8
 """A pass looks at the best I / SHARE entries of a row."""
 
 
-def moves(delta: Tensor, up: Tensor, down: Tensor, basis: Tensor | None) -> Tensor:
+def moves(missing: Tensor, up: Tensor, down: Tensor, basis: Tensor) -> Tensor:
     """By how many levels to move each code: -1, 0 or 1, int8 [O, I].
 
     Args:
-        delta: what is missing [O, I]: W' less what the codes say now, in float32.
+        missing: W' less what the codes say now [O, I], in float32.
         up: the change [O, I] of an entry when its code is one higher; 0 where there is none.
         down: the same for one lower, at most 0.
-        basis: V [I, R], orthonormal; None for each row's own direction, where the update has no low rank.
+        basis: V [1, I, R], orthonormal; or [O, I, 1], one unit vector for each row, where the update has no low rank.
     """
-    onto, back = _own(delta) if basis is None else _shared(basis)
-    left = onto(delta)  # [O, R]: what is still to be moved
-    chosen = torch.zeros_like(delta, dtype=torch.int8)
-    count = max(1, delta.shape[1] // SHARE)
+    left = _onto(basis, missing)  # [O, R]: what is still to be moved
+    chosen = torch.zeros_like(missing, dtype=torch.int8)
+    count = max(1, missing.shape[1] // SHARE)
     for _ in range(ROUNDS):
-        wanted = back(left)
+        wanted = _back(basis, left)
         step = torch.where(wanted > 0, up, down)
-        worth = torch.where((step != 0) & (chosen == 0), wanted / step, 0)  # gain over the square of the step
-        best, place = worth.topk(count, dim=1)
-        step = step.gather(1, place)
-        gain = step * wanted.gather(1, place)
-        enough = left.square().sum(1, keepdim=True)
+        gain, enough = step * wanted, left.square().sum(1, keepdim=True)
+        fits = (chosen == 0) & (gain > 0) & (gain < 2 * enough)  # a larger one alone would overshoot
+        best, place = torch.where(fits, wanted / step, 0).topk(count, dim=1)  # gain over the square of the step
+        step, gain = step.gather(1, place), gain.gather(1, place)
         step = torch.where((best > 0) & (gain.cumsum(1) - gain / 2 <= enough), step, 0)
-        after = left - onto(torch.zeros_like(delta).scatter_(1, place, step))
+        after = left - _onto(basis, torch.zeros_like(missing).scatter_(1, place, step))
         better = after.norm(dim=1, keepdim=True) < left.norm(dim=1, keepdim=True)
         left = torch.where(better, after, left)
         taken = torch.where(better, step.sign(), 0).to(torch.int8)
@@ -56,12 +49,11 @@ def moves(delta: Tensor, up: Tensor, down: Tensor, basis: Tensor | None) -> Tens
     return chosen
 
 
-def _shared(basis: Tensor) -> tuple[_Map, _Map]:
-    """From rows [O, I] to coordinates [O, R] in one basis for all, and back."""
-    return lambda rows: rows @ basis, lambda left: left @ basis.T
+def _onto(basis: Tensor, rows: Tensor) -> Tensor:
+    """Coordinates [O, R] of rows [O, I]."""
+    return rows @ basis[0] if len(basis) == 1 else torch.linalg.vecdot(rows, basis[..., 0]).unsqueeze(1)
 
 
-def _own(delta: Tensor) -> tuple[_Map, _Map]:
-    """From rows [O, I] to a coordinate [O, 1] along each row's own direction, and back."""
-    own = F.normalize(delta, dim=1)
-    return lambda rows: (rows * own).sum(1, keepdim=True), lambda left: left * own
+def _back(basis: Tensor, left: Tensor) -> Tensor:
+    """Rows [O, I] with these coordinates [O, R]."""
+    return left @ basis[0].T if len(basis) == 1 else left * basis[..., 0]

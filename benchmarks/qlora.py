@@ -1,0 +1,167 @@
+"""NF4 on a CPU: the kernels beside bitsandbytes' and beside memcpy, a QLoRA step and a token beside the dense ones.
+
+Kernels: one matrix of 4096 x 4096. bitsandbytes has no way to write into a buffer that is there, so that its times hold
+the fresh memory that it takes at every call, page faults and all; ours writes into one buffer. The limit is a copy of
+what is written.
+
+Steps: Llama shape, float32, r = 16 on all linear maps, forward, backward and AdamW. bitsandbytes' step is PEFT's LoRA
+on its `Linear4bit`, over PEFT's LoRA on the same dense model. Memory: the most that a fresh process held during two
+steps, after the model was there, over the same for the dense step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from pathlib import Path
+
+import bitsandbytes as bnb
+import measure as m
+import peft
+import torch
+from torch import Tensor, nn
+from train_step import step_of
+
+import reparam
+from reparam.kernels.nf4 import backend, dequantize, quantize
+from reparam.kernels.nf4_tables import Statistics
+
+
+def kernels(*, quick: bool) -> list[m.Row]:
+    """Quantise from float32 and dequantise to bfloat16, plain and doubly quantised."""
+    side = 256 if quick else 4096
+    w = torch.randn(side, side)
+    half = w.bfloat16()
+    ours = reparam.NF4().pack(half)
+    plain, double = Statistics(quantize(half, 64)[1]), ours.statistics
+    buffer, copy, copy_half = torch.empty_like(half), torch.empty_like(w), torch.empty_like(half)
+    theirs, nested = (
+        bnb.functional.quantize_4bit(half, quant_type="nf4", blocksize=64, compress_statistics=double)
+        for double in (False, True)
+    )
+    unpack = {"block": 64, "count": w.numel(), "dtype": torch.bfloat16, "out": buffer}
+    work = {
+        "copy": lambda: copy.copy_(w),
+        "copy half": lambda: copy_half.copy_(half),
+        "pack": lambda: quantize(w, 64),
+        "pack double": lambda: reparam.NF4().pack(w),
+        "pack bnb": lambda: bnb.functional.quantize_4bit(w, quant_type="nf4", blocksize=64),
+        "pack double bnb": lambda: bnb.functional.quantize_4bit(
+            w, quant_type="nf4", blocksize=64, compress_statistics=True
+        ),
+        "unpack": lambda: dequantize(ours.codes, plain, **unpack),
+        "unpack double": lambda: dequantize(ours.codes, double, **unpack),
+        "unpack bnb": lambda: bnb.functional.dequantize_4bit(*theirs),
+        "unpack double bnb": lambda: bnb.functional.dequantize_4bit(*nested),
+    }
+    times = m.interleave(work, rounds=3 if quick else 15)
+    size, over = f"{side} x {side}", times.over
+    fresh, fresh_double = over("copy half", "unpack bnb"), over("copy half", "unpack double bnb")
+    return [
+        _row(times, f"quantise {size} float32, over a copy of it", "pack", "copy", limit=1.0, goal=2.0),
+        _row(times, "the same, checked and doubly quantised", "pack double", "copy", limit=1.0),
+        m.Row("dequantise to bfloat16, over bitsandbytes", over("unpack", "unpack bnb"), 1.0, fresh, 0.4),
+        m.Row("the same, doubly quantised", over("unpack double", "unpack double bnb"), 1.0, fresh_double, 0.4),
+        _row(times, "the same, over a copy of the result", "unpack double", "copy half", limit=1.0),
+    ]
+
+
+def _row(times: m.Times, what: str, name: str, other: str, *, limit: float, goal: float | None = None) -> m.Row:
+    """Ours and bitsandbytes', each over the same."""
+    return m.Row(what, times.over(name, other), times.over(f"{name} bnb", other), limit, goal)
+
+
+def with_bitsandbytes(model: nn.Module) -> nn.Module:
+    """Its `Linear4bit` in the place of every linear map of the layers, doubly quantised."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(m.LINEARS):
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(
+                module.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            model.set_submodule(name, layer.to("cpu"))
+    return model
+
+
+# Rows of whole blocks: bitsandbytes fails in eval mode on a CPU where a block crosses rows.
+SHAPE = m.Shape(hidden=512, inner=1408, layers=8, heads=8)
+QUICK = m.Shape(hidden=64, inner=128, layers=2, heads=2, vocabulary=100)
+CONTESTANTS = ("dense", "nf4", "dense peft", "nf4 peft")
+
+
+def contestant(name: str, shape: m.Shape) -> nn.Module:
+    """A model with an adapter of r = 16, its base dense or packed, ours or PEFT's."""
+    torch.manual_seed(0)
+    model = m.llama(shape).train()
+    if name.endswith("peft"):
+        return m.with_peft(with_bitsandbytes(model) if name.startswith("nf4") else model)
+    if name == "nf4":
+        reparam.pack(model, "nf4")
+    return m.with_reparam(model)
+
+
+def resident(name: str, shape: m.Shape, ids: Tensor) -> float:
+    """Most bytes that a fresh process held during two steps beyond what it held before it made the model."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident, (name, shape, ids))
+
+
+def _resident(name: str, shape: m.Shape, ids: Tensor) -> float:
+    torch.set_num_threads(1)
+    small = step_of(contestant(name, QUICK), ids[:1, :8] % QUICK.vocabulary)  # everything is imported and compiled
+    small()
+    before = _status("VmRSS")
+    step = step_of(contestant(name, shape), ids)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: making the model took more
+    step()
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * float(found[1])
+
+
+def steps(*, quick: bool) -> list[m.Row]:
+    """A training step, its memory, and one token."""
+    shape = QUICK if quick else SHAPE
+    ids = torch.randint(0, shape.vocabulary, (2, 16) if quick else (4, 256))
+    models = {name: contestant(name, shape) for name in CONTESTANTS}
+    times = m.interleave({name: step_of(models[name], ids) for name in CONTESTANTS}, rounds=2 if quick else 8)
+    held = {name: resident(name, shape, ids) for name in CONTESTANTS}
+    for model in models.values():
+        model.eval()
+    tokens = m.interleave({name: m.forward(models[name], 1, 1) for name in CONTESTANTS}, rounds=5 if quick else 40)
+    entries = sum(w.numel() for w in m.matrices(m.llama(shape)))
+    packed = [p for name, p in models["nf4"].named_parameters() if p.dtype in (torch.uint8, torch.int32)]
+    per_entry = sum(p.nbytes for p in packed) / entries
+    theirs = sum(
+        w.nbytes + sum(t.nbytes for t in w.quant_state.as_dict(packed=False).values() if isinstance(t, Tensor))
+        for w in models["nf4 peft"].parameters()
+        if isinstance(w, bnb.nn.Params4bit)
+    )
+    size = f"{ids.shape[0]} x {ids.shape[1]}"
+    step = times.over("nf4", "dense"), times.over("nf4 peft", "dense peft")
+    memory = held["nf4"] / held["dense"], held["nf4 peft"] / held["dense peft"]
+    token = tokens.over("nf4", "dense"), tokens.over("nf4 peft", "dense peft")
+    return [
+        m.Row(f"QLoRA step {size}, r = 16, over the dense LoRA step", *step, 1.0, 1.05),
+        m.Row("memory of the step, over the dense step's", *memory, None, 1.0),
+        m.Row("forward of one token, over the dense one", *token, None, None),
+        m.Row("bytes for each packed entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
+    ]
+
+
+def main() -> None:
+    quick = m.setup(__doc__)
+    print(f"kernels: {backend()}\n")
+    rival = f"bitsandbytes {bnb.__version__} (steps: with PEFT {peft.__version__})"
+    m.show("NF4 on a CPU", [*kernels(quick=quick), *steps(quick=quick)], "python benchmarks/qlora.py", rival=rival)
+
+
+if __name__ == "__main__":
+    main()
