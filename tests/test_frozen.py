@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import reparam
 from reparam import NF4, Int8
 from reparam.base import Storage
+from reparam.kernels.nf4 import dequantize
 from reparam.weights.packed import PackedWeight, floats
 
 STORAGES = [NF4(), NF4(32, double=False), NF4(4096), Int8()]
@@ -223,6 +224,17 @@ def test_nothing_is_kept_for_backward_but_what_is_there_anyway(storage: Storage)
         assert saved
         assert {t.untyped_storage().data_ptr() for t in saved} <= own
         saved.clear()
+
+
+def test_unpacking_over_what_a_backward_needs_is_noticed() -> None:
+    weight: Any = packed(NF4(), 4, 64)
+    leaf = torch.zeros(256, requires_grad=True)
+    y = leaf.tanh()  # its backward needs its result
+    with torch.no_grad():
+        dequantize(weight.codes, weight.statistics, block=64, count=256, dtype=y.dtype, out=y)
+    assert torch.equal(y.view(4, 64), weight.dense())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @every

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import models
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam import NF4, Int8, LoRA
-from reparam.base import Storage
+from reparam.base import Factors, Method, Role, Site, Storage, Update, Weight
 from reparam.embedding import Embedding
 from reparam.fingerprint import agree, fingerprint
 from reparam.linear import Adapted, Linear
@@ -102,6 +104,44 @@ def test_packing_under_several_adapters_and_a_mixed_batch(storage: Storage) -> N
         reparam.select(model, name)
         assert error(mixed[row], logits(model)[row]) < 1e-5
     assert torch.equal(mixed[1], logits(packed(storage))[1])
+
+
+class Rescaled(Update):
+    """Rows of W at the length `size`: what it is in a bank depends on the frozen matrix."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"size": "gain"}
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.size = nn.Parameter(weight.dense().norm(dim=1) * 1.5)  # [O]
+
+    def factors(self, weight: Weight) -> Factors:
+        none = self.size.new_zeros(1, weight.in_features), self.size.new_zeros(weight.out_features, 1)
+        return Factors(*none, self.size / weight.dense().norm(dim=1))
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return weight(x) * self.factors(weight).gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescale(Method):
+    name: ClassVar[str] = "rescale"
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        return Rescaled(weight)
+
+
+@every
+def test_a_mixed_batch_follows_the_matrix_that_its_adapters_look_at(storage: Storage) -> None:
+    model = llama()
+    reparam.attach(model, Rescale(), name="a")
+    reparam.select(model, [None, "a"])
+    dense = logits(model, IDS[:2])
+    reparam.pack(model, storage)
+    mixed = logits(model, IDS[:2])
+    reparam.select(model, "a")
+    assert error(mixed[1], dense[1]) > 1e-4
+    assert error(mixed[1], logits(model, IDS[:2])[1]) < 1e-5
 
 
 def test_an_adapter_on_some_sites_leaves_the_others_packed() -> None:
