@@ -274,6 +274,13 @@ def test_a_part_from_any_block_on_is_the_part_of_the_whole(block: int, double: b
                 assert torch.equal(part, whole[first * block : first * block + size])
 
 
+def test_nothing_is_read_or_written_beyond_the_tensors() -> None:
+    codes, absmax = quantize(normal(128), 64)
+    for count, first, out in ((129, 0, None), (65, 1, None), (64, 0, torch.empty(64, 2)[:, 0])):
+        with pytest.raises(AssertionError):
+            dequantize(codes, Statistics(absmax), block=64, count=count, first=first, dtype=torch.float32, out=out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_rounded_once_from_float32(dtype: torch.dtype) -> None:
     w = normal(9, 100)

@@ -107,6 +107,8 @@ def _dequantize(
     out: Tensor, codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, map: Tensor | None,
     block: int, first: int,
 ) -> None:  # fmt: skip
+    assert out.is_contiguous()  # kernels go by addresses
+    assert first * block + out.numel() <= 2 * codes.numel()
     stats = Statistics(absmax, nested, offset, map)
     kernels = _kernels(out.device.type) if out.dtype != torch.float64 else None
     if kernels is not None:
