@@ -146,15 +146,18 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
 
 
 def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Tensors of two or more dimensions that are dense: path and bytes; tied ones once."""
+    seen: set[tuple[int, torch.Size]] = set()
     for path, module in (("", model), *targets_.walk(model)):
-        if isinstance(module, Adapted):
-            if module.weight.plain is not None:
-                yield f"{path}.weight", module.weight.plain.nbytes
-            continue
         holder = module.origin if isinstance(module, Replaced) else module
-        for name, parameter in holder.named_parameters(recurse=holder is not module):
-            if parameter.ndim >= 2:
-                yield f"{path}.{name}".lstrip("."), parameter.nbytes
+        own = holder.named_parameters(recurse=holder is not module)
+        if isinstance(module, Adapted):
+            own = iter([] if module.weight.plain is None else [("weight", module.weight.plain)])  # type: ignore[list-item]
+        for name, tensor in own:
+            key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
+            if tensor.ndim >= 2 and key not in seen:
+                seen.add(key)
+                yield f"{path}.{name}".lstrip("."), tensor.nbytes
 
 
 def _site(path: str, weight: Weight) -> PackedSite:

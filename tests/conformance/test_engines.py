@@ -6,7 +6,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from cases import FAMILIES, FIRST, PACKED, SETTINGS, base_of, error, has_factors, move, starts_exactly, store
+from cases import CASES, FAMILIES, FIRST, PACKED, Family, base_of, error, has_factors, move, starts_exactly, store
 from models import IDS, logits
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -16,7 +16,7 @@ import reparam
 from reparam.base import InputDependentError, Method
 
 LLAMA = FAMILIES["llama"]
-every = pytest.mark.parametrize("method", SETTINGS)
+whole = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 first = pytest.mark.parametrize("method", FIRST)
 stored = pytest.mark.parametrize("storage", PACKED)
 
@@ -71,9 +71,9 @@ def test_a_model_compiles_without_graph_breaks(method: Method) -> None:
     check_compiled(model, IDS, adapter)
 
 
-@every
-def test_checkpointed_gradients_are_the_plain_ones(method: Method) -> None:
-    model, adapter = LLAMA.adapted(method, seed=1)
+@whole
+def test_checkpointed_gradients_are_the_plain_ones(family: Family, storage: str, method: Method) -> None:
+    model, adapter = family.adapted(method, storage, seed=1)
     model.train()
     expected = gradients(model, adapter)
     for reentrant in (False, True):
@@ -112,12 +112,14 @@ def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None
     assert [name for name, p, _ in adapter.named_parameters() if torch.equal(p, start[name])] == []
 
 
-@every
+@whole
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_base_trains_with_masters_in_float32(method: Method, dtype: torch.dtype) -> None:
-    model = LLAMA.make().to(dtype)
+def test_a_16_bit_base_trains_with_masters_in_float32(
+    family: Family, storage: str, method: Method, dtype: torch.dtype
+) -> None:
+    model = family.build(storage).to(dtype)
     base = logits(model)
-    adapter = LLAMA.attach(model, method)
+    adapter = family.attach(model, method)
     assert logits(model).dtype == dtype
     assert torch.equal(logits(model), base) if starts_exactly(adapter) else error(logits(model), base) < 1e-2
     before = base_of(model)

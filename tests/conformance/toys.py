@@ -24,14 +24,17 @@ class Fixed16(Storage):
     def pack(self, w: Tensor) -> "Fixed16Weight":
         """Round `w` [O, I]."""
         scale = w.detach().float().abs().amax(1).clamp(min=1e-30) / 32767  # [O]
-        return Fixed16Weight((w.detach().float() / scale[:, None]).round().to(torch.int16), scale)
+        return Fixed16Weight((w.detach().float() / scale[:, None]).round().to(torch.int16), scale, w.dtype)
 
 
 class Fixed16Weight(Weight):
     """W as 16-bit whole numbers, with one scale for each row as the bits of a float32."""
 
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+    like: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows `model.to(dtype)`
         self.codes = nn.Parameter(codes, requires_grad=False)  # [O, I] int16
         self.scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)  # [O]
         self.out_features, self.in_features = codes.shape
@@ -51,12 +54,12 @@ class Fixed16Weight(Weight):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows W[ids]."""
-        return F.embedding(ids, self.dense())
+        return F.embedding(ids, self.dense()).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Results of lookups and merged weights are float32."""
-        return torch.float32
+        """The dtype of the matrix that was packed, or the one that the model was moved to."""
+        return self.like.dtype
 
 
 @dataclasses.dataclass(frozen=True)

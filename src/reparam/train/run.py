@@ -198,6 +198,7 @@ def _trainer(job: Job, show: Show) -> Trainer:
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         bf16=run.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         activation_checkpointing=run.gradient_checkpointing or None,
         eval_strategy="steps",
         eval_steps=run.eval_every or tenth,
