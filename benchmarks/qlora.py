@@ -20,6 +20,7 @@ import measure as m
 import peft
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from train_step import step_of
 
 import reparam
@@ -75,14 +76,18 @@ def with_bitsandbytes(model: nn.Module) -> nn.Module:
     """Its `Linear4bit` in the place of every linear map of the layers, doubly quantised."""
     for name, module in list(model.named_modules()):
         if name.endswith(m.LINEARS):
-            layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-            )
-            layer.weight = bnb.nn.Params4bit(
-                module.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            model.set_submodule(name, layer.to("cpu"))
+            model.set_submodule(name, _linear4bit(module, torch.float32))
     return model
+
+
+def _linear4bit(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    layer = bnb.nn.Linear4bit(
+        module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        module.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    return layer.to("cpu")
 
 
 # Rows of whole blocks: bitsandbytes fails in eval mode on a CPU where a block crosses rows.
@@ -126,6 +131,31 @@ def _status(key: str) -> float:
     return 1024 * float(found[1])
 
 
+def kept_over_input(*, peft_layer: bool) -> float:
+    """Bytes that one packed layer of 1024 x 1024 with LoRA keeps for backward, over those of its bfloat16 input."""
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).bfloat16()
+    if peft_layer:
+        model[0] = _linear4bit(model[0], torch.bfloat16)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=m.RANK, target_modules=["0"]))
+    else:
+        reparam.pack(model, "nf4", targets="0")
+        reparam.attach(model, reparam.LoRA(r=m.RANK), targets="0")
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(2048, 1024, dtype=torch.bfloat16, requires_grad=True)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model.train()(x)
+    del y
+    return sum(kept.values()) / x.nbytes
+
+
 def steps(*, quick: bool) -> list[m.Row]:
     """A training step, its memory, and one token."""
     shape = QUICK if quick else SHAPE
@@ -148,10 +178,12 @@ def steps(*, quick: bool) -> list[m.Row]:
     step = times.over("nf4", "dense"), times.over("nf4 peft", "dense peft")
     memory = held["nf4"] / held["dense"], held["nf4 peft"] / held["dense peft"]
     token = tokens.over("nf4", "dense"), tokens.over("nf4 peft", "dense peft")
+    kept = kept_over_input(peft_layer=False), kept_over_input(peft_layer=True)
     return [
         m.Row(f"QLoRA step {size}, r = 16, over the dense LoRA step", *step, 1.0, 1.05),
         m.Row("memory of the step, over the dense step's", *memory, None, 1.0),
         m.Row("forward of one token, over the dense one", *token, None, None),
+        m.Row("bytes kept for backward by a bfloat16 layer, over its input", *kept, 1.0, None),
         m.Row("bytes for each packed entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
     ]
 

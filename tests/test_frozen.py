@@ -328,3 +328,26 @@ def has_compiler() -> bool:
         return bool(get_cpp_compiler())
     except InvalidCxxCompiler:
         return False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lora_on_a_packed_16_bit_layer_keeps_its_input_once_and_as_it_is(dtype: torch.dtype) -> None:
+    """The float32 masters are cast to the input's dtype, not the input to theirs."""
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
+    reparam.pack(model, "nf4", targets="0")
+    adapter = reparam.attach(model, reparam.LoRA(r=4), targets="0")
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, torch.dtype]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor.dtype)
+        return tensor
+
+    x = torch.randn(1024, 256).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model.train()(x)
+    activations = [size for place, (size, _) in kept.items() if place not in own]
+    assert sum(activations) < 1.05 * x.nbytes
+    assert torch.float32 not in {kind for place, (_, kind) in kept.items() if place not in own}
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())

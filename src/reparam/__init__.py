@@ -9,7 +9,8 @@ The interface, in six lines:
     reparam.load(model, "out/task", name="task")
     reparam.merge(model)
 
-`reparam.NF4Config` and `reparam.Int8Config` are for transformers' `from_pretrained(path, quantization_config=...)`.
+Packed bases: `reparam.pack(model, "nf4")`, or while transformers reads the model,
+`from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimiser states: `reparam.optim.PagedAdamW`.
 """
 
 import importlib
@@ -51,7 +52,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The two that need transformers, which is imported, and told of them, when one of them is first asked for."""
+    """What is imported when it is first asked for: two that need transformers, which is told of them, and optimisers."""
     if name in ("Int8Config", "NF4Config"):
         return getattr(importlib.import_module("reparam.hf_quantizer"), name)
+    if name == "optim":
+        return importlib.import_module("reparam.optim")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,103 @@
+"""What is left of an update merged into four or eight bits again: rounded to the nearest, or with it in view.
+
+The matrix is 1024 x 1024 of N(0, 1), the update of rank 16 and of a size |ΔW| / |W| that is given. Survival is the
+share of ΔW in what was written, ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩; noise is what else was written, |written − W − ΔW| / |ΔW|;
+the effect is judged on inputs from the rows of A, as |(written − W − ΔW) x| / |ΔW x|. To compare the noise with: NF4's
+own error on such a matrix is 0.092 |W|.
+
+With `--adapter`, a run of `reparam train` on a packed base is merged in every way, and scored on `--data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import reparam
+from reparam.base import Factors, Storage, Weight
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.hf import vocabulary
+from reparam.open import open_model
+from reparam.pack import reports
+from reparam.train.score import score_loss
+
+SIDE, RANK = 1024, 16
+SIZES = (0.002, 0.01, 0.05, 0.2)
+
+
+def update(size: float) -> Factors:
+    """A change whose norm is about `size` times that of a matrix of N(0, 1)."""
+    return Factors(torch.randn(RANK, SIDE), size * torch.randn(SIDE, RANK) / RANK**0.5)
+
+
+def lost(weight: Weight, factors: Factors, rounding: str) -> tuple[float, float, float]:
+    """Survival, noise, and the error of the effect."""
+    old = weight.dense()
+    delta, written = factors.change(old), weight.rounded(factors, rounding).dense() - old
+    x = factors.A.T @ torch.randn(RANK, 64)
+    wrong = written - delta
+    survival = float((written * delta).sum() / delta.square().sum())
+    return survival, float(wrong.norm() / delta.norm()), float((wrong @ x).norm() / (delta @ x).norm())
+
+
+def synthetic(storages: list[Storage]) -> None:
+    """Print the table of sizes."""
+    columns = [f"{what}, {how}" for how in ("nearest", "aware") for what in ("survival", "noise", "effect off by")]
+    print(f"| storage | size of ΔW over W | {' | '.join(columns)} |\n|{'---|' * (2 + len(columns))}")
+    for storage in storages:
+        weight = storage.pack(torch.randn(SIDE, SIDE))
+        for size in SIZES:
+            factors = update(size)
+            cells = [f"{value:.3f}" for how in ("nearest", "aware") for value in lost(weight, factors, how)]
+            print(f"| {storage.name} | {size:.1%} | {' | '.join(cells)} |")
+
+
+def real(adapter: str, data: Path) -> None:
+    """Print the scores of one adapter, apart and merged."""
+    rows = read_rows(data)
+
+    def score(model: nn.Module, tokenizer: object) -> str:
+        encoded = encode(rows, tokenizer, max_length=512, vocab_size=vocabulary(model))
+        found = score_loss(model, encoded, tokenizer, batch=8)
+        return f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"
+
+    print("\n| | score, 95 % interval | survival |\n|---|---|---|")
+    model, tokenizer, _ = open_model(None, adapter, dtype="float32")
+    with reparam.select(model, None):
+        print(f"| packed base | {score(model, tokenizer)} | |")
+    print(f"| adapter apart | {score(model, tokenizer)} | |")
+    ways = {
+        "merged, unpacked into bfloat16": {},
+        "merged onto the original bfloat16 base": {"onto": "dense"},
+        "merged into its storage, nearest": {"into": True, "rounding": "nearest"},
+        "merged into its storage, aware": {"into": True, "rounding": "aware"},
+    }
+    for what, way in ways.items():
+        model, tokenizer, _ = open_model(None, adapter, dtype="bfloat16", storage=way.get("onto"))
+        storage = reports(model)[0].storage.name if way.get("into") else None
+        report = reparam.merge(model, into=storage, rounding=way.get("rounding", "aware"), force=True)
+        share = ", ".join(f"{value:.4f}" for value in report.survival().values())
+        print(f"| {what} | {score(nn.Module.float(model), tokenizer)} | {share} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapter", help="folder of a run on a packed base")
+    parser.add_argument("--data", type=Path, help="rows to score it on")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    synthetic([reparam.NF4(), reparam.Int8()])
+    if given.adapter:
+        real(given.adapter, given.data)
+    print("\n    python benchmarks/merge_packed.py")
+
+
+if __name__ == "__main__":
+    main()
