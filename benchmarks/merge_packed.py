@@ -1,9 +1,9 @@
 """What is left of an update merged into four or eight bits again: rounded to the nearest, or with it in view.
 
-The matrix is 1024 x 1024 of N(0, 1), the update of rank 16 and of a size |ΔW| / |W| that is given. Survival is the
-share of ΔW in what was written, ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩; noise is what else was written, |written − W − ΔW| / |ΔW|;
-the effect is judged on inputs from the rows of A, as |(written − W − ΔW) x| / |ΔW x|. To compare the noise with: NF4's
-own error on such a matrix is 0.092 |W|.
+The matrix is 1024 x 1024 of N(0, 1), the update of rank 16 and of a given size |ΔW| / |W|. Survival is the share of ΔW
+in what was written, ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩; noise is what else was, |written − W − ΔW| / |ΔW|; the effect is
+judged on inputs from the rows of A, as |(written − W − ΔW) x| / |ΔW x|. To compare the noise with: NF4's own error on
+such a matrix is 0.092 |W|.
 
 With `--adapter`, a run of `reparam train` on a packed base is merged in every way, and scored on `--data`.
 """

@@ -67,6 +67,19 @@ def kernels(*, quick: bool) -> list[m.Row]:
     ]
 
 
+def token_through_a_layer(*, quick: bool) -> m.Row:
+    """One token through one wide layer, without gradients."""
+    outputs, inputs = (256, 128) if quick else (11008, 4096)
+    dense = nn.Linear(inputs, outputs, bias=False)
+    ours = nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    reparam.pack(ours, "nf4", targets="0")
+    x = torch.randn(1, inputs)
+    with torch.no_grad():
+        times = m.interleave({"dense": lambda: dense(x), "ours": lambda: ours(x)}, rounds=5 if quick else 25)
+    what = f"one token through {outputs} x {inputs}, over dense float32"
+    return m.Row(what, times.over("ours", "dense"), None, None, None)
+
+
 def _row(times: m.Times, what: str, name: str, other: str, *, limit: float, goal: float | None = None) -> m.Row:
     """Ours and bitsandbytes', each over the same."""
     return m.Row(what, times.over(name, other), times.over(f"{name} bnb", other), limit, goal)
@@ -192,7 +205,8 @@ def main() -> None:
     quick = m.setup(__doc__)
     print(f"kernels: {backend()}\n")
     rival = f"bitsandbytes {bnb.__version__} (steps: with PEFT {peft.__version__})"
-    m.show("NF4 on a CPU", [*kernels(quick=quick), *steps(quick=quick)], "python benchmarks/qlora.py", rival=rival)
+    rows = [*kernels(quick=quick), token_through_a_layer(quick=quick), *steps(quick=quick)]
+    m.show("NF4 on a CPU", rows, "python benchmarks/qlora.py", rival=rival)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is first asked for: two that need transformers, which is told of them, and optimisers."""
+    """What is imported when first asked for: two that need transformers, which is told of them, and the optimisers."""
     if name in ("Int8Config", "NF4Config"):
         return getattr(importlib.import_module("reparam.hf_quantizer"), name)
     if name == "optim":
