@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 import peft
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reparam
@@ -181,6 +182,23 @@ def peak_bytes(call: Call) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, the model's own parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        out = forward(model)
+    out.sum().backward()
+    return sum(kept.values())
 
 
 def show(title: str, rows: list[Row], command: str, *, rival: str = f"PEFT {peft.__version__}") -> None:

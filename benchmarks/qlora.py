@@ -20,7 +20,6 @@ import measure as m
 import peft
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from train_step import step_of
 
 import reparam
@@ -153,20 +152,8 @@ def kept_over_input(*, peft_layer: bool) -> float:
     else:
         reparam.pack(model, "nf4", targets="0")
         reparam.attach(model, reparam.LoRA(r=m.RANK), targets="0")
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x = torch.randn(2048, 1024, dtype=torch.bfloat16, requires_grad=True)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        y = model.train()(x)
-    del y
-    return sum(kept.values()) / x.nbytes
+    return m.kept_bytes(model.train(), lambda model: model(x)) / x.nbytes
 
 
 def steps(*, quick: bool) -> list[m.Row]:

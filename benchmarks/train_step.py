@@ -16,7 +16,6 @@ import copy
 import measure as m
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -63,23 +62,6 @@ def flops(call: m.Call) -> int:
     return counter.get_total_flops()
 
 
-def kept_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return sum(kept.values())
-
-
 def main() -> None:
     quick = m.setup(__doc__)
     base = m.llama(m.TINY if quick else m.LLAMA).train()
@@ -92,7 +74,10 @@ def main() -> None:
     models = {"full": full, "ours": ours, "peft": theirs, "frozen": frozen}
     passes = {name: backward_of(model, ids) for name, model in models.items()}
     count = {name: flops(call) for name, call in passes.items()}
-    kept = {name: kept_bytes(models[name], ids) for name in ("full", "ours", "peft")}
+    kept = {
+        name: m.kept_bytes(models[name], lambda model: model(input_ids=ids, labels=ids).loss)
+        for name in ("full", "ours", "peft")
+    }
     steps = m.interleave({name: step_of(models[name], ids) for name in ("full", "ours", "peft")}, rounds=rounds)
     bare = m.interleave({name: passes[name] for name in ("frozen", "ours", "peft")}, rounds=rounds)
 

@@ -5,11 +5,13 @@ output. All of them have a vocabulary of 97 tokens; `IDS` is a batch for them.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -26,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+ASSETS = Path(__file__).parents[1] / "assets"
 VOCABULARY = 97
 IDS = torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(7))
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -174,3 +177,20 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Whether two sets of tensors are equal, names included, bit for bit."""
     return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def save_base(folder: Path, **changes: Any) -> None:
+    """A tiny random Llama with the embedded model's tokenizer beside it, as a folder that `reparam train` takes."""
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 5,
+        "pad_token_id": 1,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ASSETS / "tiny-python").save_pretrained(folder)

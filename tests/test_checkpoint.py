@@ -231,9 +231,10 @@ import os, sys, time
 from reparam.train.checkpoint import RunLock
 with RunLock(sys.argv[1]):
     worker = os.fork() if sys.argv[2] == "fork" else None
-    if worker == 0:
-        time.sleep(30)
-    print(worker, flush=True)
+    if worker == 0:  # the worker itself says who it is: what happens at a fork in a child has happened then
+        print(os.getpid(), flush=True)
+    if worker is None:
+        print(worker, flush=True)
     time.sleep(30)
 """
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from models import save_base
+from transformers import AutoModelForCausalLM
 
 from reparam.cli import main
 
@@ -24,20 +24,7 @@ TASK = ASSETS / "tasks" / "signatures"
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=5,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ASSETS / "tiny-python").save_pretrained(folder)
+    save_base(folder, tie_word_embeddings=True)
     return str(folder)
 
 
@@ -193,7 +180,7 @@ MISTAKES = {
     "neither": (["generate", "x"], "--base"),
     "merge onto base": (["merge", "{base}", "-a", "{trained}"], "folder of the base model"),
     "eval no file": (["eval", "none.jsonl", "-b", "{base}"], "none.jsonl"),
-    "inspect nothing": (["inspect", "{base}"], "adapter.json"),
+    "inspect nothing": (["inspect", str(TASK)], "adapter.json"),
     "inspect no folder": (["inspect", "none"], "no such folder"),
 }
 

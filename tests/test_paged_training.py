@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from models import save_base
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from reparam.train.config import ConfigError, OptimConfig, resolve
 from reparam.train.optimizer import bytes_of, check
@@ -28,20 +28,7 @@ PAGES = {"optim.page": "4KiB", "optim.budget": "12KiB"}
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny base with biases, rows, and the rest of a short run."""
     folder = tmp_path_factory.mktemp("paged")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        eos_token_id=5,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(ASSETS / "tiny-python").save_pretrained(folder / "base")
+    save_base(folder / "base", attention_bias=True)
     lines = (ASSETS / "tasks" / "signatures" / "train.jsonl").read_text().splitlines()[:60]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return {
