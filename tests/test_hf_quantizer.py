@@ -344,6 +344,7 @@ def test_a_damaged_packed_folder(
         ({"storage": "dense", "block": None, "double": None}, "unknown"),
         ({"targets": "all-linear"}, "a list of targets"),
         ({"targets": ["q_porj"]}, "q_porj"),
+        ({"block": 128}, "are packed as NF4(block=64, double=True), and config.json says NF4(block=128, double=True)"),
         ({"targets": ["lm_head"]}, "lm_head.weight is not packed"),
     ],
 )

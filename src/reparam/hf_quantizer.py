@@ -125,6 +125,13 @@ class Quantizer(HfQuantizer):
         if self.pre_quantized and not self.problems:
             self.problems = [f"{path}.weight is not packed, and config.json says that it is" for path in rest]
             self.problems += [] if self.sites else ["no matrix is packed, and config.json says that some are"]
+        if self.pre_quantized and self.quantization_config.targets:  # without: an entry that says no more than "packed"
+            told = self.quantization_config.storage
+            found = {path: model.get_submodule(path).weight.storage for path in self.sites}
+            wrong = [path for path, storage in found.items() if storage != told]
+            if wrong:
+                count = f"{len(wrong)} matrices (first: {wrong[0]})"
+                self.problems.append(f"{count} are packed as {found[wrong[0]]}, and config.json says {told}")
         if self.problems:
             raise FormatError(listed(self.problems))
         for path in rest:  # what came through transformers' own conversions under another first name

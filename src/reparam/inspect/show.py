@@ -63,13 +63,17 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
 
 
 def _packed_table(report: PackReport) -> Table:
-    table = Table()
-    for column in ("packed matrix", "entries", "bytes", "bits an entry", "of dense"):
-        left = column == "packed matrix"
-        table.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    """One row for all matrices of one size whose paths end alike."""
+    groups: dict[tuple[str, int, int, int], int] = {}
     for site in report.sites:
-        bits, share = f"{8 * site.bytes / site.entries:.9g}", f"{site.bytes / site.before:.1%}"
-        table.add_row(site.name, f"{site.entries:,}", f"{site.bytes:,}", bits, share)
+        key = site.name.rsplit(".", 1)[-1], site.entries, site.bytes, site.before
+        groups[key] = groups.get(key, 0) + 1
+    table = Table()
+    for column in ("packed", "count", "entries each", "bytes each", "bits an entry", "of dense"):
+        table.add_column(column, justify="left" if column == "packed" else "right")
+    for (name, size_, held, dense), count in groups.items():
+        bits = f"{8 * held / size_:.9g}"
+        table.add_row(name, str(count), f"{size_:,}", f"{held:,}", bits, f"{held / dense:.1%}")
     return table
 
 
