@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import pytest
 import torch
 import torch.distributed as dist
 from cases import FAMILIES, FIRST, PACKED, base_of
@@ -73,6 +74,8 @@ def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) ->
         for part in (*model.model.layers, model):
             fully_shard(part, mp_policy=policy)
         check_shares(model)
+        with pytest.raises(ValueError, match=r"parameters are sharded .*full_tensor"):
+            adapter.save("nowhere")
     found = step(model if sharded else DistributedDataParallel(model), adapter, IDS.chunk(2)[rank])
     dist.all_reduce(found["loss"])
     found["loss"] /= 2

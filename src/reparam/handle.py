@@ -116,8 +116,14 @@ class Adapter:
         """Write the adapter, and nothing of the base, into `folder`; in one step, or not at all.
 
         `format` is "reparam" or "peft". Raises ValueError when a tensor is not finite, when the folder holds anything
-        but an adapter, or when the format cannot express the method.
+        but an adapter, when the format cannot express the method, or when parameters are sharded (FSDP2).
         """
+        sharded = [name for name, p, _ in self.named_parameters() if hasattr(p, "full_tensor")]
+        if sharded:
+            raise ValueError(
+                f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and only whole "
+                f"ones can be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and save that"
+            )
         record = self.record()
         bad = [key for key, t in record.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if bad:

@@ -74,12 +74,19 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
         format=files.format_of(folder),
         method=record.method.name,
         settings=record.method.settings(),
-        base=(record.base.source or record.base.architecture) if record.base else "not stated",
+        base=_base(record),
         parameters=sum(tensor.numel() for tensor in record.tensors.values()),
         bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         sites=tuple(sites),
         replaced=record.replaced,
     )
+
+
+def _base(record: Record) -> str:
+    if record.base is None:
+        return "not stated"
+    packing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
+    return (record.base.source or record.base.architecture) + (f", trained with {packing}" if packing else "")
 
 
 def stand_alone(record: Record, name: str) -> Update:

@@ -30,6 +30,8 @@ class Mapped:
 
     def forget(self) -> None:
         """Give back the pages that have been read since, and what was allocated and freed."""
+        if _libc is None:
+            return
         if hasattr(_libc, "malloc_trim"):  # glibc's
             _libc.malloc_trim(0)
         for start, end in self._ranges() - self.earlier:
@@ -46,4 +48,4 @@ class Mapped:
         return found
 
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None) if _MAPS.exists() else None
