@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.base import METHODS, Method, Storage, find_method, find_storage, nearest
+
+# Names that users have for LoRA+, which is a rule of optimisation and no method.
+LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
+USUAL_RATIO = 16
 
 
 class ConfigError(ValueError):
@@ -109,6 +114,12 @@ class OptimConfig:
     """Most memory for a paged optimiser's states on the device: bytes, or 64MiB, 2GiB; the rest is paged out."""
     page: int | str = "1MiB"
     """How much a paged optimiser moves at a time."""
+    lora_plus: float | None = None
+    """LoRA+: the rate of B, as a multiple of the learning rate; 16 is usual, and what --method lora++ stands for."""
+    lora_plus_embedding: float = 1e-6
+    """LoRA+: the rate of adapted embeddings, no multiple of the learning rate."""
+    lora_plus_vectors: Literal["out", "in"] = "out"
+    """LoRA+: whether biases, norms and DoRA's magnitudes learn as fast as B (out) or as A (in)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +180,9 @@ SECTIONS: dict[str, type] = {
 def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     """The configuration in a TOML file, if one is given, with dotted overrides such as {"method.r": 8} on top.
 
+    The method `lora++`, as other names of LoRA+, is LoRA with `optim.lora_plus` 16 where that is not set; a warning
+    says so.
+
     Raises ConfigError, with all problems at once: a file that is missing or malformed, an unknown section or key
     (naming the nearest), a value of the wrong type or out of range.
     """
@@ -176,6 +190,7 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         tables.setdefault(section, {})[name] = value
+    _take_lora_plus(tables)
     problems = [
         f"unknown section [{section}]{nearest(section, [*SECTIONS, 'method'])}"
         for section in tables
@@ -229,6 +244,21 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
             f"{file}: {', '.join(loose)} stand outside a section; put them under one of [base], [data], ..."
         )
     return tables
+
+
+def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
+    """Put a method's name that means LoRA+ as the two settings that it stands for."""
+    name = str(tables.get("method", {}).get("name", "")).lower()
+    if name not in LORA_PLUS:
+        return
+    tables["method"]["name"] = "lora"
+    ratio = tables.setdefault("optim", {}).setdefault("lora_plus", USUAL_RATIO)
+    doubled = ", the only method that we know by that name" if name.endswith(("++", "plusplus")) else ""
+    warnings.warn(
+        f"method.name {name!r} is taken for LoRA+ (Hayou, Ghosh & Yu 2024, arXiv 2402.12354){doubled}: LoRA with "
+        f"optim.lora_plus {ratio}",
+        stacklevel=3,
+    )
 
 
 def _build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:

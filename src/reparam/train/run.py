@@ -83,7 +83,8 @@ def train(config: Config, *, show: Show) -> Result:
     show.job(job)
     folder = Path(config.run.output)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(job, show)
+    trainer, rates = _trainer(job, show)
+    show.rates(rates)
     with trainer.lock:
         write_file(folder / "config.toml", dump(config).encode())
         select(job.model, None)
@@ -103,7 +104,7 @@ def train(config: Config, *, show: Show) -> Result:
         after = _scores(job)
         pairs = tuple(zip(before[1], after[1], strict=True))
         result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
-        write_file(folder / "figures.json", _figures(job, result, difference, history))
+        write_file(folder / "figures.json", _figures(job, result, difference, history, rates))
     show.result(result, difference)
     return result
 
@@ -133,6 +134,7 @@ def prepare(config: Config) -> Job:
     adapter = attach(
         model, config.method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
     )
+    optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     return Job(config, model, tokenizer, adapter, encoded, valid, held_out)
 
 
@@ -178,7 +180,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
-def _trainer(job: Job, show: Show) -> Trainer:
+def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
     config = job.config
     run, optim = config.run, config.optim
     rows = run.batch_size * run.accumulation
@@ -226,9 +228,9 @@ def _trainer(job: Job, show: Show) -> Trainer:
         extra_loss=job.adapter.penalty,
         callbacks=[_Bind(job.adapter), show.callback(steps)],
     )
-    optimizer.install(trainer, optim)
+    rates = optimizer.install(trainer, optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    return trainer, rates
 
 
 class _Bind(TrainerCallback):
@@ -261,7 +263,9 @@ def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
     return tuple(scores), answers
 
 
-def _figures(job: Job, result: Result, difference: float, history: list[dict[str, Any]]) -> bytes:
+def _figures(
+    job: Job, result: Result, difference: float, history: list[dict[str, Any]], rates: tuple[optimizer.Rates, ...]
+) -> bytes:
     parameters = sum(p.numel() for p in job.adapter.parameters())
     figures = {
         "base": job.config.base.path,
@@ -272,6 +276,8 @@ def _figures(job: Job, result: Result, difference: float, history: list[dict[str
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
         "largest change of a logit": difference,
+        "LoRA+ ratio": job.config.optim.lora_plus,
+        "LoRA+ groups": [dataclasses.asdict(group) for group in rates],
         "paging": dataclasses.asdict(result.paging) if result.paging is not None else None,
         "history": history,
     }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reparam.adapter import Adapter
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
+    from reparam.train.optimizer import Rates
     from reparam.train.run import Job, Result
     from reparam.train.score import Answer, Score
 
@@ -47,6 +48,11 @@ class Show:
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             self.console.print(f"[yellow]note[/yellow] {warning}", highlight=False, soft_wrap=True)
         self.console.print(preview(job.train, job.tokenizer))
+
+    def rates(self, rates: Sequence[Rates]) -> None:
+        """LoRA+'s groups, where it is on."""
+        if rates:
+            self.console.print(rates_table(rates))
 
     def step(self, text: str) -> None:
         """One line: what happens now."""
@@ -100,6 +106,17 @@ def sites_table(adapter: Adapter) -> Table:
     for end in parameters:
         shape = ", ".join(sorted(shapes.get(end, {"trained whole"})))
         table.add_row(end, str(count[end] or 1), shape, f"{parameters[end]:,}")
+    return table
+
+
+def rates_table(rates: Sequence[Rates]) -> Table:
+    """LoRA+'s groups: what each learns at, at the peak of the schedule, and how much it holds."""
+    table = Table()
+    for column in ("LoRA+ group", "learning rate", "times", "weight decay", "parameters"):
+        table.add_column(column, justify="left" if column == "LoRA+ group" else "right")
+    for group in rates:
+        cells = (f"{group.rate:g}", f"{group.multiple:g}", f"{group.weight_decay:g}", f"{group.parameters:,}")
+        table.add_row(group.name, *cells)
     return table
 
 
