@@ -97,7 +97,6 @@ def test_type_is_refused(folder: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
         {"lora_bias": True},
         {"trainable_token_indices": [1, 2]},
         {"target_parameters": ["experts.gate_up_proj"]},

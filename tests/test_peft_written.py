@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reparam
-from reparam import LoRA
+from reparam import DoRA, LoRA
 from reparam.io.peft import CONFIG, WEIGHTS
 
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -34,6 +34,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         llama,
         {"method": LoRA(r=4, alpha=2, scaling="alpha", rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 0.3})},
     ),
+    "dora": (llama, {"method": DoRA(r=3, alpha=7)}),
+    "dora without scale, exact": (llama, {"method": DoRA(r=3, scaling="none", gradient="exact", dropout=0.1)}),
+    "dora on conv1d, with biases": (gpt2, {"method": DoRA(r=2), "bias": True}),
     "attention": (llama, {"method": LoRA(r=2), "targets": "attention"}),
     "one site": (llama, {"method": LoRA(r=2), "targets": "model.layers.1.mlp.up_proj"}),
     "dropout": (llama, {"method": LoRA(r=2, dropout=0.5)}),

@@ -10,15 +10,37 @@ Shapes: O out_features, I in_features, R rank, V rows of an embedding. This file
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Role = Literal["in", "out", "core", "gain", "route"]
+
+
+Stamp = tuple[tuple[int, int, torch.dtype], ...]
+_BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
+
+
+def stamp(module: nn.Module) -> Stamp | None:
+    """What changes when a tensor of the module is written to or exchanged: address, version and dtype of each.
+
+    None where that cannot be told, for tensors made under `torch.inference_mode`. Writing through `.data` is not seen.
+    """
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    try:
+        found = tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors if t is not None])
+    except RuntimeError:  # inference tensors have no version; to ask each takes longer
+        return None
+    for child in module._modules.values():
+        if (inner := () if child is None else stamp(child)) is None:
+            return None
+        found += inner
+    return found
 
 
 class Factors(NamedTuple):
@@ -83,6 +105,34 @@ class Weight(nn.Module):
     def tensor(self) -> Tensor:
         """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
         return self.dense().to(self.dtype) if self.plain is None else self.plain
+
+    def squares(self, dim: int) -> Tensor:
+        """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
+
+        Kept until W changes, but not in a compiled graph, which cannot tell. W is read in blocks of rows.
+        """
+        kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squares", {})
+        eager = not torch.compiler.is_compiling()
+        now = stamp(self) if eager else None
+        if now is not None and dim in kept and kept[dim][0] == now:
+            return kept[dim][1]
+        with torch.inference_mode(False) if eager else contextlib.nullcontext(), torch.no_grad():
+            found = [block.double().square().sum(dim) for _, block in self.blocks()]
+            total = torch.cat(found) if dim == 1 else torch.stack(found).sum(0)
+        if now is not None:
+            kept[dim] = now, total
+        return total
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W in blocks of rows [rows, I]: as it is stored where it is plain, else in float32."""
+        size = max(1, _BLOCK // self.in_features)
+        for start in range(0, self.out_features, size):
+            rows = slice(start, start + size)
+            yield rows, self.dense(rows) if self.plain is None else self.plain.detach()[rows]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__.pop("_squares", None)  # a move through 16 bits and back can end at the same address
+        return super()._apply(fn, recurse)
 
     def rounded(self, factors: Factors, rounding: str) -> Weight:
         """W' in the same format; `rounding` is "nearest", or "aware", which keeps the update's effect where it can.

@@ -1,8 +1,9 @@
 """PEFT's format, both ways: `adapter_model.safetensors` and `adapter_config.json` (as PEFT 0.21 writes them).
 
 Keys are `base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]; an embedding has
-`.lora_embedding_A` [R, V] and `.lora_embedding_B` [I, R], which are our B and A transposed. Nothing is folded into the
-factors: the scale stays in the configuration. What a file asks for beyond that is refused by name, never dropped
+`.lora_embedding_A` [R, V] and `.lora_embedding_B` [I, R], which are our B and A transposed. DoRA adds
+`.lora_magnitude_vector` [O]; on an embedding PEFT's has one for each column, which is not read. Nothing is folded into
+the factors: the scale stays in the configuration. What a file asks for beyond that is refused by name, never dropped
 (`peft_config.py`).
 
 The format binds nothing: an edited lora_alpha, or weights of another training run with the same shapes, load without a
@@ -23,6 +24,7 @@ from reparam.base import Site
 from reparam.io.native import FLOATS, pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_config import Honoured, parse
 from reparam.io.record import Base, FormatError, Record, listed
+from reparam.methods.dora import DoRA
 from reparam.methods.lora import LoRA
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -33,6 +35,7 @@ PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
     ".lora_embedding_A": ("embedding", "B", True),
     ".lora_embedding_B": ("embedding", "A", True),
 }
+MAGNITUDE = ".lora_magnitude_vector"  # DoRA's, [O]
 
 
 def read(folder: Path) -> Record:
@@ -57,6 +60,9 @@ def read(folder: Path) -> Record:
         raise FormatError(
             f"{file}: {listed(wrong)}; of several patterns that match, the first counts, and PEFT sorts them"
         )
+    if config.use_dora:
+        moved = {f"{name}.{part}": f"{name}.low_rank.{part}" for name in sites for part in ("A", "B")}
+        tensors = {moved.get(key, key): tensor for key, tensor in tensors.items()}
     base = Base("", config.base_model_name_or_path, {}) if config.base_model_name_or_path else None
     return Record(method, sites, tensors, replaced=tuple(replaced), base=base, frozen=frozen, claims=config)
 
@@ -66,19 +72,35 @@ def files(record: Record) -> dict[str, bytes]:
     method = record.method
     if not isinstance(method, LoRA):
         raise FormatError(f"PEFT has no equal of the method {method.name!r}; save with format='reparam'")
+    dora = isinstance(method, DoRA)
+    if isinstance(method, DoRA):
+        _check_dora(method, record)
     config = _config(method, record)
     tensors: dict[str, Tensor] = {}
     for name, site in record.sites.items():
         for end, (kind, parameter, transposed) in PARTS.items():
             if kind == site.kind:
-                tensor = record.tensors[f"{name}.{parameter}"]
+                tensor = record.tensors[f"{name}.low_rank.{parameter}" if dora else f"{name}.{parameter}"]
                 tensors[PREFIX + name + end] = tensor.t() if transposed else tensor
+        if dora:
+            tensors[PREFIX + name + MAGNITUDE] = record.tensors[f"{name}.magnitude"]
         if f"{name}.bias" in record.tensors:
             tensors[f"{PREFIX}{name}.base_layer.bias"] = record.tensors[f"{name}.bias"]
     for module in record.replaced:
         tensors |= {PREFIX + key: t for key, t in record.tensors.items() if key.startswith(module + ".")}
     weights = pack_tensors(tensors, metadata={"format": "pt"})
     return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def _check_dora(method: DoRA, record: Record) -> None:
+    """Raise FormatError for what PEFT's DoRA is not."""
+    problems = ["magnitudes of columns (norm_axis='input')"] * (method.norm_axis != "output")
+    problems += ["magnitudes alone (magnitude_only)"] * method.magnitude_only
+    problems += [
+        f"a magnitude for each row of the embedding {n}" for n, s in record.sites.items() if s.kind != "linear"
+    ]
+    if problems:
+        raise FormatError(f"PEFT has no equal of DoRA with {listed(problems)}; save with format='reparam'")
 
 
 def _config(method: LoRA, record: Record) -> dict[str, Any]:
@@ -98,6 +120,7 @@ def _config(method: LoRA, record: Record) -> dict[str, Any]:
         "lora_alpha": _number(alpha),
         "lora_dropout": method.dropout,
         "use_rslora": method.scaling == "rslora",
+        "use_dora": isinstance(method, DoRA),
         "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != method.r},
         "alpha_pattern": {_exactly(name): _number(a) for name, a in alphas.items() if a != alpha},
         "target_modules": _targets(record),
@@ -150,6 +173,7 @@ def _sort(
     kinds: dict[str, str] = {}
     replaced: list[str] = []
     biased: list[str] = []
+    magnitudes: list[str] = []
     strange: list[str] = []
     for key, tensor in raw.items():
         path = key.removeprefix(PREFIX)
@@ -160,6 +184,9 @@ def _sort(
             kind, parameter, transposed = PARTS[end]
             kinds[path.removesuffix(end)] = kind
             tensors[f"{path.removesuffix(end)}.{parameter}"] = tensor.t() if transposed and tensor.ndim == 2 else tensor
+        elif path.endswith(MAGNITUDE) and config.use_dora:
+            magnitudes.append(path.removesuffix(MAGNITUDE))
+            tensors[f"{magnitudes[-1]}.magnitude"] = tensor
         elif ".lora_" in path:
             strange.append(key)
         elif path.endswith(".base_layer.bias"):
@@ -172,8 +199,15 @@ def _sort(
         else:  # PEFT's save_embedding_layers: the base's own matrix, carried along
             frozen[path.replace(".base_layer.", ".")] = tensor
     strange += [f"{PREFIX}{site}.base_layer.bias" for site in biased if site not in kinds]
-    if strange:
-        raise FormatError(f"{file}: {listed([f'unknown tensor {key}' for key in strange])}")
+    strange += [f"{PREFIX}{site}{MAGNITUDE}" for site in magnitudes if site not in kinds]
+    problems = [f"unknown tensor {key}" for key in strange]
+    for site, kind in kinds.items() if config.use_dora else ():
+        if kind == "embedding":
+            problems.append(f"{site}: PEFT's DoRA on an embedding has a magnitude for each column, which is not read")
+        elif site not in magnitudes:
+            problems.append(f"missing {PREFIX}{site}{MAGNITUDE}")
+    if problems:
+        raise FormatError(f"{file}: {listed(problems)}")
     return tensors, kinds, frozen, replaced
 
 
@@ -216,7 +250,7 @@ def _method(config: Honoured, sites: Iterable[str], file: Path) -> LoRA:
         return {p: v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in sites)}
 
     try:
-        return LoRA(
+        return (DoRA if config.use_dora else LoRA)(
             r=config.r,
             alpha=config.lora_alpha,
             scaling="rslora" if config.use_rslora else "alpha_over_r",

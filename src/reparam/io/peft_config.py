@@ -25,7 +25,6 @@ NEUTRAL = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 REFUSED = {
-    "use_dora": "DoRA's magnitudes are not read",
     "lora_bias": "a bias on B is not read",
     "trainable_token_indices": "single trained tokens are not read",
     "target_parameters": "LoRA on bare parameters (fused experts) is not read",
@@ -52,6 +51,7 @@ class Honoured:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: Literal["none", "lora_only", "all"] = "none"

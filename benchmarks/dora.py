@@ -1,0 +1,113 @@
+"""DoRA: a training step, forwards, what is kept for backward, and what measuring the norms takes.
+
+The training step is compared as in `train_step.py`: with what its FLOPs would take at the speed of the full fine-tuning
+step. FLOPs are ours, norms included, for both libraries. Forwards are over those of the base model, not merged, with
+the norms kept, as they are in eval mode. PEFT has nothing to keep: it measures at each forward.
+
+Bytes kept for backward are over those of LoRA by the same library. Memory for the norm is the most bytes held while it
+is measured, over those of the factors and the norm itself, (O + I) R + O numbers of 4 bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import measure as m
+import peft
+import torch
+from torch import nn
+from train_step import backward_of, flops, step_of
+
+import reparam
+
+
+def with_ours(model: nn.Module) -> nn.Module:
+    """Our DoRA on all linear maps, with random factors and the magnitudes of the base."""
+    adapter = reparam.attach(model, reparam.DoRA(r=m.RANK, alpha=2 * m.RANK))
+    m.randomise(p for name, p, _ in adapter.named_parameters() if not name.endswith("magnitude"))
+    return model
+
+
+def with_theirs(model: nn.Module) -> nn.Module:
+    """The same from PEFT."""
+    config = peft.LoraConfig(r=m.RANK, lora_alpha=2 * m.RANK, target_modules=list(m.LINEARS), use_dora=True)
+    wrapped = peft.get_peft_model(model, config)
+    m.randomise(p for name, p in wrapped.named_parameters() if ".lora_A" in name or ".lora_B" in name)
+    return wrapped.train(model.training)
+
+
+def norm_memory(side: int, rank: int) -> tuple[float, float]:
+    """Bytes held while the norms of one square layer are measured, over those of its factors; ours and PEFT's."""
+    base = nn.Sequential(nn.Linear(side, side, bias=False))
+    ours = reparam.attach(m.twin(base), reparam.DoRA(r=rank), targets=["0"]).model[0].eval()
+    theirs = peft.get_peft_model(m.twin(base), peft.LoraConfig(r=rank, target_modules=["0"], use_dora=True)).eval()
+    x, factors = torch.randn(1, side), 4 * (2 * side * rank + side)
+
+    def first() -> None:
+        ours.updates["default"].forget()
+        ours(x)
+
+    with torch.no_grad():
+        first()  # ‖W‖² is measured once, and kept
+        return m.peak_bytes(first) / factors, m.peak_bytes(lambda: theirs(x)) / factors
+
+
+def main() -> None:
+    quick = m.setup(__doc__)
+    shape = m.TINY if quick else m.LLAMA
+    base = m.llama(shape).train()
+    models = {
+        "full": copy.deepcopy(base),
+        "base": m.twin(base).requires_grad_(False),
+        "ours": with_ours(m.twin(base)),
+        "peft": with_theirs(m.twin(base)),
+        "lora": m.with_reparam(m.twin(base)),
+        "peft lora": m.with_peft(m.twin(base)),
+    }
+    ids = torch.randint(0, base.config.vocab_size, (2, 16) if quick else (4, 256))
+    count = {name: flops(backward_of(models[name], ids)) for name in ("full", "ours", "lora")}
+    names = [name for name in models if name not in ("full", "base")]
+    kept = {name: m.kept_bytes(models[name], lambda model: model(input_ids=ids, labels=ids).loss) for name in names}
+    steps = m.interleave(
+        {name: step_of(models[name], ids) for name in ("full", "ours", "peft", "lora")}, rounds=2 if quick else 12
+    )
+    size, share = f"{ids.shape[0]} x {ids.shape[1]}", count["ours"] / count["full"]
+    rows = [
+        m.Row(
+            f"training step {size}, over its FLOPs at the speed of the full fine-tuning step",
+            steps.over("ours", "full") / share,
+            steps.over("peft", "full") / share,
+            1.0,
+            1.15,
+        ),
+        m.Row(f"training step {size}, over our LoRA's", steps.over("ours", "lora"), None, None, None),
+        m.Row(
+            "bytes kept for backward, over LoRA by the same library",
+            kept["ours"] / kept["lora"],
+            kept["peft"] / kept["peft lora"],
+            1.0,
+            1.1,
+        ),
+    ]
+    for tokens, rounds, goal in ((1, 300, 1.2), (512, 30, 1.1)):
+        work = {name: m.forward(models[name].eval(), 1, tokens) for name in ("base", "ours", "peft", "lora")}
+        times = m.interleave(work, rounds=3 if quick else rounds)
+        what = "one token" if tokens == 1 else f"{tokens} tokens"
+        rows += [
+            m.Row(
+                f"forward of {what}, over the base", times.over("ours", "base"), times.over("peft", "base"), None, goal
+            ),
+            m.Row(f"forward of {what}, over our LoRA's", times.over("ours", "lora"), None, None, None),
+        ]
+    ours, theirs = norm_memory(64 if quick else 4096, m.RANK)
+    rows.append(
+        m.Row("memory while the norms of 4096 x 4096 are measured, over the factors'", ours, theirs, None, None)
+    )
+    m.show("DoRA, r = 16, on all linear maps", rows, "python benchmarks/dora.py")
+    print(
+        f"FLOPs of a step: full {count['full']:.4g}, DoRA {count['ours']:.4g} ({share:.4f}), LoRA {count['lora']:.4g}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
