@@ -171,7 +171,7 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
         (lambda c: c.update(version=2), "version 2; this release reads"),
         (lambda c: c.update(version=True), "version"),
         (lambda c: c.update(format="other"), "format 'other'"),
-        (lambda c: c.update(method="lorra"), "unknown method 'lorra' (did you mean 'lora'?)"),
+        (lambda c: c.update(method="lorra"), "unknown method 'lorra' (did you mean 'lora' or 'dora'?)"),
         (lambda c: c.update(extra=1), "extra: unknown key"),
         (lambda c: c.pop("settings"), "settings: missing"),
         (lambda c: c["settings"].update(alhpa=1), "alhpa: unknown key (did you mean 'alpha'?)"),
