@@ -473,3 +473,18 @@ def test_every_site_has_one_bank_that_is_used_when_mixed_only() -> None:
     assert len(banks(model)) == len(state.sites)
     reparam.select(model, "a")
     assert {module.active for module in state.sites.values()} == {"a"}
+
+
+def test_a_mixed_batch_sees_the_steps_of_a_fused_optimiser() -> None:
+    """AdamW with fused=True changes parameters without raising their version counters."""
+    model = two()
+    adapter = reparam.adapters(model)["a"].requires_grad_()
+    before = under(model, ["a", "b", None])
+    reparam.select(model, "a")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    models.loss(model).backward()
+    optimizer.step()
+    after = under(model, ["a", "b", None])
+    assert not close(after[0], before[0])
+    assert close(after[0], under(model, "a")[0])
+    assert torch.equal(after[1:], before[1:])

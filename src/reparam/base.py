@@ -5,7 +5,7 @@ it; a `Method` is the configuration that builds one update for each `Site`. What
 
     W' = diag(gain) · W + B · A
 
-Shapes: O out_features, I in_features, R rank, V rows of an embedding. This file imports torch and nothing else.
+Shapes: O out_features, I in_features, R rank, V rows of an embedding. Beside `changes`, this file imports torch alone.
 """
 
 from __future__ import annotations
@@ -19,28 +19,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from reparam.changes import Stamp, stamp
+
 Role = Literal["in", "out", "core", "gain", "route"]
-
-
-Stamp = tuple[tuple[int, int, torch.dtype], ...]
 _BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
-
-
-def stamp(module: nn.Module) -> Stamp | None:
-    """What changes when a tensor of the module is written to or exchanged: address, version and dtype of each.
-
-    None where that cannot be told, for tensors made under `torch.inference_mode`. Writing through `.data` is not seen.
-    """
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    try:
-        found = tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors if t is not None])
-    except RuntimeError:  # inference tensors have no version; to ask each takes longer
-        return None
-    for child in module._modules.values():
-        if (inner := () if child is None else stamp(child)) is None:
-            return None
-        found += inner
-    return found
 
 
 class Factors(NamedTuple):

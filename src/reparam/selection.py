@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reparam.bank import Bank, Routing
 from reparam.base import Update, nearest
+from reparam.changes import Steps
 from reparam.linear import SHARED, Adapted, Replaced
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class State:
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
         self._slots: dict[str, int] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
         self._hook: Any = None
 
     def adopt(self, adapter: Adapter) -> None:
@@ -115,7 +116,7 @@ class State:
         names = [name for name in dict.fromkeys(rows) if name is not None]
         used = [self.adapters[name] for name in names]
         for adapter in used:
-            version = sum(p._version for p in adapter.parameters())
+            version = Steps.count, sum(p._version for p in adapter.parameters())
             if self._versions.get(adapter.name) != version:
                 self._write(adapter)
                 self._versions[adapter.name] = version

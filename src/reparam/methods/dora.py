@@ -30,9 +30,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from reparam.base import Factors, Role, Site, Stamp, Update, Weight, method, stamp
+from reparam.base import Factors, Role, Site, Update, Weight, method
+from reparam.changes import Stamp, Steps, stamp
 from reparam.methods.lora import LoRA
 
 GRADIENTS = ("detached", "exact")
@@ -87,20 +87,6 @@ class DoRA(LoRA):
         if not magnitude.is_meta and not magnitude.isfinite().all():
             raise ValueError(f"DoRA: {site.name}: the norm of {int((~magnitude.isfinite()).sum())} rows is not finite")
         return DoRAUpdate(low_rank, magnitude, dim=dim, exact=self.gradient == "exact")
-
-
-class _Steps:
-    """How many optimiser steps this process has made. Fused kernels write to parameters past their version counters."""
-
-    count = 0
-
-    @classmethod
-    def note(cls, *_: object) -> None:
-        """Called after each step of any optimiser."""
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_Steps.note)
 
 
 class _Norms(NamedTuple):
@@ -222,7 +208,7 @@ class DoRAUpdate(Update):
 
     def _norms(self, weight: Weight) -> _Norms:
         squares, now, kept = weight.squares(self.dim), stamp(self), self._kept
-        if kept is not None and kept.squares is squares and kept.stamp == now and kept.steps == _Steps.count:
+        if kept is not None and kept.squares is squares and kept.stamp == now and kept.steps == Steps.count:
             return kept
         with torch.inference_mode(False), torch.no_grad():
             norm, dead = self._measured(weight, squares, grad=False)
@@ -230,7 +216,7 @@ class DoRAUpdate(Update):
             size = gain.abs()
             invertible = bool(((size >= _INVERTIBLE) & (size <= 1 / _INVERTIBLE)).all())
             found = _Norms(
-                now or (), _Steps.count, squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
+                now or (), Steps.count, squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
             )
         self._kept = None if now is None else found
         return found
