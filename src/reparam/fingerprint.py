@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from reparam.linear import Adapted, Replaced, Shared
+from reparam.linear import Adapted, Replaced, Shared, is_packed
 
 SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,8 +31,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     matrices: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for path, module in _base_modules(model, ""):
-        if _packed(module):
-            storages.add(module.weight.storage.name)  # type: ignore[union-attr]
+        if is_packed(module):
+            storages.add(module.weight.storage.name)
         for name, tensor, matrix in _digested(module):
             (matrices if matrix else rest)[f"{path}.{name}".lstrip(".")] = tensor
     groups = {f"matrices ({'+'.join(sorted(storages)) or 'dense'})": matrices, "rest": rest}
@@ -59,17 +59,12 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{name}".lstrip("."), tensor
 
 
-def _packed(module: nn.Module) -> bool:
-    return isinstance(module, Adapted) and module.weight.plain is None
-
-
 def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether it is a matrix or a part of a packed one, of what this module holds itself."""
-    if not _packed(module):
+    if not is_packed(module):
         for name, tensor in _own(module).items():
             yield name, tensor, tensor.ndim == 2
         return
-    assert isinstance(module, Adapted)
     for name, tensor in module.weight.named_parameters():
         yield f"weight.{name}", tensor, True
     if module.bias is not None:

@@ -6,7 +6,7 @@ module that was here before, with new values (`merge.py`).
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,11 @@ class Linear(Adapted):
         """Sizes, how the matrix is stored, and the active adapter."""
         weight = self.weight
         return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"
+
+
+def is_packed(module: nn.Module) -> TypeGuard[Adapted]:
+    """Whether this module's matrix is in a packed storage."""
+    return isinstance(module, Adapted) and module.weight.plain is None
 
 
 def is_conv1d(module: nn.Module) -> bool:

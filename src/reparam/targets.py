@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.base import Storage, nearest
 from reparam.embedding import Embedding, why_not_embedding
-from reparam.linear import Adapted, Linear, Replaced, Shared, is_conv1d, why_not_linear
+from reparam.linear import Adapted, Linear, Replaced, Shared, is_conv1d, is_packed, why_not_linear
 
 Targets = str | Iterable[str]
 KEYWORDS = ("all-linear", "attention", "mlp")
@@ -112,11 +112,7 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
 
 def packed_as(model: nn.Module) -> dict[str, Storage]:
     """The storages of the matrices that are packed, by path."""
-    return {
-        path: module.weight.storage
-        for path, module in walk(model)
-        if isinstance(module, Adapted) and module.weight.plain is None
-    }
+    return {path: module.weight.storage for path, module in walk(model) if is_packed(module)}
 
 
 def why_not(module: nn.Module) -> str | None:
