@@ -335,10 +335,13 @@ class Counted(Method):
 class Events(list[str]):
     """The calls, in order."""
 
+    def plan(self, total_steps: int | None) -> None:
+        self.total_steps = total_steps
+
     def before_step(self) -> None:
         self.append("before")
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Any) -> None:
         self.append("after")
 
 

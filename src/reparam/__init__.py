@@ -21,6 +21,7 @@ from reparam.base import InputDependentError
 from reparam.io.record import FormatError
 from reparam.load import load
 from reparam.merge import MergeReport, merge
+from reparam.methods.adalora import AdaLoRA
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import LoRA
 from reparam.pack import PackReport, pack
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "NF4",
+    "AdaLoRA",
     "Adapter",
     "DoRA",
     "FormatError",

@@ -197,6 +197,9 @@ class Update(nn.Module):
             found = found * factors.gain.to(found.dtype)[ids].unsqueeze(-1)
         return found + (nn.functional.embedding(ids, factors.B) @ factors.A).to(found.dtype)
 
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take on the shapes of these saved tensors, where training makes parameters smaller; others stay."""
+
     def penalty(self) -> Tensor | None:
         """An extra loss (a scalar), or None."""
         return None
@@ -205,11 +208,17 @@ class Update(nn.Module):
 class Controller(Protocol):
     """What must happen around an optimiser step, and the state that a checkpoint needs for it."""
 
+    def plan(self, total_steps: int | None) -> None:
+        """Called before the first step, with their number if it is known. Raises ValueError where it will not do."""
+
     def before_step(self) -> None:
         """Called with the gradients in place."""
 
-    def after_step(self) -> None:
-        """Called after the parameters have moved."""
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Called after the parameters have moved, with the optimiser that moved them."""
+
+    def finish(self) -> str | None:
+        """Called at the end of training. A sentence for the user, where it ended before its time, or None."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue exactly; tensors and plain values."""
@@ -244,6 +253,10 @@ class Method:
     def controller(self, updates: Mapping[str, Update]) -> Controller | None:
         """What must happen around an optimiser step, for all updates by site, or None."""
         return None
+
+    def trained(self, updates: Mapping[str, Update]) -> Self:
+        """The configuration that builds updates of these shapes: itself, unless training made them smaller."""
+        return self
 
     def settings(self) -> dict[str, Any]:
         """The fields as plain JSON values; `METHODS[name](**settings)` gives an equal method."""

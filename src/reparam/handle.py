@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -73,11 +74,12 @@ class Adapter:
         found = [p for p in (update.penalty() for update in self.updates.values()) if p is not None]
         return torch.stack(found).sum() if found else None
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> Adapter:
+    def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Adapter:
         """Make whatever the method needs around a step happen at each `optimizer.step()`, of this optimiser only.
 
-        Raises ValueError when the adapter is frozen or the optimiser does not hold all of its parameters: it would
-        train less than it seems to.
+        `total_steps` is how many there will be, for a method with a schedule (AdaLoRA). Raises ValueError when such a
+        method is not told, or its schedule does not fit; and when the adapter is frozen or the optimiser does not hold
+        all of its parameters: it would train less than it seems to.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p, _ in self.named_parameters() if id(p) not in held]
@@ -88,23 +90,32 @@ class Adapter:
                 f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimiser "
                 f"from adapter.parameters() after adapter.requires_grad_()"
             )
+        controller = self.controller
+        if controller is not None:
+            controller.plan(total_steps)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        controller = self.controller
         if controller is not None:
             self._hooks = [
                 optimizer.register_step_pre_hook(lambda *_: controller.before_step()),
-                optimizer.register_step_post_hook(lambda *_: controller.after_step()),
+                optimizer.register_step_post_hook(lambda made, *_: controller.after_step(made)),
             ]
         return self
+
+    def finish(self) -> str | None:
+        """Say that training is over, for a method with a schedule.
+
+        Returns a sentence where it ended before the schedule did, else None. `reparam train` calls it and prints that.
+        """
+        return self.controller.finish() if self.controller is not None else None
 
     def record(self) -> Record:
         """The adapter as plain data."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
         return Record(
-            method=self.method,
+            method=self.method.trained(self.updates),
             sites=self.sites,
             tensors=self.tensors(),
             replaced=tuple(self.replaced),
@@ -123,6 +134,12 @@ class Adapter:
             raise ValueError(
                 f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and only whole "
                 f"ones can be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and save that"
+            )
+        if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                f"adapter {self.name!r}: {self.method.name} acts around the optimiser's steps, and no optimiser was "
+                f"bound: call adapter.bind(optimizer) before training",
+                stacklevel=2,
             )
         record = self.record()
         bad = [key for key, t in record.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]

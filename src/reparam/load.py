@@ -64,7 +64,13 @@ def load(
 
 
 def fill(adapter: Adapter, record: Record, folder: Path) -> None:
-    """Copy every tensor into its parameter. Raises FormatError with all that is missing, extra or misshapen."""
+    """Copy every tensor into its parameter. Raises FormatError with all that is missing, extra or misshapen.
+
+    An update that training makes smaller takes on the saved shapes first.
+    """
+    for site, update in adapter.updates.items():
+        start = f"{site}."
+        update.fit({key.removeprefix(start): t for key, t in record.tensors.items() if key.startswith(start)})
     wanted = adapter.tensors()
     _check_fit(wanted, record, folder)
     for key, value in wanted.items():

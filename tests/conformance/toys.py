@@ -135,15 +135,21 @@ class Counter:
         self.steps = 0
         self.gradients = 0
 
+    def plan(self, total_steps: int | None) -> None:
+        """Any number of steps will do."""
+
     def before_step(self) -> None:
         """Sees the gradients."""
         self.gradients += all(update.b.grad is not None for update in self.updates.values())  # type: ignore[union-attr]
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Writes the count into the buffers, which the file keeps."""
         self.steps += 1
         for update in self.updates.values():
             update.steps.fill_(self.steps)  # type: ignore[operator]
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def state_dict(self) -> dict[str, Any]:
         """The count."""

@@ -80,8 +80,11 @@ class DoRA(LoRA):
             raise ValueError("DoRA: " + "; ".join(problems))
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> DoRAUpdate:  # type: ignore[override]
-        """Magnitudes of the base over LoRA's fresh update. Raises ValueError where a norm is not finite."""
-        low_rank = None if self.magnitude_only else super().build(site, weight, shared)
+        """Magnitudes over LoRA's fresh update."""
+        return self.over(None if self.magnitude_only else super().build(site, weight, shared), site, weight)
+
+    def over(self, low_rank: Update | None, site: Site, weight: Weight) -> DoRAUpdate:
+        """Magnitudes of the base over any fresh update of low rank. Raises ValueError where a norm is not finite."""
         dim = 1 if self.norm_axis == "output" else 0
         magnitude = weight.squares(dim).sqrt().float()
         if not magnitude.is_meta and not magnitude.isfinite().all():
@@ -173,6 +176,12 @@ class DoRAUpdate(Update):
         eye = torch.eye(min(change.shape), dtype=gain.dtype, device=gain.device)
         ones = gain.new_ones(weight.out_features)
         return Factors(eye, change, ones) if len(eye) == weight.in_features else Factors(change, eye, ones)
+
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """As the update underneath does."""
+        if self.low_rank is not None:
+            prefix = "low_rank."
+            self.low_rank.fit({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
 
     def forget(self) -> None:
         """Measure anew at the next use."""

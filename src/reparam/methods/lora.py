@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.base import Factors, Method, Role, Site, Update, Weight, method
+from reparam.methods import patterns
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
 INITS = ("kaiming_uniform", "gaussian")
@@ -88,9 +88,7 @@ class LoRA(Method):
         if self.init_std is not None and not (self.init == "gaussian" and 0 < self.init_std < math.inf):
             problems.append(f"init_std={self.init_std!r}: only for init='gaussian', and a finite number above 0")
         for field in ("rank_pattern", "alpha_pattern"):
-            problems += [
-                f"{field} {p!r} is no regular expression: {why}" for p in getattr(self, field) if (why := _bad(p))
-            ]
+            problems += patterns.broken(field, getattr(self, field))
         if problems:
             raise ValueError("LoRA: " + "; ".join(problems))
 
@@ -100,14 +98,12 @@ class LoRA(Method):
 
     def at(self, name: str) -> tuple[int, float]:
         """Rank and alpha of the site with this path."""
-        return _first(self.rank_pattern, name, self.r), _first(self.alpha_pattern, name, self.alpha)
+        return patterns.first(self.rank_pattern, name, self.r), patterns.first(self.alpha_pattern, name, self.alpha)
 
     def shared(self, sites: list[Site]) -> None:
         """Refuse patterns that match no site; warn where the rank is no longer low."""
         for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field):
-                if not any(_matches(pattern, site.name) for site in sites):
-                    raise ValueError(f"LoRA: {field} {pattern!r} matches none of the {len(sites)} sites")
+            patterns.check_used(field, getattr(self, field), [site.name for site in sites], method="LoRA")
         high = [s for s in sites if self.at(s.name)[0] > min(s.out_features, s.in_features)]
         if high:
             warnings.warn(
@@ -119,8 +115,7 @@ class LoRA(Method):
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:
         """A fresh update, drawn from the seed and the site's name."""
         r, alpha = self.at(site.name)
-        digest = hashlib.sha256(f"{self.seed}:{site.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = seeded(self.seed, site)
         a = torch.empty(r, site.in_features)
         bound = 1 / math.sqrt(site.in_features)
         if site.kind == "embedding":  # loralib and PEFT: zeros on the vocabulary's side, N(0, 1) on the other
@@ -133,6 +128,12 @@ class LoRA(Method):
         return LoRAUpdate(
             a.to(weight.device), b.to(weight.device), scale=self.scale(r=r, alpha=alpha), dropout=self.dropout
         )
+
+
+def seeded(seed: int, site: Site) -> torch.Generator:
+    """The random numbers of one site: they depend on its name, not on the order of the sites."""
+    digest = hashlib.sha256(f"{seed}:{site.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class LoRAUpdate(Update):
@@ -162,8 +163,12 @@ class LoRAUpdate(Update):
         else:
             rows, h_t = _Down.apply(rows, A)
             B_t = B_t.contiguous()  # so that its gradient is one of the fast products
-        y = weight(rows, bias).addmm_(h_t.t(), B_t, alpha=self.scale)
+        y = weight(rows, bias).addmm_(self.weighed(h_t).t(), B_t, alpha=self.scale)
         return y.view(*x.shape[:-1], weight.out_features)  # sizes, not -1: a batch may be empty
+
+    def weighed(self, h_t: Tensor) -> Tensor:
+        """h_t [R, N] between the two factors, where an update weighs its components; here as it is."""
+        return h_t
 
     def factors(self, weight: Weight) -> Factors:
         """A, and s · B."""
@@ -202,20 +207,3 @@ class _Down(torch.autograd.Function):
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _bad(pattern: str) -> str | None:
-    """What is wrong with a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return str(error)
-    return None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
