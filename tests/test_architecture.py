@@ -15,7 +15,7 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"weights", "methods"},
     {"bank", "linear", "embedding", "targets"},
     {"io", "fingerprint"},
-    {"selection", "handle", "adapter"},
+    {"selection", "handle", "adapter", "context"},
     {"load", "pack", "merge", "blend", "optim"},
     {"data", "hf", "hf_config", "hf_quantizer", "open"},
     {"train", "serve", "inspect"},

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam.adapter import Adapter, adapters, attach, remove, select, untie
 from reparam.base import InputDependentError
+from reparam.context import context
 from reparam.io.record import FormatError
 from reparam.load import load
 from reparam.merge import MergeReport, merge
@@ -46,6 +47,7 @@ __all__ = [
     "PackReport",
     "adapters",
     "attach",
+    "context",
     "load",
     "merge",
     "pack",

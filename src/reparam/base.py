@@ -243,6 +243,9 @@ class Method:
 
         The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
         never as a submodule of its own.
+
+        If it has a `before_forward(model, args, kwargs)`, that is a forward pre-hook of the model while the adapter is
+        selected.
         """
         return None
 

@@ -74,6 +74,15 @@ class Adapter:
         found = [p for p in (update.penalty() for update in self.updates.values()) if p is not None]
         return torch.stack(found).sum() if found else None
 
+    def losses(self) -> dict[str, float]:
+        """Auxiliary losses of the last forward in training by name, each a mean over the sites, without its factor.
+
+        Their gradients come with the model's backward pass; they are in no loss that is returned or reported. Empty
+        for methods without any.
+        """
+        found = getattr(self.shared, "losses", None)
+        return found() if found is not None else {}
+
     def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Adapter:
         """Make whatever the method needs around a step happen at each `optimizer.step()`, of this optimiser only.
 

@@ -89,8 +89,9 @@ class State:
             self._route(rows)
         if self._hook is not None:
             self._hook.remove()
-        checks = rows is not None
-        self._hook = self.model.register_forward_pre_hook(self._check_rows, with_kwargs=True) if checks else None
+        shared = self.adapters[which].shared if isinstance(which, str) else None
+        before = getattr(shared, "before_forward", None) if rows is None else self._check_rows
+        self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
         self.choice = which if rows is None else rows
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
@@ -106,10 +107,14 @@ class State:
             self.select(before if names <= {None, *self.adapters} else None)
 
     def refresh(self) -> None:
-        """The frozen weights have changed: what the bank holds may depend on them, and is written anew when used."""
-        self._versions.clear()
+        """What factors depend on has changed, the frozen weights for instance: the bank is written anew when used."""
+        self.forget_factors()
         if self.choice is not None and not isinstance(self.choice, str):
             self.select(self.choice)
+
+    def forget_factors(self) -> None:
+        """Write the bank anew when adapters are next selected in a list."""
+        self._versions.clear()
 
     def _route(self, rows: list[str | None]) -> None:
         """Bring the bank up to date for these adapters, and its slots to these rows."""

@@ -105,6 +105,8 @@ def test_every_parameter_has_a_gradient_away_from_the_start(kind: str, storage: 
 
 
 def test_any_leading_shape_gives_the_rows_of_the_flat_batch(kind: str, storage: str, method: Method) -> None:
+    if getattr(method, "router", "") == "sequence":
+        pytest.skip("what an output depends on is the whole row that its input is in")
     model, adapter = one(kind, method, storage)
     move(adapter, 3)
     model.eval()

@@ -54,7 +54,7 @@ class TaskEmbedding(Router):
     def forward(self, tasks: Tensor) -> Tensor:
         """Task numbers [...] -> [..., N]."""
         with torch.autocast(tasks.device.type, enabled=False):
-            return F.linear(_wide(self.embedding)[tasks], _wide(self.weight))
+            return F.linear(F.embedding(tasks, _wide(self.embedding)), _wide(self.weight))
 
 
 class TaskLogits(Router):
@@ -68,7 +68,7 @@ class TaskLogits(Router):
 
     def forward(self, tasks: Tensor) -> Tensor:
         """Task numbers [...] -> [..., N]."""
-        return self.logits[tasks]
+        return F.embedding(tasks, self.logits)
 
 
 class Token(Router):

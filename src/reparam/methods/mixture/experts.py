@@ -1,0 +1,64 @@
+"""Experts, all of a site at once: the sums of a mixture in the space of their ranks, never as [.., N, O].
+
+    delta     y += s B [repeat(g) ∘ (A x)]          A [R, I], B [O, R]: the experts' factors below and beside each other
+    factor    y += s Σ_i g_i B_i Σ_j g_j A_j x      A and B are mixed apart, with the same weights
+    shared    y += s B [g ⊗ (A x)]                  one A [r, I] for all, B [O, N r] (HydraLoRA)
+
+Shapes: T tokens of a flattened batch, I in_features, O out_features, R the sum of the ranks, N experts; slots [R] is
+the expert of each rank. Weights are g [T, N], or [1, N] for all tokens alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def delta(x: Tensor, A: Tensor, g: Tensor, slots: Tensor) -> Tensor:
+    """repeat(g) ∘ (A x), [T, R]."""
+    return F.linear(x, A) * g.to(A.dtype)[:, slots]
+
+
+def factor(x: Tensor, A: Tensor, g: Tensor) -> Tensor:
+    """g ⊗ Σ_j g_j A_j x, [T, R]; all ranks are equal."""
+    h = F.linear(x, A).view(len(x), g.shape[-1], len(A) // g.shape[-1])  # [T, N, r]
+    g = g.to(A.dtype).unsqueeze(-1)
+    return (g * (g * h).sum(1, keepdim=True)).flatten(1)
+
+
+def shared(x: Tensor, A: Tensor, g: Tensor) -> Tensor:
+    """g ⊗ (A x), [T, N r]."""
+    return (g.to(A.dtype).unsqueeze(-1) * F.linear(x, A).unsqueeze(1)).flatten(1)
+
+
+def scatter(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, g: Tensor, used: Tensor, ranks: tuple[int, ...], scale: float
+) -> Tensor:
+    """The sum of "delta" added to y [T, O] in place, each expert over its own tokens alone; used [T, N] bool."""
+    g = g.to(A.dtype)
+    for i, (a, b) in enumerate(zip(A.split(ranks), B.split(ranks, 1), strict=True)):
+        tokens = used[:, i].nonzero().flatten()
+        h = F.linear(x[tokens], a) * (scale * g[tokens, i, None])
+        y = y.index_add_(0, tokens, F.linear(h, b).to(y.dtype))
+    return y
+
+
+def some_outputs(
+    x: Tensor, A: Tensor, B: Tensor, used: Tensor, ranks: tuple[int, ...], most: int
+) -> tuple[Tensor, ...]:
+    """Outputs B_i A_i x of experts for tokens that use them, at most `most` in all and about as many of each expert.
+
+    The tokens are spread evenly over those that use an expert. Returns outputs [S, O], experts [S], sizes |x| [S].
+    """
+    outputs, experts, sizes = [], [], []
+    for i, (a, b) in enumerate(zip(A.split(ranks), B.split(ranks, 1), strict=True)):
+        tokens = used[:, i].nonzero().flatten()
+        limit = max(2, most // len(ranks))
+        if len(tokens) > limit:
+            tokens = tokens[torch.linspace(0, len(tokens) - 1, limit, device=x.device).long()]
+        chosen = x[tokens]
+        outputs.append(F.linear(F.linear(chosen, a), b))
+        experts.append(torch.full((len(tokens),), i, device=x.device))
+        sizes.append(chosen.detach().float().norm(dim=-1))
+    return torch.cat(outputs), torch.cat(experts), torch.cat(sizes)

@@ -1,0 +1,155 @@
+"""The systems of the literature, as defaults of one class. Each builds what `Mixture` with the same settings builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from reparam.base import method
+from reparam.methods.mixture.method import Mixture
+
+Examples = tuple[Mapping[str, Any], ...]
+_SMALL: Examples = ({"n": 3, "r": 2, "alpha": 2.0, "dropout": 0.0},)
+
+
+@method("task_gated")
+@dataclasses.dataclass(frozen=True)
+class TaskGated(Mixture):
+    """MOELoRA (Liu et al. 2023, arXiv 2310.18339): experts of rank r / N, one gate for the model that sees the task.
+
+    As its released trainer has it; A is N(0, 0.01²) there, and the scale is α over the rank of all experts together.
+    """
+
+    examples: ClassVar[Examples] = ({"n": 2, "r": 4},)
+
+    n: int = 8
+    r: int = 16
+    alpha: float = 32.0
+    split: bool = True
+    init: str = "gaussian"
+    init_std: float | None = 0.01
+    router: str = "task_embedding"
+    scope: str = "model"
+
+
+@method("poly")
+@dataclasses.dataclass(frozen=True)
+class Poly(Mixture):
+    """Polytropon (Ponti et al. 2022, arXiv 2202.13914) with one split, as in PEFT: A and B mixed apart, scale 1/r."""
+
+    examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 8.0},)
+
+    r: int = 8
+    alpha: float = 1.0
+    router: str = "task_logits"
+    select: str = "sigmoid"
+    combine: str = "factor"
+
+
+@method("mov")
+@dataclasses.dataclass(frozen=True)
+class MoV(Mixture):
+    """Mixture of (IA)³ vectors (Zadouri et al. 2023, arXiv 2309.05444), routed by the activation that they rescale."""
+
+    examples: ClassVar[Examples] = ({"n": 3},)
+
+    n: int = 10
+    kind: str = "vectors"
+    route_on: str = "activation"
+    router_std: float | None = 0.02
+
+
+@method("molora")
+@dataclasses.dataclass(frozen=True)
+class MoLoRA(Mixture):
+    """MoLORA (Zadouri et al. 2023): LoRA experts, all of them used, weighed by each token; their scale is 16 / r."""
+
+    examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 4.0},)
+
+    n: int = 10
+    alpha: float = 16.0
+    init: str = "gaussian"
+    init_std: float | None = 0.02
+    router_std: float | None = 0.02
+
+
+@method("llava_mole")
+@dataclasses.dataclass(frozen=True)
+class LLaVAMoLE(Mixture):
+    """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160): one expert for each token and MLP, plain LoRA on attention.
+
+    The chosen expert counts with its probability, unlike in the release, where the router gets no gradient of the task.
+    """
+
+    examples: ClassVar[Examples] = (
+        {"n": 3, "r": 2, "alpha": 2.0, "dropout": 0.0, "plain": "k_proj|c_attn", "select": "softmax"},
+        {"n": 3, "r": 2, "alpha": 2.0, "plain": ""},
+    )
+
+    n: int = 3
+    r: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    scope: str = "layer"
+    router_bias: bool = True
+    select: str = "top_k"
+    plain: str = r"[^.]*[Aa]tt(n|ention)[^.]*\..*"
+    losses: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"switch_balance": 0.01})
+
+
+@method("moelora_contrastive")
+@dataclasses.dataclass(frozen=True)
+class MoELoRAContrastive(Mixture):
+    """MoELoRA (Luo et al. 2024, arXiv 2402.12851). Its contrastive loss is reconstructed, see docs/mixtures.md."""
+
+    examples: ClassVar[Examples] = ({"n": 2, "r": 2, "losses": {"switch_balance": 0.01}}, {"n": 3, "r": 2})
+
+    n: int = 8
+    select: str = "top_k"
+    k: int = 2
+    gate: str = "renorm"
+    router_std: float | None = 0.02
+    losses: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"switch_balance": 0.01, "contrastive": 0.001}
+    )
+
+
+@method("mole")
+@dataclasses.dataclass(frozen=True)
+class MoLE(Mixture):
+    """Mixture of finished LoRAs (Wu et al. 2024, arXiv 2404.13628): a gate for each block sees the whole sequence.
+
+    In a causal model the sequence is the prompt. The balance loss is the paper's, with a gradient.
+    """
+
+    examples: ClassVar[Examples] = ({"n": 3, "r": 2, "frozen": False, "pool": "all"},)
+
+    frozen: bool = True
+    router: str = "sequence"
+    scope: str = "block"
+    losses: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"mole_balance": 0.5})
+
+
+@method("loramoe")
+@dataclasses.dataclass(frozen=True)
+class LoRAMoE(Mixture):
+    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979), by its released script, where the balance loss has the factor 0."""
+
+    examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 2.0, "dropout": 0.0, "losses": {"loramoe_blc": 0.01}},)
+
+    n: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.05
+
+
+@method("hydralora")
+@dataclasses.dataclass(frozen=True)
+class HydraLoRA(Mixture):
+    """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A for all experts, a B for each."""
+
+    examples: ClassVar[Examples] = _SMALL
+
+    alpha: float = 32.0
+    dropout: float = 0.05
+    kind: str = "shared_a"

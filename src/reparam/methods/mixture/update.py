@@ -1,0 +1,315 @@
+"""The update of one site of a mixture: gates from its router, or from the scope's, and experts weighed by them.
+
+    y = W x + s · COMBINE_i(g_i, B_i A_i) x        or        y = (Σ_i g_i l_i) ∘ W x        the bias stays out of it
+
+Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T tokens of a flattened batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import Factors, InputDependentError, Role, Site, Update, Weight
+from reparam.methods.mixture import experts, losses
+from reparam.methods.mixture.common import Common, Forward, key
+from reparam.methods.mixture.routers import Router
+from reparam.methods.mixture.select import Choice, choose
+
+if TYPE_CHECKING:
+    from reparam.methods.mixture.method import Mixture
+
+
+class MixtureUpdate(Update):
+    """One site of a mixture.
+
+    Args:
+        site: where it is.
+        method: its configuration.
+        common: what the sites share; kept in a tuple, because the model's root owns it.
+        tensors: "A" and "B", or "vectors".
+        ranks: of the experts here.
+        scale: s.
+        router: the site's own, or None where the scope's is used.
+        scope: name of the scope.
+        leads: whether this site computes the gates of its scope from its own input.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    A: Tensor  # [R, I]; of "shared_a" [r, I]
+    B: Tensor  # [O, R]
+    vectors: Tensor  # [N, O]
+    slots: Tensor  # [R], the expert of each rank
+    PARTS: ClassVar[Mapping[str, Role]] = {"A": "in", "B": "out", "vectors": "gain"}
+
+    def __init__(
+        self,
+        site: Site,
+        method: Mixture,
+        common: Common,
+        *,
+        tensors: Mapping[str, Tensor],
+        ranks: tuple[int, ...],
+        scale: float,
+        router: Router | None,
+        scope: str,
+        leads: bool,
+    ) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if method.frozen:
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
+        slots = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        device = next(iter(tensors.values())).device
+        self.register_buffer("slots", slots.to(device), persistent=False)
+        self.router = router
+        own: dict[str, Role] = {} if method.frozen else {name: self.PARTS[name] for name in tensors}
+        routes = () if router is None else router.named_parameters()
+        self.roles = {**own, **{f"router.{name}": "route" for name, _ in routes}}  # type: ignore[misc]
+        self.site, self.method, self.ranks, self.scale = site.name, method, ranks, scale
+        self.scope, self.leads = scope, leads
+        self.owner = (common,)
+
+    @property
+    def common(self) -> Common:
+        """What the sites share."""
+        return self.owner[0]
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> the frozen map of x and the experts' part, [..., O]."""
+        method, now = self.method, self.common.now
+        if self._depends():
+            now.recompute(self.site)
+        if method.kind == "vectors":
+            y = weight(x)
+            choice = self.choice(y if method.route_on == "activation" else x)
+            g = now.spread(choice.weights, x.shape[:-1])
+            length = g.to(y.dtype) @ self.vectors.to(y.dtype)
+            y = y * length
+            y = y if bias is None else y + bias.to(y.dtype)
+            return self._with_losses(y, x, choice)
+        choice = self.choice(x)
+        rows = x.reshape(-1, x.shape[-1])  # [T, I]
+        lead = x.shape[:-1]
+        g = now.spread(choice.weights, lead)
+        g = g[None] if g.ndim == 1 else g.expand(*lead, -1).reshape(-1, g.shape[-1])
+        y = self._low_rank(rows, g, choice, weight, bias)
+        return self._with_losses(y.view(*lead, weight.out_features), x, choice)
+
+    def _low_rank(self, rows: Tensor, g: Tensor, choice: Choice, weight: Weight, bias: Tensor | None) -> Tensor:
+        """rows [T, I], weights [T, N] or [1, N] -> [T, O]."""
+        method = self.method
+        dtype = _compute_dtype(rows)
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        dropped = F.dropout(rows, method.dropout, self.training) if method.dropout else rows
+        y = weight(rows, bias)
+        if self._sparse(choice, len(rows)):
+            used = choice.used.reshape(-1, choice.used.shape[-1])
+            return experts.scatter(y, dropped.to(dtype), A, B, g, used, self.ranks, self.scale)
+        if method.kind == "shared_a":
+            h = experts.shared(dropped, A, g)
+        elif method.combine == "factor":
+            h = experts.factor(dropped, A, g)
+        else:
+            h = experts.delta(dropped, A, g, self.slots)
+        return y.addmm_(h, B.t(), alpha=self.scale)
+
+    def _sparse(self, choice: Choice, tokens: int) -> bool:
+        """Whether each expert runs over its own tokens alone: where that is fewer operations by far."""
+        method = self.method
+        if torch.compiler.is_compiling() or method.select != "top_k" or method.kind != "low_rank":
+            return False
+        per_token = choice.used.numel() == tokens * method.n
+        return (
+            per_token and tokens >= SPARSE_TOKENS and sum(self.ranks) * (method.n - method.k) >= SPARSE_RANKS * method.n
+        )
+
+    # ---- gates
+
+    def choice(self, z: Tensor) -> Choice:
+        """The gates for z [..., I] in the current forward: static [N], by row [B, N], or by token [..., N].
+
+        Raises ValueError where a task is missing, and RuntimeError where the scope's gates have not been computed.
+        """
+        common, now = self.common, self.common.now
+        router: Router = self.router if self.router is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
+        name = self.scope if self.router is None else self.site
+        if router.reads == "nothing":
+            return self._chosen(router(), now)
+        if router.reads == "tasks":
+            return self._chosen(router(common.task_ids()), now)
+        if router.reads == "sequence" and now.continues:
+            return self._kept(now, name)
+        if not self.leads:
+            return self._read(now, router)
+        if router.reads == "token":
+            choice = self._chosen(router(z), now)
+        else:
+            by_row = now.by_row(z)
+            logits = router(by_row, now.pool(by_row.shape[:-1], self.method.pool, z.device))
+            choice = self._chosen(logits[0] if z.ndim == 1 else logits, now)
+            if now.kept is not None:
+                now.kept[name] = Choice(*(part.detach() for part in choice))
+        if self.router is None:
+            now.gates[self.scope] = choice
+        return choice
+
+    def _chosen(self, logits: Tensor, now: Forward) -> Choice:
+        method = self.method
+        return choose(
+            logits,
+            select=method.select,
+            temperature=method.temperature,
+            k=method.k,
+            gate=method.gate,
+            allowed=now.experts,
+            sample=method.select == "sigmoid" and self.training,
+        )
+
+    def _read(self, now: Forward, router: Router) -> Choice:
+        choice = now.gates.get(self.scope)
+        if choice is None:
+            raise RuntimeError(
+                f"{self.site} was used before {self.common.leaders[self.scope]}, which computes the gates of their "
+                f"scope {self.scope or 'model'!r}, in this forward; give the mixture a narrower scope"
+            )
+        trains = any(p.requires_grad for p in router.parameters())
+        if torch.is_grad_enabled() and trains and not choice.p.requires_grad:
+            raise RuntimeError(
+                f"{self.site}: the gates of scope {self.scope or 'model'!r} were computed without a gradient, in "
+                f"another checkpointed part of the model; checkpoint with use_reentrant=False"
+            )
+        return choice
+
+    def _kept(self, now: Forward, name: str) -> Choice:
+        if now.kept is None or name not in now.kept:
+            raise RuntimeError(
+                f"{self.site}: the cache holds tokens that this adapter has not seen, so the gate of their sequence is "
+                f"not known; select the adapter before the prompt is read, and pass the cache object on uncopied"
+            )
+        return now.kept[name]
+
+    # ---- losses
+
+    def _depends(self) -> bool:
+        """Whether an output depends on more than the input: on tasks, prompts, or masks."""
+        router = self.router if self.router is not None else self.common.routers[key(self.scope)]
+        reads = router.reads
+        return reads == "sequence" or (reads == "tasks" and len(self.method.tasks) > 1) or bool(self.method.losses)
+
+    def _with_losses(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """y, whose backward also sends the auxiliary losses' gradients; in training alone."""
+        method, now = self.method, self.common.now
+        if not (method.losses and self.training and torch.is_grad_enabled()):
+            return y
+        for name, factor in method.losses.items():
+            loss = self._loss(name, x, choice) if factor else None
+            if loss is not None:
+                now.losses[name, self.site] = loss.detach()
+                if loss.requires_grad:
+                    y = _Attached.apply(y, loss, factor * now.share)
+        return y
+
+    def _loss(self, name: str, x: Tensor, choice: Choice) -> Tensor | None:
+        """One auxiliary loss; None where another site of the scope has it."""
+        now, lead = self.common.now, x.shape[:-1]
+        by_token = choice.p.shape[:-1] == lead
+        valid = now.valid(lead) if by_token else None
+        if name == "contrastive":
+            used = choice.used.expand(*lead, -1) if by_token else now.spread(choice.used, lead).expand(*lead, -1)
+            valid = now.valid(lead)
+            used = used if valid is None else used & valid.unsqueeze(-1)
+            rows = x.reshape(-1, x.shape[-1])
+            A, B = self.A.to(rows.dtype), self.B.to(rows.dtype)
+            pairs = experts.some_outputs(
+                rows, A, B, used.reshape(len(rows), -1), self.ranks, self.method.contrastive_pairs
+            )
+            return losses.contrastive(*pairs, temperature=self.method.contrastive_temperature)
+        if not self.leads:
+            return None
+        if name == "switch_balance":
+            return losses.switch_balance(choice.p, choice.used, valid)
+        if name == "mole_balance":
+            return losses.mole_balance(choice.p, valid)
+        if name == "router_z":
+            return losses.router_z(choice.logits, valid)
+        p = now.by_row(choice.p) if by_token else choice.p
+        rows_valid = None if valid is None else valid.reshape(p.shape[:-1])
+        return losses.loramoe_blc(p, rows_valid, now.tasks if self.method.blc_alpha else None, self.method.blc_alpha)
+
+    # ---- the normal form
+
+    def factors(self, weight: Weight) -> Factors:
+        """The normal form, where gates look at no token; by tasks, that of the one which `reparam.context` names."""
+        g = self._known()
+        if self.method.kind == "vectors":
+            empty = self.vectors.new_zeros(0, weight.in_features), self.vectors.new_zeros(weight.out_features, 0)
+            return Factors(*empty, g @ self.vectors)
+        A, B = self.A, self.scale * self.B
+        if self.method.kind == "shared_a":
+            return Factors(A, (B.view(len(B), len(g), -1) * g[:, None]).sum(1))
+        if self.method.combine == "factor":
+            mixed = (A.view(len(g), -1, A.shape[1]) * g[:, None, None]).sum(0)
+            return Factors(mixed, (B.view(len(B), len(g), -1) * g[:, None]).sum(1))
+        return Factors(A, B * g[self.slots])
+
+    def _known(self) -> Tensor:
+        """Gates [N] that hold for every input. Raises InputDependentError, naming the router."""
+        common, method = self.common, self.method
+        router: Router = self.router if self.router is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
+        part = next(iter(self._tensors()))
+        if method.n == 1 and method.gate != "one":
+            return part.new_ones(1)
+        if router.reads == "nothing":
+            logits = router()
+        elif router.reads == "tasks":
+            try:
+                logits = router(common.known_task().to(part.device))
+            except ValueError as error:
+                raise InputDependentError(f"{self.site}: router {method.router!r} goes by the task: {error}") from None
+        else:
+            raise InputDependentError(
+                f"{self.site}: router {method.router!r} gives each {router.reads} weights of its own, so that no one "
+                f"matrix stands for the mixture; keep the adapter apart"
+            )
+        chosen = choose(
+            logits,
+            select=method.select,
+            temperature=method.temperature,
+            k=method.k,
+            gate=method.gate,
+            allowed=common.given.experts,
+        )
+        return chosen.weights.to(part.dtype)
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.PARTS if hasattr(self, name)]
+
+
+SPARSE_TOKENS = 64
+SPARSE_RANKS = 64
+"""From how many tokens, and idle ranks, on each expert runs over its own tokens alone."""
+
+
+class _Attached(torch.autograd.Function):
+    """y, as it is. In the backward pass the loss gets its factor as gradient, whatever y's gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor, ctx.like = factor, loss.detach()
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        return g, torch.ones_like(ctx.like) * ctx.factor, None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
