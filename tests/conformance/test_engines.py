@@ -131,7 +131,7 @@ def test_a_16_bit_base_trains_with_masters_in_float32(
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert losses[-1] < 0.98 * losses[0]
+    assert losses[-1] < 0.99 * losses[0]
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in adapter.parameters())  # type: ignore[union-attr]
     assert models.same(base_of(model), before)
     if has_factors(adapter):

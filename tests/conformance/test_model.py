@@ -54,7 +54,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(family: Family, stor
     before = base_of(model)
     start = {name: p.detach().clone() for name, p, _ in adapter.named_parameters()}
     losses = train(model, adapter, steps=6)
-    assert losses[-1] < 0.98 * losses[0]
+    assert losses[-1] < 0.99 * losses[0]
     assert models.same(base_of(model), before)
     assert [name for name, p, _ in adapter.named_parameters() if torch.equal(p, start[name])] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

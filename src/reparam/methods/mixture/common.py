@@ -234,7 +234,7 @@ class Common(nn.Module):
         """Auxiliary losses of the last forward in training by name, each a mean over the sites that have it."""
         by_name: dict[str, list[Tensor]] = {}
         for (name, _), value in self.now.losses.items():
-            by_name.setdefault(name, []).append(value.float())
+            by_name.setdefault(name, []).append(value.double())
         return {name: float(torch.stack(values).mean()) for name, values in by_name.items()}
 
     def task_ids(self) -> Tensor:
