@@ -26,6 +26,7 @@ from reparam.methods.adalora import AdaLoRA
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import LoRA
 from reparam.pack import PackReport, pack
+from reparam.split import split
 from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4
 
@@ -53,6 +54,7 @@ __all__ = [
     "pack",
     "remove",
     "select",
+    "split",
     "untie",
 ]
 

@@ -13,6 +13,7 @@ import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam import targets as targets_
 from reparam.base import Method, Update, Weight
+from reparam.finished import assemble
 from reparam.handle import Adapter, saved
 from reparam.linear import SHARED, Adapted, Replaced, Shared
 from reparam.selection import Selection, State, state_of
@@ -31,7 +32,8 @@ def attach(
 
     `targets` is "all-linear" (without the output head), "attention", "mlp", the end of a path or a list of such, or
     "re:" and a regular expression for the path. With `bias`, the biases of the sites train too. `modules_to_save` are
-    ends of paths of modules that train whole and are saved with the adapter, a fresh head for instance.
+    ends of paths of modules that train whole and are saved with the adapter, a fresh head for instance. A mixture of
+    finished adapters (`method.experts`) goes on their sites, of those that the targets name.
 
     The outputs do not change. Raises ValueError, before anything is touched, for targets that match nothing or what
     cannot be adapted, for a name that is taken or not made of letters, digits, "_" and "-", and for tied weights.
@@ -47,7 +49,12 @@ def attach(
     whole = [path for end in ends for path in targets_.ending(model, end)]
     inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
     names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
+    method, experts = assemble(model, method, names)
+    names = [n for n in names if f"{n}.A" in experts] if experts else names
     adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias)
+    tensors = adapter.tensors()
+    for key, value in experts.items():
+        tensors[key].copy_(value)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapter.requires_grad_()
