@@ -32,6 +32,7 @@ Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a fo
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
 ]
+TaskName = Annotated[str | None, typer.Option(help="The task, for an adapter whose gates go by it.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 StorageName = Annotated[
     str | None,
@@ -71,6 +72,7 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Show the base model's answer beside the adapter's.")] = False,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    task: TaskName = None,
 ) -> None:
     """Chat with, or complete by, a base model with an adapter on it.
 
@@ -78,7 +80,7 @@ def generate(
     """
     from reparam.serve.chat import Chat
 
-    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens, storage=storage)
+    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens, storage=storage, task=task)
     if prompt is not None:
         chat.answer(prompt, console, compare=compare)
     else:
@@ -142,6 +144,7 @@ def merge(
     ] = None,
     rounding: Annotated[str, typer.Option(help="With --into: aware of the update, or nearest.")] = "aware",
     force: Annotated[bool, typer.Option(help="Write it however little of the update survives.")] = False,
+    task: TaskName = None,
 ) -> None:
     """Fold an adapter into its base and write a plain model that stock tools load.
 
@@ -149,7 +152,18 @@ def merge(
     """
     from reparam.recipes.merge import merge_to
 
-    merge_to(output, base, adapter, dtype=dtype, onto=onto, into=into, rounding=rounding, force=force, console=console)
+    merge_to(
+        output,
+        base,
+        adapter,
+        dtype=dtype,
+        onto=onto,
+        into=into,
+        rounding=rounding,
+        force=force,
+        task=task,
+        console=console,
+    )
 
 
 @app.command()

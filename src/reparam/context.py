@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,33 @@ def context(
         for common, given in zip(found, before, strict=True):
             common.given = given
         state.forget_factors()
+
+
+def tasks_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the tasks that the selected adapter has to be told, in the order of their numbers; none for others."""
+    common = _selected(model)
+    return common.tasks if common is not None and len(common.tasks) > 1 else ()
+
+
+def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Tell the selected adapter what a collated batch says beside the inputs: `task`, and the prompts, by `labels`.
+
+    For forwards without labels. It does nothing where no mixture is selected.
+    """
+    common = _selected(model)
+    if common is None:
+        return contextlib.nullcontext()
+    answered = batch["labels"].ne(-100)  # [B, L]; a label is predicted from the tokens before it
+    answered[:, 0] = False
+    prompt = (batch["attention_mask"].bool() & (answered.cumsum(1) == 0)).sum(1)
+    return context(model, tasks=batch.get("task") if len(common.tasks) > 1 else None, prompt=prompt)
+
+
+def _selected(model: nn.Module) -> Common | None:
+    """What the sites of the selected adapter share, if that is a mixture."""
+    choice = state_of(model).choice if hasattr(model, "reparam_state") else None
+    shared = state_of(model).adapters[choice].shared if isinstance(choice, str) else None
+    return shared if isinstance(shared, Common) else None
 
 
 def _mask(experts: Sequence[int], n: int) -> Tensor:

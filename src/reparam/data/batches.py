@@ -66,7 +66,8 @@ class Report:
 class Encoded(Dataset[dict[str, Tensor]]):
     """A map-style dataset of examples, stored flat. `encoded[i]` has
 
-    input_ids [T] int64, labels [T] int64 (the id, or -100 where there is no loss), row [] int64, which is i.
+    input_ids [T] int64, labels [T] int64 (the id, or -100 where there is no loss), row [] int64, which is i, and, where
+    there are tasks, task [] int64.
     """
 
     ids: Tensor
@@ -80,6 +81,8 @@ class Encoded(Dataset[dict[str, Tensor]]):
     sources: Sequence[str]
     """[E] "file:line"."""
     report: Report
+    tasks: Tensor | None = None
+    """[E] int64, the number of the example's task, for methods that go by it."""
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -89,11 +92,12 @@ class Encoded(Dataset[dict[str, Tensor]]):
             raise IndexError(f"example {index} of {len(self)}")
         piece = slice(int(self.starts[index]), int(self.starts[index + 1]))
         ids = self.ids[piece].long()
-        return {
+        example = {
             "input_ids": ids,
             "labels": ids.masked_fill(~self.loss[piece], IGNORED),
             "row": torch.tensor(index),
         }
+        return example if self.tasks is None else {**example, "task": self.tasks[index]}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,7 +112,8 @@ class Collator:
 
     Padding is known by its position, never by its id, so an end token keeps its loss where it is also the pad token.
     The batch: input_ids, labels (-100 at padding), attention_mask, all [B, T] int64, and row [B] int64, the numbers
-    of the examples, so that a loss that is not finite can name its rows. Models take no `row`: pop it before the
+    of the examples, so that a loss that is not finite can name its rows; and task [B] int64 where the examples have
+    one, which an adapter that goes by tasks takes out of the model's arguments. Models take no `row`: pop it before the
     forward pass. With transformers' Trainer (remove_unused_columns=False) the place is `compute_loss`, which training
     and evaluation share:
 
@@ -139,4 +144,5 @@ class Collator:
             labels[i, :length] = example["labels"]
             mask[i, :length] = 1
         rows = torch.stack([e["row"] for e in examples])  # [B]
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask, "row": rows}
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask, "row": rows}
+        return {**batch, "task": torch.stack([e["task"] for e in examples])} if "task" in examples[0] else batch

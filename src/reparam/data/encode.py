@@ -8,7 +8,7 @@ token of a piece has nothing before it and is not predicted. Whatever would trai
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from reparam.data.batches import Encoded, Report, counted
 from reparam.data.chat import Span
 from reparam.data.findings import Findings
 from reparam.data.rows import DataError, Row
+from reparam.data.tasks import task_numbers
 from reparam.data.tokenise import LossOn, Tokeniser, Tokens
 
 if TYPE_CHECKING:
@@ -34,22 +35,25 @@ def encode(
     max_length: int,
     loss_on: LossOn = "answers",
     vocab_size: int | None = None,
+    tasks: Sequence[str] = (),
 ) -> Encoded:
     """Tokenise rows and mark the tokens that carry loss.
 
     `max_length` is in tokens. `loss_on="all"` puts loss on prompts as well; text rows have it everywhere either way.
-    `vocab_size` is the number of embeddings of the model.
+    `vocab_size` is the number of embeddings of the model. With `tasks`, each row names one of them in its column
+    "task", and the examples have its number.
 
     Raises DataError with everything that is wrong: no rows; a tokenizer without offsets, or without a chat template
     where there are chats; a chat that its template refuses, ignores in part, or renders so that the answers cannot be
     found; rows in which no token carries loss; rows whose whole answer lies beyond `max_length`; ids beyond the
-    vocabulary.
+    vocabulary; a row without a task where there are some.
     """
     if problems := _obstacles(rows, tokenizer, max_length=max_length, loss_on=loss_on):
         raise DataError(problems)
     findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size)
     tokenise = Tokeniser(tokenizer, findings, loss_on=loss_on)
-    store = _Store(findings, max_length=max_length)
+    numbers = {id(row): number for row, number in zip(rows, task_numbers(rows, tasks), strict=True)} if tasks else {}
+    store = _Store(findings, max_length=max_length, tasks=numbers)
     for start in range(0, len(rows), BATCH):
         for row, tokens in tokenise(rows[start : start + BATCH]):
             store.add(row, tokens)
@@ -81,8 +85,10 @@ def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_l
 class _Store:
     """Takes tokenised rows and holds their examples flat: Python lists would take ten times the memory."""
 
-    def __init__(self, findings: Findings, *, max_length: int) -> None:
+    def __init__(self, findings: Findings, *, max_length: int, tasks: Mapping[int, int]) -> None:
         self._findings = findings
+        self._task_of = tasks  # by the id of the row
+        self._tasks = array("q")
         self._max_length = max_length
         self._ids = array("i")
         self._loss = bytearray()
@@ -129,6 +135,8 @@ class _Store:
         self._starts.append(len(self._ids))
         self._text_bytes.append(text_bytes)
         self._sources.append(row.source)
+        if self._task_of:
+            self._tasks.append(self._task_of[id(row)])
 
     def encoded(self, rows: int) -> Encoded:
         """The dataset of all examples."""
@@ -151,6 +159,7 @@ class _Store:
             text_bytes=torch.frombuffer(self._text_bytes, dtype=torch.int64),
             sources=self._sources,
             report=report,
+            tasks=torch.frombuffer(self._tasks, dtype=torch.int64) if self._tasks else None,
         )
 
 

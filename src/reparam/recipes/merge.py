@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
+from reparam.context import context
 from reparam.hf import check_not_base, save_model
 from reparam.merge import MergeReport, merge
 from reparam.open import adapter_folder, base_of, open_model
@@ -25,12 +27,14 @@ def merge_to(
     into: str | None = None,
     rounding: str = "aware",
     force: bool = False,
+    task: str | None = None,
 ) -> MergeReport:
     """Merge and write, and say onto what, into what, and what survived the rounding.
 
     `onto` is "trained", the base as the adapter was trained on it: packed matrices are unpacked and the update added;
     or "original", the weights in the base's files, which the adapter has not seen where it was trained on packed ones.
-    `into` names the storage of a packed base to write that again, see `reparam.merge`.
+    `into` names the storage of a packed base to write that again, see `reparam.merge`. `task` is the one that is
+    merged of an adapter whose gates go by it.
 
     Raises ValueError for the base's own folder as output, and for what cannot be combined.
     """
@@ -43,7 +47,8 @@ def merge_to(
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = packed_as(model)
     names = ", ".join(sorted({storage.name for storage in held.values()}))
-    report = merge(model, into=into, rounding=rounding, force=force)
+    with context(model, tasks=task) if task is not None else nullcontext():
+        report = merge(model, into=into, rounding=rounding, force=force)
     rest = list(packed_as(model))
     if rest and into is None:
         pack(model, "dense", targets=rest)

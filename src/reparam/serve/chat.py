@@ -13,7 +13,10 @@ from reparam.train.score import complete
 
 
 class Chat:
-    """A conversation. Raises ValueError for a tokenizer without a chat template, unless `raw`."""
+    """A conversation. Raises ValueError for a tokenizer without a chat template, unless `raw`.
+
+    `task` is for an adapter whose gates go by it.
+    """
 
     def __init__(
         self,
@@ -24,9 +27,11 @@ class Chat:
         raw: bool,
         max_new_tokens: int,
         storage: str | None = None,
+        task: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype, storage=storage)
         self.raw = raw
+        self.tasks = None if task is None else [task]
         self.max_new_tokens = max_new_tokens
         if not raw and not self.tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template; add --raw to continue the prompt as plain text")
@@ -40,8 +45,9 @@ class Chat:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.adapter is None:
             return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens)[0]
+        tasks = self.tasks if adapter else None
         with select(self.model, self.adapter.name if adapter else None):
-            return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens)[0]
+            return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens, tasks=tasks)[0]
 
     def answer(
         self, prompt: str, console: Console, *, compare: bool, before: list[dict[str, str]] | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from reparam.adapter import select
+from reparam.context import tasks_of
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf import vocabulary
@@ -54,7 +55,8 @@ def evaluate(
     """Score on the rows of `data`. Raises ValueError for unusable data, base or adapter."""
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
-    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model))
+    size, tasks = vocabulary(model), tasks_of(model)
+    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
     found = []
     for name in [None] if loaded is None else [None, loaded.name]:
         if loaded is not None:

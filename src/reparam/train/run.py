@@ -21,9 +21,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter import Adapter, attach, select, untie
+from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
+from reparam.data.tasks import by_task
 from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
@@ -125,15 +127,14 @@ def prepare(config: Config) -> Job:
     model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
     if base.untie:
         untie(model)
-    size = vocabulary(model)
+    size, data = vocabulary(model), config.data
+    method, tasks = by_task(config.method, train_rows)
     encoded, valid = (
-        encode(rows, tokenizer, max_length=config.data.max_length, loss_on=config.data.loss_on, vocab_size=size)
+        encode(rows, tokenizer, max_length=data.max_length, loss_on=data.loss_on, vocab_size=size, tasks=tasks)
         for rows in (train_rows, held_out)
     )
     where = config.adapter
-    adapter = attach(
-        model, config.method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
-    )
+    adapter = attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     return Job(config, model, tokenizer, adapter, encoded, valid, held_out)
 
@@ -145,14 +146,15 @@ def prove(job: Job, folder: Path) -> float:
     """
     examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
     batch = Collator(padding_id(job.tokenizer))(examples)
-    batch = {k: v.to(next(job.model.parameters()).device) for k, v in batch.items() if k not in ("row", "labels")}
+    device = next(job.model.parameters()).device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     load(job.model, folder, name=CHECK, activate=False)
     job.model.eval()
     logits = {}
     with torch.no_grad():
         for name in (None, job.adapter.name, CHECK):
-            with select(job.model, name):
-                logits[name] = job.model(**batch).logits.float()
+            with select(job.model, name), told(job.model, batch):
+                logits[name] = job.model(**inputs).logits.float()
     difference = float((logits[CHECK] - logits[None]).abs().max())
     if not torch.equal(logits[CHECK], logits[job.adapter.name]):
         raise NothingLearnt(f"{folder}: the saved adapter, read back, gives other outputs than the trained one")
@@ -243,6 +245,11 @@ class _Bind(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
     ) -> None:
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer))
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the auxiliary losses beside the loss, which they are no part of."""
+        if "loss" in state.log_history[-1]:
+            state.log_history[-1].update({f"loss_{name}": value for name, value in self.adapter.losses().items()})
 
 
 def _save(adapter: Adapter, folder: Path) -> None:

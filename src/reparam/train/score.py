@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reparam.context import context, tasks_of, told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.rows import Row
+from reparam.data.tasks import task_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +81,11 @@ def token_losses(
     model.eval()
     for start in range(0, len(by_length), batch):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
-        rows = examples.pop("row")
-        labels = examples.pop("labels")[:, 1:].to(device)
-        logits = model(**{key: value.to(device) for key, value in examples.items()}).logits[:, :-1].float()
+        rows = examples["row"]
+        labels = examples["labels"][:, 1:].to(device)
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        with told(model, examples):
+            logits = model(**inputs).logits[:, :-1].float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         nats[rows] = losses.sum(1).double().cpu()
         tokens[rows] = (labels != -100).sum(1).double().cpu()
@@ -113,9 +118,11 @@ def answer(
     pairs = [pair for pair in map(_split, asked) if pair is not None]
     prompts = [_prompt(tokenizer, question) for question, _ in pairs]
     expected = [answer for _, answer in pairs]
+    names = tasks_of(model)
+    tasks = task_numbers(asked, names) if names else None
     if max_new_tokens is None:
         max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
-    given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens)
+    given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
     return [
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
         for row, (question, want), got in zip(asked, pairs, given, strict=True)
@@ -130,8 +137,12 @@ def complete(
     *,
     batch: int = 32,
     max_new_tokens: int = 64,
+    tasks: Sequence[int | str] | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts given as token ids; padded on the left, so that a batch changes nothing."""
+    """Greedy continuations of prompts given as token ids; padded on the left, so that a batch changes nothing.
+
+    `tasks` are the names or numbers of the prompts' tasks, for an adapter that goes by them.
+    """
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -143,14 +154,16 @@ def complete(
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        told_tasks = context(model, tasks=[tasks[i] for i in chosen]) if tasks is not None else nullcontext()
+        with told_tasks:
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         for i, text in zip(chosen, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             found[i] = text
     model.train(training)

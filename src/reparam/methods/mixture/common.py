@@ -254,7 +254,9 @@ class Common(nn.Module):
             device = next((p.device for p in self.parameters()), None)
             return torch.zeros((), dtype=torch.int64, device=device)
         told = "no task was given" if tasks is None else "several were given"
-        raise ValueError(f"{what} needs a task, and {told}: say reparam.context(model, tasks=...), of {self._known()}")
+        raise ValueError(
+            f"{what} needs a task, and {told}: say reparam.context(model, tasks=...), or --task, of {self._known()}"
+        )
 
 
 def key(scope: str) -> str:

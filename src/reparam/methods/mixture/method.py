@@ -155,7 +155,6 @@ class Mixture(Method):
     def _clashes(self) -> list[str]:
         """What is wrong between settings that are right alone."""
         looks = self.router in ("token", "sequence")
-        by_task = self.router.startswith("task")
         found = [
             (self.select == "top_k" and self.k > self.n, f"k={self.k} of n={self.n} experts"),
             (
@@ -166,7 +165,7 @@ class Mixture(Method):
             (self.split and self.r % self.n > 0, f"r={self.r} cannot be split among n={self.n} experts"),
             (not self.tasks or len(set(self.tasks)) < len(self.tasks), "tasks: expected names, each of them once"),
             (
-                len(self.tasks) > 1 and not (by_task or self.blc_alpha),
+                len(self.tasks) > 1 and not self.goes_by_tasks,
                 f"tasks are given, and router={self.router!r} does not go by them",
             ),
             (
@@ -189,6 +188,11 @@ class Mixture(Method):
             (abs(self.blc_alpha) >= 1, f"blc_alpha={self.blc_alpha!r}: expected a number between -1 and 1"),
         ]
         return [problem for wrong, problem in found if wrong]
+
+    @property
+    def goes_by_tasks(self) -> bool:
+        """Whether forwards have to say tasks, where there are several."""
+        return self.router.startswith("task") or self.blc_alpha != 0
 
     @property
     def each(self) -> int:
