@@ -9,10 +9,11 @@ States are fields (m and v, or their codes and scales) in blocks of 256 elements
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reparam.optim.blockwise import BLOCK, codebook, dequantise, quantise
 from reparam.optim.flat import Field
@@ -103,3 +104,23 @@ def adamw_(
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+
+
+def narrowed(state: Mapping[str, Tensor], dim: int, index: Tensor, *, bits: int) -> dict[str, Tensor]:
+    """A parameter's saved state when only `index` [N] of its dimension `dim` is left; 8 bits are rounded anew."""
+    index = index.cpu()
+    if bits == 32:
+        return {key: value.index_select(dim, index) if value.ndim else value for key, value in state.items()}
+    found = {"step": state["step"]}
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes, scales = state[name], state[f"{name}_scale"]
+        book = codebook(signed=name == "exp_avg")
+        rest = len(scales) * BLOCK - codes.numel()
+        blocks = nn.functional.pad(codes.flatten(), (0, rest)).view(-1, BLOCK)
+        values = dequantise(blocks, scales[:, None], book).flatten()[: codes.numel()].view(codes.shape)
+        left = values.index_select(dim, index)
+        padded = nn.functional.pad(left.flatten(), (0, -left.numel() % BLOCK)).view(-1, BLOCK)
+        new, new_scales = quantise(padded, book)
+        found[name] = new.flatten()[: left.numel()].view(left.shape)
+        found[f"{name}_scale"] = new_scales.flatten()
+    return found

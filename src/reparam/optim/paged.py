@@ -10,20 +10,20 @@ change a bit of the result.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reparam.optim.adamw import FIELDS, States, adamw_, make_states
+from reparam.narrow import Cuts
+from reparam.optim.adamw import FIELDS, States, adamw_, make_states, narrowed
 from reparam.optim.blockwise import BLOCK
+from reparam.optim.checks import check_group, check_pages, kind_of
 from reparam.optim.flat import Flat, Piece
 from reparam.optim.pager import Pager, Paging
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -73,7 +73,7 @@ class PagedAdamW(torch.optim.Optimizer):
         page: int = 2**20,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        _check_pages(bits, budget, page, folder)
+        check_pages(bits, budget, page, folder)
         self.bits, self._folder = bits, folder
         self._flat = Flat(FIELDS[bits], page=page)
         self._slots = None if budget is None else budget // self._flat.page
@@ -95,7 +95,7 @@ class PagedAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            check_group(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -172,7 +172,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if there != here:
             raise ValueError(f"the saved state has groups of {there} parameters, and this optimiser of {here}")
         for group in saved:
-            _check_group({**group, "params": []})
+            check_group({**group, "params": []})
         ids = [i for group in saved for i in group["params"]]
         parameters = [p for group in groups for p in group["params"]]
         states = {p: state_dict["state"][i] for i, p in zip(ids, parameters, strict=True) if i in state_dict["state"]}
@@ -183,6 +183,18 @@ class PagedAdamW(torch.optim.Optimizer):
         self._pager = self._states = None
         if states:
             self._fill(states)
+
+    @contextlib.contextmanager
+    def narrowing(self, cuts: Cuts) -> Iterator[None]:
+        """Within it parameters become smaller; see `reparam.narrow`. Moments of 8 bits are rounded anew."""
+        saved, parameters = self.state_dict(), [p for group in self.param_groups for p in group["params"]]
+        yield
+        self._flat = Flat(self._flat.fields, page=self._flat.page)
+        for number, parameter in enumerate(parameters):
+            self._flat.add(parameter)
+            if parameter in cuts and number in saved["state"]:
+                saved["state"][number] = narrowed(saved["state"][number], *cuts[parameter], bits=self.bits)
+        self.load_state_dict(saved)
 
     def _fill(self, states: dict[Tensor, dict[str, Any]]) -> None:
         pager = self._ready(list(states))
@@ -257,8 +269,8 @@ class PagedAdamW(torch.optim.Optimizer):
         for name, tensor in own.items():
             if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"parameter {number}: the saved {name} is {_kind(state[name])}, and this optimiser's is "
-                    f"{_kind(tensor)}: it was saved with another model"
+                    f"parameter {number}: the saved {name} is {kind_of(state[name])}, and this optimiser's is "
+                    f"{kind_of(tensor)}: it was saved with another model"
                 )
 
 
@@ -271,41 +283,3 @@ def _runs(pieces: list[Piece]) -> list[list[Piece]]:
         else:
             runs.append([piece])
     return runs
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _check_pages(bits: int, budget: int | None, page: int, folder: str | os.PathLike[str] | None) -> None:
-    if bits not in FIELDS:
-        raise ValueError(f"bits is {bits!r}: 32 or 8")
-    block = sum(field.block_bytes for field in FIELDS[bits])
-    problems = []
-    if page < block:
-        problems.append(f"page is {page!r} bytes: at least {block}, the states of 256 elements at {bits} bits")
-    elif budget is not None and budget < page // block * block:
-        problems.append(
-            f"budget is {budget!r} bytes, below one page of {page // block * block}: raise it, or set a smaller page"
-        )
-    if folder is not None and not Path(folder).is_dir():
-        problems.append(f"folder {os.fspath(folder)!r} does not exist")
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    problems = [
-        f"{name} is {group[name]!r}: at least 0" for name in ("lr", "eps", "weight_decay") if not group[name] >= 0
-    ]
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        problems.append(f"betas is {group['betas']!r}: each from 0 to below 1")
-    problems += [f"{name} is not supported: leave it out" for name in ("amsgrad", "maximize") if group.get(name)]
-    for parameter in group["params"]:
-        if parameter.dtype not in _DTYPES or not parameter.is_contiguous():
-            kind = _kind(parameter) + ("" if parameter.is_contiguous() else ", not contiguous")
-            problems.append(
-                f"a parameter is {kind}: float32, bfloat16 or float16, contiguous; or use torch.optim.AdamW"
-            )
-    if problems:
-        raise ValueError("; ".join(problems))

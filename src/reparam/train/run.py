@@ -36,6 +36,7 @@ from reparam.train.config import Config, ConfigError, dump
 from reparam.train.plot import plot_losses
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
+from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def train(config: Config, *, show: Show) -> Result:
         plot_losses(history, folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
+        show.ended(job.adapter.finish())
         job.adapter.save(folder / "adapter")
         show.step("reading the saved adapter back and scoring it on held-out rows")
         difference = prove(job, folder / "adapter")
@@ -188,6 +190,8 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
     rows = run.batch_size * run.accumulation
     steps = run.max_steps if run.max_steps > 0 else max(1, math.ceil(len(job.train) / rows * run.epochs))
     tenth = max(1, steps // 10)
+    if job.adapter.controller is not None:
+        job.adapter.controller.plan(steps)  # refuses a schedule that does not fit before anything is computed
     arguments = TrainingArguments(
         output_dir=run.output,
         num_train_epochs=run.epochs,
@@ -244,7 +248,7 @@ class _Bind(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        self.adapter.bind(getattr(optimizer, "optimizer", optimizer))
+        self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the auxiliary losses beside the loss, which they are no part of."""
@@ -255,10 +259,14 @@ class _Bind(TrainerCallback):
 def _save(adapter: Adapter, folder: Path) -> None:
     """What a checkpoint holds of the adapter: its files, and its controller's state where it has one."""
     adapter.save(folder / "adapter")
+    if adapter.controller is not None:
+        write_tree(folder, "controller", adapter.controller.state_dict())
 
 
 def _load(adapter: Adapter, folder: Path) -> None:
     fill(adapter, files.read(folder / "adapter"), folder / "adapter")
+    if adapter.controller is not None:
+        adapter.controller.load_state_dict(read_tree(folder, "controller"))
 
 
 def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:

@@ -54,6 +54,11 @@ class Show:
         if rates:
             self.console.print(rates_table(rates))
 
+    def ended(self, early: str | None) -> None:
+        """What the method says of a run that ended before its schedule did."""
+        if early is not None:
+            self.console.print(f"[yellow]note[/yellow] {early}", highlight=False, soft_wrap=True)
+
     def step(self, text: str) -> None:
         """One line: what happens now."""
         self.console.print(f"[dim]{text} ...[/dim]", highlight=False, soft_wrap=True)

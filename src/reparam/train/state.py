@@ -88,7 +88,7 @@ def save_state(
         "progress": {"progress": progress, "scaler": scaler.state_dict() if scaler is not None else None},
     }
     for name, tree in trees.items():
-        _write_tree(Path(folder), name, tree)
+        write_tree(Path(folder), name, tree)
 
 
 def load_state(folder: str | os.PathLike[str]) -> State:
@@ -105,7 +105,7 @@ def load_state(folder: str | os.PathLike[str]) -> State:
             f"{path} lacks {', '.join(missing)}: without it training cannot continue where it stopped. "
             "Resume from another checkpoint, or start again"
         )
-    trees = {name: _read_tree(path, name) for name in _PARTS}
+    trees = {name: read_tree(path, name) for name in _PARTS}
     rest = trees["progress"]
     return State(trees["optimizer"], trees["scheduler"], trees["rng"], rest["progress"], rest["scaler"])
 
@@ -153,7 +153,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 # ---- trees
 
 
-def _write_tree(folder: Path, name: str, tree: Any) -> None:
+def write_tree(folder: Path, name: str, tree: Any) -> None:
+    """Write a state dict as `<name>.json` and `<name>.safetensors`. Raises StateError for what they cannot hold."""
     writer = _Writer(f"{name} state")
     encoded = writer.encode(tree, "")
     text = json.dumps({"format": FORMAT, "tensors": len(writer.tensors), "tree": encoded}, allow_nan=False)
@@ -162,7 +163,10 @@ def _write_tree(folder: Path, name: str, tree: Any) -> None:
         save_file(writer.tensors, folder / f"{name}.safetensors")
 
 
-def _read_tree(folder: Path, name: str) -> Any:
+def read_tree(folder: Path, name: str) -> Any:
+    """Read what `write_tree` wrote, tensors on the CPU. Raises StateError where it is missing or cannot be read."""
+    if not (folder / f"{name}.json").is_file():
+        raise StateError(f"{folder} lacks {name}.json: without it training cannot continue where it stopped")
     file, beside = inside(folder, f"{name}.json"), folder / f"{name}.safetensors"
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
