@@ -8,14 +8,15 @@ Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.base import Factors, InputDependentError, Role, Site, Update, Weight
-from reparam.methods.mixture import experts, losses
+from reparam.methods.mixture import experts
+from reparam.methods.mixture.auxiliary import attached
 from reparam.methods.mixture.common import Common, Forward, key
 from reparam.methods.mixture.routers import Router
 from reparam.methods.mixture.select import Choice, choose
@@ -93,14 +94,14 @@ class MixtureUpdate(Update):
             length = g.to(y.dtype) @ self.vectors.to(y.dtype)
             y = y * length
             y = y if bias is None else y + bias.to(y.dtype)
-            return self._with_losses(y, x, choice)
+            return attached(y, x, choice, self)
         choice = self.choice(x)
         rows = x.reshape(-1, x.shape[-1])  # [T, I]
         lead = x.shape[:-1]
         g = now.spread(choice.weights, lead)
         g = g[None] if g.ndim == 1 else g.expand(*lead, -1).reshape(-1, g.shape[-1])
         y = self._low_rank(rows, g, choice, weight, bias)
-        return self._with_losses(y.view(*lead, weight.out_features), x, choice)
+        return attached(y.view(*lead, weight.out_features), x, choice, self)
 
     def _low_rank(self, rows: Tensor, g: Tensor, choice: Choice, weight: Weight, bias: Tensor | None) -> Tensor:
         """rows [T, I], weights [T, N] or [1, N] -> [T, O]."""
@@ -195,53 +196,11 @@ class MixtureUpdate(Update):
             )
         return now.kept[name]
 
-    # ---- losses
-
     def _depends(self) -> bool:
         """Whether an output depends on more than the input: on tasks, prompts, or masks."""
         router = self.router if self.router is not None else self.common.routers[key(self.scope)]
         reads = router.reads
         return reads == "sequence" or (reads == "tasks" and len(self.method.tasks) > 1) or bool(self.method.losses)
-
-    def _with_losses(self, y: Tensor, x: Tensor, choice: Choice) -> Tensor:
-        """y, whose backward also sends the auxiliary losses' gradients; in training alone."""
-        method, now = self.method, self.common.now
-        if not (method.losses and self.training and torch.is_grad_enabled()):
-            return y
-        for name, factor in method.losses.items():
-            loss = self._loss(name, x, choice) if factor else None
-            if loss is not None:
-                now.losses[name, self.site] = loss.detach()
-                if loss.requires_grad:
-                    y = _Attached.apply(y, loss, factor * now.share)
-        return y
-
-    def _loss(self, name: str, x: Tensor, choice: Choice) -> Tensor | None:
-        """One auxiliary loss; None where another site of the scope has it."""
-        now, lead = self.common.now, x.shape[:-1]
-        by_token = choice.p.shape[:-1] == lead
-        valid = now.valid(lead) if by_token else None
-        if name == "contrastive":
-            used = choice.used.expand(*lead, -1) if by_token else now.spread(choice.used, lead).expand(*lead, -1)
-            valid = now.valid(lead)
-            used = used if valid is None else used & valid.unsqueeze(-1)
-            rows = x.reshape(-1, x.shape[-1])
-            A, B = self.A.to(rows.dtype), self.B.to(rows.dtype)
-            pairs = experts.some_outputs(
-                rows, A, B, used.reshape(len(rows), -1), self.ranks, self.method.contrastive_pairs
-            )
-            return losses.contrastive(*pairs, temperature=self.method.contrastive_temperature)
-        if not self.leads:
-            return None
-        if name == "switch_balance":
-            return losses.switch_balance(choice.p, choice.used, valid)
-        if name == "mole_balance":
-            return losses.mole_balance(choice.p, valid)
-        if name == "router_z":
-            return losses.router_z(choice.logits, valid)
-        p = now.by_row(choice.p) if by_token else choice.p
-        rows_valid = None if valid is None else valid.reshape(p.shape[:-1])
-        return losses.loramoe_blc(p, rows_valid, now.tasks if self.method.blc_alpha else None, self.method.blc_alpha)
 
     # ---- the normal form
 
@@ -295,19 +254,6 @@ class MixtureUpdate(Update):
 SPARSE_TOKENS = 64
 SPARSE_RANKS = 64
 """From how many tokens, and idle ranks, on each expert runs over its own tokens alone."""
-
-
-class _Attached(torch.autograd.Function):
-    """y, as it is. In the backward pass the loss gets its factor as gradient, whatever y's gradient is."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:
-        ctx.factor, ctx.like = factor, loss.detach()
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        return g, torch.ones_like(ctx.like) * ctx.factor, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
