@@ -191,6 +191,50 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
             model(nexts, past_key_values=copied)
 
 
+# ---- two passes
+
+
+def test_xlora_weighs_by_the_hidden_states_of_the_base() -> None:
+    """Written out: the gates from the plain model's last hidden states; a base of one expert is that LoRA."""
+    model, adapter = adapted("xlora")
+    with torch.no_grad():
+        hidden = models.llama()(IDS, output_hidden_states=True).hidden_states[-1]
+    logits(model)
+    router = adapter.shared.routers["model"]
+    expected = torch.softmax(hidden @ router.weight.t() + router.bias, -1)
+    for update in adapter.updates.values():
+        assert error(update.choice(torch.zeros(3, 7, 1)).weights, expected) < 1e-5
+
+
+def test_xlora_searches_with_beams_as_without_a_cache() -> None:
+    model, _ = adapted("xlora")
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    found = [model.generate(IDS, attention_mask=MASK, use_cache=cache, **settings) for cache in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_xlora_refuses_a_cache_that_was_cut_and_a_layer_alone() -> None:
+    from transformers import DynamicCache
+
+    model, adapter = adapted("xlora")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        cache.crop(-2)
+        with pytest.raises(ValueError, match="the cache holds 5 tokens, and the first pass has seen 7"):
+            model(IDS[:, 5:], past_key_values=cache)
+    assert not adapter.shared.silent
+    fresh, _ = adapted("xlora")
+    with pytest.raises(RuntimeError, match="needs a forward of the whole model"):
+        fresh.model.layers[0].mlp.up_proj(torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="no plain sites"):
+        METHODS["xlora"](plain="q_proj", frozen=False)
+    other = models.llama()
+    reparam.attach(other, METHODS["xlora"](n=2, r=2, frozen=False), targets=["down_proj"])
+    with pytest.raises(ValueError, match="width of the first site's input, 48"):
+        logits(other)
+
+
 # ---- gradient checkpointing
 
 

@@ -11,6 +11,7 @@ from reparam.methods.mixture.presets import (
     MoV,
     Poly,
     TaskGated,
+    XLoRA,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "MoV",
     "Poly",
     "TaskGated",
+    "XLoRA",
 ]

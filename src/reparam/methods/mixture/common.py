@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reparam.base import nearest
 from reparam.methods.mixture.routers import Router
 from reparam.methods.mixture.select import Choice
+from reparam.methods.mixture.two_pass import FirstPass
 
 Tasks = int | str | Sequence[int | str] | Tensor
 COLUMN = "task"
@@ -51,6 +52,8 @@ class Forward:
     experts: Tensor | None = None
     share: Tensor | float = 1.0
     """Factor of auxiliary losses: the part that this forward's loss has in the optimiser's step."""
+    hidden: Tensor | None = None
+    """[B, L, H], the base's last hidden states."""
     kept: dict[str, Choice] | None = None
     """Gates of whole sequences, kept with the cache that the model was called with."""
     continues: bool = False
@@ -83,6 +86,8 @@ class Forward:
             return gates.view(rows, *[1] * (len(lead) - 1), -1)
         if gates.ndim == 2 and len(lead) == 1 and self.tokens is not None and lead[0] == rows * self.tokens:
             return gates.repeat_interleave(self.tokens, 0)
+        if gates.shape[:-1].numel() == lead.numel():
+            return gates.reshape(*lead, -1)
         raise ValueError(
             f"gates of shape {list(gates.shape)} do not fit an activation of shape {[*lead, '...']}: its rows cannot "
             f"be told apart, or it is another sequence than the one the gates are of"
@@ -158,6 +163,8 @@ class Common(nn.Module):
         self.n = n
         self.given = Given()
         self.now = Forward()
+        self.first_pass = FirstPass()
+        self.silent = False  # while the first pass runs, sites are the base
         self.kept: weakref.WeakKeyDictionary[Any, dict[str, Choice]] = weakref.WeakKeyDictionary()
 
     def numbers(self, tasks: Tasks | None) -> Tensor | None:
@@ -198,6 +205,8 @@ class Common(nn.Module):
         Raises ValueError for tasks that do not exist or are not as many as there are rows, and for a cache with tokens
         that this adapter has not seen.
         """
+        if self.silent:
+            return None
         given = self.given
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
         batch = next((x for x in named if isinstance(x, Tensor)), None)
@@ -226,6 +235,12 @@ class Common(nn.Module):
         if hasattr(cache, "get_seq_length"):
             self.now.continues = cache.get_seq_length() > 0
             self.now.kept = self.kept.get(cache) if self.now.continues else self.kept.setdefault(cache, {})
+        if any(router.reads == "hidden" for router in self.routers.values()):
+            self.silent = True
+            try:
+                self.now.hidden = self.first_pass(model, args, kwargs)
+            finally:
+                self.silent = False
         if COLUMN not in kwargs:
             return None
         return args, {name: value for name, value in kwargs.items() if name != COLUMN}

@@ -28,7 +28,7 @@ from reparam.methods.mixture.select import GATES, SELECTS
 from reparam.methods.mixture.update import MixtureUpdate
 
 KINDS = ("low_rank", "shared_a", "vectors")
-ROUTERS = ("static", "task_embedding", "task_logits", "token", "sequence")
+ROUTERS = ("static", "task_embedding", "task_logits", "token", "sequence", "two_pass")
 SCOPES = ("module", "layer", "block", "model")
 LOSSES = ("switch_balance", "mole_balance", "loramoe_blc", "router_z", "contrastive")
 _CHOICES = {
@@ -81,7 +81,7 @@ class Mixture(Method):
     frozen: bool = False
     """Train the router alone."""
     router: str = "token"
-    """What the weights depend on: static, task_embedding, task_logits, token or sequence."""
+    """What the weights depend on: static, task_embedding, task_logits, token, sequence or two_pass."""
     scope: str = "module"
     """Where weights are the same: module, layer, block or model."""
     route_on: str = "input"
@@ -171,6 +171,10 @@ class Mixture(Method):
             (
                 self.route_on == "activation" and (self.kind != "vectors" or self.scope != "module" or not looks),
                 "route_on='activation' is for vectors whose router looks at the tokens of its own module",
+            ),
+            (
+                self.router == "two_pass" and (self.scope != "model" or bool(self.plain)),
+                "router='two_pass' has the scope model, and no plain sites: its first pass is the base alone",
             ),
             (self.combine == "factor" and self.kind != "low_rank", f"combine='factor' has no meaning for {self.kind}"),
             (self.frozen and self.kind != "low_rank", "frozen experts are low-rank adapters from folders"),
@@ -289,6 +293,8 @@ class Mixture(Method):
                 return routers.TaskEmbedding(len(self.tasks), n, self.task_width, std=std, generator=generator)
             case "task_logits":
                 return routers.TaskLogits(len(self.tasks), n, std=std, generator=generator)
+            case "two_pass":
+                return routers.TwoPass(site.in_features, n, bias=self.router_bias, std=std, generator=generator)
             case "token":
                 width = site.out_features if self.route_on == "activation" else site.in_features
                 return routers.Token(width, n, bias=self.router_bias, std=std, generator=generator)

@@ -153,3 +153,19 @@ class HydraLoRA(Mixture):
     alpha: float = 32.0
     dropout: float = 0.05
     kind: str = "shared_a"
+
+
+@method("xlora")
+@dataclasses.dataclass(frozen=True)
+class XLoRA(Mixture):
+    """X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148): finished LoRAs, weighed by the base's hidden states.
+
+    Two passes for each forward, in generation too. One set of weights for all modules; the head is one linear map.
+    """
+
+    examples: ClassVar[Examples] = ()
+
+    frozen: bool = True
+    router: str = "two_pass"
+    router_bias: bool = True
+    scope: str = "model"

@@ -4,6 +4,7 @@
     task_embedding   the task: W e_t (MOELoRA, Liu et al. 2023, §4)          [N], or [B, N] for a task per row
     task_logits      the task: a row of logits for each (Polytropon)         the same
     token            each token's vector: W z + b                            [..., N]
+    two_pass         the last hidden state of each token in a forward of the base (X-LoRA): W z + b       [B, L, N]
     sequence         the mean of a sequence's vectors, of length 1 (MoLE)    [B, N]
 
 Everything is computed in float32 or more, under autocast too. I is the width of what is read, T the number of tasks.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Reads = Literal["nothing", "tasks", "token", "sequence"]
+Reads = Literal["nothing", "tasks", "token", "sequence", "hidden"]
 
 
 class Router(nn.Module):
@@ -74,7 +75,7 @@ class TaskLogits(Router):
 class Token(Router):
     """W z + b of each token, W and b as `nn.Linear` draws them."""
 
-    reads = "token"
+    reads: ClassVar[Reads] = "token"
 
     def __init__(self, width: int, n: int, *, bias: bool, std: float | None, generator: torch.Generator) -> None:
         super().__init__()
@@ -86,6 +87,12 @@ class Token(Router):
         """z [..., I] -> [..., N]."""
         with torch.autocast(z.device.type, enabled=False):
             return F.linear(_wide(z), _wide(self.weight), None if self.bias is None else _wide(self.bias))
+
+
+class TwoPass(Token):
+    """W z + b of the base's last hidden states."""
+
+    reads = "hidden"
 
 
 class Sequence(Router):

@@ -85,6 +85,8 @@ class MixtureUpdate(Update):
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> the frozen map of x and the experts' part, [..., O]."""
         method, now = self.method, self.common.now
+        if self.common.silent:
+            return weight(x, bias)
         if self._depends():
             now.recompute(self.site)
         if method.kind == "vectors":
@@ -145,6 +147,8 @@ class MixtureUpdate(Update):
             return self._chosen(router(), now)
         if router.reads == "tasks":
             return self._chosen(router(common.task_ids()), now)
+        if router.reads == "hidden":
+            return self._chosen(router(self._hidden(now, router)), now)
         if router.reads == "sequence" and now.continues:
             return self._kept(now, name)
         if not self.leads:
@@ -160,6 +164,17 @@ class MixtureUpdate(Update):
         if self.router is None:
             now.gates[self.scope] = choice
         return choice
+
+    def _hidden(self, now: Forward, router: Router) -> Tensor:
+        width = router.weight.shape[1]  # type: ignore[index]
+        if now.hidden is None:
+            raise RuntimeError(f"{self.site}: router 'two_pass' needs a forward of the whole model")
+        if now.hidden.shape[-1] != width:
+            raise ValueError(
+                f"router 'two_pass' was made for the width of the first site's input, {width}, and the last hidden "
+                f"states have {now.hidden.shape[-1]}; choose targets whose first site reads the residual stream"
+            )
+        return now.hidden
 
     def _chosen(self, logits: Tensor, now: Forward) -> Choice:
         method = self.method
@@ -200,7 +215,11 @@ class MixtureUpdate(Update):
         """Whether an output depends on more than the input: on tasks, prompts, or masks."""
         router = self.router if self.router is not None else self.common.routers[key(self.scope)]
         reads = router.reads
-        return reads == "sequence" or (reads == "tasks" and len(self.method.tasks) > 1) or bool(self.method.losses)
+        return (
+            reads in ("sequence", "hidden")
+            or (reads == "tasks" and len(self.method.tasks) > 1)
+            or bool(self.method.losses)
+        )
 
     # ---- the normal form
 
@@ -234,7 +253,7 @@ class MixtureUpdate(Update):
                 raise InputDependentError(f"{self.site}: router {method.router!r} goes by the task: {error}") from None
         else:
             raise InputDependentError(
-                f"{self.site}: router {method.router!r} gives each {router.reads} weights of its own, so that no one "
+                f"{self.site}: router {method.router!r} gives weights by what it reads in the input, so that no one "
                 f"matrix stands for the mixture; keep the adapter apart"
             )
         chosen = choose(
