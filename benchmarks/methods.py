@@ -1,0 +1,275 @@
+"""Which method, at equal parameters: LoRA, LoRA+, DoRA, AdaLoRA, each on a dense and on an NF4 base, full fine-tuning.
+
+Three tasks over the embedded model: `signatures` (a function's signature -> its argument names), `docstring` (the same
+question -> the first word of its docstring) and `reference` (text). Each method's learning rate is tuned on one grid
+that is the same for all, by the held-out loss of a seed of its own; a rate of the dense version serves the NF4 version
+too. Then five other seeds, each of which draws the adapter's start and the order of the rows. A run is a plain loop:
+AdamW, warm-up over a tenth of the steps and a linear fall, gradients clipped at 1.
+
+A run whose figures are in the output folder already is not repeated. `methods_report.py` makes the table and the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reparam
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.hf import load_base, load_tokenizer
+from reparam.inspect.geometry import geometry, of_update
+from reparam.optim import lora_plus
+from reparam.train.score import token_losses
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "assets/tiny-python"
+TASKS = ("signatures", "docstring", "reference")
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATIO = 16.0
+TUNING, SEEDS = 100, range(5)
+R, ALPHA = 8, 16
+METHODS = ("full", "lora", "lora_plus", "dora", "adalora", "qlora", "qlora_plus", "qdora", "qadalora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How long and how large a run is."""
+
+    steps: int = 80
+    rows: int = 8
+    length: int = 128
+    held_out: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Where its figures are."""
+        return f"{self.task}-{self.method}-{self.rate:g}-{self.seed}.json"
+
+
+def method_of(name: str, seed: int) -> reparam.LoRA | reparam.AdaLoRA:
+    """The configuration behind a name. AdaLoRA's budget at the end is that of rank R at every site."""
+    kind = name.removeprefix("q")
+    if kind == "dora":
+        return reparam.DoRA(r=R, alpha=ALPHA, seed=seed)
+    if kind == "adalora":
+        return reparam.AdaLoRA(init_r=R * 3 // 2, target_r=R, alpha=ALPHA * 3 // 2, seed=seed)
+    return reparam.LoRA(r=R, alpha=ALPHA, seed=seed)
+
+
+@functools.cache
+def base(storage: str) -> nn.Module:
+    """The embedded model, in eval mode."""
+    model = load_base(str(BASE), dtype="float32")
+    if storage != "dense":
+        reparam.pack(model, storage)
+    return model.eval()
+
+
+@functools.cache
+def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encoded]:
+    """Training rows, the held-out rows that rates are tuned on, and those that are reported."""
+    tokenizer = load_tokenizer(str(BASE))
+    place = ROOT / "assets/tasks" if (ROOT / "assets/tasks" / task).exists() else folder / "tasks"
+    sides = (read_rows(str(place / task / f"{side}.jsonl")) for side in ("train", "valid", "test"))
+    cut = (next(sides), *(rows[: sizes.held_out] for rows in sides))
+    train, valid, test = (encode(rows, tokenizer, max_length=sizes.length) for rows in cut)
+    return train, valid, test
+
+
+def batches(train: Encoded, sizes: Sizes, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Padded batches, the rows in the order of the seed."""
+    collate = Collator(padding_id(load_tokenizer(str(BASE))))
+    order = list(range(len(train)))
+    draw = random.Random(seed)
+    queue: list[int] = []
+    while True:
+        if len(queue) < sizes.rows:
+            draw.shuffle(order)
+            queue += order
+        chosen, queue = queue[: sizes.rows], queue[sizes.rows :]
+        made = collate([train[i] for i in chosen])
+        yield {key: made[key] for key in ("input_ids", "attention_mask", "labels")}
+
+
+def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, torch.optim.Optimizer]:
+    """A model that trains as the job says, and its optimiser, bound."""
+    model = copy.deepcopy(base("nf4" if job.method.startswith("q") else "dense"))
+    if job.method == "full":
+        model.requires_grad_()
+        return model, None, torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.0)
+    adapter = reparam.attach(model, method_of(job.method, job.seed))
+    groups: Iterable[Any] = adapter.parameters()
+    if job.method.endswith("lora_plus"):
+        groups = lora_plus(adapter.named_parameters(), adapter.sites, lr=job.rate, ratio=RATIO)
+    optimizer = torch.optim.AdamW(groups, lr=job.rate, weight_decay=0.0)
+    adapter.bind(optimizer, total_steps=steps)
+    return model, adapter, optimizer
+
+
+def score(model: nn.Module, encoded: Encoded) -> dict[str, float]:
+    """Bits per byte of texts; else nats per answer token, and the share of answers that greedy decoding gets right."""
+    tokenizer = load_tokenizer(str(BASE))
+    nats, tokens = token_losses(model, encoded, tokenizer, batch=16)
+    size = float(encoded.text_bytes.sum())
+    if size:
+        return {"bits": float(nats.sum()) / size / 0.6931471805599453}
+    return {"loss": float(nats.sum() / tokens.sum()), "exact": exact(model, encoded)}
+
+
+@torch.no_grad()
+def exact(model: nn.Module, encoded: Encoded) -> float:
+    """The share of rows whose every answer token is the most likely one after those before it: greedy decoding's."""
+    collate = Collator(padding_id(load_tokenizer(str(BASE))))
+    model.eval()
+    right = 0
+    for start in range(0, len(encoded), 16):
+        made = collate([encoded[i] for i in range(start, min(start + 16, len(encoded)))])
+        labels = made["labels"][:, 1:]
+        found = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits[:, :-1].argmax(-1)
+        right += int(((found == labels) | (labels == -100)).all(1).sum())
+    return right / len(encoded)
+
+
+def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, float, float]]:
+    """Site, ΔM and ΔD of every matrix that adapters go on."""
+    if adapter is not None:
+        return [
+            (path, *of_update(module.weight, adapter.updates[path].factors(module.weight)))
+            for path, module in adapter.modules.items()
+        ]
+    before = dict(base("dense").named_modules())
+    return [
+        (path, *geometry(before[path].weight, module.weight))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "lm_head" not in path
+    ]
+
+
+def run(job: Job, folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Train, score, and keep the figures."""
+    file = folder / "runs" / job.file
+    if file.exists():
+        return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    train, valid, test = data(folder, job.task, sizes)
+    model, adapter, optimizer = started(job, sizes.steps)
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    warm = max(1, sizes.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / warm, (sizes.steps - t) / (sizes.steps - warm))
+    )
+    begun, losses, halfway = time.perf_counter(), [], []
+    model.train()
+    for step, batch in zip(range(sizes.steps), batches(train, sizes, job.seed), strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(own, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step + 1 == sizes.steps // 2 and not job.method.startswith("q"):
+            halfway = moved(model, adapter)
+    found = {
+        **dataclasses.asdict(job),
+        "parameters": sum(p.numel() for p in own),
+        "valid": score(model, valid),
+        "test": score(model, test) if job.seed != TUNING else None,
+        "losses": losses,
+        "moved": [halfway, moved(model, adapter)],
+        "seconds": time.perf_counter() - begun,
+    }
+    if adapter is not None and hasattr(adapter.method, "init_r"):
+        found["ranks"] = {path: update.factors(m.weight).A.shape[0] for (path, m), update in zip(
+            adapter.modules.items(), adapter.updates.values(), strict=True)}  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.replace(file)
+    return found
+
+
+def held_out_loss(found: dict[str, Any]) -> float:
+    """What rates are chosen by."""
+    return next(iter(found["valid"].values()))
+
+
+def best_rates(folder: Path, methods: Iterable[str]) -> dict[tuple[str, str], float]:
+    """For each task and dense method the rate of the lowest held-out loss, of the runs that are there."""
+    best: dict[tuple[str, str], float] = {}
+    for task, method in itertools.product(TASKS, methods):
+        files = [folder / "runs" / Job(task, method, rate, TUNING).file for rate in RATES]
+        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        if runs:
+            best[task, method] = min(runs, key=held_out_loss)["rate"]
+    return best
+
+
+def everything(jobs: list[Job], folder: Path, sizes: Sizes, workers: int) -> None:
+    """Run what is not there yet, `workers` at a time, one thread each."""
+    left = [job for job in jobs if not (folder / "runs" / job.file).exists()]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for number, found in enumerate(pool.map(run, left, [folder] * len(left), [sizes] * len(left)), 1):
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in found["valid"].items())
+            where = f"{found['task']} {found['method']} rate {found['rate']:g} seed {found['seed']}"
+            print(f"{number}/{len(left)} {where}: {shown} ({found['seconds']:.0f} s)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("out/methods"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="two seeds of a few steps, to see that it runs")
+    given = parser.parse_args()
+    sizes = Sizes(steps=6, rows=2, held_out=4) if given.quick else Sizes()
+    seeds = SEEDS[:2] if given.quick else SEEDS
+    folder = given.output.resolve() / ("quick" if given.quick else "")
+    if not (folder / "tasks/docstring").exists():
+        script = [sys.executable, str(ROOT / "scripts/make_tasks.py"), str(folder / "tasks"), "--task", "docstring"]
+        subprocess.run(script, check=True)
+    dense = [method for method in METHODS if not method.startswith("q")]
+    tuning = [Job(task, method, rate, TUNING) for method in dense for task in TASKS for rate in RATES]
+    everything(tuning, folder, sizes, given.workers)
+    best = best_rates(folder, dense)
+    final = [
+        Job(task, method, best[task, method.removeprefix("q")], seed)
+        for method in METHODS
+        for seed in seeds
+        for task in TASKS
+    ]
+    everything(final, folder, sizes, given.workers)
+    print("\n    python benchmarks/methods.py && python benchmarks/methods_report.py")
+
+
+if __name__ == "__main__":
+    main()

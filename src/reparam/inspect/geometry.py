@@ -1,0 +1,59 @@
+"""How far training moved the magnitudes and the directions of a matrix (DoRA's paper, arXiv 2402.09353, §3.2).
+
+    ΔM = mean over n of | ‖w'_n‖ - ‖w_n‖ |        ΔD = mean over n of 1 - cos(w'_n, w_n)
+
+The w_n are the vectors of one axis: rows of W [O, I], an output feature each (`axis="output"`, as DoRA has them), or
+columns. The paper compares both over sites and checkpoints: full fine-tuning trades one for the other (correlation
+-0.62 there), LoRA moves both at once (+0.83), DoRA is between (-0.31).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reparam.base import Factors, Weight
+
+Axis = Literal["output", "input"]
+
+
+class Directions(NamedTuple):
+    """What happened to one matrix."""
+
+    magnitude: float
+    """ΔM, in the unit of W."""
+    direction: float
+    """ΔD, from 0 to 2."""
+
+
+def geometry(before: Tensor, after: Tensor, *, axis: Axis = "output") -> Directions:
+    """ΔM and ΔD between two matrices [O, I].
+
+    Vectors that are zero in either have no direction: they count for ΔM alone.
+
+    >>> geometry(torch.eye(2), 3 * torch.eye(2))
+    Directions(magnitude=2.0, direction=0.0)
+    """
+    dim = 1 if axis == "output" else 0
+    w, new = before.detach().double(), after.detach().double()
+    old_norm, new_norm = w.norm(dim=dim), new.norm(dim=dim)
+    alive = (old_norm > 0) & (new_norm > 0)
+    unit, moved = (t / n.where(alive, 1).unsqueeze(dim) for t, n in ((w, old_norm), (new, new_norm)))
+    turned = ((unit - moved).square().sum(dim) / 2)[alive]  # 1 - cos, without its cancellation
+    direction = float(turned.mean()) if len(turned) else 0.0
+    return Directions(float((new_norm - old_norm).abs().mean()), direction)
+
+
+def of_update(weight: Weight, factors: Factors, *, axis: Axis = "output") -> Directions:
+    """ΔM and ΔD that an update makes to its frozen matrix, whatever stores that."""
+    w = weight.tensor().detach().double()
+    return geometry(w, factors.apply(w), axis=axis)
+
+
+def correlation(found: Sequence[Directions]) -> float:
+    """Pearson's correlation of ΔM and ΔD over sites and checkpoints; NaN where there is none."""
+    pairs = torch.tensor([(d.direction, d.magnitude) for d in found], dtype=torch.float64)
+    return float(torch.corrcoef(pairs.t())[0, 1]) if len(pairs) > 1 else float("nan")
