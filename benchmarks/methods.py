@@ -53,10 +53,10 @@ METHODS = ("full", "lora", "lora_plus", "dora", "adalora", "qlora", "qlora_plus"
 class Sizes:
     """How long and how large a run is."""
 
-    steps: int = 80
+    steps: int = 60
     rows: int = 8
     length: int = 128
-    held_out: int = 200
+    held_out: int = 150
 
 
 @dataclasses.dataclass(frozen=True)
