@@ -163,7 +163,7 @@ def test_scattered_experts_equal_the_dense_mask(ranks: tuple[int, ...], case: st
     slots = torch.repeat_interleave(torch.arange(4), torch.tensor(ranks))
     leaves = [t.requires_grad_() for t in (x, A, B)]
     dense = y + 1.5 * experts.delta(x, A, choice.weights, slots) @ B.t()
-    sparse = experts.scatter(y.clone(), x, A, B, choice.weights, choice.used, ranks, 1.5)
+    sparse = experts.scatter(y.clone(), x, A, B, choice.weights, choice.counted, ranks, 1.5)
     assert error(sparse, dense) < 1e-12
     weights = random(tokens, 7)
     for one, other in zip(
@@ -189,7 +189,7 @@ def test_a_site_of_many_ranks_runs_scattered_and_gives_the_same() -> None:
     expected = model[0].weight(x, model[0].bias).flatten(0, 1)
     expected = expected + update.scale * experts.delta(x.flatten(0, 1), update.A, g, update.slots) @ update.B.t()
     assert error(model(x).flatten(0, 1), expected) < 1e-12
-    used = choice.used.flatten(0, 1).any(0)
+    used = choice.counted.flatten(0, 1).any(0)
     model(x).square().sum().backward()
     grads = update.A.grad.view(16, 8, 10).abs().amax((1, 2))
     assert torch.equal(grads > 0, used)

@@ -59,7 +59,7 @@ def test_top_k_weights_are_those_of_the_table(k: int, gate: str) -> None:
         for i in range(N):
             expected = {"prob": p[row, i], "renorm": p[row, i] / total, "ste": 1.0, "one": 1.0}[gate]
             assert float(choice.weights[row, i]) == pytest.approx(float(expected) if i in best else 0.0)
-            assert bool(choice.used[row, i]) == (i in best)
+            assert bool(choice.counted[row, i]) == (i in best)
 
 
 def test_ties_go_to_the_lower_number_always() -> None:
@@ -104,7 +104,7 @@ def test_permuting_experts_permutes_everything(order: list[int]) -> None:
     for settings in ({}, {"select": "sigmoid"}, {"select": "top_k", "k": 2, "gate": "renorm"}):
         one, other = choose(z, **settings), choose(z[:, order], **settings)
         assert torch.allclose(one.weights[:, order], other.weights)
-        assert losses.switch_balance(one.p, one.used) == pytest.approx(losses.switch_balance(other.p, other.used))
+        assert losses.switch_balance(one.p, one.counted) == pytest.approx(losses.switch_balance(other.p, other.counted))
 
 
 # ---- losses

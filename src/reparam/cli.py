@@ -171,6 +171,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[Path | None, typer.Option(help="Of a mixture: JSONL file of rows to see its routers on.")] = None,
 ) -> None:
     """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is packed.
 
@@ -178,7 +179,7 @@ def inspect(
     """
     from reparam.inspect.show import show
 
-    show(folder, base, console, json=json)
+    show(folder, base, console, json=json, probe=probe)
 
 
 @app.command()

@@ -9,17 +9,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.hf import load_base
+from reparam.context import tasks_of
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.hf import load_base, vocabulary
+from reparam.inspect.routing import routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
-from reparam.open import adapter_folder
+from reparam.open import adapter_folder, open_model
 from reparam.pack import PackReport, entries, reports, size
 
 
-def show(folder: Path, base: str | None, console: Console, *, json: bool = False) -> None:
+def show(folder: Path, base: str | None, console: Console, *, json: bool = False, probe: Path | None = None) -> None:
     """Print what an adapter holds or, of a model's folder, what is packed in it and what that takes.
 
-    Raises FormatError for a folder that holds neither whole.
+    With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
+    folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
     """
+    if probe is not None:
+        _show_routing(folder, base, probe, console, json=json)
+        return
     if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         _show_model(folder, console, json=json)
         return
@@ -27,7 +35,11 @@ def show(folder: Path, base: str | None, console: Console, *, json: bool = False
     if json:
         console.print_json(json_.dumps(dataclasses.asdict(summary)))
         return
-    settings = ", ".join(f"{key}={value}" for key, value in summary.settings.items() if value not in (None, {}))
+    settings = ", ".join(
+        f"{key}={value if not isinstance(value, dict) or len(value) < 5 else f'{len(value)} entries'}"
+        for key, value in summary.settings.items()
+        if value not in (None, {})
+    )
     console.print(
         f"[bold]{summary.method}[/bold] in {summary.format} format: {settings}", highlight=False, soft_wrap=True
     )
@@ -38,6 +50,24 @@ def show(folder: Path, base: str | None, console: Console, *, json: bool = False
         console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
+
+
+def _show_routing(folder: Path, base: str | None, probe: Path, console: Console, *, json: bool) -> None:
+    model, tokenizer, adapter = open_model(base, folder)
+    assert adapter is not None
+    encoded = encode(read_rows(probe), tokenizer, max_length=1024, vocab_size=vocabulary(model), tasks=tasks_of(model))
+    found = routing(adapter, encoded, tokenizer)
+    if json:
+        console.print_json(json_.dumps([dataclasses.asdict(use) for use in found]))
+        return
+    table = Table()
+    for column in ("router", "load", "mean weight", "entropy", "redundancy"):
+        table.add_column(column, justify="left" if column == "router" else "right", overflow="fold")
+    for use in found:
+        shares = (" ".join(f"{share:.2f}" for share in shares) for shares in (use.load, use.weight))
+        likeness = "-" if use.redundancy is None else f"{use.redundancy:.2f}"
+        table.add_row(use.scope, *shares, f"{use.entropy:.2f}", likeness)
+    console.print(table)
 
 
 def _show_model(folder: Path, console: Console, *, json: bool) -> None:

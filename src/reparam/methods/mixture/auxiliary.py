@@ -37,7 +37,7 @@ def _loss(name: str, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tensor |
     """One auxiliary loss; None where another site of the scope has it."""
     method, now, lead = site.method, site.common.now, x.shape[:-1]
     if name == "contrastive":
-        used = now.spread(choice.used, lead).expand(*lead, -1)
+        used = now.spread(choice.counted, lead).expand(*lead, -1)
         valid = now.valid(lead)
         used = used if valid is None else used & valid.unsqueeze(-1)
         rows = x.reshape(-1, x.shape[-1])
@@ -50,7 +50,7 @@ def _loss(name: str, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tensor |
     valid = now.valid(lead) if by_token else None
     match name:
         case "switch_balance":
-            return losses.switch_balance(choice.p, choice.used, valid)
+            return losses.switch_balance(choice.p, choice.counted, valid)
         case "mole_balance":
             return losses.mole_balance(choice.p, valid)
         case "router_z":

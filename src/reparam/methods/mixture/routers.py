@@ -54,8 +54,7 @@ class TaskEmbedding(Router):
 
     def forward(self, tasks: Tensor) -> Tensor:
         """Task numbers [...] -> [..., N]."""
-        with torch.autocast(tasks.device.type, enabled=False):
-            return F.linear(F.embedding(tasks, _wide(self.embedding)), _wide(self.weight))
+        return _exact(F.embedding(tasks, self.embedding), self.weight)
 
 
 class TaskLogits(Router):
@@ -85,8 +84,7 @@ class Token(Router):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [..., I] -> [..., N]."""
-        with torch.autocast(z.device.type, enabled=False):
-            return F.linear(_wide(z), _wide(self.weight), None if self.bias is None else _wide(self.bias))
+        return _exact(z, self.weight, self.bias)
 
 
 class TwoPass(Token):
@@ -111,10 +109,18 @@ class Sequence(Router):
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
         """z [B, L, I] and which of its positions count, mask [B, L] bool -> [B, N]."""
-        with torch.autocast(z.device.type, enabled=False):
-            kept = _wide(z).masked_fill(~mask.unsqueeze(-1), 0)
-            mean = kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-            return F.linear(F.normalize(mean, dim=-1, eps=1e-6), _wide(self.weight))
+        kept = _wide(z).masked_fill(~mask.unsqueeze(-1), 0)
+        mean = kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return _exact(F.normalize(mean, dim=-1, eps=1e-6), self.weight)
+
+
+def _exact(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z Wᵀ + b in float32 or more, under autocast too."""
+    device = z.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return F.linear(_wide(z), _wide(weight), None if bias is None else _wide(bias))
+    return F.linear(_wide(z), _wide(weight), None if bias is None else _wide(bias))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -34,8 +34,17 @@ class Choice(NamedTuple):
     """Probabilities, or normalised sigmoids; they sum to 1."""
     weights: Tensor
     """What the experts' outputs are multiplied by; 0 where an expert is not used."""
-    used: Tensor
-    """Where an expert counts as selected, bool: the chosen, or the most probable where all are used."""
+    chosen: Tensor | None
+    """Where an expert is used, bool; None where all are."""
+
+    def detached(self) -> Choice:
+        """The same, out of the graph."""
+        return Choice(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
+
+    @property
+    def counted(self) -> Tensor:
+        """Where an expert counts as selected, bool: the chosen, or the most probable where all are used."""
+        return most_probable(self.p, 1) if self.chosen is None else self.chosen
 
 
 def choose(
@@ -54,11 +63,11 @@ def choose(
     """
     if select == "sigmoid":
         p = sigmoid_normalised(logits, temperature=temperature, allowed=allowed, sample=sample)
-        return Choice(logits, p, p, p > 0)
+        return Choice(logits, p, p, None)
     p = softmax(logits, temperature=temperature, allowed=allowed)
-    used = most_probable(p, k if select == "top_k" else 1)
     if select == "softmax":
-        return Choice(logits, p, p, used)
+        return Choice(logits, p, p, None)
+    used = most_probable(p, k)
     if allowed is not None:
         used = used & allowed
     return Choice(logits, p, gated(p, used, gate), used)

@@ -113,7 +113,7 @@ class MixtureUpdate(Update):
         dropped = F.dropout(rows, method.dropout, self.training) if method.dropout else rows
         y = weight(rows, bias)
         if self._sparse(choice, len(rows)):
-            used = choice.used.reshape(-1, choice.used.shape[-1])
+            used = choice.counted.reshape(-1, method.n)
             return experts.scatter(y, dropped.to(dtype), A, B, g, used, self.ranks, self.scale)
         if method.kind == "shared_a":
             h = experts.shared(dropped, A, g)
@@ -126,9 +126,9 @@ class MixtureUpdate(Update):
     def _sparse(self, choice: Choice, tokens: int) -> bool:
         """Whether each expert runs over its own tokens alone: where that is fewer operations by far."""
         method = self.method
-        if torch.compiler.is_compiling() or method.select != "top_k" or method.kind != "low_rank":
+        if choice.chosen is None or torch.compiler.is_compiling() or method.kind != "low_rank":
             return False
-        per_token = choice.used.numel() == tokens * method.n
+        per_token = choice.chosen.numel() == tokens * method.n
         return (
             per_token and tokens >= SPARSE_TOKENS and sum(self.ranks) * (method.n - method.k) >= SPARSE_RANKS * method.n
         )
@@ -160,7 +160,7 @@ class MixtureUpdate(Update):
             logits = router(by_row, now.pool(by_row.shape[:-1], self.method.pool, z.device))
             choice = self._chosen(logits[0] if z.ndim == 1 else logits, now)
             if now.kept is not None:
-                now.kept[name] = Choice(*(part.detach() for part in choice))
+                now.kept[name] = choice.detached()
         if self.router is None:
             now.gates[self.scope] = choice
         return choice

@@ -1,0 +1,142 @@
+"""How a mixture uses its experts on a file of rows: shares, entropy, and how alike the experts are, by router.
+
+    load        each expert's share of the tokens that select it (the most probable one counts where all are used)
+    weight      each expert's mean probability
+    entropy     of the probabilities of a token, mean, over log N: 1 is undecided, 0 always certain
+    redundancy  mean cosine of the changes of two experts, over pairs and sites of the router: 1 is N times one expert
+
+Padding is left out. A router that gives every token the same weights counts once for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.context import told
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.handle import Adapter
+from reparam.methods.mixture.update import MixtureUpdate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterUse:
+    """What one router did."""
+
+    scope: str
+    """Path of the module, layer or block; "model" for all of it."""
+    load: tuple[float, ...]
+    weight: tuple[float, ...]
+    entropy: float
+    redundancy: float | None
+    """None for a single expert."""
+
+
+@torch.no_grad()
+def routing(
+    adapter: Adapter, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int = 16
+) -> tuple[RouterUse, ...]:
+    """Run the selected mixture over the examples and say what each of its routers did.
+
+    Raises ValueError where the adapter is no mixture.
+    """
+    updates = {path: u for path, u in adapter.updates.items() if isinstance(u, MixtureUpdate)}
+    if not updates:
+        raise ValueError(f"adapter {adapter.name!r} ({adapter.method.name}) is no mixture, so that nothing is routed")
+    leaders = {path: u for path, u in updates.items() if u.leads}
+    found = {path: _Counts(update.method.n) for path, update in leaders.items()}
+    hooks = [update.register_forward_hook(_noting(found[path])) for path, update in leaders.items()]
+    model = adapter.model
+    device, training = next(model.parameters()).device, model.training
+    collate = Collator(padding_id(tokenizer))
+    model.eval()
+    try:
+        for start in range(0, len(encoded), batch):
+            examples = collate([encoded[i] for i in range(start, min(start + batch, len(encoded)))])
+            with told(model, examples):
+                model(**{key: examples[key].to(device) for key in ("input_ids", "attention_mask")})
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return tuple(
+        found[path].summary(update.scope or "model", [u for u in updates.values() if u.scope == update.scope])
+        for path, update in leaders.items()
+    )
+
+
+class _Counts:
+    """Sums over tokens."""
+
+    def __init__(self, n: int) -> None:
+        self.used, self.p = torch.zeros(2, n, dtype=torch.float64)
+        self.entropy = self.tokens = 0.0
+
+    def add(self, used: Tensor, p: Tensor) -> None:
+        """Of tokens [T, N]."""
+        self.used += used.double().sum(0).cpu()
+        self.p += p.double().sum(0).cpu()
+        self.entropy += float(torch.special.entr(p.double()).sum())
+        self.tokens += len(p)
+
+    def summary(self, scope: str, updates: list[MixtureUpdate]) -> RouterUse:
+        """The shares."""
+        n, tokens = len(self.p), max(self.tokens, 1.0)
+        likeness = [_redundancy(update) for update in updates] if n > 1 else []
+        return RouterUse(
+            scope,
+            tuple((self.used / self.used.sum().clamp(min=1)).tolist()),
+            tuple((self.p / tokens).tolist()),
+            self.entropy / tokens / math.log(n) if n > 1 else 0.0,
+            sum(likeness) / len(likeness) if likeness else None,
+        )
+
+
+def _noting(counts: _Counts) -> Any:
+    """A forward hook of an update that adds up its choice for the valid tokens."""
+
+    def note(update: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(update, MixtureUpdate)
+        now = update.common.now
+        if update.common.silent:
+            return
+        x, weight, lead = args[0], args[1], output.shape[:-1]
+        choice = update.choice(weight(x) if update.method.route_on == "activation" else x)
+        valid = now.valid(lead)
+        keep = slice(None) if valid is None else valid.reshape(-1)
+        used, p = (
+            now.spread(part, lead).expand(*lead, -1).reshape(-1, part.shape[-1])[keep]
+            for part in (choice.counted, choice.p)
+        )
+        counts.add(used, p)
+
+    return note
+
+
+def _redundancy(update: MixtureUpdate) -> float:
+    """Mean cosine of two experts' changes; of low-rank ones from [R, R] products alone."""
+    inner = _inner(update)
+    norms = inner.diagonal().clamp(min=1e-30).sqrt()
+    cosines = inner / norms / norms[:, None]
+    n = len(inner)
+    return float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
+
+
+def _inner(update: MixtureUpdate) -> Tensor:
+    """Inner products of the experts' changes, [N, N]."""
+    n = update.method.n
+    if update.method.kind == "vectors":
+        moved = update.vectors.double() - 1
+        return moved @ moved.t()
+    A, B = update.A.double(), update.B.double()
+    A = A.repeat(n, 1) if update.method.kind == "shared_a" else A
+    products = (B.t() @ B) * (A @ A.t())  # [R, R]
+    owner = torch.nn.functional.one_hot(update.slots, n).double()
+    return owner.t() @ products @ owner
