@@ -1,7 +1,10 @@
 """AdaLoRA: the schedule, the importance, the choice; ranks that shrink for real; any optimiser and loop; PEFT."""
 
 import copy
+import io
+import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import IDS, logits
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reparam
@@ -23,6 +28,9 @@ from reparam.methods.adalora import SVDUpdate, components
 from reparam.methods.budget import Budget, Plan
 from reparam.methods.dora import DoRAUpdate
 from reparam.optim import PagedAdamW, lora_plus
+from reparam.train.config import resolve
+from reparam.train.run import train
+from reparam.train.show import Show
 
 SHORT = {"init_r": 4, "target_r": 2, "alpha": 64, "total_steps": 10, "tinit": 2, "tfinal": 3}
 OPTIMIZERS = {
@@ -566,3 +574,124 @@ def test_magnitudes_lie_over_it() -> None:
     expected = logits(model.eval())
     reparam.merge(model)
     assert (logits(model) - expected).abs().max() < 1e-4
+
+
+# ---- PEFT's files
+
+
+def shrunk(**settings: Any) -> tuple[Any, reparam.Adapter]:
+    """A model after a whole schedule, its sites of different ranks."""
+    make = settings.pop("make", models.llama)
+    model, adapter, _ = adapted(make(), **settings)
+    adapter.bind(optimizer := torch.optim.AdamW(adapter.parameters(), lr=3e-2))
+    for t in range(10):
+        step(model, optimizer, seed=t)
+    return model.eval(), adapter
+
+
+@pytest.mark.parametrize("make", [models.llama, models.gpt2])
+@pytest.mark.parametrize("target", [2, 0.5])
+def test_peft_computes_what_we_saved(make: Any, target: float, tmp_path: Path) -> None:
+    model, adapter = shrunk(make=make, target_r=target)
+    assert len(set(ranks(adapter))) > 1
+    expected = logits(model)
+    adapter.save(tmp_path / "out", format="peft")
+    judge = peft.PeftModel.from_pretrained(make(), str(tmp_path / "out")).eval()
+    assert (logits(judge) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    again = make()
+    found = reparam.load(again, tmp_path / "out")
+    assert found.tensors().keys() == adapter.tensors().keys()
+    assert all(torch.equal(found.tensors()[key], value) for key, value in adapter.tensors().items())
+    assert torch.equal(logits(again.eval()), expected)
+
+
+def test_we_compute_what_peft_trained_and_pruned(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, tinit=1, tfinal=3, total_step=8, lora_alpha=64, target_modules=["q_proj", "up_proj"]
+    )
+    judge = peft.get_peft_model(models.llama(), config)
+    optimizer = torch.optim.AdamW([p for p in judge.parameters() if p.requires_grad], lr=3e-2)
+    for t in range(8):
+        ids = torch.randint(0, 90, (2, 6), generator=torch.Generator().manual_seed(t))
+        judge(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        judge.base_model.update_and_allocate(t)
+        optimizer.zero_grad()
+    judge.save_pretrained(str(tmp_path / "out"))
+    model = models.llama()
+    adapter = reparam.load(model, tmp_path / "out")
+    assert sum(ranks(adapter)) == 8
+    expected = logits(judge.eval())
+    assert (logits(model.eval()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_peft_has_no_equal_of_is_refused(tmp_path: Path) -> None:
+    _, adapter, _ = adapted(magnitude=True)
+    with pytest.raises(reparam.FormatError, match="DoRA's magnitudes"):
+        adapter.requires_grad_(False).save(tmp_path / "a", format="peft")
+    adapter = reparam.attach(models.llama(), AdaLoRA(**SHORT), targets=["embed_tokens"])
+    with pytest.raises(reparam.FormatError, match=r"the embedding model\.embed_tokens"):
+        adapter.requires_grad_(False).save(tmp_path / "a", format="peft")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["rank_pattern"].update({next(iter(c["rank_pattern"])): [True]}), "its rank_pattern keeps 1 of 1"),
+        (lambda c: c.update(use_dora=True), "use_dora: PEFT's AdaLoRA has no magnitudes"),
+        (lambda c: c.update(target_r=9), "target_r=9 is above init_r=4"),
+        (lambda c: c.update(beta1=2.0), "beta1=2.0: expected a number between 0 and 1"),
+        (lambda c: c.update(surprise=1), "surprise = 1: unknown"),
+    ],
+)
+def test_damaged_files_of_peft_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    _, adapter = shrunk()
+    adapter.save(tmp_path / "out", format="peft")
+    file = tmp_path / "out" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(reparam.FormatError, match=message):
+        reparam.load(models.llama(), tmp_path / "out")
+
+
+# ---- the command line
+
+
+def test_reparam_train_gives_the_length_and_an_interrupted_run_is_the_same(tmp_path: Path) -> None:
+    """Resumed in the middle of the fall, and after the ranks are final."""
+    models.save_base(tmp_path / "base")
+    lines = (Path(__file__).parents[1] / "assets/tasks/signatures/train.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    common = {
+        "base.path": str(tmp_path / "base"),
+        "data.train": str(tmp_path / "rows.jsonl"),
+        "data.score_rows": 1,
+        "method.name": "adalora",
+        "method.init_r": 4,
+        "method.target_r": 2,
+        "optim.learning_rate": 0.03,
+        "run.max_steps": 8,
+        "run.batch_size": 2,
+        "run.save_every": 1,
+        "run.keep": 8,
+    }
+
+    def go(output: str) -> tuple[dict[str, Tensor], str]:
+        text = io.StringIO()
+        train(resolve(None, {**common, "run.output": str(tmp_path / output)}), show=Show(Console(file=text, width=200)))
+        return load_file(tmp_path / output / "adapter" / "adapter.safetensors"), text.getvalue()
+
+    whole, _ = go("whole")
+    assert sum(len(value) for key, value in whole.items() if key.endswith(".E")) == 28
+    for stop in (3, 6):
+        cut = tmp_path / f"cut{stop}"
+        cut.mkdir()
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", cut / f"checkpoint-{stop}")
+        found, text = go(cut.name)
+        assert f"continuing from {cut}/checkpoint-{stop}" in text
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], whole[key]) for key in whole)
+    short = {**common, "run.max_steps": 5, "method.tinit": 2, "method.tfinal": 3, "run.output": str(tmp_path / "short")}
+    with pytest.raises(ValueError, match="5 steps are too few for tinit=2 and tfinal=3"):
+        train(resolve(None, short), show=Show(Console(quiet=True)))

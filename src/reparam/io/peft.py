@@ -2,9 +2,9 @@
 
 Keys are `base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]; an embedding has
 `.lora_embedding_A` [R, V] and `.lora_embedding_B` [I, R], which are our B and A transposed. DoRA adds
-`.lora_magnitude_vector` [O]; on an embedding PEFT's has one for each column, which is not read. Nothing is folded into
-the factors: the scale stays in the configuration. What a file asks for beyond that is refused by name, never dropped
-(`peft_config.py`).
+`.lora_magnitude_vector` [O]; on an embedding PEFT's has one for each column, which is not read. AdaLoRA's files are in
+`peft_adalora.py`. Nothing is folded into the factors: the scale stays in the configuration. What a file asks for beyond
+that is refused by name, never dropped (`peft_config.py`).
 
 The format binds nothing: an edited lora_alpha, or weights of another training run with the same shapes, load without a
 complaint, and the base is named but not digested. Only what contradicts itself, or the model, can be refused.
@@ -21,9 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from reparam.base import Site
+from reparam.io import peft_adalora as adalora
 from reparam.io.native import FLOATS, pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_config import Honoured, parse
 from reparam.io.record import Base, FormatError, Record, listed
+from reparam.methods.adalora import AdaLoRA
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import LoRA
 
@@ -41,25 +43,30 @@ MAGNITUDE = ".lora_magnitude_vector"  # DoRA's, [O]
 def read(folder: Path) -> Record:
     """The adapter that PEFT saved in `folder`. Raises FormatError, naming the key, for what cannot be honoured."""
     file = folder / CONFIG
-    config = parse(read_json(file), file)
+    values = read_json(file)
+    own: adalora.Settings | None = None
+    if values.get("peft_type") == "ADALORA":
+        own, values = adalora.as_lora(values, file)
+    config = parse(values, file)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise FormatError(
             f"{folder}: adapter_model.bin is a pickle, which is never loaded; load it with PEFT and save it again, "
             f"which writes {WEIGHTS}"
         )
     raw = parse_tensors(read_bytes(folder / WEIGHTS), folder / WEIGHTS)
+    if own is not None:
+        raw, lambdas = adalora.split(raw, PREFIX)
     tensors, kinds, frozen, replaced = _sort(raw, config, folder / WEIGHTS)
-    sites = _sites(tensors, kinds, folder / WEIGHTS)
-    method = _method(config, sites, file)
-    wrong = [
-        f"{name}: rank {len(tensors[f'{name}.A'])} in {WEIGHTS}, {method.at(name)[0]} by r and rank_pattern"
-        for name in sites
-        if len(tensors[f"{name}.A"]) != method.at(name)[0]
-    ]
-    if wrong:
-        raise FormatError(
-            f"{file}: {listed(wrong)}; of several patterns that match, the first counts, and PEFT sorts them"
-        )
+    sites = _sites(tensors, kinds, folder / WEIGHTS, least=1 if own is None else 0)
+    lora = _method(config, sites, file)
+    method: LoRA | AdaLoRA = lora
+    ranks = {name: len(tensors[f"{name}.A"]) for name in sites}
+    if own is not None:
+        adalora.check(own, lambdas, ranks, folder / WEIGHTS)
+        tensors |= {f"{name}.E": value[:, 0] for name, value in lambdas.items()}
+        method = adalora.method_of(own, lora, ranks, file)
+    else:
+        _check_ranks(lora, ranks, file)
     if config.use_dora:
         moved = {f"{name}.{part}": f"{name}.low_rank.{part}" for name in sites for part in ("A", "B")}
         tensors = {moved.get(key, key): tensor for key, tensor in tensors.items()}
@@ -67,21 +74,40 @@ def read(folder: Path) -> Record:
     return Record(method, sites, tensors, replaced=tuple(replaced), base=base, frozen=frozen, claims=config)
 
 
+def _check_ranks(method: LoRA, ranks: dict[str, int], file: Path) -> None:
+    """Raise FormatError where weights have another rank than the settings say."""
+    wrong = [
+        f"{name}: rank {rank} in {WEIGHTS}, {method.at(name)[0]} by r and rank_pattern"
+        for name, rank in ranks.items()
+        if rank != method.at(name)[0]
+    ]
+    if wrong:
+        raise FormatError(
+            f"{file}: {listed(wrong)}; of several patterns that match, the first counts, and PEFT sorts them"
+        )
+
+
 def files(record: Record) -> dict[str, bytes]:
     """The two files' contents by name. Raises FormatError for what PEFT has no equal of."""
     method = record.method
-    if not isinstance(method, LoRA):
+    if not isinstance(method, LoRA | AdaLoRA):
         raise FormatError(f"PEFT has no equal of the method {method.name!r}; save with format='reparam'")
     dora = isinstance(method, DoRA)
     if isinstance(method, DoRA):
         _check_dora(method, record)
-    config = _config(method, record)
+    if isinstance(method, AdaLoRA):
+        lora = LoRA(r=method.init_r, alpha=method.alpha, dropout=method.dropout)
+        config = _config(lora, record) | adalora.config_of(method, record)
+    else:
+        config = _config(method, record)
     tensors: dict[str, Tensor] = {}
     for name, site in record.sites.items():
         for end, (kind, parameter, transposed) in PARTS.items():
-            if kind == site.kind:
+            if kind == site.kind and not isinstance(method, AdaLoRA):
                 tensor = record.tensors[f"{name}.low_rank.{parameter}" if dora else f"{name}.{parameter}"]
                 tensors[PREFIX + name + end] = tensor.t() if transposed else tensor
+        if isinstance(method, AdaLoRA):
+            tensors |= adalora.tensors_of(name, record, PREFIX)
         if dora:
             tensors[PREFIX + name + MAGNITUDE] = record.tensors[f"{name}.magnitude"]
         if f"{name}.bias" in record.tensors:
@@ -217,8 +243,11 @@ def _saved_module(path: str, config: Honoured) -> str | None:
     return next((m for i in range(1, len(parts)) if config.whole(m := ".".join(parts[:i]))), None)
 
 
-def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path) -> dict[str, Site]:
-    """The sites that the factors belong to. Raises FormatError for halves, and factors that do not fit each other."""
+def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path, *, least: int) -> dict[str, Site]:
+    """The sites that the factors belong to. Raises FormatError for halves, and factors that do not fit each other.
+
+    `least` is the lowest rank that there can be.
+    """
     if not kinds:
         raise FormatError(f"{file}: holds no LoRA factors")
     keys = {(kind, parameter): end for end, (kind, parameter, _) in PARTS.items()}
@@ -231,7 +260,12 @@ def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path) -> dic
     sites = {}
     for name, kind in kinds.items() if not problems else ():
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        if (
+            a.ndim != 2
+            or b.ndim != 2
+            or a.shape[0] != b.shape[1]
+            or min(a.shape[1], b.shape[0], a.shape[0] + 1 - least) < 1
+        ):
             problems.append(
                 f"{PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors of a matrix"
             )

@@ -88,7 +88,7 @@ class Honoured:
 def parse(config: dict[str, Any], file: Path) -> Honoured:
     """The keys that count. Raises FormatError that names each key which cannot be honoured."""
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA is")
+        raise FormatError(f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA and ADALORA are")
     fields = {field.name for field in dataclasses.fields(Honoured)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
     problems += [

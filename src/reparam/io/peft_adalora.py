@@ -1,0 +1,144 @@
+"""What PEFT's AdaLoRA files have that its LoRA files have not.
+
+Keys are `.lora_A` [R, I], `.lora_B` [O, R] and `.lora_E` [R, 1], without `.weight`; R is the rank that the site ended
+with, and may be 0. `rank_pattern` tells for each of the `init_r` components of a site whether it was kept. The scale is
+lora_alpha / (init_r + 1e-5), here as there. Everything else is read and written as for LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from reparam.io.plain import decode
+from reparam.io.record import FormatError, Record, listed
+from reparam.methods import patterns
+from reparam.methods.adalora import AdaLoRA
+from reparam.methods.lora import LoRA
+
+ENDS = {".lora_A": ".lora_A.weight", ".lora_B": ".lora_B.weight"}
+VALUES = ".lora_E"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys that LoRA's files have not, with PEFT's defaults."""
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815  (PEFT's spelling)
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+
+
+def as_lora(config: dict[str, Any], file: Path) -> tuple[Settings, dict[str, Any]]:
+    """AdaLoRA's own settings, and the rest as the configuration of a LoRA. Raises FormatError for what is neither."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = decode(Settings, {key: value for key, value in config.items() if key in names}, file)
+    if config.get("use_dora"):
+        raise FormatError(f"{file}: use_dora: PEFT's AdaLoRA has no magnitudes")
+    rest = {key: value for key, value in config.items() if key not in names and key != "use_rslora"}
+    return settings, {**rest, "peft_type": "LORA", "r": settings.init_r}
+
+
+def split(raw: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors under the keys of a LoRA's, and λ [R, 1] by site."""
+    rest, values = {}, {}
+    for key, tensor in raw.items():
+        if key.endswith(VALUES) and key.startswith(prefix):
+            values[key.removeprefix(prefix).removesuffix(VALUES)] = tensor
+        else:
+            end = next((end for end in ENDS if key.endswith(end)), "")
+            rest[key.removesuffix(end) + ENDS.get(end, "")] = tensor
+    return rest, values
+
+
+def check(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping[str, int], file: Path) -> None:
+    """Raise FormatError where λ, the factors and the pattern of kept components are not of one rank."""
+    kept = {name.removesuffix(VALUES): has for name, has in (settings.rank_pattern or {}).items()}
+    problems = [f"missing {name}{VALUES}" for name in ranks if name not in values]
+    problems += [f"{name}{VALUES} without factors" for name in values if name not in ranks]
+    for name in values.keys() & ranks.keys():
+        if values[name].shape != (ranks[name], 1):
+            problems.append(f"{name}{VALUES} has shape {list(values[name].shape)}, expected {[ranks[name], 1]}")
+        pattern = kept.get(name, [True] * settings.init_r)
+        if len(pattern) != settings.init_r or sum(pattern) != ranks[name]:
+            problems.append(
+                f"{name}: rank {ranks[name]} in the weights; its rank_pattern keeps {sum(pattern)} of {len(pattern)} "
+                f"components, with init_r {settings.init_r}"
+            )
+    if problems:
+        raise FormatError(f"{file}: {listed(problems)}")
+
+
+def method_of(settings: Settings, lora: LoRA, ranks: Mapping[str, int], file: Path) -> AdaLoRA:
+    """The method. Raises FormatError for settings that cannot be."""
+    changed = any(rank != settings.init_r for rank in ranks.values())
+    try:
+        return AdaLoRA(
+            init_r=settings.init_r,
+            target_r=settings.target_r,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            total_steps=settings.total_step,
+            tinit=settings.tinit,
+            tfinal=settings.tfinal,
+            delta_t=settings.deltaT,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            orth_weight=settings.orth_reg_weight,
+            rank_pattern=patterns.exactly(ranks) if changed else {},
+        )
+    except ValueError as error:
+        raise FormatError(f"{file}: {error}") from None
+
+
+def config_of(method: AdaLoRA, record: Record) -> dict[str, Any]:
+    """The keys that LoRA's configuration has not. Where the trainer gave the schedule, the file has one of one step."""
+    _check_written(method, record)
+    plan = method.plan(method.total_steps) if method.total_steps is not None else None
+    return {
+        "peft_type": "ADALORA",
+        "r": 8,  # PEFT warns of any other, and does not read it
+        "target_r": round(method.target_r),
+        "init_r": method.init_r,
+        "tinit": plan.tinit if plan else 0,
+        "tfinal": plan.tfinal if plan else 0,
+        "deltaT": method.delta_t,
+        "beta1": method.beta1,
+        "beta2": method.beta2,
+        "orth_reg_weight": method.orth_weight,
+        "total_step": plan.total if plan else 1,
+        "rank_pattern": {
+            f"{name}{VALUES}": [True] * (r := method.rank(name)) + [False] * (method.init_r - r)
+            for name in record.sites
+        },
+    }
+
+
+def tensors_of(name: str, record: Record, prefix: str) -> dict[str, Tensor]:
+    """One site's tensors by PEFT's keys."""
+    a, b, e = (record.tensors[f"{name}.{part}"] for part in "ABE")
+    return {f"{prefix}{name}{end}": t for end, t in ((".lora_A", a), (".lora_B", b), (VALUES, e[:, None]))}
+
+
+def _check_written(method: AdaLoRA, record: Record) -> None:
+    """Raise FormatError for what PEFT's AdaLoRA is not."""
+    problems = ["DoRA's magnitudes (magnitude)"] * method.magnitude
+    problems += [f"the embedding {name}" for name, site in record.sites.items() if site.kind != "linear"]
+    problems += [
+        f"rank {method.rank(name)} at {name}, above init_r"
+        for name in record.sites
+        if method.rank(name) > method.init_r
+    ]
+    if problems:
+        raise FormatError(f"PEFT has no equal of AdaLoRA with {listed(problems)}; save with format='reparam'")
