@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mov": {"n": 3},
     "molora": {"n": 3, "r": 2},
     "llava_mole": {"n": 3, "r": 2, "dropout": 0.0},
-    "moelora_contrastive": {"n": 4, "r": 2},
+    "moelora_contrastive": {"n": 4, "r": 2, "contrastive_warmup": 0.0},
     "mole": {"n": 3, "r": 2, "frozen": False, "pool": "all"},
     "xlora": {"n": 3, "r": 2, "frozen": False},
     "loramoe": {"n": 4, "r": 2, "dropout": 0.0},

@@ -393,6 +393,76 @@ def test_a_loss_counts_as_the_models_own_does() -> None:
     assert max(error(4 * p.grad, w + z) for p, w, z in zip(adapter.parameters(), whole, zero, strict=True)) < 1e-4
 
 
+def test_the_contrastive_loss_waits_for_outputs_to_compare() -> None:
+    """For a tenth of the steps, where their number is known; the count is in the controller's state."""
+    model, adapter = adapted("moelora_contrastive", contrastive_warmup=0.1)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-3)
+    adapter.bind(optimizer, total_steps=20)
+    model.train()
+    seen = []
+    for _ in range(4):
+        models.loss(model).backward()
+        seen.append("contrastive" in adapter.losses())
+        assert "switch_balance" in adapter.losses()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen == [False, False, True, True]
+    assert adapter.finish() is None
+    assert adapter.controller.state_dict() == {"steps": 4}
+
+    other, again = adapted("moelora_contrastive", contrastive_warmup=0.1)
+    other.train()
+    again.bind(torch.optim.SGD(again.parameters(), lr=1e-3), total_steps=20)
+    assert "begin after step 2, and there were 0 steps" in again.finish()
+    again.controller.load_state_dict({"steps": 2})
+    models.loss(other).backward()
+    assert "contrastive" in again.losses()
+    again.bind(torch.optim.SGD(again.parameters(), lr=1e-3))
+    assert again.finish() is None
+    assert adapted("moelora_contrastive", contrastive_warmup=0.0)[1].controller is None
+
+
+@pytest.mark.parametrize("tasks", [1, [2, 0, 1]])
+def test_an_encoder_and_a_decoder_know_their_tasks(tasks: Any) -> None:
+    """In generation the encoder is called without the model."""
+    model, _ = adapted("task_gated", models.t5())
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with reparam.context(model, tasks=tasks):
+        told = model.generate(IDS, **settings)
+        with torch.no_grad():
+            again = model(input_ids=IDS, decoder_input_ids=told.sequences[:, :-1]).logits
+    assert error(torch.stack(told.logits, 1), again) < 1e-5
+    with pytest.raises(ValueError, match="needs a task"):
+        model.generate(IDS, **settings)
+
+
+def test_an_encoder_and_a_decoder_train_with_auxiliary_losses() -> None:
+    model, adapter = adapted("molora", models.t5(), losses={"switch_balance": 0.1})
+    model.train()
+    model(input_ids=IDS, attention_mask=MASK, labels=IDS[:, :4].contiguous()).loss.backward()
+    assert 1 <= adapter.losses()["switch_balance"] <= 3
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=IDS, attention_mask=MASK, labels=IDS[:, :4].contiguous()).loss.backward()
+
+
+def test_a_layer_that_is_used_twice_may_be_checkpointed() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+            return x
+
+    model = Twice()
+    adapter = reparam.attach(model, METHODS["mixture"](n=2, r=2, losses={"router_z": 0.1}), targets=["layer"])
+    move(adapter, 1)
+    model(torch.randn(3, 6)).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
 def test_experts_that_no_token_may_use_are_never_chosen() -> None:
     model = models.llama()
     method = METHODS["moelora_contrastive"](**SMALL["moelora_contrastive"])

@@ -62,6 +62,7 @@ def context(
             experts=None if experts is None else _mask(experts, common.n).to(device),
             accumulation=accumulation,
         )
+        common.begin()  # for parts of a model that are called without the whole, as a T5's encoder is in generation
     try:
         state.refresh()
         yield

@@ -37,6 +37,8 @@ def _loss(name: str, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tensor |
     """One auxiliary loss; None where another site of the scope has it."""
     method, now, lead = site.method, site.common.now, x.shape[:-1]
     if name == "contrastive":
+        if not site.common.contrasts:
+            return None
         used = now.spread(choice.counted, lead).expand(*lead, -1)
         valid = now.valid(lead)
         used = used if valid is None else used & valid.unsqueeze(-1)

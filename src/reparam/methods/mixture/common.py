@@ -10,6 +10,7 @@ B rows, L tokens of a row, N experts.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
@@ -60,22 +61,25 @@ class Forward:
     """Whether the cache holds tokens from before."""
     gates: dict[str, Choice] = dataclasses.field(default_factory=dict)
     losses: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
-    again: set[str] = dataclasses.field(default_factory=set)
-    """Sites that were computed again in a backward pass."""
+    calls: collections.Counter[tuple[str, bool]] = dataclasses.field(default_factory=collections.Counter)
+    """How often each site was computed, in a backward pass and outside of one."""
+    two_sided: bool = False
+    """Whether the model is an encoder and a decoder, whose lengths differ."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return Forward()  # a copy of a model is in no forward, and tensors inside a graph cannot be copied
 
     def recompute(self, site: str) -> None:
-        """Raise RuntimeError where a site is computed for the second time in a backward pass: for another forward."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        """Raise RuntimeError where backward passes compute a site more often than this forward: for another one."""
+        if torch.compiler.is_compiling():
             return
-        if site in self.again:
+        backward = torch._C._current_graph_task_id() != -1
+        self.calls[site, backward] += 1
+        if backward and self.calls[site, True] > self.calls[site, False]:
             raise RuntimeError(
-                f"{site}: gradient checkpointing computed it twice for one forward, so one of them was for an earlier "
-                f"forward, whose tasks and masks are gone; call backward after each forward"
+                f"{site}: gradient checkpointing computed it more often than its forward, so that one of them was for "
+                f"an earlier forward, whose tasks and masks are gone; call backward after each forward"
             )
-        self.again.add(site)
 
     def spread(self, gates: Tensor, lead: torch.Size) -> Tensor:
         """Gates [N], [B, N] or [*lead, N] in a shape that broadcasts to [*lead, N]."""
@@ -104,6 +108,7 @@ class Forward:
     def valid(self, lead: torch.Size) -> Tensor | None:
         """Which tokens of an activation [*lead, I] are no padding, [*lead]; None where nothing is known of padding.
 
+        The mask of an encoder is not its decoder's: where their lengths differ, all tokens of the decoder count.
         Raises ValueError for a mask that is not that of these tokens.
         """
         mask = self.mask
@@ -112,6 +117,8 @@ class Forward:
         if len(lead) == 2 and mask.shape[0] == lead[0] and self.continues:
             mask = mask[:, -lead[1] :]
         if mask.shape != lead and mask.numel() != lead.numel():
+            if self.two_sided:
+                return None
             raise ValueError(
                 f"the attention mask has shape {list(mask.shape)}, and an activation has {list(lead)} tokens; give "
                 f"their own mask with reparam.context(model, mask=...)"
@@ -165,6 +172,7 @@ class Common(nn.Module):
         self.now = Forward()
         self.first_pass = FirstPass()
         self.silent = False  # while the first pass runs, sites are the base
+        self.contrasts = True  # whether the contrastive loss is on
         self.kept: weakref.WeakKeyDictionary[Any, dict[str, Choice]] = weakref.WeakKeyDictionary()
 
     def numbers(self, tasks: Tasks | None) -> Tensor | None:
@@ -197,6 +205,11 @@ class Common(nn.Module):
     def _known(self) -> str:
         return f"the {len(self.tasks)} tasks ({', '.join(self.tasks)}; numbers from 0)"
 
+    def begin(self) -> None:
+        """Begin a forward of which no more is known than what the caller said."""
+        given = self.given
+        self.now = Forward(tasks=given.tasks, mask=given.mask, prompt=given.prompt, experts=given.experts)
+
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -219,8 +232,10 @@ class Common(nn.Module):
             )
         if tasks is not None and batch is not None:
             tasks = tasks.to(batch.device)
+        config = getattr(model, "config", None)
+        two_sided = bool(getattr(config, "is_encoder_decoder", False))
         mask = given.mask if given.mask is not None else kwargs.get("attention_mask")
-        labels = kwargs.get("labels")
+        labels = None if two_sided else kwargs.get("labels")
         self.now = Forward(
             rows=rows,
             tokens=batch.shape[1] if batch is not None and batch.ndim > 1 else None,
@@ -229,7 +244,8 @@ class Common(nn.Module):
             prompt=given.prompt,
             labels=labels if isinstance(labels, Tensor) and labels.ndim == 2 else None,
             experts=given.experts,
-            share=_share(labels, kwargs.get("num_items_in_batch"), given.accumulation),
+            two_sided=two_sided,
+            share=_share(kwargs.get("labels"), kwargs.get("num_items_in_batch"), given.accumulation),
         )
         cache: Any = kwargs.get("past_key_values")
         if hasattr(cache, "get_seq_length"):

@@ -26,6 +26,7 @@ from reparam.methods.mixture import routers
 from reparam.methods.mixture.common import Common
 from reparam.methods.mixture.select import GATES, SELECTS
 from reparam.methods.mixture.update import MixtureUpdate
+from reparam.methods.mixture.warmup import Warmup
 
 KINDS = ("low_rank", "shared_a", "vectors")
 ROUTERS = ("static", "task_embedding", "task_logits", "token", "sequence", "two_pass")
@@ -114,6 +115,8 @@ class Mixture(Method):
     """Of loramoe_blc: how much more the experts of a row's type (its task, 0 or 1) are to be used."""
     contrastive_temperature: float = 0.1
     """Divisor of the cosines in the contrastive loss."""
+    contrastive_warmup: float = 0.1
+    """Share of the optimiser's steps that the contrastive loss is off for, where their number is known."""
     contrastive_pairs: int = 256
     """Most pairs of a token and an expert that the contrastive loss compares, at a site."""
     seed: int = 0
@@ -188,6 +191,10 @@ class Mixture(Method):
             (
                 self.losses.get("contrastive", 0) > 0 and (self.n < 2 or self.kind != "low_rank" or self.frozen),
                 "the contrastive loss is for two or more low-rank experts that train",
+            ),
+            (
+                not 0 <= self.contrastive_warmup < 1,
+                f"contrastive_warmup={self.contrastive_warmup!r}: expected a share from 0 to below 1",
             ),
             (abs(self.blc_alpha) >= 1, f"blc_alpha={self.blc_alpha!r}: expected a number between -1 and 1"),
         ]
@@ -266,6 +273,12 @@ class Mixture(Method):
             scope=scope,
             leads=common.leaders[scope] == site.name,
         )
+
+    def controller(self, updates: Mapping[str, Update]) -> Warmup | None:
+        """Counts steps, where the contrastive loss has to wait."""
+        sites = [update for update in updates.values() if isinstance(update, MixtureUpdate)]
+        waits = self.losses.get("contrastive", 0) > 0 and self.contrastive_warmup > 0
+        return Warmup(sites[0].common, self.contrastive_warmup) if waits else None
 
     def _experts(self, site: Site, weight: Weight) -> tuple[dict[str, Tensor], tuple[int, ...], float]:
         """Parameters of the experts at a site, their ranks, and s."""
