@@ -16,7 +16,7 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"bank", "linear", "embedding", "targets"},
     {"io", "fingerprint"},
     {"selection", "handle", "adapter", "context", "finished"},
-    {"load", "pack", "merge", "blend", "split", "optim"},
+    {"load", "pack", "merge", "blend", "lowrank", "summands", "split", "optim"},
     {"data", "hf", "hf_config", "hf_quantizer", "open"},
     {"train", "serve", "inspect"},
     {"recipes"},

@@ -33,9 +33,20 @@ def load(
     missing, extra, of the wrong shape, damaged, edited or made for another base, for tied weights and for a clash with
     another adapter, and ValueError for a name that is taken; the model is then as it was.
     """
-    folder = Path(folder)
     check_name(model, name)
-    record = files.read(folder)
+    return place(model, files.read(folder), Path(folder), name=name, activate=activate, check_base=check_base)
+
+
+def place(
+    model: nn.Module,
+    record: Record,
+    folder: Path,
+    *,
+    name: str,
+    activate: bool = True,
+    check_base: bool = True,
+) -> Adapter:
+    """Put an adapter that was read on `model`, as `load` does. Messages call it by `folder`."""
     have = dict(targets.walk(model))
     _check_model(model, have, record, folder)
     if check_base:
