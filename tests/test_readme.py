@@ -31,7 +31,7 @@ def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_option_that_the_documents_print_exists() -> None:
     def command(overrides: object = None) -> None: ...
 
-    known = {"--config", "-c", "-o", "-a", "-b", "--base", "--adapter", "--compare", "--help"}
+    known = {"--config", "-c", "-o", "-a", "-b", "--base", "--adapter", "--compare", "--help", "--task", "--probe"}
     known |= {f"--{name.replace('__', '.', 1)}" for name in with_options(command).__signature__.parameters}  # type: ignore[attr-defined]
     known |= {alias for aliases in ALIASES.values() for alias in aliases}
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
