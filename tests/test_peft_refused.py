@@ -82,7 +82,6 @@ def test_key_is_refused(folder: Path, key: str) -> None:
         peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         peft.LoHaConfig(target_modules=["q_proj"]),
         peft.LoKrConfig(target_modules=["q_proj"]),
-        peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
         peft.VeraConfig(target_modules=["q_proj"]),
         peft.OFTConfig(target_modules=["q_proj"]),
         peft.PromptTuningConfig(num_virtual_tokens=2),

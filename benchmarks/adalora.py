@@ -1,0 +1,124 @@
+"""AdaLoRA: its training step over LoRA's, with components masked at every step, and after the ranks are final.
+
+The first row has the rank 16 at all sites in both, and a budget that is chosen anew at each step. The second has the
+mean rank 8 left of 16, spread unevenly as a schedule leaves it, over a LoRA of rank 8. Steps are 4 rows x 256 tokens,
+with AdamW (foreach). PEFT's is over PEFT's LoRA.
+"""
+
+from __future__ import annotations
+
+import measure as m
+import peft
+import torch
+from torch import nn
+from train_step import step_of
+
+import reparam
+
+INIT, TARGET = m.RANK, m.RANK // 2
+FOREVER = 10**6
+
+
+def bound_step(model: nn.Module, adapter: reparam.Adapter, ids: torch.Tensor) -> m.Call:
+    """A whole training step of an optimiser that the adapter is bound to."""
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, foreach=True)
+    adapter.bind(optimizer)
+
+    def call() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def ours(base: nn.Module, ids: torch.Tensor, *, tinit: int, tfinal: int, total: int) -> tuple[m.Call, reparam.Adapter]:
+    """Our AdaLoRA on all linear maps."""
+    model = m.twin(base)
+    method = reparam.AdaLoRA(
+        init_r=INIT, target_r=TARGET, alpha=2 * INIT, tinit=tinit, tfinal=tfinal, total_steps=total
+    )
+    adapter = reparam.attach(model, method)
+    return bound_step(model, adapter, ids), adapter
+
+
+def lora(base: nn.Module, ids: torch.Tensor, r: int) -> tuple[m.Call, reparam.Adapter]:
+    """Our LoRA on all linear maps."""
+    model = m.twin(base)
+    adapter = reparam.attach(model, reparam.LoRA(r=r, alpha=2 * r))
+    return bound_step(model, adapter, ids), adapter
+
+
+def theirs(base: nn.Module, ids: torch.Tensor) -> m.Call:
+    """PEFT's AdaLoRA, with its call after each step."""
+    config = peft.AdaLoraConfig(
+        init_r=INIT,
+        target_r=TARGET,
+        total_step=FOREVER,
+        lora_alpha=2 * INIT,
+        target_modules=list(m.LINEARS),
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(m.twin(base), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, foreach=True)
+    steps = iter(range(FOREVER // 2, FOREVER))
+
+    def call() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(next(steps))
+        optimizer.zero_grad()
+
+    return call
+
+
+def numbers(adapter: reparam.Adapter) -> int:
+    """How many it trains."""
+    return sum(p.numel() for p in adapter.parameters())
+
+
+def main() -> None:
+    quick = m.setup(__doc__)
+    base = m.llama(m.TINY if quick else m.LLAMA).train()
+    ids = torch.randint(0, base.config.vocab_size, (2, 16) if quick else (4, 256))
+    falling, before = ours(base, ids, tinit=0, tfinal=1, total=FOREVER)
+    final, after = ours(base, ids, tinit=0, tfinal=1, total=3)
+    for _ in range(3):
+        final()
+    high, _ = lora(base, ids, INIT)
+    low, target = lora(base, ids, TARGET)
+    ranks = [len(update.factors(after.modules[path].weight).A) for path, update in after.updates.items()]
+    rivals = {"peft": theirs(base, ids), "peft lora": step_of(m.with_peft(m.twin(base)), ids)}
+    calls = {"falling": falling, "high": high, "final": final, "low": low, **rivals}
+    times = m.interleave(calls, rounds=2 if quick else 12)
+    size = f"{ids.shape[0]} x {ids.shape[1]}"
+    rows = [
+        m.Row(
+            f"step {size}, components chosen at every step, over LoRA's at rank {INIT}",
+            times.over("falling", "high"),
+            times.over("peft", "peft lora"),
+            1.0,
+            1.05,
+        ),
+        m.Row(
+            f"step {size} after the ranks are final, over LoRA's at rank {TARGET}",
+            times.over("final", "low"),
+            None,
+            1.0,
+            1.05,
+        ),
+        m.Row(
+            f"numbers trained after the ranks are final, over LoRA's at rank {TARGET}",
+            numbers(after) / numbers(target),
+            None,
+            1.0,
+            None,
+        ),
+        m.Row("numbers trained after over before", numbers(after) / numbers(before), 1.0, TARGET / INIT, None),
+    ]
+    m.show(f"AdaLoRA, {INIT} to {TARGET}, on all linear maps", rows, "python benchmarks/adalora.py")
+    print(f"Ranks of the sites at the end: {min(ranks)} to {max(ranks)}\n")
+
+
+if __name__ == "__main__":
+    main()
