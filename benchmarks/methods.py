@@ -1,10 +1,10 @@
 """Which method, at equal parameters: LoRA, LoRA+, DoRA, AdaLoRA, each on a dense and on an NF4 base, full fine-tuning.
 
 Three tasks over the embedded model: `signatures` (a function's signature -> its argument names), `docstring` (the same
-question -> the first word of its docstring) and `reference` (text). Each method's learning rate is tuned on one grid
-that is the same for all, by the held-out loss of a seed of its own; a rate of the dense version serves the NF4 version
-too. Then five other seeds, each of which draws the adapter's start and the order of the rows. A run is a plain loop:
-AdamW, warm-up over a tenth of the steps and a linear fall, gradients clipped at 1.
+question -> the first word of its docstring) and `reference` (text). Each method's learning rate is chosen from a grid
+by the loss on `valid` of a seed that is used for nothing else; the rate of the dense version serves the NF4 version.
+Then other seeds, each of which draws the adapter's start and the order of the rows, are scored on `test`. A run is a
+plain loop: AdamW, warm-up over a tenth of the steps and a linear fall, gradients clipped at 1.
 
 A run whose figures are in the output folder already is not repeated. `methods_report.py` makes the table and the plots.
 """
@@ -41,10 +41,18 @@ from reparam.train.score import token_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets/tiny-python"
-TASKS = ("signatures", "docstring", "reference")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+CHATS, TEXTS = ("signatures", "docstring"), ("reference",)
+TASKS = CHATS + TEXTS
+RATES = {  # of AdamW; where the last one wins, thrice as much is tried too
+    "full": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora_plus": (3e-4, 1e-3, 3e-3, 1e-2),
+    "dora": (1e-3, 3e-3, 1e-2),  # LoRA's smallest is its worst on every task
+    "adalora": (1e-2, 3e-2, 1e-1),  # three small factors in a row: at 1e-3 it has not left the base after 60 steps
+}
 RATIO = 16.0
-TUNING, SEEDS = 100, range(5)
+TUNING = 100  # the seed that rates are chosen by
+SEEDS, PACKED_SEEDS = range(5), range(3)  # of methods on the dense base, and on the NF4 one
 R, ALPHA = 8, 16
 METHODS = ("full", "lora", "lora_plus", "dora", "adalora", "qlora", "qlora_plus", "qdora", "qadalora")
 
@@ -173,8 +181,8 @@ def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, 
     ]
 
 
-def run(job: Job, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Train, score, and keep the figures."""
+def run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
+    """Train, score on `valid` or `test`, and keep the figures."""
     file = folder / "runs" / job.file
     if file.exists():
         return json.loads(file.read_text())
@@ -202,8 +210,7 @@ def run(job: Job, folder: Path, sizes: Sizes) -> dict[str, Any]:
     found = {
         **dataclasses.asdict(job),
         "parameters": sum(p.numel() for p in own),
-        "valid": score(model, valid),
-        "test": score(model, test) if job.seed != TUNING else None,
+        side: score(model, {"valid": valid, "test": test}[side]),
         "losses": losses,
         "moved": [halfway, moved(model, adapter)],
         "seconds": time.perf_counter() - begun,
@@ -227,20 +234,22 @@ def best_rates(folder: Path, methods: Iterable[str]) -> dict[tuple[str, str], fl
     """For each task and dense method the rate of the lowest held-out loss, of the runs that are there."""
     best: dict[tuple[str, str], float] = {}
     for task, method in itertools.product(TASKS, methods):
-        files = [folder / "runs" / Job(task, method, rate, TUNING).file for rate in RATES]
+        grid = (*RATES[method], 3 * RATES[method][-1])
+        files = [folder / "runs" / Job(task, method, rate, TUNING).file for rate in grid]
         runs = [json.loads(file.read_text()) for file in files if file.exists()]
         if runs:
             best[task, method] = min(runs, key=held_out_loss)["rate"]
     return best
 
 
-def everything(jobs: list[Job], folder: Path, sizes: Sizes, workers: int) -> None:
+def everything(jobs: list[Job], folder: Path, sizes: Sizes, side: str, workers: int) -> None:
     """Run what is not there yet, `workers` at a time, one thread each."""
     left = [job for job in jobs if not (folder / "runs" / job.file).exists()]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for number, found in enumerate(pool.map(run, left, [folder] * len(left), [sizes] * len(left)), 1):
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in found["valid"].items())
+        work = functools.partial(run, folder=folder, sizes=sizes, side=side)
+        for number, found in enumerate(pool.map(work, left), 1):
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in found[side].items())
             where = f"{found['task']} {found['method']} rate {found['rate']:g} seed {found['seed']}"
             print(f"{number}/{len(left)} {where}: {shown} ({found['seconds']:.0f} s)", flush=True)
 
@@ -249,25 +258,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/methods"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--task", action="append", choices=TASKS, help="only this one, or several; default: all")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps, to see that it runs")
     given = parser.parse_args()
     sizes = Sizes(steps=6, rows=2, held_out=4) if given.quick else Sizes()
-    seeds = SEEDS[:2] if given.quick else SEEDS
+    seeds, packed = (SEEDS[:2], PACKED_SEEDS[:2]) if given.quick else (SEEDS, PACKED_SEEDS)
     folder = given.output.resolve() / ("quick" if given.quick else "")
     if not (folder / "tasks/docstring").exists():
         script = [sys.executable, str(ROOT / "scripts/make_tasks.py"), str(folder / "tasks"), "--task", "docstring"]
         subprocess.run(script, check=True)
     dense = [method for method in METHODS if not method.startswith("q")]
-    tuning = [Job(task, method, rate, TUNING) for method in dense for task in TASKS for rate in RATES]
-    everything(tuning, folder, sizes, given.workers)
+    asked = given.task or list(TASKS)
+    grid = {method: RATES[method][:1] if given.quick else RATES[method] for method in dense}
+    tuning = [Job(task, method, rate, TUNING) for method in dense[::-1] for task in asked for rate in grid[method]]
+    everything(tuning, folder, sizes, "valid", given.workers)
     best = best_rates(folder, dense)
+    more = [
+        Job(task, method, 3 * rate, TUNING)
+        for (task, method), rate in best.items()
+        if rate == RATES[method][-1] and task in asked
+    ]
+    everything(more, folder, sizes, "valid", given.workers)
+    best = best_rates(folder, dense)
+    packed_methods = [method for method in METHODS if method not in dense]
+    first, later = seeds[:3], seeds[3:]
+    rounds = ((dense, first, TASKS), (dense, later, CHATS), (packed_methods, packed, CHATS))
+    rounds += ((dense, later, TEXTS), (packed_methods, packed, TEXTS))  # the dear ones last
     final = [
         Job(task, method, best[task, method.removeprefix("q")], seed)
-        for method in METHODS
-        for seed in seeds
-        for task in TASKS
+        for methods, drawn, tasks in rounds
+        for seed in drawn
+        for method in methods
+        for task in tasks
+        if task in asked
     ]
-    everything(final, folder, sizes, given.workers)
+    everything(final, folder, sizes, "test", given.workers)
     print("\n    python benchmarks/methods.py && python benchmarks/methods_report.py")
 
 
