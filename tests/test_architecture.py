@@ -16,7 +16,7 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"bank", "linear", "embedding", "targets"},
     {"io", "fingerprint"},
     {"selection", "handle", "adapter", "context", "finished"},
-    {"load", "pack", "merge", "blend", "lowrank", "summands", "split", "optim"},
+    {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"},
     {"data", "hf", "hf_config", "hf_quantizer", "open"},
     {"train", "serve", "inspect"},
     {"recipes"},

@@ -167,10 +167,49 @@ def merge(
 
 
 @app.command()
+def compose(
+    adapters: Annotated[list[str], typer.Argument(help="Folders of adapters on one base, ours, PEFT's or of runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the adapter that is their sum.")],
+    weights: Annotated[str | None, typer.Option(help="A number for each: 0.5,0.3,0.2; by default the mean.")] = None,
+    space: Annotated[
+        str, typer.Option(help="delta: the sum of the changes; factor: LoraHub's, of the factors apart; ties; dare.")
+    ] = "delta",
+    rank: Annotated[int | None, typer.Option(help="Highest rank of the result; by default what loses nothing.")] = None,
+    density: Annotated[float, typer.Option(help="ties and dare: the share of entries that stay.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="dare: what stays.")] = 0,
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Their base, for adapters with DoRA's gain or with biases.")
+    ] = None,
+    dtype: Dtype = "auto",
+    format: Annotated[str, typer.Option(help="reparam, or peft.")] = "reparam",
+) -> None:
+    """Add adapters up, with weights, into one ordinary adapter, and say what that lost.
+
+    [bold]reparam compose out/a out/b out/c --weights 0.5,0.3,0.2 --output out/mix[/bold]
+    """
+    from reparam.recipes.compose import compose_to
+
+    compose_to(
+        output,
+        adapters,
+        weights,
+        space=space,
+        rank=rank,
+        density=density,
+        seed=seed,
+        base=base,
+        dtype=dtype,
+        format=format,
+        console=console,
+    )
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Folder for PNGs: ranks; with --base, directions too.")] = None,
     probe: Annotated[Path | None, typer.Option(help="Of a mixture: JSONL file of rows to see its routers on.")] = None,
 ) -> None:
     """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is packed.
@@ -179,7 +218,7 @@ def inspect(
     """
     from reparam.inspect.show import show
 
-    show(folder, base, console, json=json, probe=probe)
+    show(folder, base, console, json=json, plot=plot, probe=probe)
 
 
 @app.command()

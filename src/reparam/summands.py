@@ -127,7 +127,8 @@ def factors_of(label: str, record: Record, name: str, weight: Weight | None = No
     if factors.gain is not None and weight is None:
         raise FormatError(
             f"{label}: {record.method.name} changes {name} by more than a low-rank matrix: its gain scales the frozen "
-            f"one too, so that a sum needs the base it was trained on, and another space than 'factor'"
+            f"one too, so that a sum needs the base it was trained on; in space 'factor', and where weights are "
+            f"searched for, there is none"
         )
     return factors
 

@@ -1,0 +1,103 @@
+"""From folders of adapters to the folder of their weighted sum, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from reparam.blend import Blend, blend
+from reparam.hf import load_base
+from reparam.open import adapter_folder
+
+SHOWN = 8  # sites in the table: those that lost most
+
+
+def compose_to(
+    output: Path,
+    adapters: Sequence[str],
+    weights: str | None,
+    *,
+    space: str = "delta",
+    rank: int | None = None,
+    density: float = 0.2,
+    seed: int = 0,
+    base: str | None = None,
+    dtype: str = "auto",
+    format: str = "reparam",
+    console: Console,
+) -> Blend:
+    """Sum, write, and say what was lost, site by site. `weights` are numbers with commas; by default the mean.
+
+    Raises ValueError for weights that are no numbers, and as `blend` does.
+    """
+    folders = folders_of(adapters, output)
+    numbers = [1 / len(folders)] * len(folders) if weights is None else parsed(weights)
+    model = load_base(base, dtype=dtype) if base is not None else None
+    found = blend(folders, numbers, space=space, rank=rank, density=density, seed=seed, base=model)
+    write(found, output, folders, numbers, format=format, console=console)
+    return found
+
+
+def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
+    """The adapters' own folders. Raises ValueError for none, and where the output is one of them."""
+    folders = [adapter_folder(adapter) for adapter in adapters]
+    if not folders:
+        raise ValueError("no adapters are given")
+    if output.resolve() in [folder.resolve() for folder in folders]:
+        raise ValueError(f"{output}: is one of the adapters; give another folder as output")
+    return folders
+
+
+def parsed(weights: str) -> list[float]:
+    """Numbers from "0.5,0.3,0.2". Raises ValueError for anything else.
+
+    >>> parsed("0.5, -1")
+    [0.5, -1.0]
+    """
+    found = []
+    for part in weights.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise ValueError(
+                f"--weights {weights!r}: {part.strip()!r} is no number; give one for each adapter, with commas between"
+            ) from None
+    return found
+
+
+def write(
+    found: Blend, output: Path, folders: Sequence[Path], weights: Sequence[float], *, format: str, console: Console
+) -> None:
+    """Save it, and print what it is made of, what each site lost, and where it is."""
+    found.save(output, format=format)
+    for folder, weight in zip(folders, weights, strict=True):
+        console.print(f"{weight:+.4f} x {folder}", highlight=False, soft_wrap=True)
+    if not found.sites:
+        console.print("one adapter with weight 1: a copy of it, bit for bit")
+    elif not found.error:
+        ranks = sorted({site.rank for site in found.sites})
+        told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        console.print(f"exact: nothing was lost on any of {len(found.sites)} sites, {told}", highlight=False)
+    else:
+        console.print(_table(found))
+        console.print(
+            f"error of all sites {found.error:.4f} of the change asked for; {found.survival:.4f} of it survives (1 is "
+            f"all)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+
+
+def _table(found: Blend) -> Table:
+    worst = sorted(found.sites, key=lambda site: -site.error)
+    more = len(worst) - SHOWN
+    table = Table(caption=f"and {more} more sites that lost less" if more > 0 else None)
+    for name in ("site", "rank", "|ΔW|", "error"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for site in worst[:SHOWN]:
+        table.add_row(site.name, str(site.rank), f"{site.change:.4g}", f"{site.error:.4f}")
+    return table
