@@ -9,13 +9,18 @@ columns. The paper compares both over sites and checkpoints: full fine-tuning tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from reparam.base import Factors, Weight
+from reparam.inspect.ranks import place
+from reparam.io.staged import write_file
 
 Axis = Literal["output", "input"]
 
@@ -57,3 +62,29 @@ def correlation(found: Sequence[Directions]) -> float:
     """Pearson's correlation of ΔM and ΔD over sites and checkpoints; NaN where there is none."""
     pairs = torch.tensor([(d.direction, d.magnitude) for d in found], dtype=torch.float64)
     return float(torch.corrcoef(pairs.t())[0, 1]) if len(pairs) > 1 else float("nan")
+
+
+def plot(found: Mapping[str, Directions], file: Path) -> None:
+    """Draw ΔM over ΔD as a PNG, a point for each site: its kind by the marker, its layer by the shade."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    kinds: dict[str, list[tuple[float, float, int]]] = {}
+    for path, moved in found.items():
+        _, layer, kind = place(path)
+        kinds.setdefault(kind, []).append((moved.direction, moved.magnitude, -1 if layer is None else layer))
+    highest = max(layer for points in kinds.values() for *_, layer in points)
+    drawn = None
+    for number, (kind, points) in enumerate(kinds.items()):
+        x, y, layers = zip(*points, strict=True)
+        marker = "osD^vP*X"[number % 8]
+        drawn = axes.scatter(x, y, c=layers, cmap="viridis", vmin=0, vmax=max(1, highest), marker=marker, label=kind)
+    value = correlation(list(found.values()))
+    axes.set(xlabel="ΔD, change of direction", ylabel="ΔM, change of magnitude", title=f"correlation {value:+.2f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    if drawn is not None and highest > 0:
+        figure.colorbar(drawn, ax=axes, label="layer")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_file(file, buffer.getvalue())

@@ -13,15 +13,25 @@ from reparam.context import tasks_of
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf import load_base, vocabulary
+from reparam.inspect import geometry, ranks
 from reparam.inspect.routing import routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
 from reparam.open import adapter_folder, open_model
 from reparam.pack import PackReport, entries, reports, size
 
 
-def show(folder: Path, base: str | None, console: Console, *, json: bool = False, probe: Path | None = None) -> None:
+def show(
+    folder: Path,
+    base: str | None,
+    console: Console,
+    *,
+    json: bool = False,
+    plot: Path | None = None,
+    probe: Path | None = None,
+) -> None:
     """Print what an adapter holds or, of a model's folder, what is packed in it and what that takes.
 
+    `plot` is a folder for PNGs: a map of ranks and, with the base, how far magnitudes and directions moved.
     With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
     folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
     """
@@ -32,6 +42,8 @@ def show(folder: Path, base: str | None, console: Console, *, json: bool = False
         _show_model(folder, console, json=json)
         return
     summary = summarise(adapter_folder(folder), load_base(base) if base else None)
+    if plot is not None:
+        _plot(summary, plot)
     if json:
         console.print_json(json_.dumps(dataclasses.asdict(summary)))
         return
@@ -46,10 +58,31 @@ def show(folder: Path, base: str | None, console: Console, *, json: bool = False
     console.print(f"base        {summary.base}", highlight=False, soft_wrap=True)
     console.print(f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes", highlight=False, soft_wrap=True)
     console.print(_table(summary))
+    found = _ranks(summary)
+    if found is not None and len(set(found.ranks.values())) > 1:
+        console.print(ranks.table(found))
+    if base is None and any(site.rank is not None and site.change is None for site in summary.sites):
+        console.print("|ΔW| depends on W here: --base shows it", highlight=False)
+    if plot is not None:
+        console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
     for module in summary.replaced:
         console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
+
+
+def _ranks(summary: Summary) -> ranks.RankMap | None:
+    known = {site.name: site.rank for site in summary.sites if site.rank is not None}
+    return ranks.rank_map(known) if known else None
+
+
+def _plot(summary: Summary, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if (found := _ranks(summary)) is not None:
+        ranks.plot(found, folder / "ranks.png")
+    moved = {site.name: site.moved for site in summary.sites if site.moved is not None}
+    if moved:
+        geometry.plot(moved, folder / "directions.png")
 
 
 def _show_routing(folder: Path, base: str | None, probe: Path, console: Console, *, json: bool) -> None:

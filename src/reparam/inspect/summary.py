@@ -6,15 +6,18 @@ With the base, the change is also compared with the weights it changes: |ΔW| / 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from reparam.base import InputDependentError, Update, Weight
+from reparam.base import InputDependentError, Site, Update, Weight
 from reparam.fingerprint import base_tensors
+from reparam.inspect.geometry import Directions, of_update
 from reparam.io import files
 from reparam.io.record import Record
+from reparam.linear import is_packed
 from reparam.weights.dense import DenseWeight
 
 
@@ -27,9 +30,11 @@ class SiteSummary:
     """O and I."""
     rank: int | None
     change: float | None
-    """Frobenius norm of B·A; None where the update has no factors without its input or its base."""
+    """Frobenius norm of ΔW; None where the update has no factors without its input or its base."""
     weight: float | None
     """Frobenius norm of W; None without the base."""
+    moved: Directions | None = None
+    """ΔM and ΔD of the site's rows; None without the base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
     own = dict(base_tensors(model)) if model is not None else {}
     sites = []
     for name, site in record.sites.items():
-        update = stand_alone(record, name)
-        rank, change = _size(update, DenseWeight(torch.zeros(1, 1).expand(site.out_features, site.in_features)))
-        matrix = own.get(f"{name}.weight")
-        norm = None if matrix is None else float(matrix.detach().float().norm())
-        sites.append(SiteSummary(name, (site.out_features, site.in_features), rank, change, norm))
+        sites.append(_summarise_site(record, name, site, _frozen(model, own, site)))
     return Summary(
         folder=str(folder),
         format=files.format_of(folder),
@@ -82,6 +83,37 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
     )
 
 
+@torch.no_grad()
+def _summarise_site(record: Record, name: str, site: Site, weight: Weight | None) -> SiteSummary:
+    shape = site.out_features, site.in_features
+    known = weight if weight is not None else DenseWeight(torch.zeros(1, 1).expand(shape))
+    norm = None if weight is None else float(weight.squares(1).sum().sqrt())
+    try:
+        factors = stand_alone(record, name, known).factors(known)
+    except InputDependentError:
+        return SiteSummary(name, shape, None, None, norm)
+    if factors.gain is None:
+        change = factors.low_rank_norm()
+    elif weight is None:
+        return SiteSummary(name, shape, len(factors.A), None, None)
+    else:
+        squares = [factors.change(block.float(), rows).double().square().sum() for rows, block in weight.blocks()]
+        change = float(torch.stack(squares).sum().sqrt())
+    moved = None if weight is None else of_update(weight, factors)
+    return SiteSummary(name, shape, len(factors.A), change, norm, moved)
+
+
+def _frozen(model: nn.Module | None, own: Mapping[str, Tensor], site: Site) -> Weight | None:
+    """The base's matrix at this site."""
+    if model is None or f"{site.name}.weight" not in own:
+        return None
+    module = model.get_submodule(site.name)
+    if is_packed(module):
+        return module.weight
+    matrix = own[f"{site.name}.weight"].detach()
+    return DenseWeight(matrix.t() if site.transposed else matrix)
+
+
 def _base(record: Record) -> str:
     if record.base is None:
         return "not stated"
@@ -89,20 +121,10 @@ def _base(record: Record) -> str:
     return (record.base.source or record.base.architecture) + (f", trained with {packing}" if packing else "")
 
 
-def stand_alone(record: Record, name: str) -> Update:
-    """The update of one site with its saved values, without a model: the frozen matrix it sees is zero."""
-    site = record.sites[name]
-    update = record.method.build(site, DenseWeight(torch.zeros(1, 1).expand(site.out_features, site.in_features)), None)
+def stand_alone(record: Record, name: str, weight: Weight) -> Update:
+    """The update of one site with its saved values, on this frozen matrix."""
+    update = record.method.build(record.sites[name], weight, None)
     with torch.no_grad():
         for key, parameter in update.named_parameters():
             parameter.copy_(record.tensors[f"{name}.{key}"])
     return update
-
-
-@torch.no_grad()
-def _size(update: Update, weight: Weight) -> tuple[int | None, float | None]:
-    try:
-        factors = update.factors(weight)
-    except InputDependentError:
-        return None, None
-    return len(factors.A), (factors.low_rank_norm() if factors.gain is None else None)
