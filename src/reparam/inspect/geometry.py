@@ -82,7 +82,7 @@ def plot(found: Mapping[str, Directions], file: Path) -> None:
     axes.set(xlabel="ΔD, change of direction", ylabel="ΔM, change of magnitude", title=f"correlation {value:+.2f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     if drawn is not None and highest > 0:
         figure.colorbar(drawn, ax=axes, label="layer")
     buffer = io.BytesIO()
