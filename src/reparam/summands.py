@@ -95,6 +95,7 @@ def check_factors(summands: Sequence[Summand]) -> None:
                 )
 
 
+@torch.no_grad()
 def check_identity(summand: Summand, base: nn.Module | None) -> None:
     """Raise RuntimeError unless the factors of the smallest site compute what the adapter does there."""
     label, record = summand
