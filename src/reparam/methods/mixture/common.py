@@ -10,7 +10,6 @@ B rows, L tokens of a row, N experts.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
@@ -61,7 +60,7 @@ class Forward:
     """Whether the cache holds tokens from before."""
     gates: dict[str, Choice] = dataclasses.field(default_factory=dict)
     losses: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
-    calls: collections.Counter[tuple[str, bool]] = dataclasses.field(default_factory=collections.Counter)
+    calls: dict[tuple[str, bool], int] = dataclasses.field(default_factory=dict)
     """How often each site was computed, in a backward pass and outside of one."""
     two_sided: bool = False
     """Whether the model is an encoder and a decoder, whose lengths differ."""
@@ -74,8 +73,8 @@ class Forward:
         if torch.compiler.is_compiling():
             return
         backward = torch._C._current_graph_task_id() != -1
-        self.calls[site, backward] += 1
-        if backward and self.calls[site, True] > self.calls[site, False]:
+        self.calls[site, backward] = self.calls.get((site, backward), 0) + 1
+        if backward and self.calls[site, True] > self.calls.get((site, False), 0):
             raise RuntimeError(
                 f"{site}: gradient checkpointing computed it more often than its forward, so that one of them was for "
                 f"an earlier forward, whose tasks and masks are gone; call backward after each forward"

@@ -193,6 +193,10 @@ class Mixture(Method):
                 "the contrastive loss is for two or more low-rank experts that train",
             ),
             (
+                self.select == "sigmoid" and self.scope != "module" and not looks,
+                "select='sigmoid' draws at random in training, at each module anew: leave the scope at module",
+            ),
+            (
                 not 0 <= self.contrastive_warmup < 1,
                 f"contrastive_warmup={self.contrastive_warmup!r}: expected a share from 0 to below 1",
             ),

@@ -1,6 +1,8 @@
 """The update of one site of a mixture: gates from its router, or from the scope's, and experts weighed by them.
 
-    y = W x + s · COMBINE_i(g_i, B_i A_i) x        or        y = (Σ_i g_i l_i) ∘ W x        the bias stays out of it
+    y = W x + s · COMBINE_i(g_i, B_i A_i) x        or        y = W x + (Σ_i g_i (l_i − 1)) ∘ W x
+
+The second is (Σ_i g_i l_i) ∘ W x where weights sum to 1, and changes nothing at first elsewhere. Biases stay out.
 
 Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T tokens of a flattened batch.
 """
@@ -93,8 +95,7 @@ class MixtureUpdate(Update):
             y = weight(x)
             choice = self.choice(y if method.route_on == "activation" else x)
             g = now.spread(choice.weights, x.shape[:-1])
-            length = g.to(y.dtype) @ self.vectors.to(y.dtype)
-            y = y * length
+            y = torch.addcmul(y, y, g.to(y.dtype) @ (self.vectors - 1).to(y.dtype))
             y = y if bias is None else y + bias.to(y.dtype)
             return attached(y, x, choice, self)
         choice = self.choice(x)
@@ -228,7 +229,7 @@ class MixtureUpdate(Update):
         g = self._known()
         if self.method.kind == "vectors":
             empty = self.vectors.new_zeros(0, weight.in_features), self.vectors.new_zeros(weight.out_features, 0)
-            return Factors(*empty, g @ self.vectors)
+            return Factors(*empty, 1 + g @ (self.vectors - 1))
         A, B = self.A, self.scale * self.B
         if self.method.kind == "shared_a":
             return Factors(A, (B.view(len(B), len(g), -1) * g[:, None]).sum(1))
