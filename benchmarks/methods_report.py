@@ -134,10 +134,8 @@ def tables(found: dict[str, Any], moved: dict[str, Any], baseline: dict[str, flo
         metrics = [key for key in ("loss", "exact", "bits") if key in methods["lora"]]
         names = {"loss": UNITS["loss"], "bits": UNITS["bits"], "exact": "exact match"}
         heads = [head for key in metrics for head in (names[key], "less LoRA's")]
-        lines += [
-            f"\n**{task}**" + (f", always the most frequent answer: {baseline[task]:.3f}" * (task in baseline)),
-            "",
-        ]
+        rule = f", the most frequent answer always: {baseline[task]:.3f}" if task in baseline else ""
+        lines += [f"\n**{task}**{rule}", ""]
         lines += ["| method | rate | parameters | seeds | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]
         for method in [method for method in m.METHODS if method in methods]:
             entry = methods[method]
@@ -166,7 +164,7 @@ def tables(found: dict[str, Any], moved: dict[str, Any], baseline: dict[str, flo
     for task, method in [(t, k) for t in m.TASKS for k in MOVED if k in moved.get(t, {})]:
         e = moved[task][method]
         r = [shown(e[name], sign="+", digits=2) for name in ("query and value", "all")]
-        lines.append(f"| {task}, {LABELS[method]} | {r[0]} | {r[1]} | {e['magnitude']:.4f} | {e['direction']:.4f} |")
+        lines.append(f"| {task}, {LABELS[method]} | {r[0]} | {r[1]} | {e['magnitude']:.2g} | {e['direction']:.2g} |")
     return "\n".join(lines)
 
 
