@@ -178,15 +178,55 @@ def compose(
     density: Annotated[float, typer.Option(help="ties and dare: the share of entries that stay.")] = 0.2,
     seed: Annotated[int, typer.Option(help="dare: what stays.")] = 0,
     base: Annotated[
-        str | None, typer.Option("--base", "-b", help="Their base, for adapters with DoRA's gain or with biases.")
+        str | None, typer.Option("--base", "-b", help="Their base: for --search, DoRA's gain, and biases.")
     ] = None,
     dtype: Dtype = "auto",
     format: Annotated[str, typer.Option(help="reparam, or peft.")] = "reparam",
+    search: Annotated[
+        Path | None, typer.Option(help="LoraHub: JSONL file of a few rows; weights are searched for on them.")
+    ] = None,
+    valid: Annotated[Path | None, typer.Option(help="With --search: held-out rows to compare on.")] = None,
+    budget: Annotated[int, typer.Option(help="With --search: how many candidates are tried.")] = 40,
+    bound: Annotated[float, typer.Option(help="With --search: weights are from -bound to bound.")] = 1.5,
+    l1: Annotated[float, typer.Option(help="With --search: penalty on the weights' sizes.")] = 0.05,
+    l1_reduction: Annotated[str, typer.Option(help="With --search: mean of the sizes, or sum.")] = "mean",
+    max_length: Annotated[int, typer.Option(min=3, help="With --search: longest row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --search: rows in one forward.")] = 64,
 ) -> None:
     """Add adapters up, with weights, into one ordinary adapter, and say what that lost.
 
     [bold]reparam compose out/a out/b out/c --weights 0.5,0.3,0.2 --output out/mix[/bold]
+
+    With --search the weights come from a few examples of a new task, without gradients (LoraHub).
+
+    [bold]reparam compose out/a out/b out/c --search few.jsonl --output out/hub[/bold]
     """
+    if search is not None:
+        if weights is not None:
+            raise ValueError("--weights and --search exclude each other: the search finds the weights")
+        from reparam.recipes.lorahub import search_to
+
+        search_to(
+            output,
+            adapters,
+            search,
+            valid=valid,
+            space=space,
+            rank=rank,
+            budget=budget,
+            bound=bound,
+            l1=l1,
+            l1_reduction=l1_reduction,
+            max_length=max_length,
+            batch=batch_size,
+            base=base,
+            dtype=dtype,
+            format=format,
+            console=console,
+        )
+        return
+    if valid is not None:
+        raise ValueError("--valid is for --search, which compares on it")
     from reparam.recipes.compose import compose_to
 
     compose_to(

@@ -1,0 +1,240 @@
+"""LoraHub: weights for finished adapters from a few examples of a new task (Huang et al. 2023, arXiv 2307.13269).
+
+    minimise over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
+
+The search sees values alone (`reparam.search`); base and adapters are never changed. Candidates that do not depend on
+each other are rows of one batch (`reparam.candidates`). The result is an ordinary adapter of the best weights that were
+tried. Beside it stand what it has to beat: the base, the adapters' mean and sum, and the best of them alone.
+
+Where the paper's released code differs: it divides the loss by the number of examples once more where they are in one
+batch, so that its penalty counts K times as much; and it adds A and B apart (`space="factor"`). The paper's text has
+the sum of the |w|, not the mean (`l1_reduction`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.adapter import remove
+from reparam.blend import Blend, blend, read
+from reparam.candidates import Gates, candidates
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.hf import vocabulary
+from reparam.open import open_model
+from reparam.recipes.compose import folders_of, write
+from reparam.search import Found, search
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REDUCTIONS = ("mean", "sum")
+SHOWN = 12  # evaluations in the table while it runs: the latest
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One way to combine the adapters, and its losses in nats a token."""
+
+    name: str
+    weights: tuple[float, ...]
+    few: float
+    valid: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """What the search found, and what it has to beat."""
+
+    found: Found
+    lines: tuple[Line, ...]
+    blend: Blend
+    forwards: int
+    """Forward passes of the search."""
+
+    def line(self, name: str) -> Line:
+        """The line with this name: base, mean, sum, best single or found."""
+        return next(line for line in self.lines if line.name.startswith(name))
+
+
+class Losses:
+    """The loss of candidates on examples: for each, the mean over examples of the mean cross entropy a token."""
+
+    def __init__(
+        self, model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, gates: Gates, *, batch: int
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.collate = Collator(padding_id(tokenizer))
+        self.gates = gates
+        self.batch = batch
+        self.forwards = 0
+
+    @torch.no_grad()
+    def __call__(self, points: Tensor) -> Tensor:
+        """points [K, N] -> losses [K], float64; K times the examples are rows of batches of at most `batch` rows."""
+        count = len(self.encoded)
+        found = torch.zeros(len(points) * count, dtype=torch.float64)
+        for rows in torch.arange(len(found)).split(self.batch):
+            examples = self.collate([self.encoded[i] for i in (rows % count).tolist()])
+            self.gates.rows = points[rows // count]
+            found[rows] = self._rows(examples)
+            self.forwards += 1
+        return found.view(len(points), count).mean(1)
+
+    def _rows(self, examples: dict[str, Tensor]) -> Tensor:
+        """The mean cross entropy a token of each row [B], float64."""
+        device = next(self.model.parameters()).device
+        labels = examples["labels"][:, 1:].to(device)
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        logits = self.model(**inputs).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        return losses.double().sum(1).cpu() / (labels != -100).sum(1).cpu()
+
+
+def objective(
+    losses: Callable[[Tensor], Tensor], *, l1: float = 0.05, l1_reduction: str = "mean"
+) -> Callable[[Tensor], list[float]]:
+    """What is minimised: points [K, N] -> losses + l1 · the mean (or the sum) of |w|, K numbers.
+
+    Raises ValueError for an l1 that is negative or not finite, and an unknown reduction.
+    """
+    if not (math.isfinite(l1) and l1 >= 0):
+        raise ValueError(f"l1={l1!r}: expected a finite number of at least 0")
+    if l1_reduction not in REDUCTIONS:
+        raise ValueError(f"l1_reduction={l1_reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+
+    def value(points: Tensor) -> list[float]:
+        size = points.abs().mean(1) if l1_reduction == "mean" else points.abs().sum(1)
+        return [float(v) for v in losses(points) + l1 * size]
+
+    return value
+
+
+def search_to(
+    output: Path,
+    adapters: Sequence[str],
+    few: Path,
+    *,
+    valid: Path | None = None,
+    space: str = "delta",
+    rank: int | None = None,
+    budget: int = 40,
+    bound: float = 1.5,
+    l1: float = 0.05,
+    l1_reduction: str = "mean",
+    max_length: int = 1024,
+    batch: int = 64,
+    base: str | None = None,
+    dtype: str = "auto",
+    format: str = "reparam",
+    console: Console,
+) -> Hub:
+    """Search on the rows of `few`, write the best sum as an adapter, and compare on them and on those of `valid`.
+
+    The base is by default the one that the first adapter was trained on. `budget` counts candidates, each on all
+    examples; those of the comparison are not in it. Raises ValueError for unusable rows, settings or adapters.
+    """
+    folders = folders_of(adapters, output)
+    summands = [read(folder) for folder in folders]
+    model, tokenizer, first = open_model(base, folders[0], dtype=dtype)
+    assert first is not None
+    remove(model, first.name)
+    size = vocabulary(model)
+    encoded = encode(read_rows(few), tokenizer, max_length=max_length, vocab_size=size)
+    held_out = None
+    if valid is not None:
+        held_out = encode(read_rows(valid), tokenizer, max_length=max_length, vocab_size=size)
+    model.eval()
+    n = len(summands)
+    with candidates(model, summands, space=space) as gates:
+        losses = Losses(model, encoded, tokenizer, gates, batch=batch)
+        progress = _Progress(objective(losses, l1=l1, l1_reduction=l1_reduction), losses, budget)
+        with Live(progress.table(), console=console, auto_refresh=False) as live:
+            found = search(lambda points: progress(points, live), n, low=-bound, high=bound, budget=budget)
+        forwards = losses.forwards
+        lines = _compared(found, folders, losses, held_out, tokenizer)
+    made = blend([s.record for s in summands], found.weights, space=space, rank=rank, base=model)
+    write(made, output, folders, found.weights, format=format, console=console)
+    hub = Hub(found, lines, made, forwards)
+    console.print(_lines_table(hub))
+    console.print(f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forwards", highlight=False)
+    return hub
+
+
+def _compared(
+    found: Found,
+    folders: Sequence[Path],
+    losses: Losses,
+    held_out: Encoded | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Line, ...]:
+    n = len(folders)
+    single = torch.eye(n, dtype=torch.float64)
+    alone = losses(single)
+    best = int(alone.nan_to_num(math.inf).argmin())
+    ways = {
+        "base": [0.0] * n,
+        "mean": [1 / n] * n,
+        "sum": [1.0] * n,
+        f"best single ({folders[best].name})": single[best].tolist(),
+        "found": list(found.weights),
+    }
+    points = torch.tensor(list(ways.values()), dtype=torch.float64)
+    few = losses(points).tolist()
+    on_valid = None
+    if held_out is not None:
+        on_valid = Losses(losses.model, held_out, tokenizer, losses.gates, batch=losses.batch)(points).tolist()
+    return tuple(
+        Line(name, tuple(weights), few[i], None if on_valid is None else on_valid[i])
+        for i, (name, weights) in enumerate(ways.items())
+    )
+
+
+class _Progress:
+    """The objective, with a table of its latest values."""
+
+    def __init__(self, f: Callable[[Tensor], list[float]], losses: Losses, budget: int) -> None:
+        self.f = f
+        self.losses = losses
+        self.budget = budget
+        self.tried: list[tuple[float, list[float]]] = []
+
+    def __call__(self, points: Tensor, live: Live) -> list[float]:
+        values = self.f(points)
+        self.tried += zip(values, points.tolist(), strict=True)
+        live.update(self.table(), refresh=True)
+        return values
+
+    def table(self) -> Table:
+        table = Table(title=f"{len(self.tried)} of {self.budget} candidates, in {self.losses.forwards} forwards")
+        for name in ("", "loss + penalty", "weights"):
+            table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
+        best = min((value for value, _ in self.tried), default=math.nan)
+        for number, (value, weights) in list(enumerate(self.tried, 1))[-SHOWN:]:
+            mark = "[bold green]" if value == best else ""
+            table.add_row(str(number), f"{mark}{value:.4f}", " ".join(f"{w:+.2f}" for w in weights))
+        return table
+
+
+def _lines_table(hub: Hub) -> Table:
+    held_out = hub.lines[0].valid is not None
+    table = Table(title="nats a token, the mean over examples")
+    for name in ("", "few examples", *(["held out"] if held_out else []), "weights"):
+        table.add_column(name, justify="right" if name in ("few examples", "held out") else "left")
+    for line in hub.lines:
+        valid = [f"{line.valid:.4f}"] if line.valid is not None else []
+        table.add_row(line.name, f"{line.few:.4f}", *valid, " ".join(f"{w:+.2f}" for w in line.weights))
+    return table

@@ -1,0 +1,177 @@
+"""LoraHub on small models: the objective is a plain mean, nothing is changed, and the result is what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import trained
+from models import frozen, same
+from rich.console import Console
+from test_cli import base, reparam  # noqa: F401  (fixture)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import reparam as library
+from reparam import DoRA, LoRA
+from reparam.adapter import attach
+from reparam.blend import read
+from reparam.candidates import Gates, candidates
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.hf import load_tokenizer
+from reparam.recipes.lorahub import Losses, objective, search_to
+from reparam.summands import Summand
+from reparam.train.score import token_losses
+
+ROWS = [
+    {"prompt": "def f(a, b):", "completion": " a, b"},
+    {"prompt": "def g(self):", "completion": " self and nothing else"},
+    {"prompt": "class C:", "completion": " pass"},
+    {"prompt": "x =", "completion": " 1"},
+    {"prompt": "import os, sys\n", "completion": "os sys"},
+]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("few") / "few.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def parts(base: str, few: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:  # noqa: F811
+    """Adapters trained for a few steps on other rows each; and one with a gain."""
+    folder = tmp_path_factory.mktemp("parts")
+    tokenizer = load_tokenizer(base)
+    encoded = encode(read_rows(few), tokenizer, max_length=64)
+    for name, chosen in (("a", [0, 1]), ("b", [2, 3]), ("c", [4])):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        adapter = attach(model, LoRA(r=2, alpha=4, seed=len(name)), targets=["q_proj", "up_proj"])
+        optimizer = torch.optim.Adam(adapter.parameters(), lr=0.03)
+        for _ in range(15):
+            for i in chosen:
+                ids, labels = encoded[i]["input_ids"][None], encoded[i]["labels"][None]
+                model(input_ids=ids, labels=labels).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        adapter.save(folder / name)
+    trained(AutoModelForCausalLM.from_pretrained(base), method=DoRA(r=2)).save(folder / "gain")
+    return [str(folder / name) for name in "abc"]
+
+
+def summands(parts: list[str]) -> list[Summand]:
+    return [read(part) for part in parts]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_objective_is_the_mean_over_examples_for_any_batch(
+    batch: int,
+    base: str,  # noqa: F811
+    few: Path,
+    parts: list[str],
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
+    encoded = encode(read_rows(few), tokenizer, max_length=64)
+    points = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, -0.5, 1.0]], dtype=torch.float64)
+    with candidates(model, summands(parts)) as gates:
+        losses = Losses(model, encoded, tokenizer, gates, batch=batch)
+        found = losses(points)
+        assert losses.forwards == -(-len(points) * len(encoded) // batch)
+        values = objective(losses, l1=0.05)(points)
+        summed = objective(losses, l1=0.05, l1_reduction="sum")(points)
+    torch.testing.assert_close(torch.tensor(values).double(), found + 0.05 * points.abs().mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(summed).double(), found + 0.05 * points.abs().sum(1), rtol=1e-5, atol=1e-6)
+    for point, adapter in ((0, None), (1, parts[0])):
+        if adapter is not None:
+            library.load(model, adapter)
+        nats, tokens = token_losses(model, encoded, tokenizer, batch=2)
+        torch.testing.assert_close(found[point], (nats / tokens).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["delta", "factor"])
+def test_the_result_is_what_was_measured_and_better_than_the_base(
+    space: str,
+    base: str,  # noqa: F811
+    few: Path,
+    parts: list[str],
+    tmp_path: Path,
+) -> None:
+    before = {file: file.read_bytes() for part in parts for file in Path(part).iterdir()}
+    hub = search_to(tmp_path / "hub", parts, few, valid=few, space=space, console=Console(quiet=True))
+    assert hub.found.history[0].weights == (0.0, 0.0, 0.0)
+    assert len(hub.found.history) <= 40
+    assert hub.line("found").few < hub.line("base").few
+    assert hub.line("found").valid == pytest.approx(hub.line("found").few)
+    assert hub.forwards < len(hub.found.history)  # the first four candidates were one batch
+    assert {file: file.read_bytes() for file in before} == before
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), load_tokenizer(base)
+    library.load(model, tmp_path / "hub")
+    nats, tokens = token_losses(model, encode(read_rows(few), tokenizer, max_length=64), tokenizer, batch=8)
+    assert float((nats / tokens).mean()) == pytest.approx(hub.line("found").few, rel=1e-4)
+    assert library.adapters(model)["default"].method.settings()["r"] == (6 if space == "delta" else 2)
+
+
+def test_the_search_changes_no_bit_of_the_base_also_where_it_fails(
+    base: str,  # noqa: F811
+    few: Path,
+    parts: list[str],
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
+    before = frozen(model)
+    encoded = encode(read_rows(few), tokenizer, max_length=64)
+
+    def broken(gates: Gates) -> Tensor:
+        Losses(model, encoded, tokenizer, gates, batch=8)(torch.ones(2, 3, dtype=torch.float64))
+        raise ZeroDivisionError
+
+    def run() -> None:
+        with candidates(model, summands(parts)) as gates:
+            broken(gates)
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert same(frozen(model), before)
+
+
+def test_from_the_command_line(few: Path, parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--search", few, "--valid", few, "--budget", 8, "-o", tmp_path / "hub"]
+    assert reparam("compose", *parts, *more) == 0
+    told = capsys.readouterr().out
+    for expected in ("8 of 8 candidates", "base", "mean", "sum", "best single", "found", "held out", "exact"):
+        assert expected in told
+    assert reparam("inspect", tmp_path / "hub") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search exclude each other"),
+        (["--valid", "FEW"], "--valid is for --search"),
+        (["--search", "EMPTY"], "the file is empty"),
+        (["--search", "FEW", "--space", "ties"], "weights can be searched for in delta and factor"),
+        (["--search", "FEW", "--bound", "0"], "expected a box with 0 in it"),
+        (["--search", "FEW", "--budget", "0"], "expected at least 1 of each"),
+        (["--search", "FEW", "--l1", "-1"], "l1=-1.0: expected a finite number"),
+        (["--search", "FEW", "--l1-reduction", "max"], "expected one of mean, sum"),
+        (["GAIN", "--search", "FEW"], "its gain scales the frozen one too"),
+    ],
+)
+def test_one_sentence_for_each_mistake(
+    arguments: list[Any],
+    message: str,
+    few: Path,
+    parts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    places = {"FEW": few, "EMPTY": tmp_path / "empty.jsonl", "GAIN": Path(parts[0]).parent / "gain"}
+    assert reparam("compose", *parts, *[places.get(a, a) for a in arguments], "-o", tmp_path / "out") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
