@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import trained
-from models import frozen, same
+from models import ASSETS, frozen, same
 from rich.console import Console
 from test_cli import base, reparam  # noqa: F401  (fixture)
 from torch import Tensor
@@ -175,3 +175,18 @@ def test_one_sentence_for_each_mistake(
     assert reparam("compose", *parts, *[places.get(a, a) for a in arguments], "-o", tmp_path / "out") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_on_the_embedded_model_with_adapters_of_different_ranks(few: Path, tmp_path: Path) -> None:
+    """No adapter here helps, so that the search has to stay near the base, which it never falls behind."""
+    model = str(ASSETS / "tiny-python")
+    for seed, r in enumerate((1, 3)):
+        fresh = AutoModelForCausalLM.from_pretrained(model)
+        trained(fresh, seed=seed, method=LoRA(r=r), targets=["q_proj"]).save(tmp_path / str(seed))
+    adapters = [str(tmp_path / "0"), str(tmp_path / "1")]
+    hub = search_to(tmp_path / "hub", adapters, few, budget=6, rank=2, console=Console(quiet=True))
+    value = {tried.weights: tried.value for tried in hub.found.history}
+    assert list(value)[:3] == [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)]
+    assert hub.found.value <= value[(0.0, 0.0)] == pytest.approx(hub.line("base").few)
+    assert hub.line("base").valid is None
+    assert {site.rank for site in hub.blend.sites} <= {1, 2}

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
+from reparam.cli import app
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.train.options import ALIASES, with_options
@@ -31,8 +33,9 @@ def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_option_that_the_documents_print_exists() -> None:
     def command(overrides: object = None) -> None: ...
 
-    known = {"--config", "-c", "-o", "-a", "-b", "--base", "--adapter", "--compare", "--help", "--task", "--probe"}
+    known = {"--help"}
     known |= {f"--{name.replace('__', '.', 1)}" for name in with_options(command).__signature__.parameters}  # type: ignore[attr-defined]
+    known |= {name for verb in get_command(app).commands.values() for option in verb.params for name in option.opts}  # type: ignore[attr-defined]
     known |= {alias for aliases in ALIASES.values() for alias in aliases}
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for block in re.findall(r"```\n(reparam .*?)```", document.read_text(), re.DOTALL):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam.adapter import Adapter, adapters, attach, remove, select, untie
 from reparam.base import InputDependentError
+from reparam.blend import Blend, blend
 from reparam.context import context
 from reparam.io.record import FormatError
 from reparam.load import load
@@ -39,6 +40,7 @@ __all__ = [
     "NF4",
     "AdaLoRA",
     "Adapter",
+    "Blend",
     "DoRA",
     "FormatError",
     "InputDependentError",
@@ -48,6 +50,7 @@ __all__ = [
     "PackReport",
     "adapters",
     "attach",
+    "blend",
     "context",
     "load",
     "merge",
