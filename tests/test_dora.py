@@ -21,6 +21,7 @@ from reparam.io.peft import WEIGHTS
 from reparam.linear import Linear
 from reparam.methods.dora import DoRAUpdate
 from reparam.methods.lora import LoRAUpdate
+from reparam.methods.mixture.method import Mixture
 from reparam.weights.dense import DenseWeight
 
 axes = pytest.mark.parametrize("axis", ["output", "input"])
@@ -674,3 +675,28 @@ def test_the_axis_is_in_our_file(tmp_path: Path) -> None:
     again = copy.deepcopy(model)
     reparam.remove(again, "default")
     assert reparam.load(again, tmp_path / "own").method.settings()["norm_axis"] == "input"
+
+
+def test_magnitudes_lie_over_a_static_mixture() -> None:
+    """Whatever has factors without a gain will do; what is kept is measured anew when the mixture's gates move."""
+    w = random(6, 5)
+    plain = nn.Linear(5, 6, bias=False, dtype=torch.float64)
+    plain.weight = nn.Parameter(w.clone())
+    adapted = Linear.wrap(plain)
+    site = Site("layer", "linear", 6, 5)
+    mixture = Mixture(n=3, r=2, router="static", scope="module").build(site, adapted.weight, None)
+    adapted.add("a", reparam.DoRA().over(mixture.double(), site, adapted.weight))
+    adapted.active = "a"
+    adapted.double().eval()
+    x = random(4, 5, seed=2)
+    for seed in (3, 4):
+        with torch.no_grad():
+            for number, parameter in enumerate(adapted.updates["a"].parameters()):
+                parameter += 0.3 * random(*parameter.shape, seed=10 * seed + number)
+        update = update_of(adapted)
+        assert update.low_rank is not None
+        moved = update.low_rank.factors(adapted.weight).apply(w)
+        expected = (update.magnitude / moved.norm(dim=1))[:, None] * moved
+        with torch.no_grad():
+            assert torch.allclose(adapted(x), x @ expected.T, atol=1e-10)
+            assert torch.allclose(update.factors(adapted.weight).apply(w), expected, atol=1e-10)
