@@ -41,6 +41,7 @@ def saved(seed: int, model: Any = None, **kind: Any) -> Record:
     return trained(llama() if model is None else model, seed=seed, **kind).record()
 
 
+@torch.no_grad()
 def changes(record: Record, base: Any = None) -> dict[str, Tensor]:
     """ΔW of every site in float64, dense."""
     found = {}
