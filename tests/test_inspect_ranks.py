@@ -111,7 +111,10 @@ def test_sizes_and_directions_are_those_of_the_dense_change(method: Any, tmp_pat
         assert site.change == pytest.approx(float((new - w).norm()), rel=1e-4)
         assert site.weight == pytest.approx(float(w.norm()), rel=1e-6)
         assert site.moved is not None
-        assert site.moved.magnitude == pytest.approx(float((new.norm(dim=1) - w.norm(dim=1)).abs().mean()), rel=1e-3)
+        axis = 0 if method == reparam.DoRA(r=2, norm_axis="input") else 1
+        assert site.moved.magnitude == pytest.approx(
+            float((new.norm(dim=axis) - w.norm(dim=axis)).abs().mean()), rel=1e-3
+        )
     assert len(adapter.sites) == 14
 
 
@@ -120,4 +123,15 @@ def test_without_its_base_dora_says_what_shows_the_size(tmp_path: Path) -> None:
     assert "|ΔW| depends on W here: --base shows it" in told(tmp_path)
     assert "--base shows it" not in told(tmp_path, base=str(tmp_path / "base"))
     found = json.loads(told(tmp_path, json=True, base=str(tmp_path / "base")))
-    assert all(site["change"] > 0 and len(site["moved"]) == 2 for site in found["sites"])
+    assert all(site["change"] > 0 and site["moved"]["magnitude"] > 0 for site in found["sites"])
+    assert f"correlate by {found['correlation']:+.2f} over the sites" in told(tmp_path, base=str(tmp_path / "base"))
+
+
+def test_plots_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, reparam.LoRA(r=2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        told(tmp_path, plot=tmp_path / "file")
+    with pytest.raises(ValueError, match="--plot draws what an adapter did"):
+        show(tmp_path / "base", None, Console(file=io.StringIO()), plot=tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()

@@ -10,7 +10,7 @@ columns. The paper compares both over sites and checkpoints: full fine-tuning tr
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from reparam.inspect.ranks import place
 from reparam.io.staged import write_file
 
 Axis = Literal["output", "input"]
+Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # rows, and W and W' there
 
 
 class Directions(NamedTuple):
@@ -42,20 +43,41 @@ def geometry(before: Tensor, after: Tensor, *, axis: Axis = "output") -> Directi
     >>> geometry(torch.eye(2), 3 * torch.eye(2))
     Directions(magnitude=2.0, direction=0.0)
     """
-    dim = 1 if axis == "output" else 0
     w, new = before.detach().double(), after.detach().double()
-    old_norm, new_norm = w.norm(dim=dim), new.norm(dim=dim)
+    return _measured(lambda: iter([(slice(None), w, new)]), axis)
+
+
+@torch.no_grad()
+def of_update(weight: Weight, factors: Factors, *, axis: Axis = "output") -> Directions:
+    """ΔM and ΔD that an update makes to its frozen matrix, whatever stores that; a block of rows at a time."""
+
+    def blocks() -> Blocks:
+        for rows, block in weight.blocks():
+            w = block.detach().double()
+            yield rows, w, w + factors.change(w, rows)
+
+    return _measured(blocks, axis)
+
+
+def _measured(blocks: Callable[[], Blocks], axis: Axis) -> Directions:
+    """From blocks of rows, which are gone through twice: norms first, then the distance of the unit vectors."""
+    dim = 1 if axis == "output" else 0
+
+    def whole(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(parts)) if dim == 1 else torch.stack(list(parts)).sum(0)
+
+    squares = [(w.square().sum(dim), new.square().sum(dim)) for _, w, new in blocks()]
+    old_norm, new_norm = (whole(parts).sqrt() for parts in zip(*squares, strict=True))
     alive = (old_norm > 0) & (new_norm > 0)
-    unit, moved = (t / n.where(alive, 1).unsqueeze(dim) for t, n in ((w, old_norm), (new, new_norm)))
-    turned = ((unit - moved).square().sum(dim) / 2)[alive]  # 1 - cos, without its cancellation
+    old, moved = (norm.where(alive, 1) for norm in (old_norm, new_norm))
+
+    def distance(rows: slice, w: Tensor, new: Tensor) -> Tensor:
+        units = (t / (norm[rows, None] if dim == 1 else norm) for t, norm in ((w, old), (new, moved)))
+        return torch.sub(*units).square_().sum(dim)
+
+    turned = whole(distance(*block) for block in blocks())[alive] / 2  # 1 - cos, without its cancellation
     direction = float(turned.mean()) if len(turned) else 0.0
     return Directions(float((new_norm - old_norm).abs().mean()), direction)
-
-
-def of_update(weight: Weight, factors: Factors, *, axis: Axis = "output") -> Directions:
-    """ΔM and ΔD that an update makes to its frozen matrix, whatever stores that."""
-    w = weight.tensor().detach().double()
-    return geometry(w, factors.apply(w), axis=axis)
 
 
 def correlation(found: Sequence[Directions]) -> float:
@@ -76,8 +98,11 @@ def plot(found: Mapping[str, Directions], file: Path) -> None:
     drawn = None
     for number, (kind, points) in enumerate(kinds.items()):
         x, y, layers = zip(*points, strict=True)
-        marker = "osD^vP*X"[number % 8]
-        drawn = axes.scatter(x, y, c=layers, cmap="viridis", vmin=0, vmax=max(1, highest), marker=marker, label=kind)
+        marker = "osD^vP*X<>hpd"[number % 13]
+        if max(layers) < 0:  # outside any layer
+            axes.scatter(x, y, color="0.6", marker=marker, label=kind)
+        else:
+            drawn = axes.scatter(x, y, c=layers, cmap="viridis", vmin=0, vmax=highest or 1, marker=marker, label=kind)
     value = correlation(list(found.values()))
     axes.set(xlabel="ΔD, change of direction", ylabel="ΔM, change of magnitude", title=f"correlation {value:+.2f}")
     axes.grid(alpha=0.25)

@@ -7,12 +7,14 @@ model has several stacks of layers (`encoder.`, `decoder.`), the kind begins wit
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
@@ -75,7 +77,7 @@ def short(kinds: tuple[str, ...]) -> list[str]:
 
 
 def table(found: RankMap) -> Table:
-    """The map for a terminal, a darker cell for a higher rank, and the sum of each layer."""
+    """The map for a terminal, a darker cell for a higher rank (by its root), and the sum of each layer."""
     shown = Table(title="rank by layer and kind of site", title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("layer", justify="right")
     for name in short(found.kinds):
@@ -91,7 +93,7 @@ def table(found: RankMap) -> Table:
 def _cell(rank: int | None, highest: int) -> Text:
     if rank is None:
         return Text("")
-    red, green, blue, _ = (round(255 * part) for part in matplotlib.colormaps[MAP](rank / highest))
+    red, green, blue, _ = (round(255 * part) for part in matplotlib.colormaps[MAP](math.sqrt(rank / highest)))
     ink = "black" if red + green + blue > 384 else "white"
     return Text(f"{rank:>4}", style=f"{ink} on rgb({red},{green},{blue})")
 
@@ -102,7 +104,8 @@ def plot(found: RankMap, file: Path) -> None:
     rows, columns = grid.shape
     figure = Figure(figsize=(2 + 0.8 * columns, 1.8 + min(0.28 * rows, 10)), layout="constrained", dpi=120)
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap=MAP, vmin=0, vmax=found.highest, aspect="auto")
+    shades = matplotlib.colormaps[MAP].with_extremes(bad="0.85")  # where there is no site
+    image = axes.imshow(grid, cmap=shades, norm=PowerNorm(0.5, vmin=0, vmax=found.highest), aspect="auto")
     axes.set_xticks(range(columns), short(found.kinds), rotation=45, ha="right")
     step = max(1, rows // 20)
     axes.set_yticks(range(0, rows, step), ["-" if layer is None else str(layer) for layer in found.layers[::step]])
@@ -112,7 +115,7 @@ def plot(found: RankMap, file: Path) -> None:
     if rows <= _READABLE:
         for (row, column), rank in np.ndenumerate(grid):
             if not np.isnan(rank):
-                ink = "white" if rank > 0.6 * found.highest else "black"
+                ink = "white" if rank > 0.36 * found.highest else "black"
                 axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=axes, label="rank")
     buffer = io.BytesIO()

@@ -35,17 +35,24 @@ def show(
     With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
     folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
     """
+    if plot is not None and (probe is not None or _holds_model(folder)):
+        raise ValueError("--plot draws what an adapter did to its sites; it goes with neither --probe nor a model")
+    if plot is not None and plot.exists() and not plot.is_dir():
+        raise ValueError(f"--plot {plot}: is a file; give a folder")
     if probe is not None:
         _show_routing(folder, base, probe, console, json=json)
         return
-    if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+    if _holds_model(folder):
         _show_model(folder, console, json=json)
         return
     summary = summarise(adapter_folder(folder), load_base(base) if base else None)
     if plot is not None:
         _plot(summary, plot)
     if json:
-        console.print_json(json_.dumps(dataclasses.asdict(summary)))
+        told = dataclasses.asdict(summary) | {"correlation": summary.correlation}
+        for site in told["sites"]:
+            site["moved"] = site["moved"] and site["moved"]._asdict()
+        console.print_json(json_.dumps(told))
         return
     settings = ", ".join(
         f"{key}={value if not isinstance(value, dict) or len(value) < 5 else f'{len(value)} entries'}"
@@ -61,6 +68,13 @@ def show(
     found = _ranks(summary)
     if found is not None and len(set(found.ranks.values())) > 1:
         console.print(ranks.table(found))
+    if summary.correlation is not None:
+        console.print(
+            f"ΔM and ΔD correlate by {summary.correlation:+.2f} over the sites (in DoRA's paper: full fine-tuning "
+            f"-0.62, LoRA +0.83, DoRA -0.31)",
+            highlight=False,
+            soft_wrap=True,
+        )
     if base is None and any(site.rank is not None and site.change is None for site in summary.sites):
         console.print("|ΔW| depends on W here: --base shows it", highlight=False)
     if plot is not None:
@@ -69,6 +83,10 @@ def show(
         console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
 
 
 def _ranks(summary: Summary) -> ranks.RankMap | None:

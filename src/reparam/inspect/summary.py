@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from reparam.base import InputDependentError, Site, Update, Weight
 from reparam.fingerprint import base_tensors
-from reparam.inspect.geometry import Directions, of_update
+from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.linear import is_packed
+from reparam.methods.dora import DoRA
 from reparam.weights.dense import DenseWeight
 
 
@@ -34,7 +35,7 @@ class SiteSummary:
     weight: float | None
     """Frobenius norm of W; None without the base."""
     moved: Directions | None = None
-    """ΔM and ΔD of the site's rows; None without the base."""
+    """ΔM and ΔD of the site's rows, or columns if the method's magnitudes are theirs; None without the base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Summary:
     sites: tuple[SiteSummary, ...]
     replaced: tuple[str, ...]
     """Modules that the adapter replaces whole."""
+
+    @property
+    def correlation(self) -> float | None:
+        """Of ΔM and ΔD over the sites; None without the base."""
+        found = [site.moved for site in self.sites if site.moved is not None]
+        return correlation(found) if len(found) > 1 else None
 
     @property
     def idle(self) -> bool:
@@ -99,7 +106,8 @@ def _summarise_site(record: Record, name: str, site: Site, weight: Weight | None
     else:
         squares = [factors.change(block.float(), rows).double().square().sum() for rows, block in weight.blocks()]
         change = float(torch.stack(squares).sum().sqrt())
-    moved = None if weight is None else of_update(weight, factors)
+    axis: Axis = "input" if isinstance(record.method, DoRA) and record.method.norm_axis == "input" else "output"
+    moved = None if weight is None else of_update(weight, factors, axis=axis)
     return SiteSummary(name, shape, len(factors.A), change, norm, moved)
 
 
