@@ -1,7 +1,7 @@
 """Tables and plots of the runs of `methods.py` that are there, and of `methods_cost.py`.
 
-Writes methods.json, images/methods-scores.png and images/methods-directions.png, and prints the tables. Intervals are
-Student's 95 % over seeds; differences to LoRA are paired by seed.
+Writes methods.json, images/methods-scores.png, images/methods-directions.png, and the tables in place of what follows
+"## Tables" in methods.md. Intervals are Student's 95 % over seeds; differences to LoRA are paired by seed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LABELS = {
 }
 MOVED = ("full", "lora", "dora")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TABLES = "## Tables\n"
 Runs = dict[tuple[str, str], dict[int, dict[str, Any]]]  # task and method -> seed -> figures
 
 
@@ -126,9 +127,11 @@ def shown(entry: dict[str, Any] | None, *, sign: str = "", digits: int = 3) -> s
     return f"{entry['mean']:{sign}.{digits}f}{half}"
 
 
-def tables(found: dict[str, Any], moved: dict[str, Any], baseline: dict[str, float], tuning: list[Any]) -> str:
+def tables(
+    found: dict[str, Any], moved: dict[str, Any], baseline: dict[str, float], tuning: list[Any], cost: dict[str, Any]
+) -> str:
     """All tables as Markdown."""
-    lines = []
+    lines: list[str] = []
     for task in [task for task in m.TASKS if task in found]:
         methods = found[task]
         metrics = [key for key in ("loss", "exact", "bits") if key in methods["lora"]]
@@ -143,11 +146,23 @@ def tables(found: dict[str, Any], moved: dict[str, Any], baseline: dict[str, flo
             counts = " to ".join(f"{n:,}" for n in sorted({entry["parameters"][0], entry["parameters"][-1]}))
             head = f"| {LABELS[method]} | {entry['rate']:g} | {counts} | {entry[metrics[0]]['seeds']} | "
             lines.append(head + " | ".join(cells) + " |")
-    lines += ["\n| NF4 less dense, the same seeds | " + " | ".join(m.TASKS) + " |", "|---" * (1 + len(m.TASKS)) + "|"]
-    for method in [method for method in m.METHODS if method.startswith("q")]:
+    packed = [
+        method for method in m.METHODS if any(method in found.get(task, {}) for task in m.TASKS) and method[0] == "q"
+    ]
+    if packed:
+        lines += [
+            "\n| NF4 less dense, the same seeds | " + " | ".join(m.TASKS) + " |",
+            "|---" * (1 + len(m.TASKS)) + "|",
+        ]
+    for method in packed:
         entries = [found.get(task, {}).get(method, {}) for task in m.TASKS]
         cells = [shown(entry.get("loss to dense") or entry.get("bits to dense"), sign="+") for entry in entries]
         lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
+    if cost:
+        lines += ["\n| a step of 8 x 128 | over LoRA's | CPU ms | MiB held | MiB more in a step |", "|---" * 5 + "|"]
+    for kind, row in cost.items():
+        mib = " | ".join(f"{row[key] / 2**20:.1f}" for key in ("held bytes", "peak bytes of a step"))
+        lines.append(f"| {kind} | {row['over lora']:.2f} | {1000 * row['seconds']:.0f} | {mib} |")
     rates = sorted({run["rate"] for run in tuning})
     lines += [
         "\n| tuning, on `valid` | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
@@ -172,19 +187,20 @@ def draw_scores(found: dict[str, Any], file: Path) -> None:
     """One panel a task: each method's held-out loss with its interval, LoRA's as a band."""
     figure = Figure(figsize=(12, 4), layout="constrained", dpi=120)
     tasks = [task for task in m.TASKS if task in found]
+    methods = [method for method in m.METHODS if any(method in found[task] for task in tasks)]
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         key = "bits" if task in m.TEXTS else "loss"
         lora = found[task]["lora"][key]
         if lora["half"] is not None:
             axes.axvspan(lora["mean"] - lora["half"], lora["mean"] + lora["half"], color="0.9", zorder=0)
-        for row, method in enumerate(m.METHODS):
+        for row, method in enumerate(methods):
             entry = found[task].get(method)
             if entry is not None:
                 colour = "tab:orange" if method.startswith("q") else "tab:gray" if method == "full" else "tab:blue"
                 axes.errorbar(entry[key]["mean"], row, xerr=entry[key]["half"], fmt="o", color=colour, capsize=3)
         axes.set(title=task, xlabel=f"{UNITS[key]} on test (less is better)")
-        axes.set_yticks(range(len(m.METHODS)), [LABELS[method] for method in m.METHODS])
-        axes.set_ylim(len(m.METHODS) - 0.5, -0.5)
+        axes.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
+        axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
@@ -204,7 +220,9 @@ def draw_directions(scored: Runs, file: Path) -> None:
                 x, y = [d.direction for d in own], [d.magnitude for d in own]
                 label = kind.removesuffix("_proj") if checkpoint and i == j == 0 else None
                 axes.scatter(x, y, s=size, marker=marker, color=f"C{number}", alpha=0.8, linewidths=0, label=label)
-        axes.set_title(f"{task}, {LABELS[method]}: r = {correlation([d for *_, d in found]):+.2f}", fontsize=10)
+        axes.set_title(
+            f"{task}, {LABELS[method]}: r = {correlation([d for *_, d in found]):+.2f}", fontsize=10, loc="right"
+        )
         axes.ticklabel_format(style="sci", scilimits=(-2, 3))
         axes.set(xlabel="ΔD", ylabel="ΔM")
         axes.grid(alpha=0.25)
@@ -220,19 +238,22 @@ def main() -> None:
     given = parser.parse_args()
     scored, tuning = read(given.runs)
     found, moved, baseline = summary(scored), directions(scored), majority(given.runs)
-    cost = given.runs / "cost.json"
+    file = given.runs / "cost.json"
+    cost = json.loads(file.read_text()) if file.exists() else {}
     everything = {
         "scores": found,
         "directions": moved,
         "most frequent answer": baseline,
         "tuning": [{k: run[k] for k in ("task", "method", "rate", "valid")} for run in tuning],
-        "cost": json.loads(cost.read_text()) if cost.exists() else None,
+        "cost": cost,
     }
     (given.output / "images").mkdir(parents=True, exist_ok=True)
     (given.output / "methods.json").write_text(json.dumps(everything, indent=1) + "\n")
     draw_scores(found, given.output / "images/methods-scores.png")
     draw_directions(scored, given.output / "images/methods-directions.png")
-    print(tables(found, moved, baseline, tuning))
+    page = given.output / "methods.md"
+    text = page.read_text().partition(TABLES)[0] if page.exists() else ""
+    page.write_text(f"{text}{TABLES}\n{tables(found, moved, baseline, tuning, cost)}\n")
 
 
 if __name__ == "__main__":
