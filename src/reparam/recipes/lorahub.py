@@ -185,11 +185,12 @@ def _compared(
     single = torch.eye(n, dtype=torch.float64)
     alone = losses(single)
     best = int(alone.nan_to_num(math.inf).argmin())
+    folder = folders[best].parent if folders[best].name == "adapter" else folders[best]  # of a run, or its own
     ways = {
         "base": [0.0] * n,
         "mean": [1 / n] * n,
         "sum": [1.0] * n,
-        f"best single ({folders[best].name})": single[best].tolist(),
+        f"best single ({folder.name})": single[best].tolist(),
         "found": list(found.weights),
     }
     points = torch.tensor(list(ways.values()), dtype=torch.float64)
