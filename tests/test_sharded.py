@@ -23,6 +23,7 @@ from toys import Nudge, registered
 
 import reparam
 from reparam.base import Method
+from reparam.linear import SHARED
 
 HERE = Path(__file__).parent
 IDS = torch.randint(2, models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(7))
@@ -82,7 +83,9 @@ def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) ->
 
     assert found.keys() == expected.keys()
     small = 1e-5 if dtype == torch.float32 else 0.15  # two roundings to bfloat16 of what half cancels
-    wrong = {name: e for name in expected if (e := apart(found[name], expected[name])) > small}
+    many = 0.5 if dtype == torch.bfloat16 else small  # what all sites share: a sum over them, most of which cancels
+    least = {name: many if SHARED in name else small for name in expected}
+    wrong = {name: e for name in expected if (e := apart(found[name], expected[name])) > least[name]}
     assert not wrong, f"{storage}, {method}, {dtype}, {sharded=}: {wrong}"
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     assert models.same({name: whole(tensor) for name, tensor in base_of(model).items()}, before)
