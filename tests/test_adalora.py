@@ -298,6 +298,7 @@ def test_what_lost_its_place_is_gone_and_the_function_stays(kind: str, magnitude
     assert sum(ranks(adapter)) == 28 == living(adapter)
     assert len(set(ranks(adapter))) > 1
     assert all(one is two for one, two in zip(adapter.parameters(), held, strict=True)), "the same parameter objects"
+    assert not budget.mean, "statistics are let go"
     states = optimizer.state_dict()["state"]
     for index, parameter in enumerate(adapter.parameters()):
         for key in ("exp_avg", "momentum_buffer"):

@@ -10,7 +10,7 @@ import reparam
 
 ROOT = Path(reparam.__file__).parent
 LEVELS = [  # a file imports from its own level or from those above it in this list
-    {"base", "changes", "narrow"},
+    {"base", "changes", "narrow", "numbers"},
     {"kernels"},
     {"weights", "methods"},
     {"bank", "linear", "embedding", "targets"},

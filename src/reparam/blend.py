@@ -33,6 +33,7 @@ from reparam.load import place
 from reparam.lowrank import dare, factored, reduced, stacked, summed, ties
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA, seeded
+from reparam.numbers import finite, whole
 from reparam.summands import Summand, check, check_factors, check_identity, factors_of, frozen, sites_of
 
 DENSE = ("ties", "dare")
@@ -197,16 +198,12 @@ def _check_settings(n: int, weights: Sequence[float], *, space: str, rank: int |
     problems = ["no adapters are given"] * (n == 0)
     if n != len(weights):
         problems.append(f"{n} adapters need as many weights, and there are {len(weights)}")
-    problems += [f"weight {i + 1} is {w!r}: expected a finite number" for i, w in enumerate(weights) if not _finite(w)]
+    problems += [f"weight {i + 1} is {w!r}: expected a finite number" for i, w in enumerate(weights) if not finite(w)]
     if space not in SPACES:
         problems.append(f"space={space!r}: expected one of {', '.join(SPACES)}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    if rank is not None and not whole(rank, 1):
         problems.append(f"rank={rank!r}: expected a whole number of at least 1")
-    if not _finite(density) or not 0 < density <= 1:
+    if not finite(density) or not 0 < density <= 1:
         problems.append(f"density={density!r}: expected a share above 0 and up to 1")
     if problems:
         raise ValueError("blend: " + "; ".join(problems))
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -9,7 +9,6 @@ columns. The paper compares both over sites and checkpoints: full fine-tuning tr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from reparam.base import Factors, Weight
+from reparam.inspect.png import write_png
 from reparam.inspect.ranks import place
-from reparam.io.staged import write_file
 
 Axis = Literal["output", "input"]
 Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # rows, and W and W' there
@@ -110,6 +109,4 @@ def plot(found: Mapping[str, Directions], file: Path) -> None:
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     if drawn is not None and highest > 0:
         figure.colorbar(drawn, ax=axes, label="layer")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_file(file, buffer.getvalue())
+    write_png(figure, file)

@@ -6,7 +6,6 @@ model has several stacks of layers (`encoder.`, `decoder.`), the kind begins wit
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from reparam.io.staged import write_file
+from reparam.inspect.png import write_png
 
 MAP = "Blues"
 _READABLE = 40  # layers up to which each cell of the PNG has its number in it
@@ -118,6 +117,4 @@ def plot(found: RankMap, file: Path) -> None:
                 ink = "white" if rank > 0.36 * found.highest else "black"
                 axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=axes, label="rank")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_file(file, buffer.getvalue())
+    write_png(figure, file)

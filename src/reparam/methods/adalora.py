@@ -16,7 +16,6 @@ Shapes: O out_features, I in_features, R rank, N rows of a flattened batch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -29,6 +28,7 @@ from reparam.methods.budget import Budget, Plan
 from reparam.methods.dora import DoRA, DoRAUpdate
 from reparam.methods.lora import LoRAUpdate, seeded
 from reparam.narrow import narrow
+from reparam.numbers import finite, whole
 
 ORTH_FORMS = ("reference", "paper")
 SCORES = ("after", "before")
@@ -101,19 +101,19 @@ class AdaLoRA(Method):
                 *((f"rank_pattern[{name!r}]", rank, 0) for name, rank in self.rank_pattern.items()),
                 *((f"milestones[{i}]", step, 1) for i, step in enumerate(self.milestones)),
             )
-            if not (value is None and key in ("total_steps", "tinit", "tfinal")) and not _whole(value, least)
+            if not (value is None and key in ("total_steps", "tinit", "tfinal")) and not whole(value, least)
         ]
         problems += [
             f"{key}={value!r}: expected a finite number {'above' if key == 'alpha' else 'of at least'} 0"
             for key, value in (("alpha", self.alpha), ("target_r", self.target_r), ("orth_weight", self.orth_weight))
-            if not _finite(value) or value < 0 or (key == "alpha" and value == 0)
+            if not finite(value) or value < 0 or (key == "alpha" and value == 0)
         ]
         if not problems and self.target_r > self.init_r:
             problems.append(f"target_r={self.target_r!r} is above init_r={self.init_r!r}: the budget can only fall")
         problems += [
             f"{key}={value!r}: expected a number between 0 and 1"
             for key, value in (("beta1", self.beta1), ("beta2", self.beta2))
-            if not _finite(value) or not 0 < value < 1
+            if not finite(value) or not 0 < value < 1
         ]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
@@ -211,11 +211,3 @@ def components(update: Update) -> SVDUpdate:
     found = update.low_rank if isinstance(update, DoRAUpdate) else update
     assert isinstance(found, SVDUpdate)
     return found
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -80,12 +80,12 @@ class Budget:
         self.last = min(round(method.target_r * len(self.updates)), self.first)
         self.mean: list[Tensor] = []  # Ī of λ, Q and P, site after site
         self.deviation: list[Tensor] = []  # Ū
-        self.places: list[Tensor] | None = None  # [R] for each site, once the choice stands
+        self.places: list[Tensor] | None = None  # [R] for each site, once the choice stands; none of them when dropped
 
     @property
     def packed(self) -> bool:
         """Whether the choice stands and all that lost is dropped."""
-        return self.places is not None and all(bool(places.all()) for places in self.places)
+        return self.places is not None and not self.places
 
     def plan(self, total_steps: int | None) -> None:
         """Take the number of steps from the trainer, unless the method has one.
@@ -142,7 +142,7 @@ class Budget:
                 self.places, self.mean, self.deviation = places, [], []
             if self.step >= self.plan_.final or self.step in self.plan_.milestones:
                 self._drop(places, optimizer)
-        elif self.places is not None and not self.packed:
+        elif self.places:
             self._mask(self.places)
         self.step += 1
 
@@ -153,7 +153,8 @@ class Budget:
         Returns a sentence for the user, or None.
         """
         if self.places is not None:
-            self._drop(self.places, None)
+            if self.places:
+                self._drop(self.places, None)
             return None
         if self.plan_ is None or self.step == 0:
             return "AdaLoRA: no step was made through a bound optimiser, so that the ranks are those of the start"
@@ -220,7 +221,7 @@ class Budget:
     def _observe(self) -> None:
         """Bring Ī and Ū up to date, until the choice stands."""
         assert self.plan_ is not None
-        if self.step >= self.plan_.final and self.mean:
+        if self.places is not None or (self.step >= self.plan_.final and self.mean):
             return
         parameters = self._parameters()
         if not self.mean:
@@ -269,7 +270,7 @@ class Budget:
         lost = [(u, i) for u, i in zip(self.updates.values(), kept, strict=True) if len(i) < len(u.E)]
         narrow({parameter: (dim, index) for update, index in lost for parameter, dim in update.parts()}, optimizer)
         if self.places is not None:
-            self.places = [torch.ones_like(update.E, dtype=torch.bool) for update in self.updates.values()]
+            self.places = []
 
 
 def _processes() -> int:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from reparam.base import Factors, Method, Role, Site, Update, Weight, method
 from reparam.methods import patterns
+from reparam.numbers import whole
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
 INITS = ("kaiming_uniform", "gaussian")
@@ -72,7 +73,7 @@ class LoRA(Method):
         problems = [
             f"{key}={value!r}: a rank is a whole number of at least 1"
             for key, value in ranks.items()
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1
+            if not whole(value, 1)
         ]
         problems += [
             f"{key}={value!r}: expected a finite number above 0"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from torch import nn
 
 from reparam.base import Role, Site
+from reparam.numbers import finite
 
 ORDER = ("in", "embedding", "out")
 _HIGH = 100
@@ -146,14 +147,10 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
 def _bad_numbers(lr: float, ratio: float, embedding_lr: float, weight_decay: float) -> list[str]:
     above = {"lr": lr, "ratio": ratio}
     least = {"embedding_lr": embedding_lr, "weight_decay": weight_decay}
-    problems = [f"{k}={v!r}: expected a finite number above 0" for k, v in above.items() if not (_finite(v) and v > 0)]
+    problems = [f"{k}={v!r}: expected a finite number above 0" for k, v in above.items() if not (finite(v) and v > 0)]
     return problems + [
-        f"{k}={v!r}: expected a finite number of at least 0" for k, v in least.items() if not (_finite(v) and v >= 0)
+        f"{k}={v!r}: expected a finite number of at least 0" for k, v in least.items() if not (finite(v) and v >= 0)
     ]
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _kind(name: str, parameter: nn.Parameter, role: Role | None, sites: Mapping[str, Site], vectors: str) -> str:

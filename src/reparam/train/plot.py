@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from reparam.io.staged import write_file
+from reparam.inspect.png import write_png
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -24,6 +23,4 @@ def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_file(file, buffer.getvalue())
+    write_png(figure, file)

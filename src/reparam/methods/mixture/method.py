@@ -27,6 +27,7 @@ from reparam.methods.mixture.common import Common
 from reparam.methods.mixture.select import GATES, SELECTS
 from reparam.methods.mixture.update import MixtureUpdate
 from reparam.methods.mixture.warmup import Warmup
+from reparam.numbers import whole
 
 KINDS = ("low_rank", "shared_a", "vectors")
 ROUTERS = ("static", "task_embedding", "task_logits", "token", "sequence", "two_pass")
@@ -131,7 +132,7 @@ class Mixture(Method):
         problems += [
             f"{field}={value!r}: expected a whole number of at least {least}"
             for field, least in (("n", 1), ("r", 1), ("k", 1), ("task_width", 1), ("contrastive_pairs", 2))
-            if isinstance(value := getattr(self, field), bool) or not isinstance(value, int) or value < least
+            if not whole(value := getattr(self, field), least)
         ]
         problems += [
             f"{field}={value!r}: expected a finite number above 0"

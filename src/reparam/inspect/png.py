@@ -1,0 +1,17 @@
+"""Figures as PNG files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from reparam.io.staged import write_file
+
+
+def write_png(figure: Figure, file: Path) -> None:
+    """Write the figure, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_file(file, buffer.getvalue())
