@@ -264,7 +264,8 @@ def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path, *, lea
             a.ndim != 2
             or b.ndim != 2
             or a.shape[0] != b.shape[1]
-            or min(a.shape[1], b.shape[0], a.shape[0] + 1 - least) < 1
+            or 0 in (a.shape[1], len(b))
+            or len(a) < least
         ):
             problems.append(
                 f"{PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors of a matrix"
