@@ -260,13 +260,7 @@ def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path, *, lea
     sites = {}
     for name, kind in kinds.items() if not problems else ():
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
-        if (
-            a.ndim != 2
-            or b.ndim != 2
-            or a.shape[0] != b.shape[1]
-            or 0 in (a.shape[1], len(b))
-            or len(a) < least
-        ):
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
             problems.append(
                 f"{PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors of a matrix"
             )
