@@ -18,7 +18,7 @@ import reparam.cli.run  # the order of `--help`
 
 # isort: split
 import reparam.cli.adapters
-import reparam.cli.models
+import reparam.cli.models  # noqa: F401
 from reparam.cli.options import app
 
 UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
