@@ -12,36 +12,31 @@ A run whose figures are in the output folder already is not repeated. `methods_r
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import copy
 import dataclasses
 import functools
 import itertools
 import json
 import math
-import multiprocessing
-import random
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import reparam
-from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import load_base, load_tokenizer
+from reparam.hf import load_tokenizer
 from reparam.inspect.geometry import geometry, of_update
 from reparam.optim import lora_plus
-from reparam.train.score import token_losses
 
-ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets/tiny-python"
+ROOT = runs.ROOT
 CHATS, TEXTS = ("signatures", "docstring"), ("reference",)
 TASKS = CHATS + TEXTS
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of AdamW, for every method
@@ -88,18 +83,9 @@ def method_of(name: str, seed: int) -> reparam.LoRA | reparam.AdaLoRA:
 
 
 @functools.cache
-def base(storage: str) -> nn.Module:
-    """The embedded model, in eval mode."""
-    model = load_base(str(BASE), dtype="float32")
-    if storage != "dense":
-        reparam.pack(model, storage)
-    return model.eval()
-
-
-@functools.cache
 def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encoded]:
     """Training rows, the held-out rows that rates are tuned on, and those that are reported."""
-    tokenizer = load_tokenizer(str(BASE))
+    tokenizer = load_tokenizer(str(runs.BASE))
     place = ROOT / "assets/tasks" if (ROOT / "assets/tasks" / task).exists() else folder / "tasks"
     sides = (read_rows(str(place / task / f"{side}.jsonl")) for side in ("train", "valid", "test"))
     cut = (next(sides), *(rows[: sizes.held_out] for rows in sides))
@@ -107,24 +93,9 @@ def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encod
     return train, valid, test
 
 
-def batches(train: Encoded, sizes: Sizes, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Padded batches, the rows in the order of the seed."""
-    collate = Collator(padding_id(load_tokenizer(str(BASE))))
-    order = list(range(len(train)))
-    draw = random.Random(seed)
-    queue: list[int] = []
-    while True:
-        if len(queue) < sizes.rows:
-            draw.shuffle(order)
-            queue += order
-        chosen, queue = queue[: sizes.rows], queue[sizes.rows :]
-        made = collate([train[i] for i in chosen])
-        yield {key: made[key] for key in ("input_ids", "attention_mask", "labels")}
-
-
 def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, torch.optim.Optimizer]:
     """A model that trains as the job says, and its optimiser, bound."""
-    model = copy.deepcopy(base("nf4" if job.method.startswith("q") else "dense"))
+    model = copy.deepcopy(runs.base("nf4" if job.method.startswith("q") else "dense"))
     if job.method == "full":
         model.requires_grad_()
         return model, None, torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.0)
@@ -137,30 +108,6 @@ def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, to
     return model, adapter, optimizer
 
 
-def score(model: nn.Module, encoded: Encoded) -> dict[str, float]:
-    """Bits per byte of texts; else nats per answer token, and the share of answers that greedy decoding gets right."""
-    tokenizer = load_tokenizer(str(BASE))
-    nats, tokens = token_losses(model, encoded, tokenizer, batch=16)
-    size = float(encoded.text_bytes.sum())
-    if size:
-        return {"bits": float(nats.sum()) / size / 0.6931471805599453}
-    return {"loss": float(nats.sum() / tokens.sum()), "exact": exact(model, encoded)}
-
-
-@torch.no_grad()
-def exact(model: nn.Module, encoded: Encoded) -> float:
-    """The share of rows whose every answer token is the most likely one after those before it: greedy decoding's."""
-    collate = Collator(padding_id(load_tokenizer(str(BASE))))
-    model.eval()
-    right = 0
-    for start in range(0, len(encoded), 16):
-        made = collate([encoded[i] for i in range(start, min(start + 16, len(encoded)))])
-        labels = made["labels"][:, 1:]
-        found = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits[:, :-1].argmax(-1)
-        right += int(((found == labels) | (labels == -100)).all(1).sum())
-    return right / len(encoded)
-
-
 def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, float, float]]:
     """Site, ΔM and ΔD of every matrix that adapters go on."""
     if adapter is not None:
@@ -168,7 +115,7 @@ def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, 
             (path, *of_update(module.weight, adapter.updates[path].factors(module.weight)))
             for path, module in adapter.modules.items()
         ]
-    before = dict(base("dense").named_modules())
+    before = dict(runs.base("dense").named_modules())
     return [
         (path, *geometry(before[path].weight, module.weight))
         for path, module in model.named_modules()
@@ -178,34 +125,24 @@ def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, 
 
 def run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
     """Train, score on `valid` or `test`, and keep the figures."""
-    file = folder / "runs" / job.file
-    if file.exists():
-        return json.loads(file.read_text())
-    torch.set_num_threads(1)
+    return runs.kept(folder / "runs" / job.file, lambda: _run(job, folder, sizes, side))
+
+
+def _run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     train, valid, test = data(folder, job.task, sizes)
     model, adapter, optimizer = started(job, sizes.steps)
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    warm = max(1, sizes.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warm, (sizes.steps - t) / (sizes.steps - warm))
-    )
-    begun, losses, halfway = time.perf_counter(), [], []
-    model.train()
-    for step, batch in zip(range(sizes.steps), batches(train, sizes, job.seed), strict=False):
-        loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(own, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step + 1 == sizes.steps // 2 and not job.method.startswith("q"):
-            halfway = moved(model, adapter)
+    begun, halfway = time.perf_counter(), []
+
+    def after(step: int) -> None:
+        if step == sizes.steps // 2 and not job.method.startswith("q"):
+            halfway.extend(moved(model, adapter))
+
+    losses = runs.learn(model, optimizer, runs.batches(train, sizes.rows, job.seed), sizes.steps, after=after)
     found = {
         **dataclasses.asdict(job),
-        "parameters": sum(p.numel() for p in own),
-        side: score(model, {"valid": valid, "test": test}[side]),
+        "parameters": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+        side: runs.score(model, {"valid": valid, "test": test}[side]),
         "losses": losses,
         "moved": [halfway, moved(model, adapter)],
         "seconds": time.perf_counter() - begun,
@@ -213,10 +150,6 @@ def run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
     if adapter is not None and hasattr(adapter.method, "init_r"):
         found["ranks"] = {path: update.factors(m.weight).A.shape[0] for (path, m), update in zip(
             adapter.modules.items(), adapter.updates.values(), strict=True)}  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    part.replace(file)
     return found
 
 
@@ -238,15 +171,14 @@ def best_rates(folder: Path, methods: Iterable[str]) -> dict[tuple[str, str], fl
 
 
 def everything(jobs: list[Job], folder: Path, sizes: Sizes, side: str, workers: int) -> None:
-    """Run what is not there yet, `workers` at a time, one thread each."""
+    """Run what is not there yet."""
+
+    def line(job: Job, found: dict[str, Any]) -> str:
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in found[side].items())
+        return f"{job.task} {job.method} rate {job.rate:g} seed {job.seed}: {shown} ({found['seconds']:.0f} s)"
+
     left = [job for job in jobs if not (folder / "runs" / job.file).exists()]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        work = functools.partial(run, folder=folder, sizes=sizes, side=side)
-        for number, found in enumerate(pool.map(work, left), 1):
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in found[side].items())
-            where = f"{found['task']} {found['method']} rate {found['rate']:g} seed {found['seed']}"
-            print(f"{number}/{len(left)} {where}: {shown} ({found['seconds']:.0f} s)", flush=True)
+    runs.spread(left, functools.partial(run, folder=folder, sizes=sizes, side=side), workers, line)
 
 
 def main() -> None:
@@ -260,8 +192,7 @@ def main() -> None:
     seeds = SEEDS[:1] if given.quick else SEEDS
     folder = given.output.resolve() / ("quick" if given.quick else "")
     if not (folder / "tasks/docstring").exists():
-        script = [sys.executable, str(ROOT / "scripts/make_tasks.py"), str(folder / "tasks"), "--task", "docstring"]
-        subprocess.run(script, check=True)
+        subprocess.run([*runs.SCRIPT, str(folder / "tasks"), "--task", "docstring"], check=True)
     dense = [method for method in METHODS if not method.startswith("q")]
     asked = given.task or list(TASKS)
     grid = RATES[:1] if given.quick else RATES

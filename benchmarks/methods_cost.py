@@ -13,6 +13,7 @@ from pathlib import Path
 
 import measure
 import methods as m
+import runs
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     sizes, rounds = (m.Sizes(rows=2), 2) if given.quick else (m.Sizes(), 8)
     train, *_ = m.data(given.output, "reference", sizes)
-    batch = next(m.batches(train, sizes, 0))
+    batch = next(runs.batches(train, sizes.rows, 0))
     work = {kind: contestant(kind, batch, rounds) for kind in KINDS}
     times = measure.interleave({kind: step for kind, (step, _, _) in work.items()}, rounds=rounds)
     found = {

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import methods as m
+import runs
 from matplotlib.figure import Figure
-from qlora_quality import STUDENT
 
 from reparam.inspect.geometry import Directions, correlation
 
@@ -53,27 +53,27 @@ def read(folder: Path) -> tuple[Runs, list[dict[str, Any]]]:
 
 def interval(values: list[float]) -> dict[str, Any]:
     """Mean and half the 95 % interval; no interval where there is no spread to be had."""
-    half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "half": half, "seeds": len(values)}
+    mean, half = runs.interval(values)
+    return {"mean": mean, "half": None if math.isnan(half) else half, "seeds": len(values)}
 
 
 def summary(scored: Runs) -> dict[str, Any]:
     """For each task and method: scores, and the differences to LoRA and, on NF4, to the same method's dense version."""
     found: dict[str, Any] = {}
-    for (task, method), runs in scored.items():
+    for (task, method), by_seed in scored.items():
         entry: dict[str, Any] = {
-            "rate": next(iter(runs.values()))["rate"],
-            "parameters": sorted({run["parameters"] for run in runs.values()}),
-            "by seed": {seed: run["test"] for seed, run in sorted(runs.items())},
+            "rate": next(iter(by_seed.values()))["rate"],
+            "parameters": sorted({run["parameters"] for run in by_seed.values()}),
+            "by seed": {seed: run["test"] for seed, run in sorted(by_seed.items())},
         }
-        for key in next(iter(runs.values()))["test"]:
-            entry[key] = interval([run["test"][key] for run in runs.values()])
+        for key in next(iter(by_seed.values()))["test"]:
+            entry[key] = interval([run["test"][key] for run in by_seed.values()])
             for name, other in (("to lora", "lora"), ("to dense", method.removeprefix("q"))):
                 beside = scored.get((task, other), {})
-                common = [seed for seed in runs if seed in beside]
+                common = [seed for seed in by_seed if seed in beside]
                 if other != method and common:
                     entry[f"{key} {name}"] = interval(
-                        [runs[seed]["test"][key] - beside[seed]["test"][key] for seed in common]
+                        [by_seed[seed]["test"][key] - beside[seed]["test"][key] for seed in common]
                     )
         found.setdefault(task, {})[method] = entry
     return found
@@ -106,13 +106,13 @@ def points(run: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[int, str, 
 def directions(scored: Runs) -> dict[str, Any]:
     """Correlations of ΔM and ΔD by task and method: of query and value matrices, and of all, over the seeds."""
     found: dict[str, Any] = {}
-    for (task, method), runs in scored.items():
+    for (task, method), by_seed in scored.items():
         if method not in MOVED:
             continue
         entry: dict[str, Any] = {}
         for name, kinds in (("query and value", ("q_proj", "v_proj")), ("all", KINDS)):
-            entry[name] = interval([correlation([d for *_, d in points(run, kinds)]) for run in runs.values()])
-        last = [d for run in runs.values() for checkpoint, _, d in points(run, KINDS) if checkpoint == 1]
+            entry[name] = interval([correlation([d for *_, d in points(run, kinds)]) for run in by_seed.values()])
+        last = [d for run in by_seed.values() for checkpoint, _, d in points(run, KINDS) if checkpoint == 1]
         entry["magnitude"] = statistics.mean(d.magnitude for d in last)
         entry["direction"] = statistics.mean(d.direction for d in last)
         found.setdefault(task, {})[method] = entry
@@ -212,8 +212,8 @@ def draw_directions(scored: Runs, file: Path) -> None:
     tasks = [task for task in m.TASKS if all(scored.get((task, method)) for method in MOVED)]
     grid = figure.subplots(len(tasks), len(MOVED), squeeze=False)
     for (i, task), (j, method) in [(a, b) for a in enumerate(tasks) for b in enumerate(MOVED)]:
-        axes, runs = grid[i][j], scored[task, method]
-        found = points(runs[min(runs)], KINDS)
+        axes, by_seed = grid[i][j], scored[task, method]
+        found = points(by_seed[min(by_seed)], KINDS)
         for number, kind in enumerate(KINDS):
             for checkpoint, marker, size in ((0, "o", 14), (1, "^", 26)):
                 own = [d for at, path, d in found if at == checkpoint and path.endswith(kind)]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 
+import runs
 import torch
 from rich.console import Console
 
@@ -24,10 +24,8 @@ from reparam.train.evaluate import evaluate
 from reparam.train.run import train
 from reparam.train.show import Show
 
-ROOT = Path(__file__).resolve().parents[1]
-TASK = ROOT / "assets/tasks/reference"
+TASK = runs.ROOT / "assets/tasks/reference"
 STORAGES = ("dense", "nf4")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 0.975, by number of seeds
 
 
 def bits(folder: Path, storage: str, seed: int, *, steps: int) -> dict[str, float]:
@@ -37,7 +35,7 @@ def bits(folder: Path, storage: str, seed: int, *, steps: int) -> dict[str, floa
     if file.exists():
         return json.loads(file.read_text())
     config = Config(
-        base=BaseConfig(path=str(ROOT / "assets/tiny-python"), dtype="float32", storage=storage),
+        base=BaseConfig(path=str(runs.ROOT / "assets/tiny-python"), dtype="float32", storage=storage),
         data=DataConfig(train=str(TASK / "train.jsonl"), valid=str(TASK / "valid.jsonl"), max_length=512),
         method=LoRA(r=8, alpha=16, seed=seed),
         optim=OptimConfig(learning_rate=5e-3),
@@ -60,14 +58,13 @@ def bits(folder: Path, storage: str, seed: int, *, steps: int) -> dict[str, floa
 
 def interval(values: list[float]) -> str:
     """Mean and the 95 % interval of Student's t."""
-    mean = statistics.mean(values)
-    half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    mean, half = runs.interval(values)
     return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, choices=sorted(STUDENT))
+    parser.add_argument("--seeds", type=int, default=5, choices=sorted(runs.STUDENT))
     parser.add_argument("--output", type=Path, default=Path("out/qlora-quality"))
     parser.add_argument("--quick", action="store_true", help="two seeds of three steps, to see that it runs")
     given = parser.parse_args()
