@@ -186,7 +186,7 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     Raises ConfigError, with all problems at once: a file that is missing or malformed, an unknown section or key
     (naming the nearest), a value of the wrong type or out of range.
     """
-    tables = _read(Path(file)) if file is not None else {}
+    tables = read_tables(Path(file)) if file is not None else {}
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         tables.setdefault(section, {})[name] = value
@@ -198,7 +198,7 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     ]
     parts: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
-        parts[section] = _build(cls, tables.get(section, {}), section, problems)
+        parts[section] = build(cls, tables.get(section, {}), section, problems)
     settings = dict(tables.get("method", {}))
     settings.setdefault("seed", parts["run"].seed if parts["run"] else 0)
     try:
@@ -206,7 +206,7 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     except ValueError as error:
         problems.append(f"method.name: {error}")
     else:
-        parts["method"] = _build(cls, settings, "method", problems)
+        parts["method"] = build(cls, settings, "method", problems)
     if problems:
         where = f"{file}: " if file is not None else ""
         raise ConfigError(where + "; ".join(problems))
@@ -231,7 +231,8 @@ def documentation(cls: type) -> dict[str, str]:
     return found
 
 
-def _read(file: Path) -> dict[str, dict[str, Any]]:
+def read_tables(file: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a TOML file. Raises ConfigError where it is missing, malformed, or has keys outside a section."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -261,8 +262,8 @@ def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def _build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
-    """The dataclass made from a table, or None after adding to `problems`."""
+def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
+    """The dataclass made from a section's table, or None after adding to `problems`."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
     problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]

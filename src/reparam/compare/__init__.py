@@ -1,0 +1,1 @@
+"""Comparing methods on one's own task: the plan, the runs, the statistics, the report."""
