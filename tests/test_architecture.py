@@ -19,7 +19,7 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"},
     {"data", "hf", "hf_config", "hf_quantizer", "open"},
     {"train", "serve", "inspect"},
-    {"recipes"},
+    {"recipes", "compare"},
     {"cli"},
 ]
 APART = {"weights", "methods"}  # of one level, and never importing each other
@@ -33,6 +33,7 @@ FREE = {
     "train",
     "serve",
     "recipes",
+    "compare",
     "cli",
     "inspect",
 }  # may import other libraries

@@ -45,8 +45,8 @@ def hopeless(
     spared |= set(front(finite, larger_is_better=False))
     best = losses[order[0]]
     return {
-        label: f"place {order.index(label) + 1} of {len(order)} by loss ({losses[label]:.3f}, the best has {best:.3f}), "
-        f"and another has a lower loss with no more parameters"
+        label: f"place {order.index(label) + 1} of {len(order)} by loss ({losses[label]:.3f}, and {best:.3f} is the "
+        f"best), while another has a lower loss with no more parameters"
         for label in order
         if label not in spared
     }
