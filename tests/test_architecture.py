@@ -10,10 +10,10 @@ import reparam
 
 ROOT = Path(reparam.__file__).parent
 LEVELS = [  # a file imports from its own level or from those above it in this list
-    {"base", "changes", "narrow", "numbers"},
+    {"base", "changes", "controller", "narrow", "numbers"},
     {"kernels"},
     {"weights", "methods"},
-    {"bank", "linear", "embedding", "targets"},
+    {"bank", "linear", "embedding", "vector", "targets"},
     {"io", "fingerprint"},
     {"selection", "handle", "adapter", "context", "finished"},
     {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"},

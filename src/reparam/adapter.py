@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam import targets as targets_
-from reparam.base import Method, Update, Weight
+from reparam.base import Method, Site, Update, Weight
 from reparam.finished import assemble
 from reparam.handle import Adapter, saved
+from reparam.io.record import listed
 from reparam.linear import SHARED, Adapted, Replaced, Shared
 from reparam.selection import Selection, State, state_of
 
@@ -23,15 +24,16 @@ def attach(
     model: nn.Module,
     method: Method,
     *,
-    targets: targets_.Targets = "all-linear",
+    targets: targets_.Targets | None = None,
     name: str = "default",
     bias: bool = False,
     modules_to_save: Iterable[str] = (),
 ) -> Adapter:
     """Put a fresh adapter on `model`, select it, and freeze everything else.
 
-    `targets` is "all-linear" (without the output head), "attention", "mlp", the end of a path or a list of such, or
-    "re:" and a regular expression for the path. With `bias`, the biases of the sites train too. `modules_to_save` are
+    `targets` is "all-linear" (without the output head), "attention", "mlp", "everything" (with the head, embeddings and
+    norms), the end of a path or a list of such, or "re:" and a regular expression for the path; by default what is
+    usual for the method, "all-linear" for most. With `bias`, the biases of the sites train too. `modules_to_save` are
     ends of paths of modules that train whole and are saved with the adapter, a fresh head for instance. A mixture of
     finished adapters (`method.experts`) goes on their sites, of those that the targets name.
 
@@ -44,14 +46,15 @@ def attach(
     >>> attach(model, LoRA(r=2), targets=["0"], name="task")
     Adapter('task', lora, 1 sites, 16 parameters)
     """
-    names = targets_.resolve(model, targets)
+    wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
+    names = _reached(model, method, wanted, targets_.resolve(model, wanted))
     ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     whole = [path for end in ends for path in targets_.ending(model, end)]
     inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
     names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
     method, experts = assemble(model, method, names)
     names = [n for n in names if f"{n}.A" in experts] if experts else names
-    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias)
+    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias or method.biases)
     tensors = adapter.tensors()
     for key, value in experts.items():
         tensors[key].copy_(value)
@@ -60,6 +63,21 @@ def attach(
     adapter.requires_grad_()
     select(model, name)
     return adapter
+
+
+def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: list[str]) -> list[str]:
+    """Those of the found sites that the method has a form for.
+
+    Raises ValueError for others that are named by their paths, and where none is left.
+    """
+    modules = dict(targets_.walk(model))
+    odd = {name: why for name in found if (why := method.why_not(targets_.site_of(name, modules[name])))}
+    paths = [target for target in wanted if target not in targets_.KEYWORDS]
+    named = [name for name in targets_.resolve(model, paths) if name in odd] if odd and paths else []
+    if named or len(odd) == len(found):
+        problems = [f"{name}: {odd[name]}" for name in named or found]
+        raise ValueError(f"{method.name} cannot go on {listed(problems)}")
+    return [name for name in found if name not in odd]
 
 
 def select(model: nn.Module, which: str | Sequence[str | None] | None) -> Selection:
@@ -151,8 +169,7 @@ def install(
         holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
         for path in names:
-            if sites[path].kind == "embedding":
-                _check_rows(updates[path], modules[path].weight)
+            _check_form(sites[path], updates[path], modules[path].weight)
         if check is not None:
             biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
             check(saved(updates, biases, copies, shared))
@@ -181,9 +198,17 @@ def install(
 
 
 @torch.no_grad()
-def _check_rows(update: Update, weight: Weight) -> None:
-    """Raise InputDependentError for an update that cannot look up the rows of an embedding."""
-    update.rows(torch.zeros(1, dtype=torch.int64, device=weight.device), weight)
+def _check_form(site: Site, update: Update, weight: Weight) -> None:
+    """Raise InputDependentError for an update without rows on an embedding, or without factors on a vector.
+
+    Raises ValueError for a change of the bias where no bias can be.
+    """
+    if site.kind == "embedding":
+        update.rows(torch.zeros(1, dtype=torch.int64, device=weight.device), weight)
+    elif site.kind == "vector":
+        update.changed(weight)
+    if site.kind != "linear" and not site.bias and update.offset() is not None:
+        raise ValueError(f"{site.name}: the update changes the bias, and this {site.kind} has none")
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:

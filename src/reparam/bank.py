@@ -77,6 +77,12 @@ class Bank(Update):
             if table is not None:
                 table[slot] = fill if value is None else value
 
+    def read(self, slot: int) -> tuple[Factors, Tensor | None]:
+        """What is in a slot: its factors, and what is added to the frozen bias, or None."""
+        gain = None if self.gain is None else self.gain[slot]
+        bias = None if self.bias is None else self.bias[slot]
+        return Factors(self.A[slot], self.B_t[slot].t(), gain), bias
+
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [B, T, I] or [B·T, I] -> each row through its own adapter."""
         if torch.is_grad_enabled() and self.training:

@@ -5,7 +5,7 @@ it; a `Method` is the configuration that builds one update for each `Site`. What
 
     W' = diag(gain) · W + B · A
 
-Shapes: O out_features, I in_features, R rank, V rows of an embedding. Beside `changes`, this file imports torch alone.
+Shapes: O out_features, I in_features, R rank, V rows of an embedding, n length of a vector.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from reparam.changes import Stamp, stamp
+from reparam.controller import Controller
 
 Role = Literal["in", "out", "core", "gain", "route"]
+Kind = Literal["linear", "embedding", "vector"]
 _BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
 
 
@@ -160,12 +162,14 @@ class Site:
 
     name: str
     """Path of the module in the model, as `named_modules` gives it."""
-    kind: Literal["linear", "embedding"]
-    """An embedding is a matrix too: a row per id, O = V rows of I = width."""
+    kind: Kind
+    """An embedding is a matrix too: a row per id, O = V rows of I = width. So is a vector, a norm's: [O = n, I = 1]."""
     out_features: int
     in_features: int
     transposed: bool = False
     """Whether the base keeps this matrix as [I, O], as GPT-2's Conv1D does. Only other libraries' files need it."""
+    bias: bool = False
+    """Whether the module has a bias [O]; not known of sites that were read from a file."""
 
 
 class InputDependentError(ValueError):
@@ -189,6 +193,15 @@ class Update(nn.Module):
         """The normal form, differentiable in the parameters. Raises `InputDependentError` where there is none."""
         raise NotImplementedError
 
+    def offset(self) -> Tensor | None:
+        """The change of the bias [O], differentiable, or None. `forward` adds it, to the bias that it is given."""
+        return None
+
+    def changed(self, weight: Weight) -> Tensor:
+        """W' [O, I] in float32 or more, differentiable. Sites that are vectors compute with it."""
+        w = weight.tensor()
+        return self.factors(weight).apply(w.to(torch.promote_types(w.dtype, torch.float32)))
+
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids [...] -> rows of W', [..., I], for embeddings: `gain[i] · W[i] + B[i] · A`."""
         factors = self.factors(weight)
@@ -205,28 +218,6 @@ class Update(nn.Module):
         return None
 
 
-class Controller(Protocol):
-    """What must happen around an optimiser step, and the state that a checkpoint needs for it."""
-
-    def plan(self, total_steps: int | None) -> None:
-        """Called before the first step, with their number if it is known. Raises ValueError where it will not do."""
-
-    def before_step(self) -> None:
-        """Called with the gradients in place."""
-
-    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Called after the parameters have moved, with the optimiser that moved them."""
-
-    def finish(self) -> str | None:
-        """Called at the end of training. A sentence for the user, where it ended before its time, or None."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue exactly; tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Configuration and factory in one; a frozen dataclass whose `__post_init__` refuses bad values.
@@ -237,6 +228,17 @@ class Method:
 
     name: ClassVar[str]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    biases: ClassVar[bool] = False
+    """Whether the biases of its sites train as they are, whatever `attach` is told."""
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """The targets where none are given."""
+        return ("all-linear",)
+
+    def why_not(self, site: Site) -> str | None:
+        """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
+        return None
 
     def shared(self, sites: list[Site]) -> nn.Module | None:
         """Refuse what does not fit the sites as a whole; make the state common to all of them, or None.

@@ -6,6 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from reparam.base import Kind
 from reparam.linear import Adapted
 from reparam.weights.dense import DenseWeight
 
@@ -13,7 +14,7 @@ from reparam.weights.dense import DenseWeight
 class Embedding(Adapted):
     """ids [...] -> E'[ids] [..., I]."""
 
-    kind = "embedding"
+    kind: Kind = "embedding"
 
     @classmethod
     def wrap(cls, module: nn.Module) -> Self:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from reparam.base import Site, Update, Weight
+from reparam.base import Kind, Site, Update, Weight
 from reparam.weights.dense import DenseWeight
 
 
@@ -30,12 +30,12 @@ class Adapted(nn.Module):
         self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
         self.train(origin.training)
 
-    kind = "linear"
+    kind: Kind = "linear"
 
     def site(self, name: str) -> Site:
         """This place, under its path in the model."""
         sizes = self.weight.out_features, self.weight.in_features
-        return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]))  # type: ignore[arg-type]
+        return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]), bias=self.bias is not None)
 
     def add(self, name: str, update: Update, *, bias: bool = False) -> None:
         """Hold `update` under the adapter's name; with `bias`, also a copy of the bias to train, in float32 or more."""
@@ -56,6 +56,16 @@ class Adapted(nn.Module):
     def bias_of(self, name: str | None) -> Tensor | None:
         """The bias [O] that is used with this adapter."""
         return self.biases[name].to(self.weight.dtype) if name in self.biased else self.bias
+
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        """Hold this bias [O] from now on, here and in what was here before; None for none.
+
+        Raises ValueError where that computes without one.
+        """
+        origin = self.origin[0]
+        if bias is not None and "bias" not in origin._parameters:
+            raise ValueError(f"{type(origin).__name__} has no place for a bias")
+        self.bias = origin.bias = bias  # type: ignore[assignment]
 
     def stock(self) -> dict[str, Tensor]:
         """The frozen tensors under the names and in the layout that they had before."""

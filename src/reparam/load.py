@@ -118,11 +118,11 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
     for name, site in record.sites.items():
-        found = targets.sizes(have[name])
-        if found != (site.kind, site.out_features, site.in_features):
+        found = targets.site_of(name, have[name])
+        if (found.kind, found.out_features, found.in_features) != (site.kind, site.out_features, site.in_features):
             problems.append(
-                f"{name} was a {site.kind} of {site.out_features} x {site.in_features}, and is {found[0]}, "
-                f"{found[1]} x {found[2]}, here"
+                f"{name} was a {site.kind} of {site.out_features} x {site.in_features}, and is {found.kind}, "
+                f"{found.out_features} x {found.in_features}, here"
             )
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}; was it trained on another base?")
@@ -136,7 +136,7 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     missing = []
     for path, module in have.items():
         inside = any(f"{path}.".startswith(f"{whole}.") for whole in record.replaced)
-        site = path not in record.sites and targets.why_not(module) is None and record.claims.site(path)
+        site = path not in record.sites and targets.is_matrix(module) and record.claims.site(path)
         whole = record.claims.whole(path) and any(True for _ in module.parameters())
         if (site or whole) and not inside:
             missing.append(path)

@@ -70,6 +70,8 @@ class MergeReport:
     sites: tuple[SiteMerge, ...]
     replaced: tuple[str, ...]
     """Modules that were replaced whole by the adapter's copies."""
+    biased: tuple[str, ...] = ()
+    """Modules that have a bias now and had none before."""
     undo: _Undo | None = dataclasses.field(default=None, repr=False)
 
     def survival(self) -> dict[torch.dtype | str, float]:
@@ -93,6 +95,8 @@ class MergeReport:
                     module.weight.plain.copy_(undo.values[path])  # type: ignore[union-attr]
                 if path in undo.biases:
                     module.bias.copy_(undo.biases[path])  # type: ignore[union-attr]
+                elif module.bias is not None:
+                    module.set_bias(None)
         for path, origin in undo.origins.items():
             undo.state.replaced[path].origin = origin
         undo.model.reparam_state = undo.state  # type: ignore[assignment]
@@ -145,7 +149,7 @@ def merge(
     packed = {} if into is None else _packed_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
-    sites = []
+    sites, biased = [], []
     for path, module in adapter.modules.items():
         if path in packed:
             merged, site = packed[path]
@@ -154,12 +158,12 @@ def merge(
         sites.append(site)
         if merged is not module.weight:
             module.weight = merged
-        if name in module.biases and module.bias is not None:
-            module.bias.copy_(module.biases[name])
+        if _merge_bias(module, name):
+            biased.append(path)
     for holder in adapter.replaced.values():
         holder.origin = holder.copy_of(name)
     unwrap(model)
-    report = MergeReport(name, tuple(sites), tuple(adapter.replaced), undo)
+    report = MergeReport(name, tuple(sites), tuple(adapter.replaced), tuple(biased), undo)
     for dtype, share in report.survival().items():
         if share < ENOUGH:
             warnings.warn(
@@ -168,6 +172,21 @@ def merge(
                 stacklevel=3,  # past the decorator
             )
     return report
+
+
+def _merge_bias(module: Adapted, name: str) -> bool:
+    """Write the bias that the adapter uses over the frozen one. Whether there was none, and is one now."""
+    own = module.biases.get(name, module.bias)
+    offset = module.updates[name].offset()  # type: ignore[operator]
+    if offset is not None:
+        own = offset if own is None else own.to(torch.promote_types(own.dtype, offset.dtype)) + offset
+    if own is None or own is module.bias:
+        return False
+    if module.bias is not None:
+        module.bias.copy_(own)
+        return False
+    module.set_bias(nn.Parameter(own.detach().to(module.weight.dtype), requires_grad=False))
+    return True
 
 
 def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:

@@ -13,6 +13,7 @@ from reparam.base import STORAGES, Storage, Weight, find_storage
 from reparam.linear import Adapted, Replaced
 from reparam.selection import state_of
 from reparam.targets import packed_as
+from reparam.vector import is_vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     problems = []
     for path, others in targets_.tied(model, names).items():
         problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
+    problems += [f"{path} is a vector, not a matrix" for path in names if is_vector(model.get_submodule(path))]
     held = packed_as(model)
     dense = STORAGES["dense"]
     for path in names if not isinstance(storage, dense) else ():
@@ -152,7 +154,7 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
         holder = module.origin if isinstance(module, Replaced) else module
         own = holder.named_parameters(recurse=holder is not module)
         if isinstance(module, Adapted):
-            own = iter([] if module.weight.plain is None else [("weight", module.weight.plain)])  # type: ignore[list-item]
+            own = iter([] if module.weight.plain is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
         for name, tensor in own:
             key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
             if tensor.ndim >= 2 and key not in seen:

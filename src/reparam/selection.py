@@ -139,7 +139,9 @@ class State:
             bank: Bank = module.updates[BANK]  # type: ignore[assignment]
             update: Update | None = adapter.modules.get(path) and module.updates[adapter.name]  # type: ignore[assignment]
             own = module.biases[adapter.name] - module.bias if adapter.name in module.biases else None
-            bank.write(slot, None if update is None else update.factors(module.weight), own)
+            offset = None if update is None else update.offset()
+            added = own if offset is None else offset if own is None else own + offset
+            bank.write(slot, None if update is None else update.factors(module.weight), added)
 
     def _check_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: the batch must have as many rows as names were given."""

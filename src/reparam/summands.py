@@ -102,7 +102,9 @@ def check_identity(summand: Summand, base: nn.Module | None) -> None:
     site = min(record.sites.values(), key=lambda s: s.out_features * s.in_features)
     weight = nothing(site) if base is None else frozen(base, site)
     update, factors = _update(label, record, site.name, weight), factors_of(label, record, site.name, weight)
-    if site.kind == "embedding":
+    if site.kind == "vector":
+        found, expected = update.changed(weight), factors.apply(weight.tensor())
+    elif site.kind == "embedding":
         ids = torch.arange(min(4, site.out_features))
         found = update.rows(ids, weight)
         expected = weight.rows(ids) + factors.change(weight.rows(ids), slice(0, len(ids)))
@@ -146,6 +148,8 @@ def _update(label: str, record: Record, name: str, frozen: Weight) -> Update:
         update.factors(frozen)
     except (InputDependentError, ValueError, RuntimeError) as error:
         raise FormatError(f"{label}: {record.method.name} at {name} cannot be summed: {error}") from error
+    if update.offset() is not None:
+        raise FormatError(f"{label}: {record.method.name} changes the bias of {name}, and sums are of matrices")
     return update
 
 
@@ -162,7 +166,7 @@ def frozen(model: nn.Module, site: Site) -> Weight:
     except AttributeError:
         raise FormatError(f"the base has no module {site.name}, which the adapters change") from None
     matrix = module.weight.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]
-    matrix = matrix.t() if is_conv1d(module) else matrix
+    matrix = matrix.t() if is_conv1d(module) else matrix[:, None] if matrix.ndim == 1 else matrix
     if tuple(matrix.shape) != (site.out_features, site.in_features):
         raise FormatError(
             f"{site.name} is {list(matrix.shape)} in the base, and {site.out_features} x {site.in_features} in the "

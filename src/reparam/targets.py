@@ -10,22 +10,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from reparam.base import Storage, nearest
+from reparam.base import Site, Storage, nearest
 from reparam.embedding import Embedding, why_not_embedding
 from reparam.linear import Adapted, Linear, Replaced, Shared, is_conv1d, is_packed, why_not_linear
+from reparam.vector import Vector, is_vector
 
 Targets = str | Iterable[str]
-KEYWORDS = ("all-linear", "attention", "mlp")
+KEYWORDS = ("all-linear", "attention", "mlp", "everything")
 
 
 def resolve(model: nn.Module, targets: Targets) -> list[str]:
     """Paths of the modules that `targets` names, in the model's order.
 
     "all-linear" is every linear map but the output head; "attention" and "mlp" are the linear maps of the repeated
-    blocks inside, and outside, an attention module; `re:...` is a regular expression for the whole path; anything else
-    is a path or the end of one. Several may be given. Raises ValueError, with all problems at once, where one of them
-    matches nothing (naming the nearest) or something that is neither a linear map nor an embedding. Warns, naming
-    them, of weights that one of the three words stands for and that no update can go on, such as fused experts.
+    blocks inside, and outside, an attention module; "everything" is all linear maps, embeddings and norms but those
+    that share their weight; `re:...` is a regular expression for the whole path of a linear map or an embedding;
+    anything else is a path or the end of one, a norm's too. Several may be given. Raises ValueError, with all problems
+    at once, where one of them matches nothing (naming the nearest) or something that no update can go on. Warns, naming
+    them, of weights that one of the four words stands for and that no update can go on, such as fused experts.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
@@ -37,7 +39,10 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     if not wanted:
         problems.append("no targets were given; try 'all-linear'")
     for target in wanted:
-        if target in KEYWORDS:
+        if target == "everything":
+            names, out = _everything(model, modules)
+            missed |= out
+        elif target in KEYWORDS:
             asked = _keyword(target, list(linear), head=_head(model))
             names = [name for name in asked if linear[name] is None]
             missed |= {name: why for name in asked if (why := linear[name])}
@@ -76,11 +81,30 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str
     except re.error as error:
         problems.append(f"{pattern!r} is no regular expression: {error}")
         return []
-    return [name for name in modules if compiled.fullmatch(name) and why_not(modules[name]) is None]
+    return [name for name, module in modules.items() if compiled.fullmatch(name) and is_matrix(module)]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether an update can go on this module, and it is no vector: those are named, or "everything"."""
+    return why_not(module) is None and not is_vector(module)
+
+
+def _everything(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str]]:
+    """Every site of a model, and what trains nowhere then, with the reason."""
+    names = [name for name, module in modules.items() if why_not(module) is None]
+    missed = {}
+    for name, others in tied(model, names).items():
+        missed[name] = f"it shares its weight with {', '.join(others)}: reparam.untie(model), or base.untie, ends that"
+    missed |= fused(modules)
+    for path, module in (("", model), *modules.items()):
+        if not isinstance(module, Adapted | Replaced) and path not in names:
+            own = (f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
+            missed |= {name: f"a parameter of a {type(module).__name__}" for name in own if name not in missed}
+    return [name for name in names if name not in missed], missed
 
 
 def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
-    usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if why_not(module) is None}
+    usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)}
     return (
         f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible ends of paths "
         f"are {', '.join(sorted(usable)) or 'none'}"
@@ -124,7 +148,9 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding):
         return why_not_embedding(module)
     why = why_not_linear(module)
-    return f"{why}; adapters go on linear maps and embeddings" if why else None
+    if why is None or is_vector(module):
+        return None
+    return f"{why}; adapters go on linear maps, embeddings and norms"
 
 
 def why_not_whole(module: nn.Module) -> str | None:
@@ -191,14 +217,26 @@ def wrap(module: nn.Module) -> Adapted:
     """The adapted form of a module that `resolve` allowed."""
     if isinstance(module, Adapted):
         return module
-    return Embedding.wrap(module) if isinstance(module, nn.Embedding) else Linear.wrap(module)
+    if isinstance(module, nn.Embedding):
+        return Embedding.wrap(module)
+    return Vector.wrap(module) if is_vector(module) else Linear.wrap(module)
+
+
+def site_of(path: str, module: nn.Module) -> Site:
+    """The site that a module which `resolve` allowed is, or would be."""
+    if isinstance(module, Adapted):
+        return module.site(path)
+    rows, *columns = module.weight.shape  # type: ignore[misc]
+    bias, column = getattr(module, "bias", None) is not None, columns[0] if columns else 1
+    if isinstance(module, nn.Embedding):
+        return Site(path, "embedding", rows, column)
+    if is_vector(module):
+        return Site(path, "vector", rows, column, bias=bias)
+    transposed = is_conv1d(module)
+    return Site(path, "linear", *((column, rows) if transposed else (rows, column)), transposed=transposed, bias=bias)
 
 
 def sizes(module: nn.Module) -> tuple[str, int, int]:
     """Kind, O and I that a module has, or would have, as a site."""
-    if isinstance(module, Adapted):
-        return module.kind, module.weight.out_features, module.weight.in_features
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    if isinstance(module, nn.Embedding):
-        return "embedding", rows, columns
-    return ("linear", columns, rows) if is_conv1d(module) else ("linear", rows, columns)
+    site = site_of("", module)
+    return site.kind, site.out_features, site.in_features

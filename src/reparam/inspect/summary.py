@@ -119,7 +119,7 @@ def _frozen(model: nn.Module | None, own: Mapping[str, Tensor], site: Site) -> W
     if is_packed(module):
         return module.weight
     matrix = own[f"{site.name}.weight"].detach()
-    return DenseWeight(matrix.t() if site.transposed else matrix)
+    return DenseWeight(matrix.t() if site.transposed else matrix[:, None] if site.kind == "vector" else matrix)
 
 
 def _base(record: Record) -> str:

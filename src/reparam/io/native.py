@@ -12,14 +12,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from reparam.base import Method, Site, find_method
+from reparam.base import Kind, Method, Site, find_method
 from reparam.io.plain import decode
 from reparam.io.record import Base, FormatError, Record, listed
 from reparam.linear import SHARED
@@ -32,7 +32,7 @@ WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.b
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    kind: Literal["linear", "embedding"]
+    kind: Kind
     shape: tuple[int, int]
     transposed: bool = False
 

@@ -92,6 +92,9 @@ def files(record: Record) -> dict[str, bytes]:
     method = record.method
     if not isinstance(method, LoRA | AdaLoRA):
         raise FormatError(f"PEFT has no equal of the method {method.name!r}; save with format='reparam'")
+    vectors = [name for name, site in record.sites.items() if site.kind == "vector"]
+    if vectors:
+        raise FormatError(f"PEFT has no equal of an update on a vector: {listed(vectors)}; save with format='reparam'")
     dora = isinstance(method, DoRA)
     if isinstance(method, DoRA):
         _check_dora(method, record)
