@@ -213,6 +213,13 @@ def fastfood_adjoint(g: Tensor, key: int, n: int, d: int) -> Tensor:
 
 
 @numba.njit
+def _room(n: int) -> Any:
+    """What one block needs: hashes, their order, counts of digits, signs, normal numbers, two vectors."""
+    hashes, counts, block = np.empty((2, n), np.uint64), np.empty((3, 256), np.int64), np.empty((4, n), np.float32)
+    return hashes[0], hashes[1], counts, block[0], block[1], block[2], block[3]
+
+
+@numba.njit
 def _draw(
     words: _Words, spare: _Words, counts: np.ndarray[Any, np.dtype[np.int64]], key: int, first: int, quantiles: _Array,
     signs: _Array, gauss: _Array,
@@ -240,18 +247,18 @@ def _draw(
         counts[2, np.int64(place >> np.uint64(16))] += 1
         words[i] = (place << np.uint64(32)) | np.uint64(i)
     for digit in range(3):  # a stable sort, by eight bits at a time
-        total_before = np.int64(0)
+        before = 0
         for value in range(256):
             count = counts[digit, value]
-            counts[digit, value] = total_before
-            total_before += count
+            counts[digit, value] = before
+            before += count
         source, target = (spare, words) if digit == 1 else (words, spare)
         shift = np.uint64(32 + 8 * digit)
         for i in range(n):
             word = source[i]
-            value = np.int64((word >> shift) & np.uint64(255))
-            target[counts[digit, value]] = word
-            counts[digit, value] += 1
+            byte = np.int64((word >> shift) & np.uint64(255))
+            target[counts[digit, byte]] = word
+            counts[digit, byte] += 1
     return total
 
 
@@ -262,13 +269,7 @@ def _forward_walk(
     out = numba.carray(pointer(out_at), (rows,), np.float32)
     x = numba.carray(pointer(x_at), (d,), np.float32)
     quantiles = numba.carray(pointer(table_at), (1 << GAUSS_BITS,), np.float32)
-    words, spare, counts = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty((3, 256), np.int64)
-    signs, gauss, u, v = (
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-    )
+    words, spare, counts, signs, gauss, u, v = _room(n)
     blocks = (rows + n - 1) // n
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
         squares = _draw(words, spare, counts, key, block * n, quantiles, signs, gauss)
@@ -292,13 +293,7 @@ def _backward_walk(
     sums = numba.carray(pointer(sums_at), (groups, d), np.float32)
     g = numba.carray(pointer(g_at), (rows,), np.float32)
     quantiles = numba.carray(pointer(table_at), (1 << GAUSS_BITS,), np.float32)
-    words, spare, counts = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty((3, 256), np.int64)
-    signs, gauss, u, v = (
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-    )
+    words, spare, counts, signs, gauss, u, v = _room(n)
     blocks = (rows + n - 1) // n
     for group in range(groups * share // shares, groups * (share + 1) // shares):
         total = sums[group]

@@ -1,0 +1,284 @@
+"""Intrinsic dimension: all of a model trained through d numbers (Li et al. 2018; Aghajanyan et al. 2020, 2012.13255).
+
+    did     ΔW_i = P_i θ                θ in R^d, zero at first
+    said    ΔW_i = λ_g(i) · P_i θ       θ in R^(d − m), and m numbers λ, 1 at first, one for each group of tensors
+
+P_i is a fixed random map that is drawn from the seed and the site's name whenever it is used (`projections.py`), so
+that an adapter is a seed and d numbers, which the model's root owns. λ gets no gradient until θ has moved.
+
+In `space="weight"` ΔW_i is the whole matrix. It exists while its site is computed and not after: the forward keeps x
+and θ, and the backward draws P_i again. Over a dense base of 32 bits or more it is added to W, and multiplied once;
+otherwise it is multiplied by itself, so that it does not vanish in the rounding. In `space="factor"`, for large models,
+P_i θ moves the two factors of a rank r from where LoRA starts:
+
+    ΔW_i = B A,    (A, B) = (A_0, 0) + λ · P_i θ        A_0 as LoRA draws it
+
+With θ = 0 either is the base, to the bit. Tokens that are generated one by one draw P_i for each; merge before.
+
+Differences from the released code: `kernels.fastfood`. There m + 1 numbers of d are spent on λ, one of them unused.
+
+Shapes: O out_features, I in_features, R = min(O, I), m groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import Factors, Method, Role, Site, Update, Weight, method
+from reparam.kernels.fastfood_tables import VERSION
+from reparam.methods.lora import LoRA
+from reparam.methods.projections import KINDS, LAYOUTS, Projection, key_of
+from reparam.numbers import whole
+
+_CHOICES = {
+    "mode": ("did", "said"),
+    "said_groups": ("tensor", "module", "block"),
+    "projection": KINDS,
+    "layout": LAYOUTS,
+    "space": ("weight", "factor"),
+}
+
+
+@method("intrinsic")
+@dataclasses.dataclass(frozen=True)
+class Intrinsic(Method):
+    """Configuration of training in an intrinsic space.
+
+    Raises ValueError for values out of range and for another version of the maps than this release's; once the sites
+    are known, for a d that the groups' numbers use up. Warns of more numbers than the sites have.
+
+    >>> Intrinsic(d=100, mode="said").mode
+    'said'
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"d": 200},
+        {"d": 70, "mode": "said"},
+        {"d": 50, "mode": "said", "said_groups": "block", "space": "factor", "r": 4},
+    )
+
+    d: int = 1000
+    """How many numbers train, those of λ included."""
+    mode: str = "did"
+    """did: θ alone; said: θ, and a factor λ for each group of tensors."""
+    said_groups: str = "tensor"
+    """What has a λ of its own: tensor, module (its weight and its bias together), or block (of a repeated stack)."""
+    projection: str = "fastfood"
+    """The random map: fastfood, dense or sparse; dense is for small models."""
+    layout: str = "stacked"
+    """Of fastfood: stacked blocks, or padded, one block for a tensor, as in the released code."""
+    space: str = "weight"
+    """What moves: weight, the matrix itself, or factor, two factors of rank r."""
+    r: int = 8
+    """Rank in the space of factors."""
+    seed: int = 0
+    """Seed of the maps. A site's map depends on the seed and its name, not on the order of wrapping."""
+    projection_version: int = VERSION
+    """Of the random numbers behind the maps; files of another one are refused. Not to be set."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}"
+            for field, known in _CHOICES.items()
+            if getattr(self, field) not in known
+        ]
+        problems += [
+            f"{field}={value!r}: expected a whole number of at least 1"
+            for field in ("d", "r")
+            if not whole(value := getattr(self, field), 1)
+        ]
+        if self.layout != "stacked" and self.projection != "fastfood":
+            problems.append(f"layout={self.layout!r} is for projection='fastfood'")
+        if self.projection_version != VERSION:
+            problems.append(
+                f"projection_version={self.projection_version!r}: this release draws version {VERSION} of the random "
+                f"maps, and numbers that were trained under another mean nothing here; use the release they come from"
+            )
+        if problems:
+            raise ValueError("intrinsic: " + "; ".join(problems))
+
+    def group(self, name: str) -> str:
+        """The group of the tensor with this path, "layers.0.q_proj.weight" say."""
+        if self.said_groups == "tensor":
+            return name
+        if self.said_groups == "module":
+            return name.rpartition(".")[0]
+        block = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        return block[0] if block else ""
+
+    def size(self, site: Site) -> int:
+        """How many numbers move at a site."""
+        rows, columns = site.out_features, site.in_features
+        return rows * columns if self.space == "weight" else self.r * (rows + columns)
+
+    def shared(self, sites: list[Site]) -> Space:
+        """θ, and λ of each group. Refuses a d that λ uses up; warns where d is above the number of weights."""
+        names = [f"{site.name}.weight" for site in sites]
+        groups = list(dict.fromkeys(map(self.group, names))) if self.mode == "said" else []
+        if self.d <= len(groups):
+            raise ValueError(
+                f"intrinsic: mode='said' spends a number on each of {len(groups)} groups, and d={self.d} leaves none "
+                f"for the rest; raise d, or choose wider said_groups"
+            )
+        total = sum(map(self.size, sites))
+        if self.d > total:
+            warnings.warn(
+                f"intrinsic: d={self.d} is more than the {total} numbers that it moves, and reaches nothing more",
+                stacklevel=4,
+            )
+        return Space(self.d - len(groups), groups)
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """A fresh update; its maps are drawn from the seed and the site's name."""
+        space = self.shared([site]) if shared is None else shared
+        assert isinstance(space, Space)
+        name = f"{site.name}.weight"
+        d = len(space.theta)
+        projection = Projection(self.projection, key_of(self.seed, name), d, self.size(site), self.layout)
+        group = space.groups.index(self.group(name)) if space.groups else None
+        if self.space == "factor":
+            start = LoRA(r=self.r, seed=self.seed).build(site, weight, None).A.detach()
+            return FactorUpdate(space, projection, group, start)
+        return WeightUpdate(space, projection, group)
+
+
+class Space(nn.Module):
+    """What all sites have in common: θ [d], and λ [m] of "said"."""
+
+    scale: nn.Parameter | None
+
+    def __init__(self, d: int, groups: list[str]) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(d))
+        self.register_parameter("scale", nn.Parameter(torch.ones(len(groups))) if groups else None)
+        self.groups = groups
+
+
+class _Update(Update):
+    """A site, which has no parameters of its own."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def __init__(self, space: Space, projection: Projection, group: int | None) -> None:
+        super().__init__()
+        self.owner = (space,)  # in a tuple, because the model's root owns it
+        self.projection = projection
+        self.group = group
+
+    def moved(self) -> Tensor:
+        """λ P θ [D], differentiable; nothing is kept for its derivative but itself, and that for λ."""
+        space = self.owner[0]
+        found = self.projection(space.theta)
+        return found if self.group is None or space.scale is None else space.scale[self.group] * found
+
+
+class WeightUpdate(_Update):
+    """A whole matrix that moves."""
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x (W + ΔW)ᵀ + bias [..., O]."""
+        dtype = _compute_dtype(x)
+        rows = x.reshape(-1, x.shape[-1])
+        plain = weight.plain
+        once = plain is not None and plain.dtype in (torch.float32, torch.float64) and dtype == plain.dtype
+        y = None if once else weight(rows, bias)
+        space, shape = self.owner[0], (weight.out_features, weight.in_features)
+        scale = None if self.group is None or space.scale is None else space.scale[self.group]
+        frozen, added = (plain, bias) if once else (None, None)
+        more: Tensor = _Moved.apply(rows.to(dtype), space.theta, scale, frozen, added, self.projection, shape)
+        y = more if y is None else y + more.to(y.dtype)
+        return y.view(*x.shape[:-1], weight.out_features)
+
+    def factors(self, weight: Weight) -> Factors:
+        """ΔW beside the identity, on the smaller side."""
+        delta = self.moved().view(weight.out_features, weight.in_features)
+        eye = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+        return Factors(delta, eye) if delta.shape[0] <= delta.shape[1] else Factors(eye, delta)
+
+    def rows(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids [...] -> rows of W + ΔW, [..., I]."""
+        found = weight.rows(ids)
+        delta = self.moved().view(weight.out_features, weight.in_features)
+        return found + F.embedding(ids, delta).to(found.dtype)
+
+
+class FactorUpdate(_Update):
+    """Two factors that move from A_0 [r, I] and from zero."""
+
+    start: Tensor
+
+    def __init__(self, space: Space, projection: Projection, group: int | None, start: Tensor) -> None:
+        super().__init__(space, projection, group)
+        self.register_buffer("start", start, persistent=False)  # drawn again from the seed
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias + (x Aᵀ) Bᵀ [..., O]."""
+        dtype = _compute_dtype(x)
+        A, B, _ = self.factors(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        y = weight(rows, bias).addmm_(F.linear(rows.to(dtype), A.to(dtype)), B.to(dtype).t())
+        return y.view(*x.shape[:-1], weight.out_features)
+
+    def factors(self, weight: Weight) -> Factors:
+        """A_0 and zero, moved."""
+        moved, first = self.moved(), self.start.numel()
+        A = self.start + moved[:first].view(self.start.shape)
+        return Factors(A, moved[first:].view(weight.out_features, len(self.start)))
+
+
+class _Moved(torch.autograd.Function):
+    """x [N, I] -> x (W + λ P θ)ᵀ + bias [N, O], without W or the bias where they are None.
+
+    Keeps x, θ and λ alone. The gradient of θ is λ Pᵀ(gᵀ x), that of λ is ⟨gᵀ x, P θ⟩.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        theta: Tensor,
+        scale: Tensor | None,
+        frozen: Tensor | None,
+        bias: Tensor | None,
+        projection: Projection,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, theta, scale, frozen)
+        ctx.projection, ctx.shape = projection, shape
+        return F.linear(x, _changed(projection.forward(theta).view(shape), scale, frozen).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, theta, scale, frozen = ctx.saved_tensors
+        needs_x, needs_theta, needs_scale, _, needs_bias, *_ = ctx.needs_input_grad
+        projection = ctx.projection
+        moved = projection.forward(theta).view(ctx.shape) if needs_x or needs_scale else None
+        g_x = g @ _changed(moved, scale, frozen).to(g.dtype) if needs_x and moved is not None else None
+        g_theta = g_scale = None
+        if needs_theta or needs_scale:
+            whole_gradient = (g.t() @ x).to(theta.dtype)
+            if needs_scale and moved is not None:
+                g_scale = torch.dot(whole_gradient.view(-1), moved.view(-1)).to(scale.dtype)
+            del moved
+            g_theta = projection.adjoint(whole_gradient.view(-1)) if needs_theta else None
+            g_theta = g_theta if scale is None or g_theta is None else scale * g_theta
+        return g_x, g_theta, g_scale, None, g.sum(0) if needs_bias else None, None, None
+
+
+def _changed(moved: Tensor, scale: Tensor | None, frozen: Tensor | None) -> Tensor:
+    """W + λ P θ [O, I]."""
+    moved = moved if scale is None else scale * moved
+    return moved if frozen is None else frozen + moved.to(frozen.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
