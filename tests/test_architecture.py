@@ -16,7 +16,8 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"bank", "linear", "embedding", "vector", "targets"},
     {"io", "fingerprint"},
     {"selection", "handle", "adapter", "context", "finished"},
-    {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"},
+    {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"}
+    | {"components", "compress"},
     {"data", "hf", "hf_config", "hf_quantizer", "open"},
     {"train", "serve", "inspect"},
     {"recipes", "compare"},

@@ -41,11 +41,22 @@ def reduced(factors: Factors, rank: int) -> tuple[Factors, float, float]:
     """
     if len(factors.A) <= rank:
         return factors, factors.low_rank_norm(), 0.0
+    u, s, vh = singular(factors)
+    return _cut(u, s, vh, rank)
+
+
+def singular(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, K], the singular values [K] in descending order and Vᵀ [K, I] of B·A; K is R, or less on small sides.
+
+    From QR decompositions of B and Aᵀ and the SVD of a matrix of [K, K] at most; B·A itself is not built.
+
+    >>> singular(Factors(torch.eye(2, 5), torch.tensor([[0.0, 3.0], [4.0, 0.0]])))[1].tolist()
+    [4.0, 3.0]
+    """
     q_b, r_b = torch.linalg.qr(factors.B)
     q_a, r_a = torch.linalg.qr(factors.A.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept, size, error = _cut(u, s, vh, rank)
-    return Factors(kept.A @ q_a.T, q_b @ kept.B), size, error
+    return q_b @ u, s, vh @ q_a.T
 
 
 def factored(change: Tensor, rank: int) -> tuple[Factors, float, float]:
