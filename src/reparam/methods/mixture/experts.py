@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 def delta(x: Tensor, A: Tensor, g: Tensor, slots: Tensor) -> Tensor:
     """repeat(g) ∘ (A x), [T, R]."""
-    return F.linear(x, A) * g.to(A.dtype)[:, slots]
+    return F.linear(x, A) * g.to(A.dtype).index_select(1, slots)
 
 
 def factor(x: Tensor, A: Tensor, g: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def _exact(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _drawn(shape: tuple[int, ...], std: float | None, bound: float, generator: torch.Generator) -> Tensor:

@@ -79,7 +79,8 @@ def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None 
     >>> softmax(torch.zeros(4), allowed=torch.tensor([True, False, True, False])).tolist()
     [0.5, 0.0, 0.5, 0.0]
     """
-    z = _wide(logits) / temperature
+    z = _wide(logits)
+    z = z if temperature == 1 else z / temperature
     return torch.softmax(z if allowed is None else z.masked_fill(~allowed, -torch.inf), -1)
 
 
@@ -114,4 +115,4 @@ def gated(p: Tensor, used: Tensor, gate: str) -> Tensor:
 
 
 def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if logits.dtype is torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))

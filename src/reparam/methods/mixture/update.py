@@ -20,7 +20,7 @@ from reparam.base import Factors, InputDependentError, Role, Site, Update, Weigh
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import attached
 from reparam.methods.mixture.common import Common, Forward, key
-from reparam.methods.mixture.routers import Router
+from reparam.methods.mixture.routers import Reads, Router
 from reparam.methods.mixture.select import Choice, choose
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ class MixtureUpdate(Update):
         self.site, self.method, self.ranks, self.scale = site.name, method, ranks, scale
         self.scope, self.leads = scope, leads
         self.owner = (common,)
+        reads = (router if router is not None else common.routers[key(scope)]).reads
+        self.reads: Reads = reads  # type: ignore[assignment]
+        # Whether an output depends on more than the input: on tasks, prompts, or masks.
+        self.depends = (
+            reads in ("sequence", "hidden") or (reads == "tasks" and len(method.tasks) > 1) or bool(method.losses)
+        )
 
     @property
     def common(self) -> Common:
@@ -86,10 +92,11 @@ class MixtureUpdate(Update):
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> the frozen map of x and the experts' part, [..., O]."""
-        method, now = self.method, self.common.now
-        if self.common.silent:
+        common = self.owner[0]
+        if common.silent:
             return weight(x, bias)
-        if self._depends():
+        method, now = self.method, common.now
+        if self.depends:
             now.recompute(self.site)
         if method.kind == "vectors":
             y = weight(x)
@@ -97,23 +104,28 @@ class MixtureUpdate(Update):
             g = now.spread(choice.weights, x.shape[:-1])
             y = torch.addcmul(y, y, g.to(y.dtype) @ (self.vectors - 1).to(y.dtype))
             y = y if bias is None else y + bias.to(y.dtype)
-            return attached(y, x, choice, self)
+            return attached(y, x, choice, self) if method.losses else y
         choice = self.choice(x)
         rows = x.reshape(-1, x.shape[-1])  # [T, I]
         lead = x.shape[:-1]
         g = now.spread(choice.weights, lead)
-        g = g[None] if g.ndim == 1 else g.expand(*lead, -1).reshape(-1, g.shape[-1])
-        y = self._low_rank(rows, g, choice, weight, bias)
-        return attached(y.view(*lead, weight.out_features), x, choice, self)
+        if g.ndim == 1:
+            g = g[None]
+        elif g.ndim != 2 or len(lead) != 1:
+            g = (g if g.shape[:-1] == lead else g.expand(*lead, -1)).reshape(-1, method.n)
+        y = self._low_rank(rows, g, choice, weight, bias).view(*lead, weight.out_features)
+        return attached(y, x, choice, self) if method.losses else y
 
     def _low_rank(self, rows: Tensor, g: Tensor, choice: Choice, weight: Weight, bias: Tensor | None) -> Tensor:
         """rows [T, I], weights [T, N] or [1, N] -> [T, O]."""
         method = self.method
         dtype = _compute_dtype(rows)
-        A, B = self.A.to(dtype), self.B.to(dtype)
+        A, B = self.A, self.B
+        if A.dtype is not dtype:
+            A, B = A.to(dtype), B.to(dtype)
         dropped = F.dropout(rows, method.dropout, self.training) if method.dropout else rows
         y = weight(rows, bias)
-        if self._sparse(choice, len(rows)):
+        if choice.chosen is not None and self._sparse(choice, len(rows)):
             used = choice.counted.reshape(-1, method.n)
             return experts.scatter(y, dropped.to(dtype), A, B, g, used, self.ranks, self.scale)
         if method.kind == "shared_a":
@@ -127,7 +139,8 @@ class MixtureUpdate(Update):
     def _sparse(self, choice: Choice, tokens: int) -> bool:
         """Whether each expert runs over its own tokens alone: where that is fewer operations by far."""
         method = self.method
-        if choice.chosen is None or torch.compiler.is_compiling() or method.kind != "low_rank":
+        assert choice.chosen is not None
+        if torch.compiler.is_compiling() or method.kind != "low_rank":
             return False
         per_token = choice.chosen.numel() == tokens * method.n
         return (
@@ -141,20 +154,17 @@ class MixtureUpdate(Update):
 
         Raises ValueError where a task is missing, and RuntimeError where the scope's gates have not been computed.
         """
-        common, now = self.common, self.common.now
-        router: Router = self.router if self.router is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
-        name = self.scope if self.router is None else self.site
-        if router.reads == "nothing":
-            return self._chosen(router(), now)
-        if router.reads == "tasks":
-            return self._chosen(router(common.task_ids()), now)
-        if router.reads == "hidden":
-            return self._chosen(router(self._hidden(now, router)), now)
-        if router.reads == "sequence" and now.continues:
+        common = self.owner[0]
+        now, own, reads = common.now, self.router, self.reads
+        router: Router = own if own is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
+        name = self.scope if own is None else self.site
+        if reads in WHOLE:
+            return self._of_forward(router, now)
+        if reads == "sequence" and now.continues:
             return self._kept(now, name)
         if not self.leads:
             return self._read(now, router)
-        if router.reads == "token":
+        if reads == "token":
             choice = self._chosen(router(z), now)
         else:
             by_row = now.by_row(z)
@@ -162,7 +172,26 @@ class MixtureUpdate(Update):
             choice = self._chosen(logits[0] if z.ndim == 1 else logits, now)
             if now.kept is not None:
                 now.kept[name] = choice.detached()
-        if self.router is None:
+        if own is None:
+            now.gates[self.scope] = choice
+        return choice
+
+    def _of_forward(self, router: Router, now: Forward) -> Choice:
+        """Gates that are the same at every site of the scope; computed once in a forward without gradients.
+
+        With gradients each site computes them, so that checkpointed parts of the model do not share a graph.
+        """
+        once = self.router is None and not torch.is_grad_enabled()
+        if once and not self.leads and self.scope in now.gates:
+            return now.gates[self.scope]
+        if self.reads == "nothing":
+            logits = router()
+        elif self.reads == "tasks":
+            logits = router(self.common.task_ids())
+        else:
+            logits = router(self._hidden(now, router))
+        choice = self._chosen(logits, now)
+        if once:
             now.gates[self.scope] = choice
         return choice
 
@@ -211,16 +240,6 @@ class MixtureUpdate(Update):
                 f"not known; select the adapter before the prompt is read, and pass the cache object on uncopied"
             )
         return now.kept[name]
-
-    def _depends(self) -> bool:
-        """Whether an output depends on more than the input: on tasks, prompts, or masks."""
-        router = self.router if self.router is not None else self.common.routers[key(self.scope)]
-        reads = router.reads
-        return (
-            reads in ("sequence", "hidden")
-            or (reads == "tasks" and len(self.method.tasks) > 1)
-            or bool(self.method.losses)
-        )
 
     # ---- the normal form
 
@@ -271,6 +290,8 @@ class MixtureUpdate(Update):
         return [getattr(self, name) for name in self.PARTS if hasattr(self, name)]
 
 
+WHOLE = ("nothing", "tasks", "hidden")
+"""What routers read that does not differ between the sites of a scope."""
 SPARSE_TOKENS = 64
 SPARSE_RANKS = 64
 """From how many tokens, and idle ranks, on each expert runs over its own tokens alone."""
