@@ -13,9 +13,11 @@ P_i θ moves the two factors of a rank r from where LoRA starts:
 
     ΔW_i = B A,    (A, B) = (A_0, 0) + λ · P_i θ        A_0 as LoRA draws it
 
-With θ = 0 either is the base, to the bit. Tokens that are generated one by one draw P_i for each; merge before.
+With θ = 0 either is the base, to the bit. Norms, which are vectors, move whole in both, and so do biases, by maps of
+their own; with the target "everything" that is all of the model, as in the paper, but for what shares its weight.
+Tokens that are generated one by one draw P_i for each; merge before.
 
-Differences from the released code: `kernels.fastfood`. There m + 1 numbers of d are spent on λ, one of them unused.
+The released code spends m + 1 of d numbers on λ, one of them unused; what else differs is in `kernels.fastfood`.
 
 Shapes: O out_features, I in_features, R = min(O, I), m groups.
 """
@@ -60,9 +62,9 @@ class Intrinsic(Method):
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"d": 200},
-        {"d": 70, "mode": "said"},
-        {"d": 50, "mode": "said", "said_groups": "block", "space": "factor", "r": 4},
+        {"d": 200, "bias": False},
+        {"d": 70, "mode": "said", "bias": False},
+        {"d": 50, "mode": "said", "said_groups": "block", "space": "factor", "r": 4, "bias": False},
     )
 
     d: int = 1000
@@ -79,6 +81,8 @@ class Intrinsic(Method):
     """What moves: weight, the matrix itself, or factor, two factors of rank r."""
     r: int = 8
     """Rank in the space of factors."""
+    bias: bool = True
+    """Whether the biases of the sites move as well."""
     seed: int = 0
     """Seed of the maps. A site's map depends on the seed and its name, not on the order of wrapping."""
     projection_version: int = VERSION
@@ -114,21 +118,26 @@ class Intrinsic(Method):
         block = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
         return block[0] if block else ""
 
-    def size(self, site: Site) -> int:
-        """How many numbers move at a site."""
+    def sizes(self, site: Site) -> dict[str, int]:
+        """How many numbers move at a site: of its weight and, maybe, its bias, by their paths."""
         rows, columns = site.out_features, site.in_features
-        return rows * columns if self.space == "weight" else self.r * (rows + columns)
+        weight = self.r * (rows + columns) if self._factors(site) else rows * columns
+        found = {f"{site.name}.weight": weight}
+        return {**found, f"{site.name}.bias": rows} if self.bias and site.bias else found
+
+    def _factors(self, site: Site) -> bool:
+        return self.space == "factor" and site.kind != "vector"
 
     def shared(self, sites: list[Site]) -> Space:
         """θ, and λ of each group. Refuses a d that λ uses up; warns where d is above the number of weights."""
-        names = [f"{site.name}.weight" for site in sites]
-        groups = list(dict.fromkeys(map(self.group, names))) if self.mode == "said" else []
+        tensors = {name: size for site in sites for name, size in self.sizes(site).items()}
+        groups = list(dict.fromkeys(map(self.group, tensors))) if self.mode == "said" else []
         if self.d <= len(groups):
             raise ValueError(
                 f"intrinsic: mode='said' spends a number on each of {len(groups)} groups, and d={self.d} leaves none "
                 f"for the rest; raise d, or choose wider said_groups"
             )
-        total = sum(map(self.size, sites))
+        total = sum(tensors.values())
         if self.d > total:
             warnings.warn(
                 f"intrinsic: d={self.d} is more than the {total} numbers that it moves, and reaches nothing more",
@@ -140,14 +149,25 @@ class Intrinsic(Method):
         """A fresh update; its maps are drawn from the seed and the site's name."""
         space = self.shared([site]) if shared is None else shared
         assert isinstance(space, Space)
-        name = f"{site.name}.weight"
-        d = len(space.theta)
-        projection = Projection(self.projection, key_of(self.seed, name), d, self.size(site), self.layout)
-        group = space.groups.index(self.group(name)) if space.groups else None
-        if self.space == "factor":
-            start = LoRA(r=self.r, seed=self.seed).build(site, weight, None).A.detach()
-            return FactorUpdate(space, projection, group, start)
-        return WeightUpdate(space, projection, group)
+        moves = [
+            Move(
+                Projection(self.projection, key_of(self.seed, name), len(space.theta), size, self.layout),
+                space.groups.index(self.group(name)) if space.groups else None,
+            )
+            for name, size in self.sizes(site).items()
+        ]
+        if not self._factors(site):
+            return WeightUpdate(space, *moves)
+        return FactorUpdate(space, *moves, start=LoRA(r=self.r, seed=self.seed).build(site, weight, None).A.detach())
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """How one tensor follows θ."""
+
+    projection: Projection
+    group: int | None
+    """Which λ it has."""
 
 
 class Space(nn.Module):
@@ -161,23 +181,38 @@ class Space(nn.Module):
         self.register_parameter("scale", nn.Parameter(torch.ones(len(groups))) if groups else None)
         self.groups = groups
 
+    def factor(self, move: Move) -> Tensor | None:
+        """λ of a tensor, [], or None."""
+        return None if move.group is None or self.scale is None else self.scale[move.group]
+
+    def moved(self, move: Move) -> Tensor:
+        """λ P θ [D], differentiable; of θ's part nothing is kept for it."""
+        found, factor = move.projection(self.theta), self.factor(move)
+        return found if factor is None else factor * found
+
 
 class _Update(Update):
     """A site, which has no parameters of its own."""
 
     roles: ClassVar[Mapping[str, Role]] = {}
 
-    def __init__(self, space: Space, projection: Projection, group: int | None) -> None:
+    def __init__(self, space: Space, move: Move, bias: Move | None = None) -> None:
         super().__init__()
         self.owner = (space,)  # in a tuple, because the model's root owns it
-        self.projection = projection
-        self.group = group
+        self.move, self.bias = move, bias
 
     def moved(self) -> Tensor:
-        """λ P θ [D], differentiable; nothing is kept for its derivative but itself, and that for λ."""
-        space = self.owner[0]
-        found = self.projection(space.theta)
-        return found if self.group is None or space.scale is None else space.scale[self.group] * found
+        """λ P θ [D] of the weight."""
+        return self.owner[0].moved(self.move)
+
+    def offset(self) -> Tensor | None:
+        """λ P θ [O] of the bias."""
+        return None if self.bias is None else self.owner[0].moved(self.bias)
+
+    def changed_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias with its change, in its dtype."""
+        offset = self.offset()
+        return bias if bias is None or offset is None else (bias + offset).to(bias.dtype)
 
 
 class WeightUpdate(_Update):
@@ -189,11 +224,12 @@ class WeightUpdate(_Update):
         rows = x.reshape(-1, x.shape[-1])
         plain = weight.plain
         once = plain is not None and plain.dtype in (torch.float32, torch.float64) and dtype == plain.dtype
+        bias = self.changed_bias(bias)
         y = None if once else weight(rows, bias)
         space, shape = self.owner[0], (weight.out_features, weight.in_features)
-        scale = None if self.group is None or space.scale is None else space.scale[self.group]
         frozen, added = (plain, bias) if once else (None, None)
-        more: Tensor = _Moved.apply(rows.to(dtype), space.theta, scale, frozen, added, self.projection, shape)
+        factor = space.factor(self.move)
+        more: Tensor = _Moved.apply(rows.to(dtype), space.theta, factor, frozen, added, self.move.projection, shape)
         y = more if y is None else y + more.to(y.dtype)
         return y.view(*x.shape[:-1], weight.out_features)
 
@@ -215,8 +251,8 @@ class FactorUpdate(_Update):
 
     start: Tensor
 
-    def __init__(self, space: Space, projection: Projection, group: int | None, start: Tensor) -> None:
-        super().__init__(space, projection, group)
+    def __init__(self, space: Space, move: Move, bias: Move | None = None, *, start: Tensor) -> None:
+        super().__init__(space, move, bias)
         self.register_buffer("start", start, persistent=False)  # drawn again from the seed
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -224,7 +260,7 @@ class FactorUpdate(_Update):
         dtype = _compute_dtype(x)
         A, B, _ = self.factors(weight)
         rows = x.reshape(-1, x.shape[-1])
-        y = weight(rows, bias).addmm_(F.linear(rows.to(dtype), A.to(dtype)), B.to(dtype).t())
+        y = weight(rows, self.changed_bias(bias)).addmm_(F.linear(rows.to(dtype), A.to(dtype)), B.to(dtype).t())
         return y.view(*x.shape[:-1], weight.out_features)
 
     def factors(self, weight: Weight) -> Factors:
