@@ -47,7 +47,7 @@ class Vector(Adapted):
         bias, offset = self.bias_of(name), update.offset()
         if offset is not None:
             assert bias is not None, "attach refuses a change of a bias that is not there"
-            bias = bias + offset.to(bias.dtype)
+            bias = (bias + offset).to(bias.dtype)
         return self._computed(update.changed(self.weight), bias, x, *rest)
 
     def stock(self) -> dict[str, Tensor]:

@@ -68,6 +68,8 @@ class One(nn.Module):
 def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam.Adapter]:
     """A model of one layer with a fresh adapter; skips the test where the update has no form for embeddings."""
     model = One(kind)
+    if why := method.why_not(targets.site_of("q_proj", model.q_proj)):
+        pytest.skip(why)
     store(model, ["q_proj"], storage)
     try:
         return model, reparam.attach(model, method, targets=["q_proj"], name="one")
@@ -75,6 +77,19 @@ def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam
         if kind != "embedding":
             raise
         pytest.skip("an update that depends on its input has no rows")
+
+
+def attach(
+    model: nn.Module, method: Method, linear: list[str], embeddings: list[str], *, name: str = "default"
+) -> reparam.Adapter:
+    """An adapter on linear maps, and on these embeddings where the method has a form for them."""
+    places = [targets.site_of(path, model.get_submodule(path)) for path in targets.resolve(model, embeddings)]
+    if any(method.why_not(site) for site in places):
+        return reparam.attach(model, method, targets=linear, name=name)
+    try:
+        return reparam.attach(model, method, targets=[*linear, *embeddings], name=name)
+    except InputDependentError:
+        return reparam.attach(model, method, targets=linear, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +108,7 @@ class Family:
 
     def attach(self, model: nn.Module, method: Method, *, name: str = "one") -> reparam.Adapter:
         """An adapter on every linear map, and on the embedding where the method has a form for that."""
-        try:
-            return reparam.attach(model, method, targets=["all-linear", self.embedding], name=name)
-        except InputDependentError:
-            return reparam.attach(model, method, name=name)
+        return attach(model, method, ["all-linear"], [self.embedding], name=name)
 
     def adapted(
         self, method: Method, storage: str = "dense", *, seed: int | None = None, name: str = "one"

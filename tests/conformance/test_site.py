@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from reparam.base import Method, Update, Weight
+from reparam.linear import Adapted
 
 pytestmark = [
     pytest.mark.parametrize("method", SETTINGS),
@@ -30,16 +31,30 @@ class Changed(nn.Module):
         return update.factors(weight).apply(W)
 
 
+class Biased(nn.Module):
+    """b -> the bias that the adapter uses, with the gradients of autograd."""
+
+    def __init__(self, layer: Adapted) -> None:
+        super().__init__()
+        self.parts = (layer,)
+
+    def forward(self, b: Tensor) -> Tensor:
+        (layer,) = self.parts
+        own, offset = layer.biases.get("one", b), layer.updates["one"].offset()
+        return own if offset is None else own + offset
+
+
 def oracle(model: One) -> nn.Module:
-    """A plain module with the matrix W' of the adapted layer of `model`."""
+    """A plain module with the matrix W' and the bias of the adapted layer of `model`."""
     layer = model.q_proj
     matrix = layer.weight.dense().double()
     if model.kind == "embedding":
         plain: nn.Module = nn.Embedding(*matrix.shape).double()
     else:
-        plain = nn.Linear(matrix.shape[1], matrix.shape[0], bias=layer.bias is not None).double()
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias.detach().double())
+        plain = nn.Linear(matrix.shape[1], matrix.shape[0]).double()
+        bias = torch.zeros(matrix.shape[0]) if layer.bias is None else layer.bias.detach()
+        plain.bias = nn.Parameter(bias.double(), requires_grad=False)
+        parametrize.register_parametrization(plain, "bias", Biased(layer))
     plain.weight = nn.Parameter(matrix, requires_grad=False)
     parametrize.register_parametrization(plain, "weight", Changed(layer.updates["one"], layer.weight))
     return plain

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from reparam.base import Factors, Role, Site, Update, Weight, method
 from reparam.changes import Stamp, Steps, stamp
+from reparam.methods.full import of_matrix
 from reparam.methods.lora import LoRA
 
 GRADIENTS = ("detached", "exact")
@@ -161,8 +162,7 @@ class DoRAUpdate(Update):
     def factors(self, weight: Weight) -> Factors:
         """gain, A and gain ∘ B. Magnitudes of columns have no such form of low rank: ΔW itself is one factor then.
 
-        That takes the memory of two matrices, for each adapter in a mixed batch too; the gain of ones beside it tells
-        those who round or describe the change that its rank is not low.
+        That takes the memory of two matrices, for each adapter in a mixed batch too.
         """
         gain, _ = self._gain(weight)
         if self.low_rank is None:
@@ -173,9 +173,7 @@ class DoRAUpdate(Update):
             return Factors(A, gain[:, None] * B, gain)
         W = weight.dense() if weight.plain is None else weight.plain
         change = W.to(gain.dtype) * (gain - 1) + B @ (A * gain)  # [O, I]
-        eye = torch.eye(min(change.shape), dtype=gain.dtype, device=gain.device)
-        ones = gain.new_ones(weight.out_features)
-        return Factors(eye, change, ones) if len(eye) == weight.in_features else Factors(change, eye, ones)
+        return of_matrix(change)
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """As the update underneath does."""

@@ -86,8 +86,9 @@ class DataConfig:
 class AdapterConfig:
     """Where the method goes."""
 
-    targets: tuple[str, ...] = ("all-linear",)
-    """all-linear, attention, mlp, ends of paths, or re: and a regular expression; several separated by commas."""
+    targets: tuple[str, ...] | None = None
+    """all-linear, attention, mlp, everything, ends of paths, or re: and a regular expression; several separated by
+    commas. By default what is usual for the method: all-linear for most."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
