@@ -101,7 +101,7 @@ def test_a_task_that_is_missing_or_unknown_is_one_sentence(
 def test_gates_over_finished_adapters(base: str, by_task: Path, tmp_path: Path) -> None:  # noqa: F811
     for rank, task in enumerate(TASKS, start=2):
         assert train(base, str(by_task / f"{task}.jsonl"), tmp_path / task, "--method.r", rank) == 0
-    folders = ",".join(str(tmp_path / task / "adapter") for task in TASKS)
+    folders = f"{tmp_path / TASKS[0]},{tmp_path / TASKS[1] / 'adapter'}"  # a run, and an adapter
     data = str(by_task / "all.jsonl")
     assert train(base, data, tmp_path / "mole", "--method", "mole", "--method.experts", folders) == 0
     kept = json.loads((tmp_path / "mole/adapter/adapter.json").read_text())["settings"]

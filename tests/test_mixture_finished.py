@@ -1,5 +1,6 @@
 """Mixtures of finished adapters, and mixtures taken apart into adapters."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def test_gates_over_finished_adapters_train_alone_and_stand_alone(folders: tuple
     assert again.method == adapter.method
     again.requires_grad_()
     assert len(again.parameters()) == 2
+
+
+def test_runs_are_experts_by_their_adapters(folders: tuple[str, ...], tmp_path: Path) -> None:
+    """A run's folder holds its adapter in a folder of its own; a list may name both kinds."""
+    for run_name, folder in (("first", folders[0]), ("last", folders[2])):
+        shutil.copytree(folder, tmp_path / run_name / "adapter")
+        (tmp_path / run_name / "figures.json").write_text("{}")
+    named = (str(tmp_path / "first"), folders[1], str(tmp_path / "last/adapter"))
+    plain, expected = mole(folders)
+    model, adapter = mole(named)
+    assert adapter.method.experts == ("first", "dates", "last")
+    tensors = adapter.tensors()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.tensors().items())
+    assert torch.equal(logits(model), logits(plain))
+    with pytest.raises(FormatError, match="are one adapter; name it once"):
+        mole((str(tmp_path / "first"), str(tmp_path / "first/adapter")))
 
 
 def test_each_expert_alone_is_the_adapter_it_was(folders: tuple[str, ...]) -> None:

@@ -20,14 +20,15 @@ from reparam.weights.dense import DenseWeight
 def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Method, dict[str, Tensor]]:
     """A method that names folders, with the ranks found in them, and the experts' tensors by their names in files.
 
-    `names` are the sites that are allowed. The result is the method itself and nothing, where it names no folders.
+    The folders are those of adapters or of training runs. `names` are the sites that are allowed. The result is the method itself and nothing, where it names no folders.
     Scales are folded into B, so that experts may have different ones. Raises FormatError for a folder without a whole
     adapter, for adapters that are no low-rank change, go on different sites or on sites that are not allowed, and for
     one that was trained on another base.
     """
     if not isinstance(method, Mixture) or not method.experts or method.ranks:
         return method, {}
-    records = {folder: files.read(folder) for folder in method.experts}
+    _check_apart(method.experts)
+    records = {folder: files.read(files.adapter_folder(folder)) for folder in method.experts}
     _check(model, records, names)
     parts = {folder: _factors(folder, record) for folder, record in records.items()}
     first = next(iter(records.values()))
@@ -40,6 +41,15 @@ def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Me
         tensors[f"{site}.B"] = torch.cat([factors.B for factors in found], 1)
     told = dataclasses.replace(method, n=len(records), experts=_called(method.experts), ranks=ranks)
     return told, tensors
+
+
+def _check_apart(folders: Sequence[str]) -> None:
+    where: dict[Path, str] = {}
+    for folder in folders:
+        path = files.adapter_folder(folder).resolve()
+        if path in where:
+            raise FormatError(f"experts: {where[path]} and {folder} are one adapter; name it once")
+        where[path] = folder
 
 
 def _check(model: nn.Module, records: dict[str, Record], names: Sequence[str]) -> None:

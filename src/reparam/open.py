@@ -25,7 +25,7 @@ def open_model(
     Matrices that were packed when the adapter was trained are packed in the same way here, unless `storage` says how
     all linear maps are to be kept: "dense", "nf4", "int8". Raises ValueError when neither tells the base.
     """
-    folder = adapter_folder(adapter) if adapter is not None else None
+    folder = files.adapter_folder(adapter) if adapter is not None else None
     path = base or base_of(folder)
     model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
     if folder is None:
@@ -57,12 +57,6 @@ def made(packing: Packing) -> Storage:
         return find_storage(packing.storage)(**packing.settings)
     except (ValueError, TypeError) as error:
         raise FormatError(f"the adapter's base was packed in a way that is not known here: {error}") from None
-
-
-def adapter_folder(folder: str | Path) -> Path:
-    """The adapter in `folder`, which may also be the folder of a training run."""
-    path = Path(folder)
-    return path / "adapter" if (path / "adapter" / "adapter.json").exists() else path
 
 
 def base_of(folder: Path | None) -> str:

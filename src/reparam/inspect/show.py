@@ -16,7 +16,8 @@ from reparam.hf import load_base, vocabulary
 from reparam.inspect import geometry, ranks
 from reparam.inspect.routing import routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
-from reparam.open import adapter_folder, open_model
+from reparam.io.files import adapter_folder
+from reparam.open import open_model
 from reparam.pack import PackReport, entries, reports, size
 
 

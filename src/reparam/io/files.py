@@ -28,6 +28,12 @@ def read(folder: str | Path) -> Record:
     raise FormatError(f"{folder}: no adapter here: neither {native.CONFIG} nor {peft.CONFIG} was found{hint}")
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder of the adapter in `folder`, which may also be the folder of a training run."""
+    path = Path(folder)
+    return path / "adapter" if (path / "adapter" / native.CONFIG).exists() else path
+
+
 def write(folder: str | Path, record: Record, *, format: str = "reparam") -> None:
     """Put the adapter into `folder`, which is made, or replaced if it holds an adapter in this format and nothing else.
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from reparam.blend import Blend, blend
 from reparam.hf import load_base
-from reparam.open import adapter_folder
+from reparam.io.files import adapter_folder
 
 SHOWN = 8  # sites in the table: those that lost most
 

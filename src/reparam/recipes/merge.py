@@ -9,8 +9,9 @@ from rich.console import Console
 
 from reparam.context import context
 from reparam.hf import check_not_base, save_model
+from reparam.io.files import adapter_folder
 from reparam.merge import MergeReport, merge
-from reparam.open import adapter_folder, base_of, open_model
+from reparam.open import base_of, open_model
 from reparam.pack import pack, packed_as, reports
 
 ONTO = ("trained", "original")

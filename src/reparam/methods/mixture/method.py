@@ -77,7 +77,7 @@ class Mixture(Method):
     kind: str = "low_rank"
     """What an expert is: low_rank, shared_a (B of its own, one A for all), or vectors (a factor for each output)."""
     experts: tuple[str, ...] = ()
-    """Folders of finished adapters that are the experts; in a saved mixture, what they were called."""
+    """Folders of finished adapters, or of runs, that are the experts; in a saved mixture, what they were called."""
     ranks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Ranks of finished experts, by site. Found in their files; not to be set."""
     frozen: bool = False
