@@ -11,6 +11,7 @@ from reparam.adapter import Adapter
 from reparam.base import Storage, find_storage
 from reparam.hf import load_base, load_tokenizer
 from reparam.io import files
+from reparam.io.files import adapter_folder
 from reparam.io.record import FormatError, Packing
 from reparam.load import load
 from reparam.pack import pack
@@ -25,7 +26,7 @@ def open_model(
     Matrices that were packed when the adapter was trained are packed in the same way here, unless `storage` says how
     all linear maps are to be kept: "dense", "nf4", "int8". Raises ValueError when neither tells the base.
     """
-    folder = files.adapter_folder(adapter) if adapter is not None else None
+    folder = adapter_folder(adapter) if adapter is not None else None
     path = base or base_of(folder)
     model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
     if folder is None:
