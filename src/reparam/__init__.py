@@ -24,7 +24,10 @@ from reparam.io.record import FormatError
 from reparam.load import load
 from reparam.merge import MergeReport, merge
 from reparam.methods.adalora import AdaLoRA
+from reparam.methods.bitfit import BitFit
+from reparam.methods.bottleneck import Bottleneck
 from reparam.methods.dora import DoRA
+from reparam.methods.full import Full
 from reparam.methods.lora import LoRA
 from reparam.pack import PackReport, pack
 from reparam.split import split
@@ -40,9 +43,12 @@ __all__ = [
     "NF4",
     "AdaLoRA",
     "Adapter",
+    "BitFit",
     "Blend",
+    "Bottleneck",
     "DoRA",
     "FormatError",
+    "Full",
     "InputDependentError",
     "Int8",
     "LoRA",

@@ -10,6 +10,7 @@ from rich.console import Console
 from reparam.context import context
 from reparam.hf import check_not_base, save_model
 from reparam.io.files import adapter_folder
+from reparam.io.record import listed
 from reparam.merge import MergeReport, merge
 from reparam.open import base_of, open_model
 from reparam.pack import pack, packed_as, reports
@@ -37,7 +38,8 @@ def merge_to(
     `into` names the storage of a packed base to write that again, see `reparam.merge`. `task` is the one that is
     merged of an adapter whose gates go by it.
 
-    Raises ValueError for the base's own folder as output, and for what cannot be combined.
+    Raises ValueError for the base's own folder as output, for what cannot be combined, and for biases where the base
+    has none, which its class would not read from the files.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
@@ -50,6 +52,12 @@ def merge_to(
     names = ", ".join(sorted({storage.name for storage in held.values()}))
     with context(model, tasks=task) if task is not None else nullcontext():
         report = merge(model, into=into, rounding=rounding, force=force)
+    if report.biased:
+        new = listed([f"{site}.bias" for site in report.biased])
+        raise ValueError(
+            f"{path}: a {type(model).__name__} read from files has no place for {new}; keep this adapter apart, or use "
+            f"the merged model in Python"
+        )
     rest = list(packed_as(model))
     if rest and into is None:
         pack(model, "dense", targets=rest)
