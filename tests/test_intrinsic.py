@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import reparam
 from reparam.base import METHODS
 from reparam.io.record import FormatError
-from reparam.methods.intrinsic import Intrinsic, Space, WeightUpdate
+from reparam.methods.intrinsic import Intrinsic
+from reparam.methods.intrinsic_update import Space, WeightUpdate
 from reparam.methods.projections import Projection, key_of
 
 KINDS = [{}, {"layout": "padded"}, {"projection": "dense"}, {"projection": "sparse"}]
@@ -176,7 +177,7 @@ def test_enough_numbers_reach_any_matrix() -> None:
 
         optimizer.step(closure)  # type: ignore[arg-type]
         losses[d] = float(closure().detach())
-    assert losses[60] < 1e-10 < 1e-2 < losses[10]
+    assert losses[60] < 1e-8 < 1e-2 < losses[10]
 
 
 @pytest.mark.parametrize("space", ["weight", "factor"])
@@ -212,9 +213,9 @@ def test_another_seed_or_order_of_wrapping() -> None:
 
 def test_biases_may_stay() -> None:
     model = models.gpt2()
-    adapter = reparam.attach(model, Intrinsic(d=20, bias=False))
+    adapter = reparam.attach(model, Intrinsic(d=20, bias=False), targets="all-linear")
     assert all(update.offset() is None for update in adapter.updates.values())
-    adapter = reparam.attach(models.gpt2(), Intrinsic(d=20))
+    adapter = reparam.attach(models.gpt2(), Intrinsic(d=20), targets="all-linear")
     assert all(update.offset() is not None for update in adapter.updates.values())
 
 
@@ -254,9 +255,9 @@ def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None
 def test_said_needs_more_numbers_than_groups() -> None:
     model = models.llama()
     with pytest.raises(ValueError, match=r"a number on each of 14 groups, and d=14 leaves none"):
-        reparam.attach(model, Intrinsic(d=14, mode="said"))
+        reparam.attach(model, Intrinsic(d=14, mode="said"), targets="all-linear")
     assert reparam.adapters(model) == {}
-    reparam.attach(model, Intrinsic(d=15, mode="said"))
+    reparam.attach(model, Intrinsic(d=15, mode="said"), targets="all-linear")
 
 
 def test_more_numbers_than_weights_are_warned_of() -> None:

@@ -1,0 +1,175 @@
+"""What follows θ at the sites of an intrinsic space: whole matrices, or factors; and their biases.
+
+Shapes: O out_features, I in_features, N rows of a flattened batch, D numbers of a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.base import Factors, Role, Update, Weight
+from reparam.methods.full import of_matrix
+from reparam.methods.projections import Projection
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """How one tensor follows θ."""
+
+    projection: Projection
+    group: int | None
+    """Which λ it has."""
+
+
+class Space(nn.Module):
+    """What all sites have in common: θ [d], and λ [m] of "said"."""
+
+    scale: nn.Parameter | None
+
+    def __init__(self, d: int, groups: list[str]) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(d))
+        self.register_parameter("scale", nn.Parameter(torch.ones(len(groups))) if groups else None)
+        self.groups = groups
+
+    def factor(self, move: Move) -> Tensor | None:
+        """λ of a tensor, [], or None."""
+        return None if move.group is None or self.scale is None else self.scale[move.group]
+
+    def moved(self, move: Move) -> Tensor:
+        """λ P θ [D], differentiable; of θ's part nothing is kept for it."""
+        found, factor = move.projection(self.theta), self.factor(move)
+        return found if factor is None else factor * found
+
+
+class _Update(Update):
+    """A site, which has no parameters of its own."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def __init__(self, space: Space, move: Move, bias: Move | None = None) -> None:
+        super().__init__()
+        self.owner = (space,)  # in a tuple, because the model's root owns it
+        self.move, self.bias = move, bias
+
+    def moved(self) -> Tensor:
+        """λ P θ [D] of the weight."""
+        return self.owner[0].moved(self.move)
+
+    def offset(self) -> Tensor | None:
+        """λ P θ [O] of the bias."""
+        return None if self.bias is None else self.owner[0].moved(self.bias)
+
+    def changed_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias with its change, in its dtype."""
+        offset = self.offset()
+        return bias if bias is None or offset is None else (bias + offset).to(bias.dtype)
+
+
+class WeightUpdate(_Update):
+    """A whole matrix that moves."""
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x (W + ΔW)ᵀ + bias [..., O]."""
+        dtype = _compute_dtype(x)
+        rows = x.reshape(-1, x.shape[-1])
+        plain = weight.plain
+        once = plain is not None and plain.dtype in (torch.float32, torch.float64) and dtype == plain.dtype
+        bias = self.changed_bias(bias)
+        y = None if once else weight(rows, bias)
+        space, shape = self.owner[0], (weight.out_features, weight.in_features)
+        own = (plain, bias) if once else (None, None)
+        factor, projection = space.factor(self.move), self.move.projection
+        more: Tensor = _Moved.apply(rows.to(dtype), space.theta, factor, *own, projection, shape)
+        y = more if y is None else y + more.to(y.dtype)
+        return y.view(*x.shape[:-1], weight.out_features)
+
+    def factors(self, weight: Weight) -> Factors:
+        """ΔW beside the identity."""
+        return of_matrix(self.moved().view(weight.out_features, weight.in_features))
+
+    def rows(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids [...] -> rows of W + ΔW, [..., I]."""
+        found = weight.rows(ids)
+        delta = self.moved().view(weight.out_features, weight.in_features)
+        return found + F.embedding(ids, delta).to(found.dtype)
+
+
+class FactorUpdate(_Update):
+    """Two factors that move from A_0 [r, I] and from zero."""
+
+    start: Tensor
+
+    def __init__(self, space: Space, move: Move, bias: Move | None = None, *, start: Tensor) -> None:
+        super().__init__(space, move, bias)
+        self.register_buffer("start", start, persistent=False)  # drawn again from the seed
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias + (x Aᵀ) Bᵀ [..., O]."""
+        dtype = _compute_dtype(x)
+        A, B, _ = self.factors(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        y = weight(rows, self.changed_bias(bias)).addmm_(F.linear(rows.to(dtype), A.to(dtype)), B.to(dtype).t())
+        return y.view(*x.shape[:-1], weight.out_features)
+
+    def factors(self, weight: Weight) -> Factors:
+        """A_0 and zero, moved."""
+        moved, first = self.moved(), self.start.numel()
+        A = self.start + moved[:first].view(self.start.shape)
+        return Factors(A, moved[first:].view(weight.out_features, len(self.start)))
+
+
+class _Moved(torch.autograd.Function):
+    """x [N, I] -> x (W + λ P θ)ᵀ + bias [N, O], without W or the bias where they are None.
+
+    Keeps x, θ and λ alone. The gradient of θ is λ Pᵀ(gᵀ x), that of λ is ⟨gᵀ x, P θ⟩.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        theta: Tensor,
+        scale: Tensor | None,
+        frozen: Tensor | None,
+        bias: Tensor | None,
+        projection: Projection,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, theta, scale, frozen)
+        ctx.projection, ctx.shape = projection, shape
+        return F.linear(x, _changed(projection.forward(theta).view(shape), scale, frozen).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, theta, scale, frozen = ctx.saved_tensors
+        needs_x, needs_theta, needs_scale, _, needs_bias, *_ = ctx.needs_input_grad
+        projection = ctx.projection
+        moved = projection.forward(theta).view(ctx.shape) if needs_x or needs_scale else None
+        g_x = g @ _changed(moved, scale, frozen).to(g.dtype) if needs_x and moved is not None else None
+        g_theta = g_scale = None
+        if needs_theta or needs_scale:
+            whole_gradient = (g.t() @ x).to(theta.dtype)
+            if needs_scale and moved is not None:
+                g_scale = torch.dot(whole_gradient.view(-1), moved.view(-1)).to(scale.dtype)
+            del moved
+            g_theta = projection.adjoint(whole_gradient.view(-1)) if needs_theta else None
+            g_theta = g_theta if scale is None or g_theta is None else scale * g_theta
+        return g_x, g_theta, g_scale, None, g.sum(0) if needs_bias else None, None, None
+
+
+def _changed(moved: Tensor, scale: Tensor | None, frozen: Tensor | None) -> Tensor:
+    """W + λ P θ [O, I]."""
+    moved = moved if scale is None else scale * moved
+    return moved if frozen is None else frozen + moved.to(frozen.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
