@@ -1,4 +1,4 @@
-"""Verbs on finished adapters: merge, compose, inspect."""
+"""Verbs on finished adapters: merge, compose, compress, inspect."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compose(
     ] = "delta",
     rank: Annotated[int | None, typer.Option(help="Highest rank of the result; by default what loses nothing.")] = None,
     density: Annotated[float, typer.Option(help="ties and dare: the share of entries that stay.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="dare: what stays.")] = 0,
+    seed: Annotated[int, typer.Option(help="dare: what stays; cma: what is drawn.")] = 0,
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="Their base: for --search, DoRA's gain, and biases.")
     ] = None,
@@ -67,6 +67,9 @@ def compose(
     ] = None,
     valid: Annotated[Path | None, typer.Option(help="With --search: held-out rows to compare on.")] = None,
     budget: Annotated[int, typer.Option(help="With --search: how many candidates are tried.")] = 40,
+    optimizer: Annotated[
+        str, typer.Option(help="With --search: cobyla, the better one for few candidates; cma, for fewer forwards.")
+    ] = "cobyla",
     bound: Annotated[float, typer.Option(help="With --search: weights are from -bound to bound.")] = 1.5,
     l1: Annotated[float, typer.Option(help="With --search: penalty on the weights' sizes.")] = 0.05,
     l1_reduction: Annotated[str, typer.Option(help="With --search: mean of the sizes, or sum.")] = "mean",
@@ -94,6 +97,8 @@ def compose(
             space=space,
             rank=rank,
             budget=budget,
+            optimizer=optimizer,
+            seed=seed,
             bound=bound,
             l1=l1,
             l1_reduction=l1_reduction,
@@ -119,6 +124,48 @@ def compose(
         seed=seed,
         base=base,
         dtype=dtype,
+        format=format,
+        console=console,
+    )
+
+
+@app.command()
+def compress(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, ours, PEFT's or of a run.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the smaller adapter.")],
+    energy: Annotated[
+        float | None, typer.Option(help="Share of |ΔW|² that each site keeps, with as few components as do.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Highest rank of a site.")] = None,
+    bytes: Annotated[
+        int | None, typer.Option("--bytes", help="Size of all tensors; what holds most for its bytes stays.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file of held-out rows: scores before and after.")] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help="With --data: its base, if not as it says.")] = None,
+    dtype: Dtype = "auto",
+    max_length: Annotated[int, typer.Option(min=3, help="With --data: longest row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: rows in one forward.")] = 16,
+    format: Annotated[str, typer.Option(help="reparam, or peft.")] = "reparam",
+) -> None:
+    """Make a finished adapter smaller without its data: fewer components, the rest as near as can be.
+
+    [bold]reparam compress out/first out/small --energy 0.99[/bold]
+    """
+    from reparam.recipes.compress import compress_to
+
+    if base is not None and data is None:
+        raise ValueError("--base is for --data, which runs it; ranks are chosen without the base")
+    compress_to(
+        output,
+        adapter,
+        energy=energy,
+        rank=rank,
+        bytes=bytes,
+        data=data,
+        base=base,
+        dtype=dtype,
+        max_length=max_length,
+        batch=batch_size,
         format=format,
         console=console,
     )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter import select
 from reparam.context import tasks_of
-from reparam.data.encode import encode
-from reparam.data.rows import read_rows
+from reparam.data.encode import Encoded, encode
+from reparam.data.rows import Row, read_rows
 from reparam.hf import vocabulary
+from reparam.io.record import Record
+from reparam.load import place
 from reparam.open import open_model
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import answers_table, scores_table
@@ -57,13 +62,36 @@ def evaluate(
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
     size, tasks = vocabulary(model), tasks_of(model)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
-    found = []
-    for name in [None] if loaded is None else [None, loaded.name]:
-        if loaded is not None:
-            select(model, name)
-        answers = answer(model, tokenizer, rows)
-        scores = [score_loss(model, encoded, tokenizer, batch=batch)] + ([score_answers(answers)] if answers else [])
-        found.append((tuple(scores), answers))
     if loaded is None:
-        return Evaluation(found[0][0], None, ())
-    return Evaluation(found[0][0], found[1][0], tuple(zip(found[0][1], found[1][1], strict=True)))
+        return Evaluation(scores(model, tokenizer, rows, encoded, batch=batch)[0], None, ())
+    select(model, None)
+    before, plain = scores(model, tokenizer, rows, encoded, batch=batch)
+    select(model, loaded.name)
+    after, adapted = scores(model, tokenizer, rows, encoded, batch=batch)
+    return Evaluation(before, after, tuple(zip(plain, adapted, strict=True)))
+
+
+def scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], encoded: Encoded, *, batch: int
+) -> tuple[tuple[Score, ...], list[Answer]]:
+    """The scores of a model as it is now, and its answers; `encoded` are the same rows."""
+    answers = answer(model, tokenizer, rows)
+    found = [score_loss(model, encoded, tokenizer, batch=batch)] + ([score_answers(answers)] if answers else [])
+    return tuple(found), answers
+
+
+def shrunk(
+    data: Path, base: str | None, adapter: str | Path, small: Record, *, dtype: str, max_length: int, batch: int
+) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
+    """The scores on the rows of `data` with an adapter, and with a smaller one made of it.
+
+    Raises ValueError for unusable data, base or adapter.
+    """
+    rows = read_rows(data)
+    model, tokenizer, loaded = open_model(base, adapter, dtype=dtype)
+    assert loaded is not None
+    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model), tasks=tasks_of(model))
+    before, _ = scores(model, tokenizer, rows, encoded, batch=batch)
+    place(model, small, Path("the smaller adapter"), name="smaller")
+    after, _ = scores(model, tokenizer, rows, encoded, batch=batch)
+    return before, after

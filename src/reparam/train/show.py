@@ -125,10 +125,12 @@ def rates_table(rates: Sequence[Rates]) -> Table:
     return table
 
 
-def scores_table(before: Sequence[Score], after: Sequence[Score]) -> Table:
-    """Held-out scores of base and adapter with their intervals."""
+def scores_table(
+    before: Sequence[Score], after: Sequence[Score], *, names: tuple[str, str] = ("base", "with adapter")
+) -> Table:
+    """Held-out scores of base and adapter, or of what else `names` says, with their intervals."""
     table = Table()
-    for column in ("held-out score", "base, 95 % interval", "with adapter", "rows"):
+    for column in ("held-out score", f"{names[0]}, 95 % interval", names[1], "rows"):
         table.add_column(column)
     for old, new in zip(before, after, strict=True):
         better = (new.value > old.value) == old.larger_is_better and new.value != old.value

@@ -1,0 +1,82 @@
+"""From the folder of an adapter to the folder of a smaller one, and what that cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from reparam.compress import Compression, compress
+from reparam.io import files
+from reparam.methods.dora import DoRA
+from reparam.pack import size
+from reparam.train.evaluate import shrunk
+from reparam.train.show import scores_table
+
+SHOWN = 12  # sites in the table: those that lost most
+
+
+def compress_to(
+    output: Path,
+    adapter: str,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+    bytes: int | None = None,
+    data: Path | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    max_length: int = 1024,
+    batch: int = 16,
+    format: str = "reparam",
+    console: Console,
+) -> Compression:
+    """Compress, write, and say what was lost, site by site; with `data`, held-out scores before and after.
+
+    Raises ValueError for an output that is the adapter itself, and as `compress` does.
+    """
+    folder = files.adapter_folder(adapter)
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output}: is the adapter itself; give another folder as output")
+    found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
+    found.save(output, format=format)
+    _print(found, console)
+    if data is not None:
+        before, after = shrunk(data, base, folder, found.record, dtype=dtype, max_length=max_length, batch=batch)
+        console.print(scores_table(before, after, names=("original", "compressed")))
+    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _print(found: Compression, console: Console) -> None:
+    changed = [site for site in found.sites if site.rank != site.before]
+    method = found.record.method
+    gained = isinstance(method, DoRA) or bool(getattr(method, "magnitude", False))
+    what = "B A, which the magnitudes scale," if gained else "the change ΔW"
+    if not changed:
+        console.print("every site keeps its rank: a copy of the adapter, bit for bit")
+        return
+    console.print(_table(found))
+    before, after = (sum(ranks) for ranks in zip(*((s.before, s.rank) for s in found.sites), strict=True))
+    gone = sum(not site.rank for site in found.sites)
+    left = f", {gone} of {len(found.sites)} sites left out" if gone else f" on {len(found.sites)} sites"
+    console.print(
+        f"components     {before:,} -> {after:,}{left}\n"
+        f"tensors        {size(found.before)} -> {size(found.bytes)} ({found.bytes / found.before:.1%})\n"
+        f"error          {found.error:.4f} of {what} over all sites; {1 - found.error**2:.4f} of its energy stays",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(found: Compression) -> Table:
+    worst = sorted((s for s in found.sites if s.rank != s.before), key=lambda site: -site.lost)
+    more = len(worst) - SHOWN
+    table = Table(caption=f"and {more} more sites that lost less" if more > 0 else None)
+    for name in ("site", "rank", "|B A|", "error", "bytes saved"):
+        table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
+    for site in worst[:SHOWN]:
+        rank = f"{site.before} -> {site.rank}"
+        table.add_row(site.name, rank, f"{site.change:.4g}", f"{site.error:.4f}", f"{site.saved:,}")
+    return table
