@@ -18,6 +18,7 @@ import reparam.cli.run  # the order of `--help`
 
 # isort: split
 import reparam.cli.adapters
+import reparam.cli.compare
 import reparam.cli.models  # noqa: F401
 from reparam.cli.options import app
 

@@ -29,6 +29,7 @@ RANKS: dict[str, Callable[[int], dict[str, int]]] = {
     "r": lambda r: {"r": r},
     "target_r": lambda r: {"target_r": r, "init_r": math.ceil(1.5 * r)},
 }
+RANKLESS = ("intrinsic",)  # their r is not what they train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +140,15 @@ def read(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
         where = f"{file}: " if file is not None else ""
         raise ConfigError(where + "; ".join(dict.fromkeys(problems)))
     output = str(common.pop("run.output", "out/compare"))
+    resolved = _resolved(common)  # so that values have their types, wherever they came from
+    common = {key: value for key in common if (value := _at(resolved, key)) is not None}
     known = dataclasses.replace(known, methods=tuple(entries))
     return Plan(known, common, tuple(contestants), reference, tuple(dict.fromkeys(notes)), output)
+
+
+def _at(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def _rising(rungs: Sequence[float]) -> bool:
@@ -231,7 +239,7 @@ def _rank_axis(
     notes: list[str],
 ) -> list[list[tuple[str, dict[str, Any]]]]:
     """The ranks of one entry as an axis of the product; none where it has no ranks, or says its rank itself."""
-    kind = next((key for key in RANKS if key in types), None)
+    kind = next((key for key in RANKS if key in types and name not in RANKLESS), None)
     if kind is None:
         if own is not None:
             problems.append(f"{name}: has no rank, so ranks={list(own)} means nothing for it; leave it out")

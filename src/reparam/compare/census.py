@@ -1,0 +1,76 @@
+"""Before anything is trained: how many parameters each contestant trains, and everything that a base speaks against."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from reparam.adapter import attach, remove, untie
+from reparam.compare.data import Sides
+from reparam.compare.plan import Plan
+from reparam.data.rows import read_rows
+from reparam.data.tasks import by_task
+from reparam.hf import load_base
+from reparam.train.config import ConfigError
+from reparam.train.run import prepare
+
+METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per byte"}
+_METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
+
+
+def census(plan: Plan, sides: Sides) -> dict[str, int]:
+    """Trained parameters by contestant. The base is loaded once for each storage, and every contestant is put on it.
+
+    Raises ConfigError, with all problems at once, for contestants that do not fit the model.
+    """
+    found: dict[str, int] = {}
+    problems: list[str] = []
+    rows = read_rows(sides.train)
+    configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
+    for base in dict.fromkeys(config.base for config in configs.values()):
+        model = load_base(
+            base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed
+        )
+        if base.untie:
+            untie(model)
+        for label, config in configs.items():
+            if config.base != base:
+                continue
+            where = config.adapter
+            try:
+                method, _ = by_task(config.method, rows)
+                adapter = attach(
+                    model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
+                )
+            except ValueError as error:
+                problems.append(f"{label}: {error}")
+                continue
+            found[label] = sum(parameter.numel() for parameter in adapter.parameters())
+            remove(model, adapter.name)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return found
+
+
+def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
+    """Steps of a whole run, as `reparam train` counts them."""
+    config = plan.config(plan.contestants[0], {"data.train": sides.train, "data.valid": sides.valid})
+    run = config.run
+    if run.max_steps > 0:
+        return run.max_steps
+    job = prepare(plan.config(plan.contestants[0], {"data.train": sides.train, "run.output": str(place)}))
+    return max(1, math.ceil(len(job.train) / (run.batch_size * run.accumulation) * run.epochs))
+
+
+def metric_of(wanted: str, kind: str) -> str:
+    """The name of the score that is compared. Raises ConfigError where the rows do not have it.
+
+    >>> metric_of("auto", "texts")
+    'bits per byte'
+    """
+    known = _METRICS_OF[kind]
+    if wanted != "auto" and wanted not in known:
+        raise ConfigError(
+            f"compare.metric: {wanted} cannot be had of rows that are {kind}; expected {' or '.join(known)}"
+        )
+    return METRICS[known[0] if wanted == "auto" else wanted]

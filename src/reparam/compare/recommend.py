@@ -1,0 +1,83 @@
+"""A recommendation in one sentence: which contestant to take, or that the difference is within noise.
+
+Within noise of the best is whoever's difference to it, paired by seed, has an interval that holds 0. Among these the
+one with the fewest trained parameters is taken. A contestant with a run that failed is never recommended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from reparam.compare.statistics import Interval, interval, paired
+
+
+def recommend(
+    values: Mapping[str, Mapping[int, float]],
+    parameters: Mapping[str, int],
+    reference: str,
+    metric: str,
+    failed: Collection[str],
+) -> str:
+    """The sentence. `values` has each contestant's score by seed."""
+    larger = metric == "exact match"
+    means = {label: interval(list(v.values())).mean for label, v in values.items() if v and label not in failed}
+    if not means:
+        return "There is nothing to compare yet: no contestant has a scored run that ended well."
+    order = sorted(means, key=lambda label: -means[label] if larger else means[label])
+    best = order[0]
+    if len(order) == 1:
+        return f"{best} is the only contestant with scored runs ({_score(means[best], metric)})."
+    seeds = min(len(values[label]) for label in order)
+    if seeds < 2:
+        return (
+            f"{best} has the best {metric} ({means[best]:.3f}), of one seed each, which cannot tell a difference from "
+            f"noise: run more seeds."
+        )
+    near = [label for label in order if label == best or _within(paired(values[label], values[best]))]
+    taken = min(near, key=lambda label: (parameters[label], order.index(label)))
+    if best == reference:
+        rest = [label for label in near if label != best]
+        if not rest:
+            return f"Take {best}: nothing comes within noise of it ({_score(means[best], metric)}, {seeds} seeds)."
+        return (
+            f"The difference is within noise: nothing beats {best} ({_score(means[best], metric)}), and "
+            f"{_listed(rest)} cannot be told from it by {seeds} seeds{_smallest(taken, near, parameters)}."
+        )
+    if reference in near:
+        difference = paired(values[best], values[reference])
+        return (
+            f"The difference is within noise: {best} is ahead of {reference} by {_shown(difference)}, over {seeds} "
+            f"seeds{_smallest(taken, near, parameters)}."
+        )
+    difference = paired(values[taken], values[reference]) if reference in means else None
+    ahead = f", {_shown(difference)} better than {reference}" if difference is not None else ""
+    if taken == best:
+        return f"Take {best}: {_score(means[best], metric)}{ahead}, over {seeds} seeds."
+    return (
+        f"Take {taken}: {_score(means[taken], metric)}{ahead}, within noise of {best}, the best "
+        f"({means[best]:.3f}), and the smallest of the {len(near)} that are ({parameters[taken]:,} trained parameters)."
+    )
+
+
+def _within(difference: Interval | None) -> bool:
+    return difference is None or difference.holds_zero
+
+
+def _score(mean: float, metric: str) -> str:
+    return f"{metric} {mean:.3f}"
+
+
+def _shown(difference: Interval | None) -> str:
+    assert difference is not None
+    half = difference.half
+    return f"{abs(difference.mean):.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
+def _smallest(taken: str, near: Collection[str], parameters: Mapping[str, int]) -> str:
+    return (
+        f"; the smallest of the {len(near)} that are within noise is {taken} ({parameters[taken]:,} trained parameters)"
+    )
+
+
+def _listed(labels: list[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"

@@ -1,0 +1,246 @@
+"""A whole comparison: split the data, tune, score seed by seed, measure, report. What is there already is not repeated.
+
+    results.json   report.html       runs/       one folder for each training run, see trial.py
+    plan.toml                        data/       rows that were split off or cut
+
+Runs are ordered so that an end before the end leaves a balanced table: all contestants' tuning first, rate by rate,
+then one seed after the other for everybody. A second call goes on; a changed plan in the same folder repeats only what
+changed, and its report has the contestants of that plan alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from rich.console import Console
+
+from reparam.compare.census import census, metric_of, steps_of
+from reparam.compare.data import Sides, sides
+from reparam.compare.halving import better_half, hopeless
+from reparam.compare.plan import Contestant, Plan
+from reparam.compare.results import Findings
+from reparam.compare.serving import Serving, serving
+from reparam.compare.trial import Outcome, Stopped, Trial, done, trial
+from reparam.compare.workers import Workers
+from reparam.compare.write import write
+from reparam.hf import check_not_base
+from reparam.io.staged import digest, write_file
+from reparam.train.checkpoint import RunLock
+
+TUNING = 1000  # added to the seed, for the runs that rates are chosen by
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a comparison ended."""
+
+    report: Path
+    signal: int | None = None
+    """The signal that ended it early."""
+
+
+def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
+    """Run it. Raises ValueError for what the user can mend, RuntimeError for what fails on the way."""
+    folder = Path(plan.output)
+    check_not_base(folder, str(plan.common["base.path"]))
+    with RunLock(folder):
+        write_file(folder / "plan.toml", _toml(plan).encode())
+        comparison = _Comparison(plan, folder, workers, console)
+        number = None
+        try:
+            comparison.run()
+        except Stopped as stopped:
+            number = stopped.number
+            comparison.missing.append(f"The comparison was {stopped}; the same command goes on with it.")
+        return Ended(write(comparison.findings(), folder, console), number)
+
+
+class _Comparison:
+    """The state of one call."""
+
+    def __init__(self, plan: Plan, folder: Path, workers: Workers, console: Console) -> None:
+        self.plan, self.folder, self.workers, self.console = plan, folder, workers, console
+        first = plan.config(plan.contestants[0], {})
+        self.seed = first.run.seed
+        self.sides: Sides = sides(
+            first.data, plan.compare.test, folder / "data", rows=plan.compare.rows, seed=self.seed
+        )
+        self.metric = metric_of(plan.compare.metric, self.sides.kind)
+        self.parameters = census(plan, self.sides)
+        self.steps = steps_of(plan, self.sides, folder / "runs")
+        self.stamp = f"{self.sides.stamp()} {_base_stamp(first.base.path)}"
+        self.deadline = math.inf if plan.compare.minutes is None else time.monotonic() + 60 * plan.compare.minutes
+        self.tuning: list[Outcome] = []
+        self.scored: list[Outcome] = []
+        self.rates: dict[str, float] = {}
+        self.serving: dict[str, Serving] = {}
+        self.stopped: dict[str, str] = {}
+        self.missing: list[str] = []
+
+    def run(self) -> None:
+        """All of it, as far as there is time."""
+        limit = self.plan.compare.parameters
+        for label, count in self.parameters.items():
+            if limit is not None and count > limit:
+                self.stopped[label] = f"it trains {count:,} parameters, more than compare.parameters ({limit:,})"
+        if not self.left():
+            raise ValueError(f"compare.parameters={limit}: every contestant trains more than that")
+        self.tune()
+        self.score()
+        self.measure()
+
+    def left(self) -> list[Contestant]:
+        """The contestants that were not stopped."""
+        return [contestant for contestant in self.plan.contestants if contestant.label not in self.stopped]
+
+    def late(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() >= self.deadline
+
+    def tune(self) -> None:
+        """Choose each contestant's rate, rung by rung."""
+        compare = self.plan.compare
+        rates = {contestant.label: list(compare.rates) for contestant in self.left()}
+        for number, share in enumerate(compare.rungs, 1):
+            steps = max(1, round(share * self.steps))
+            trials = [
+                self.trial(contestant, rate, self.seed + TUNING, steps, tuning=True)
+                for rate in compare.rates
+                for contestant in self.left()
+                if rate in rates[contestant.label]
+            ]
+            found = self.perform(f"tuning, rung {number} of {len(compare.rungs)}, {steps} steps", trials)
+            self.tuning += found
+            losses: dict[str, dict[float, float]] = {}
+            for outcome in found:
+                losses.setdefault(outcome.label, {})[outcome.rate] = outcome.loss
+            for label, by_rate in losses.items():
+                rates[label] = better_half(by_rate)
+                self.rates[label] = rates[label][0]
+            if len(found) < len(trials):
+                self.missing.append(
+                    f"{len(trials) - len(found)} tuning runs of {steps} steps, and longer ones, were not made."
+                )
+                break
+            best = {label: min(by_rate.values()) for label, by_rate in losses.items()}
+            stopped = hopeless(
+                best, self.parameters, reference=self.plan.reference, keep=compare.keep, least=compare.least
+            )
+            self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}
+            for label, why in stopped.items():
+                self.console.print(f"  stopped {label}: {why}", highlight=False, soft_wrap=True)
+
+    def score(self) -> None:
+        """The runs that are reported, one seed after the other; no seed is begun that there is no time for."""
+        took = 0.0
+        entrants = [contestant for contestant in self.left() if contestant.label in self.rates]
+        self.missing += [f"{c.label} was not tuned, and so not scored." for c in self.left() if c not in entrants]
+        count = self.plan.compare.seeds
+        for seed in range(self.seed, self.seed + count):
+            trials = [self.trial(c, self.rates[c.label], seed, self.steps, tuning=False) for c in entrants]
+            fresh = any(done(one) is None for one in trials)
+            if fresh and time.monotonic() + took >= self.deadline:
+                self.missing.append(
+                    f"Seeds from {seed} to {self.seed + count - 1} were not run: the minutes were spent."
+                )
+                return
+            began = time.monotonic()
+            found = self.perform(f"seed {seed}, {self.steps} steps", trials)
+            self.scored += found
+            took = time.monotonic() - began if fresh else took
+            if len(found) < len(trials):
+                self.missing.append(f"Seed {seed} was not ended, and is left out: the minutes were spent.")
+                return
+
+    def measure(self) -> None:
+        """Decoding, merging and bytes, of each contestant's first adapter."""
+        for contestant in self.left():
+            runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
+            if runs:
+                base = self.plan.config(contestant, {}).base
+                self.console.print(f"  decoding with {contestant.label}", style="dim", highlight=False)
+                self.serving[contestant.label] = serving(Path(runs[0].folder), base=base.path, dtype=base.dtype)
+
+    def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
+        """A run of the contestant. Scored runs hold out the test rows, so that they print the scores of the report."""
+        settings: dict[str, Any] = {
+            "data.train": self.sides.train,
+            "data.valid": self.sides.valid if tuning else self.sides.test,
+            "data.score_rows": self.plan.compare.rows,
+            "optim.learning_rate": rate,
+            "run.seed": seed,
+            "run.max_steps": steps,
+        }
+        config = self.plan.config(contestant, settings)
+        return trial(contestant.label, config, self.folder / "runs", tuning=tuning, stamp=self.stamp)
+
+    def perform(self, what: str, trials: Sequence[Trial]) -> list[Outcome]:
+        """Perform them, a line for each that is new; in the order of `trials`."""
+        known = [outcome for one in trials if (outcome := done(one)) is not None]
+        fresh = [one for one in trials if done(one) is None]
+        there = f", {len(known)} are there already" if known else ""
+        self.console.print(f"{what}: {len(trials)} runs{there}", highlight=False, soft_wrap=True)
+        found = {outcome.folder: outcome for outcome in known}
+        for number, outcome in enumerate(self.workers(fresh, self.late), 1):
+            found[outcome.folder] = outcome
+            score = f"failed: {outcome.failed}" if outcome.failed else _scores(outcome)
+            self.console.print(
+                f"  {number}/{len(fresh)}  {outcome.label}, rate {outcome.rate:g}: {score}  ({outcome.seconds:.0f} s)",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+        return [found[one.folder] for one in trials if one.folder in found]
+
+    def findings(self) -> Findings:
+        """What there is to report."""
+        return Findings(
+            plan=self.plan,
+            metric=self.metric,
+            steps=self.steps,
+            parameters=self.parameters,
+            tuning=self.tuning,
+            rates=self.rates,
+            scored=self.scored,
+            serving=self.serving,
+            stopped=self.stopped,
+            notes=[*self.plan.notes, *self.sides.notes],
+            missing=self.missing,
+            machine=_machine(),
+        )
+
+
+def _scores(outcome: Outcome) -> str:
+    return ", ".join(f"{score['name']} {score['value']:.3f}" for score in outcome.after)
+
+
+def _toml(plan: Plan) -> str:
+    """The plan as it was resolved, as `reparam compare` reads it."""
+    tables: dict[str, dict[str, Any]] = {"run": {"output": plan.output}}
+    for key, value in plan.common.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    tables["compare"] = {k: v for k, v in dataclasses.asdict(plan.compare).items() if v not in (None, (), "")}
+    return tomli_w.dumps(tables)
+
+
+def _base_stamp(path: str) -> str:
+    """Changes when a local base does: its configuration by content, its weights by their size."""
+    folder = Path(path)
+    config = digest(folder / "config.json") if (folder / "config.json").is_file() else path
+    return " ".join([config, *(f"{f.name}:{f.stat().st_size}" for f in sorted(folder.glob("*.safetensors")))])
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    threads = f", {torch.get_num_threads()} of {os.cpu_count()} threads" if not torch.cuda.is_available() else ""
+    return f"{device}{threads}, torch {torch.__version__}, Python {platform.python_version()}"

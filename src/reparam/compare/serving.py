@@ -1,0 +1,91 @@
+"""What a trained adapter costs in use: latency of decoding one row, before and after merging, and its bytes on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from reparam.adapter import remove
+from reparam.io.staged import write_file
+from reparam.merge import merge
+from reparam.open import open_model
+
+FILE = "serving.json"
+TOKENS = 32  # that are decoded at a time, after a prompt of as many
+ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Figures of one adapter. Seconds are medians over rounds, for each decoded token at batch 1."""
+
+    adapter_bytes: int
+    base_seconds: float
+    """Of the plain base, measured in turns with the adapter."""
+    seconds: float
+    merged_seconds: float | None
+    merged: str
+    """What came of merging: "yes", or why not."""
+
+
+def serving(run: Path, *, base: str, dtype: str) -> Serving:
+    """Measure the adapter of a run; what was measured once is read from the run's folder."""
+    file = run / FILE
+    if file.exists():
+        return Serving(**json.loads(file.read_text(encoding="utf-8")))
+    folder = run / "adapter"
+    size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
+    plain, _, bare = open_model(base, folder, dtype=dtype)
+    assert bare is not None
+    remove(plain, bare.name)
+    model, _, _ = open_model(base, folder, dtype=dtype)
+    base_seconds, seconds = _in_turns(plain, model)
+    merged_seconds, merged = None, "yes"
+    try:
+        report = merge(model)
+    except ValueError as error:  # no one matrix stands for the update, or it would not be finite
+        merged = f"no: {str(error).split(chr(10))[0]}"
+    else:
+        share = min(report.survival().values(), default=1.0)
+        merged = "yes" if share > 0.995 else f"yes, keeping {share:.3f} of the update"
+        _, merged_seconds = _in_turns(plain, model)
+    found = Serving(size, base_seconds, seconds, merged_seconds, merged)
+    write_file(file, (json.dumps(dataclasses.asdict(found), indent=1) + "\n").encode())
+    return found
+
+
+def _in_turns(*models: nn.Module) -> list[float]:
+    """Seconds a token of each model; the models take turns, so that whatever slows the machine slows all of them."""
+    rounds = [[_decode(model) for model in models] for _ in range(ROUNDS + 1)][1:]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+@torch.no_grad()
+def _decode(model: nn.Module) -> float:
+    """Seconds of each of TOKENS tokens that are decoded greedily, the prompt's forward among them."""
+    device = next(model.parameters()).device
+    rows = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    prompt = (torch.arange(TOKENS, device=device) % rows)[None]
+    _wait()
+    began = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=TOKENS,
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    _wait()
+    return (time.perf_counter() - began) / TOKENS
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

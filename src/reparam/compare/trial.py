@@ -1,0 +1,152 @@
+"""One training run of a comparison: exactly what `reparam train` does with the same settings, and never done twice.
+
+    runs/<label>-<rate>-<steps>-<seed>-<digest>/     config.toml, figures.json, loss.png, adapter/ as `reparam train`
+                                                     leaves them; result.json last
+
+The digest is over the settings and the content of data and base, so that a changed plan repeats only what changed. A
+run that was interrupted goes on from its checkpoint. A run whose loss or gradient is not finite, or that learnt
+nothing, has failed: that is a result too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reparam.compare.stopwatch import Quiet
+from reparam.io.staged import write_file
+from reparam.train.config import Config, dump, resolve
+from reparam.train.run import NothingLearnt, train
+
+RESULT = "result.json"
+CURVE = 6  # held-out losses on a learning curve, where the plan does not say how often
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is to be run. Plain values, so that it can be sent to another process."""
+
+    label: str
+    rate: float
+    seed: int
+    steps: int
+    tuning: bool
+    """Whether it only serves to choose a rate: it makes no curve, answers no rows and leaves no adapter."""
+    folder: str
+    config: str
+    """The training run's configuration, as TOML."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a trial; plain values, as they stand in `result.json`."""
+
+    label: str
+    rate: float
+    seed: int
+    steps: int
+    tuning: bool
+    folder: str
+    failed: str | None = None
+    """Why there are no figures."""
+    before: tuple[dict[str, Any], ...] = ()
+    """The base's scores, as fields of `Score`."""
+    after: tuple[dict[str, Any], ...] = ()
+    """The adapter's."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """Step and held-out loss."""
+    parameters: int = 0
+    step_seconds: float | None = None
+    peak_bytes: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The loss that rates are chosen by; infinite for a run that failed."""
+        value = math.inf if self.failed is not None else float(self.after[0]["value"])
+        return value if math.isfinite(value) else math.inf
+
+
+class Stopped(Exception):  # noqa: N818  (reads as what happened)
+    """A signal ended a trial, after a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def trial(label: str, config: Config, place: Path, *, tuning: bool, stamp: str) -> Trial:
+    """The trial of this configuration, in a folder of its own under `place`. `stamp` stands for data and base."""
+    run, rate = config.run, config.optim.learning_rate
+    every = run.eval_every or max(1, run.max_steps // CURVE)
+    run = dataclasses.replace(
+        run,
+        output="",
+        eval_every=run.max_steps if tuning else every,
+        save_every=run.save_every or max(1, run.max_steps // 2),
+        keep=1,
+    )
+    data = dataclasses.replace(config.data, score_rows=0) if tuning else config.data
+    text = dump(dataclasses.replace(config, run=run, data=data))
+    digest = hashlib.sha256(f"{text}\0{stamp}".encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9.=+]+", "-", f"{label}-{rate:g}-{run.max_steps}-{run.seed}") + f"-{digest}"
+    folder = place / name
+    placed = dataclasses.replace(config, run=dataclasses.replace(run, output=str(folder)), data=data)
+    return Trial(label, rate, run.seed, run.max_steps, tuning, str(folder), dump(placed))
+
+
+def done(trial: Trial) -> Outcome | None:
+    """What came of it, if it was run already."""
+    file = Path(trial.folder) / RESULT
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("before", "after"):
+        found[key] = tuple(found[key])
+    found["curve"] = tuple((int(step), float(loss)) for step, loss in found["curve"])
+    return Outcome(**{**found, "folder": trial.folder})  # it may have been moved
+
+
+def perform(trial: Trial) -> Outcome:
+    """Run it, unless that was done already. Raises Stopped after a signal, ValueError for what the user can mend."""
+    found = done(trial)
+    if found is not None:
+        return found
+    folder = Path(trial.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "config.toml"
+    write_file(settings, trial.config.encode())
+    show, began = Quiet(), time.perf_counter()
+    outcome = Outcome(trial.label, trial.rate, trial.seed, trial.steps, trial.tuning, trial.folder)
+    try:
+        result = train(resolve(settings, {}), show=show)
+    except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
+        outcome = dataclasses.replace(outcome, failed=str(error).split("\n")[0])
+    else:
+        if result.signal is not None:
+            raise Stopped(result.signal)
+        figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        outcome = dataclasses.replace(
+            outcome,
+            before=tuple(figures["before"]),
+            after=tuple(figures["after"]),
+            curve=tuple((e["step"], e["eval_loss"]) for e in figures["history"] if "eval_loss" in e),
+            parameters=figures["trained parameters"],
+            step_seconds=show.watch.step_seconds,
+            peak_bytes=show.watch.peak_bytes,
+        )
+    outcome = dataclasses.replace(outcome, seconds=time.perf_counter() - began)
+    for left in [*folder.glob("checkpoint-*"), *([folder / "adapter"] if trial.tuning else [])]:
+        shutil.rmtree(left, ignore_errors=True)
+    write_file(folder / RESULT, (json.dumps(dataclasses.asdict(outcome), indent=1) + "\n").encode())
+    return outcome

@@ -1,0 +1,51 @@
+"""The end of a comparison: `results.json`, `report.html`, and a table on the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from reparam.compare.report import render
+from reparam.compare.results import Findings, results
+from reparam.io.staged import write_file
+
+
+def write(findings: Findings, folder: Path, console: Console) -> Path:
+    """Write both, print what matters, and give the report's path."""
+    found = results(findings)
+    write_file(folder / "results.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_file(folder / "report.html", render(found).encode())
+    if found["rows"]:
+        console.print(table(found))
+    for sentence in found["missing"]:
+        console.print(f"[yellow]note[/yellow] {sentence}", highlight=False, soft_wrap=True)
+    console.print(found["recommendation"], highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report         {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return folder / "report.html"
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Score, difference and size of each contestant, best first."""
+    made = Table()
+    heads = ("", f"{found['metric']}, 95 % interval", f"less {found['reference']}'s", "parameters", "rate")
+    for head in heads:
+        made.add_column(head, justify="right" if head in ("parameters", "rate") else "left")
+    for row in found["rows"]:
+        score = "failed" if row["score"] is None else plus_minus(row["score"])
+        difference = "" if row["difference"] is None else plus_minus(row["difference"], sign="+")
+        made.add_row(row["label"], score, difference, f"{row['parameters']:,}", f"{row['rate']:g}")
+    return made
+
+
+def plus_minus(interval: dict[str, Any], *, sign: str = "") -> str:
+    """A mean and half of its interval.
+
+    >>> plus_minus({"mean": 0.5, "low": 0.4, "high": 0.6})
+    '0.500 ± 0.100'
+    """
+    half = "" if interval["high"] is None else f" ± {interval['high'] - interval['mean']:.3f}"
+    return f"{interval['mean']:{sign}.3f}{half}"
