@@ -30,6 +30,7 @@ FREE = {
     "hf_config",
     "hf_quantizer",
     "open",
+    "search",
     "data",
     "train",
     "serve",

@@ -1,28 +1,30 @@
-"""A search for a few numbers without gradients: linear models on a simplex, within a box and a budget.
+"""A search for a few numbers without gradients, within a box and a budget, by libraries that are kept for that.
 
-After COBYLA (Powell 1994, "A direct search optimization method that models the objective by linear interpolation"),
-which is what LoraHub's optimiser resolves to. n + 1 points carry a linear model; the next point minimises it within a
-radius around the best one; a point takes the place of a vertex where that keeps the simplex from going flat; and the
-radius is halved when the model is good and no step helps. Bounds are never crossed: they are part of each step.
+    cobyla    linear models on a simplex (Powell 1994; SciPy). One point at a time, each chosen by all before it, which
+              makes the most of few. What LoraHub's own optimiser, Nevergrad's NGOpt, resolves to at the paper's sizes.
+    cma       samples of a Gaussian that adapts (CMA-ES, Hansen 2016, arXiv 1604.00772; pycma). A generation of points
+              at a time, which `f` can compute together: more points, and far fewer calls.
 
-Unlike COBYLA's, the first n + 1 points do not depend on each other's values, so that they are one generation: `f` gets
-points [K, n] and gives K values.
+`f` gets points [K, n] and gives K values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_FLAT, _FAR = 0.25, 2.1
-"""Powell's α and β: a vertex at least α radii from the face opposite, and at most β radii from the best one."""
-_LEAST = 1e-4
-"""Share of the first radius at which the search ends."""
+OPTIMIZERS = ("cobyla", "cma")
+_STEP, _LAST = 0.5, 1e-4
+"""COBYLA's first steps, as in LoraHub, and its last."""
+_SPREAD = 0.3
+"""Standard deviation of CMA-ES's first generation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,130 +50,104 @@ def search(
     f: Callable[[Tensor], Sequence[float]],
     n: int,
     *,
-    low: float = -1.5,
-    high: float = 1.5,
+    bound: float = 1.5,
     budget: int = 40,
-    radius: float = 0.5,
+    optimizer: str = "cobyla",
+    seed: int = 0,
 ) -> Found:
-    """The best of at most `budget` points of the box [low, high]^n; it starts at 0 with steps of `radius`.
+    """The best of at most `budget` points of the box [-bound, bound]^n; it starts at 0.
 
     `f` takes points [K, n] in float64 and gives a value for each; less is better. NaN counts as infinity, with one
-    warning. A budget below n + 1 does not finish the first simplex, which is warned of. The same `f` gives the same
-    result: nothing is drawn. Raises ValueError for a box without 0 inside, and for n, budget or radius that cannot be.
+    warning. A budget below the points that an optimizer starts with is warned of. `seed` is for "cma"; "cobyla" draws
+    nothing. The same `f` and seed give the same result. Raises ValueError for an unknown optimizer, for a bound, n or
+    budget that cannot be, and for "cma" in one dimension.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
     if n < 1 or budget < 1:
         raise ValueError(f"search: n={n!r} and budget={budget!r}: expected at least 1 of each")
-    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
-        raise ValueError(f"search: low={low!r}, high={high!r}: expected a box with 0 in it, where the search starts")
-    if not 0 < radius < math.inf:
-        raise ValueError(f"search: radius={radius!r}: expected a finite number above 0")
-    if budget < n + 1:
+    if not 0 < bound < math.inf:
+        raise ValueError(f"search: bound={bound!r}: expected a finite number above 0")
+    if optimizer == "cma" and n == 1:
+        raise ValueError("optimizer='cma' adapts a covariance, and needs two adapters or more; use cobyla for one")
+    first = n + 1 if optimizer == "cobyla" else _generation(n)
+    if budget < first:
         warnings.warn(
-            f"a budget of {budget} is below the {n + 1} points that the search starts with for {n} adapters: some of "
+            f"a budget of {budget} is below the {first} points that the search starts with for {n} adapters: some of "
             f"them are never tried",
             stacklevel=2,
         )
-    log = _Log(f, budget)
-    first = min(radius, high) if high >= min(radius, -low) else -min(radius, -low)
-    points = torch.cat([torch.zeros(1, n, dtype=torch.float64), first * torch.eye(n, dtype=torch.float64)])
-    values = log.measure(points)
-    if len(values) == n + 1:
-        _descend(log, points, values, low, high, radius)
+    log = _Log(f, budget, bound)
+    with contextlib.suppress(_SpentError):
+        if optimizer == "cobyla":
+            _cobyla(log, n)
+        else:
+            _cma(log, n, seed)
+    if log.met_nan:
+        warnings.warn("the search met a loss that is NaN, and counted it as infinite", stacklevel=2)
     best = min(log.history, key=lambda tried: tried.value)
     return Found(best.weights, best.value, tuple(log.history))
 
 
-class _Log:
-    """Calls f, within the budget, and keeps what it gave."""
+class _SpentError(Exception):
+    """The budget is spent."""
 
-    def __init__(self, f: Callable[[Tensor], Sequence[float]], budget: int) -> None:
+
+class _Log:
+    """Calls f, within the box and the budget, and keeps what it gave."""
+
+    def __init__(self, f: Callable[[Tensor], Sequence[float]], budget: int, bound: float) -> None:
         self.f = f
         self.budget = budget
+        self.bound = bound
         self.history: list[Tried] = []
-        self.warned = False
+        self.met_nan = False
 
-    @property
-    def left(self) -> int:
-        return self.budget - len(self.history)
+    def measure(self, points: np.ndarray) -> list[float]:
+        """Finite values of points [K, n]: those that are not are put above all others.
 
-    def measure(self, points: Tensor) -> Tensor:
-        """The values of as many of the points as the budget allows."""
-        points = points[: self.left]
-        values = [float(value) for value in self.f(points.clone())]
-        if any(math.isnan(value) for value in values) and not self.warned:
-            warnings.warn("the search met a loss that is NaN, and counts it as infinite", stacklevel=4)
-            self.warned = True
-        values = [math.inf if math.isnan(value) else value for value in values]
-        self.history += [Tried(tuple(p), v) for p, v in zip(points.tolist(), values, strict=True)]
-        return torch.tensor(values, dtype=torch.float64)
-
-
-def _descend(log: _Log, points: Tensor, values: Tensor, low: float, high: float, radius: float) -> None:
-    """Steps until the budget or the radius is spent. points [n + 1, n] and values [n + 1] are written to."""
-    least = _LEAST * radius
-    repair = False
-    while log.left and radius >= least:
-        best = int(values.argmin())
-        if not math.isfinite(float(values[best])):
-            return
-        others = torch.tensor([i for i in range(len(points)) if i != best])
-        edges = points[others] - points[best]  # [n, n]
-        normals = torch.linalg.pinv(edges).T  # [n, n]: row j is 1 along edge j and 0 along the others
-        rises = _finite(values)[others] - values[best]
-        slope = rises @ normals
-        height, length = 1 / normals.norm(dim=1), edges.norm(dim=1)
-        good = bool((height >= _FLAT * radius).all() and (length <= _FAR * radius).all())
-        if repair and not good:
-            far = int(length.argmax())
-            worst = far if length[far] > _FAR * radius else int(height.argmin())
-            away = normals[worst] / normals[worst].norm() * radius / 2
-            sides = (points[best] + torch.stack([away, -away])).clamp(low, high)
-            open_ = (sides - points[best]).norm(dim=1) * 1e6 - sides @ slope  # the side with room, then the lower one
-            points[others[worst]] = sides[int(open_.argmax())]
-            values[others[worst]] = log.measure(points[others[worst]][None])[0]
-            repair = False
-            continue
-        step = _step(points[best], slope, radius, low, high)
-        helps = False
-        if step.norm() >= radius / 2:
-            point = points[best] + step
-            value = log.measure(point[None])[0]
-            parts = (normals @ step).abs() * (length / radius).clamp(min=1)
-            helps = bool(values[best] - value >= -0.1 * (slope @ step)) and bool(value < values[best])
-            if value < values[best] or parts.max() > 1:
-                place = others[int(parts.argmax())]
-                points[place], values[place] = point, value
-        if helps:
-            repair = False
-        elif good:
-            radius /= 2
-            repair = False
-        else:
-            repair = True
+        Raises _SpentError once the budget is, after as many points as it allows.
+        """
+        inside = torch.tensor(points, dtype=torch.float64).clamp(-self.bound, self.bound)
+        inside = inside[: self.budget - len(self.history)]
+        if len(inside):
+            values = [float(value) for value in self.f(inside.clone())]
+            self.met_nan |= any(math.isnan(value) for value in values)
+            values = [math.inf if math.isnan(value) else value for value in values]
+            self.history += [Tried(tuple(p), v) for p, v in zip(inside.tolist(), values, strict=True)]
+        if len(inside) < len(points):
+            raise _SpentError
+        known = [tried.value for tried in self.history if math.isfinite(tried.value)] or [0.0]
+        above = max(known) + (max(known) - min(known)) + 1
+        return [value if math.isfinite(value) else above for value in values]
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Values [n + 1] that a linear model can go through: above the largest finite one where they are not finite."""
-    known = values[values.isfinite()]
-    return values.where(values.isfinite(), known.max() + (known.max() - known.min()) + 1)
+def _cobyla(log: _Log, n: int) -> None:
+    from scipy.optimize import minimize
+
+    options = {"rhobeg": min(_STEP, log.bound), "tol": _LAST, "maxiter": max(log.budget, n + 2)}
+    box = [(-log.bound, log.bound)] * n
+    minimize(lambda x: log.measure(x[None])[0], np.zeros(n), method="COBYLA", bounds=box, options=options)
 
 
-def _step(start: Tensor, slope: Tensor, radius: float, low: float, high: float) -> Tensor:
-    """The step d [n] that minimises slope · d with |d| <= radius and start + d in the box.
+def _generation(n: int) -> int:
+    """CMA-ES's default number of points in a generation."""
+    return 4 + int(3 * math.log(n))
 
-    It is clip(start - t slope) - start for the t at which it is as long as the radius, or for t as large as it gets.
-    """
-    scale = float(slope.norm())
-    if not scale:
-        return torch.zeros_like(start)
 
-    def at(t: float) -> Tensor:
-        return (start - t / scale * slope).clamp(low, high) - start
+def _cma(log: _Log, n: int, seed: int) -> None:
+    import cma
 
-    least, most = 0.0, 1e6 * radius
-    if at(most).norm() <= radius:
-        return at(most)
-    for _ in range(80):
-        middle = (least + most) / 2
-        least, most = (middle, most) if at(middle).norm() <= radius else (least, middle)
-    return at(least)
+    drawn = np.random.default_rng(seed)
+    options = {
+        "bounds": [-log.bound, log.bound],
+        "popsize": _generation(n),
+        "randn": lambda *shape: drawn.standard_normal(shape),
+        "seed": math.nan,  # leaves NumPy's global generator alone
+        "verbose": -9,
+    }
+    strategy = cma.CMAEvolutionStrategy(n * [0.0], min(_SPREAD, log.bound), options)
+    strategy.inject([n * [0.0]], force=True)  # the first point is the base itself
+    while not strategy.stop():
+        points = strategy.ask()
+        strategy.tell(points, log.measure(np.stack(points)))

@@ -2,8 +2,8 @@
 
     minimise over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
 
-The search sees values alone (`reparam.search`); base and adapters are never changed. Candidates that do not depend on
-each other are rows of one batch (`reparam.candidates`). The result is an ordinary adapter of the best weights that were
+The search sees values alone (`reparam.search`); base and adapters are never changed. The candidates of a generation are
+rows of one batch (`reparam.candidates`). The result is an ordinary adapter of the best weights that were
 tried. Beside it stand what it has to beat: the base, the adapters' mean and sum, and the best of them alone.
 
 Where the paper's released code differs: it divides the loss by the number of examples once more where they are in one
@@ -132,6 +132,8 @@ def search_to(
     space: str = "delta",
     rank: int | None = None,
     budget: int = 40,
+    optimizer: str = "cobyla",
+    seed: int = 0,
     bound: float = 1.5,
     l1: float = 0.05,
     l1_reduction: str = "mean",
@@ -145,7 +147,8 @@ def search_to(
     """Search on the rows of `few`, write the best sum as an adapter, and compare on them and on those of `valid`.
 
     The base is by default the one that the first adapter was trained on. `budget` counts candidates, each on all
-    examples; those of the comparison are not in it. Raises ValueError for unusable rows, settings or adapters.
+    examples; those of the comparison are not in it. `optimizer` is "cobyla", or "cma" with its seed. Raises ValueError
+    for unusable rows, settings or adapters.
     """
     folders = folders_of(adapters, output)
     summands = [read(folder) for folder in folders]
@@ -163,7 +166,9 @@ def search_to(
         losses = Losses(model, encoded, tokenizer, gates, batch=batch)
         progress = _Progress(objective(losses, l1=l1, l1_reduction=l1_reduction), losses, budget)
         with Live(progress.table(), console=console, auto_refresh=False) as live:
-            found = search(lambda points: progress(points, live), n, low=-bound, high=bound, budget=budget)
+            found = search(
+                lambda points: progress(points, live), n, bound=bound, budget=budget, optimizer=optimizer, seed=seed
+            )
         forwards = losses.forwards
         lines = _compared(found, folders, losses, held_out, tokenizer)
     made = blend([s.record for s in summands], found.weights, space=space, rank=rank, base=model)
