@@ -13,12 +13,14 @@ from reparam.train.config import SECTIONS, Config, resolve
 
 def command(config: Config) -> str:
     """`reparam train` with every setting that is not its default; `resolve` on these options gives an equal Config."""
-    defaults = resolve(None, {"method.name": config.method.name, "run.seed": config.run.seed})
-    words = ["reparam", "train"]
+    defaults = resolve(None, {"method.name": config.method.name})
+    # A method's seed is the run's unless it has one of its own.
+    defaults = dataclasses.replace(
+        defaults, method=resolve(None, {"method.name": config.method.name, "run.seed": config.run.seed}).method
+    )
+    words = ["reparam", "train", *_option("method.name", config.method.name)]
     for section in [*SECTIONS, "method"]:
         own, usual = getattr(config, section), getattr(defaults, section)
-        if section == "method":
-            words += _option("method.name", config.method.name)
         for field in dataclasses.fields(own):
             value = getattr(own, field.name)
             if value != getattr(usual, field.name):

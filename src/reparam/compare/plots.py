@@ -9,6 +9,7 @@ from typing import Any
 from reparam.compare import svg
 
 Row = Mapping[str, Any]
+FAR = 16  # a label this far above or below its point is tied to it by a line
 COSTS: dict[str, tuple[str, Callable[[float], float]]] = {
     "parameters": ("trained parameters", float),
     "step_seconds": ("milliseconds of a training step", lambda v: 1000 * v),
@@ -20,8 +21,8 @@ COSTS: dict[str, tuple[str, Callable[[float], float]]] = {
 def scores(rows: Sequence[Row], metric: str, reference: str) -> str:
     """One line for each contestant: its mean and interval; the reference's interval as a band behind all."""
     rows = [row for row in rows if row["score"] is not None]
-    names = 12 + 6.6 * max(len(row["label"]) for row in rows)
-    left, right, top, height = min(names, 190), svg.WIDTH - 14, 8, 24
+    names = 12 + 7.2 * max(len(row["label"]) for row in rows)
+    left, right, top, height = min(names, 200), svg.WIDTH - 14, 8, 24
     bottom = top + height * len(rows)
     ends = [
         v for row in rows for v in (row["score"]["mean"], row["score"]["low"], row["score"]["high"]) if v is not None
@@ -53,7 +54,7 @@ def pareto(rows: Sequence[Row], cost: str, front: Sequence[str], metric: str, *,
     costs = {row["label"]: unit(row[cost]) for row in rows}
     means = {row["label"]: row["score"]["mean"] for row in rows}
     log = max(costs.values()) > 8 * min(costs.values()) > 0
-    left, right, top, bottom = 48.0, svg.WIDTH - 12.0, 14.0, 250.0
+    left, right, top, bottom = 48.0, svg.WIDTH - 12.0, 20.0, 254.0
     x_low, x_high = svg.around(list(costs.values()), log=log)
     y_low, y_high = svg.around(list(means.values()))
     x = svg.scale(x_low, x_high, left, right, log=log)
@@ -68,18 +69,21 @@ def pareto(rows: Sequence[Row], cost: str, front: Sequence[str], metric: str, *,
         )
     ]
     places = {label: (x(costs[label]), y(means[label])) for label in costs}
-    body.append(svg.path(_steps([places[label] for label in front]), "front"))
-    labels = svg.placed(places, (left, top - 6, right + 8, bottom))
+    steps = _steps([places[label] for label in front])
+    body.append(svg.path(steps, "front"))
+    labels = svg.placed(places, steps, (left, top - 6, right + 8, bottom))
     for label, (px, py) in places.items():
         kind = "reference" if label == reference else "point" if label in front else "beaten"
         body.append(svg.dot(px, py, kind, f"{label}: {means[label]:.4f} at {count(costs[label])}"))
         lx, ly, anchor = labels[label]
+        if abs(ly - 4 - py) > FAR:
+            body.append(svg.line(px, py, lx, ly - 4, "leader"))
         body.append(svg.text(lx, ly, label, anchor=anchor, kind="label" if label in front else "label beaten"))
     better = "higher is better" if larger else "lower is better"
     body.append(
         svg.text((left + right) / 2, bottom + 34, title + (", log scale" if log else ""), anchor="middle", kind="axis")
     )
-    body.append(svg.text(left, 8, f"{metric} ({better})", kind="axis"))
+    body.append(svg.text(left, 11, f"{metric} ({better})", kind="axis"))
     return svg.svg(bottom + 42, body, f"{metric} over {title}; on the front: {', '.join(front)}")
 
 

@@ -126,7 +126,7 @@ def _unmerged(why: str) -> Cell:
 
 def _tuning(entry: Mapping[str, Any], rates: list[float]) -> list[Cell]:
     """A line for each rung that the contestant was on; its best rate there is marked."""
-    lines = []
+    lines: list[Cell] = []
     for steps, losses in entry["losses"].items():
         best = min((loss for loss in losses.values() if loss is not None), default=None)
         cells = []
@@ -134,5 +134,5 @@ def _tuning(entry: Mapping[str, Any], rates: list[float]) -> list[Cell]:
             loss, there = losses.get(f"{rate:g}"), f"{rate:g}" in losses
             shown = f"{loss:.3f}" if loss is not None else "failed" if there else ""
             cells.append({"shown": shown, "kind": "chosen" if loss is not None and loss == best else ""})
-        lines.append({"label": entry["label"], "steps": steps, "cells": cells})
+        lines.append({"label": "" if lines else entry["label"], "steps": steps, "cells": cells})
     return lines

@@ -6,16 +6,18 @@ page's style sheet defines for light, dark and paper.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 WIDTH = 460
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 Spot = tuple[float, float, str]
 """x, y and anchor of a text."""
-_CHARACTER = 6.4  # mean width of a character of the labels
+_CHARACTER = 6.9  # mean width of a character of the labels
 
 
 def svg(height: float, body: Sequence[str], title: str, *, width: float = WIDTH) -> str:
@@ -85,12 +87,13 @@ def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]
     return low - room, high + room
 
 
-def placed(points: Mapping[str, tuple[float, float]], box: Box) -> dict[str, Spot]:
-    """Where each point's label goes, (x, y, anchor), so that labels cover neither each other nor points if they can.
+def placed(points: Mapping[str, Point], lines: Sequence[Point], box: Box) -> dict[str, Spot]:
+    """Where each point's label goes, so that labels cover neither each other nor anything else if they can.
 
-    `box` is the space that there is.
+    `lines` are the corners of a line of level and upright pieces; `box` is the space that there is.
     """
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points.values()]
+    taken += [(min(a, c), min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in itertools.pairwise(lines)]
     found: dict[str, Spot] = {}
     for name, (x, y) in points.items():
         width = len(name) * _CHARACTER
