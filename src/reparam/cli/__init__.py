@@ -19,7 +19,8 @@ import reparam.cli.run  # the order of `--help`
 # isort: split
 import reparam.cli.adapters
 import reparam.cli.compare
-import reparam.cli.models  # noqa: F401
+import reparam.cli.models
+import reparam.cli.study  # noqa: F401
 from reparam.cli.options import app
 
 UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
