@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import reparam
 from reparam import BitFit, Bottleneck, Full
 from reparam.base import InputDependentError, Site
+from reparam.inspect.summary import summarise
 from reparam.linear import Adapted
 from reparam.recipes.merge import merge_to
 
@@ -177,6 +178,17 @@ def test_biases_that_a_class_does_not_read_are_not_written(tmp_path: Path) -> No
             tmp_path / "merged", str(tmp_path / "base"), str(tmp_path / "adapter"), dtype="auto", console=Console()
         )
     assert not (tmp_path / "merged").exists()
+
+
+def test_bitfit_is_not_taken_for_an_adapter_that_does_nothing(tmp_path: Path) -> None:
+    adapter = reparam.attach(models.gpt2(), BitFit())
+    adapter.save(tmp_path / "fresh")
+    assert summarise(tmp_path / "fresh").idle
+    move(adapter, 1)
+    adapter.save(tmp_path / "moved")
+    found = summarise(tmp_path / "moved", models.gpt2())
+    assert not found.idle
+    assert all(site.change == 0 and site.offset > 0 for site in found.sites)
 
 
 # ---- bottlenecks

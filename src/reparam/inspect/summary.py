@@ -36,6 +36,8 @@ class SiteSummary:
     """Frobenius norm of W; None without the base."""
     moved: Directions | None = None
     """ΔM and ΔD of the site's rows, or columns if the method's magnitudes are theirs; None without the base."""
+    offset: float = 0.0
+    """Norm of the change of the bias that the update makes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Summary:
     @property
     def idle(self) -> bool:
         """Whether no site changes anything: the adapter does nothing."""
-        return not self.replaced and all(site.change == 0 for site in self.sites)
+        return not self.replaced and all(site.change == site.offset == 0 for site in self.sites)
 
 
 def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
@@ -76,7 +78,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
     own = dict(base_tensors(model)) if model is not None else {}
     sites = []
     for name, site in record.sites.items():
-        sites.append(_summarise_site(record, name, site, _frozen(model, own, site)))
+        sites.append(_summarise_site(record, name, site, frozen_weight(model, own, site)))
     return Summary(
         folder=str(folder),
         format=files.format_of(folder),
@@ -95,24 +97,26 @@ def _summarise_site(record: Record, name: str, site: Site, weight: Weight | None
     shape = site.out_features, site.in_features
     known = weight if weight is not None else DenseWeight(torch.zeros(1, 1).expand(shape))
     norm = None if weight is None else float(weight.squares(1).sum().sqrt())
+    update = stand_alone(record, name, known)
+    offset = 0.0 if (moved := update.offset()) is None else float(moved.norm())
     try:
-        factors = stand_alone(record, name, known).factors(known)
+        factors = update.factors(known)
     except InputDependentError:
         return SiteSummary(name, shape, None, None, norm)
     if factors.gain is None:
         change = factors.low_rank_norm()
     elif weight is None:
-        return SiteSummary(name, shape, len(factors.A), None, None)
+        return SiteSummary(name, shape, len(factors.A), None, None, offset=offset)
     else:
         squares = [factors.change(block.float(), rows).double().square().sum() for rows, block in weight.blocks()]
         change = float(torch.stack(squares).sum().sqrt())
     axis: Axis = "input" if isinstance(record.method, DoRA) and record.method.norm_axis == "input" else "output"
-    moved = None if weight is None else of_update(weight, factors, axis=axis)
-    return SiteSummary(name, shape, len(factors.A), change, norm, moved)
+    directions = None if weight is None or site.kind == "vector" else of_update(weight, factors, axis=axis)
+    return SiteSummary(name, shape, len(factors.A), change, norm, directions, offset)
 
 
-def _frozen(model: nn.Module | None, own: Mapping[str, Tensor], site: Site) -> Weight | None:
-    """The base's matrix at this site."""
+def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site) -> Weight | None:
+    """The base's matrix at this site; `own` are the base's tensors by name. None without a base."""
     if model is None or f"{site.name}.weight" not in own:
         return None
     module = model.get_submodule(site.name)
