@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 from reparam.adapter import attach, remove, untie
@@ -18,13 +19,16 @@ METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per b
 _METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
 
 
-def census(plan: Plan, sides: Sides) -> dict[str, int]:
-    """Trained parameters by contestant. The base is loaded once for each storage, and every contestant is put on it.
+def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
+    """Trained parameters by contestant, and what was warned of, in sentences.
+
+    The base is loaded once for each storage, and every contestant is put on it.
 
     Raises ConfigError, with all problems at once, for contestants that do not fit the model.
     """
     found: dict[str, int] = {}
     problems: list[str] = []
+    notes: list[str] = []
     rows = read_rows(sides.train)
     configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
     for base in dict.fromkeys(config.base for config in configs.values()):
@@ -37,19 +41,22 @@ def census(plan: Plan, sides: Sides) -> dict[str, int]:
             if config.base != base:
                 continue
             where = config.adapter
-            try:
-                method, _ = by_task(config.method, rows)
-                adapter = attach(
-                    model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
-                )
-            except ValueError as error:
-                problems.append(f"{label}: {error}")
-                continue
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                try:
+                    method, _ = by_task(config.method, rows)
+                    adapter = attach(
+                        model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
+                    )
+                except ValueError as error:
+                    problems.append(f"{label}: {error}")
+                    continue
+            notes += [f"{label}: {w.message}." for w in warned if issubclass(w.category, UserWarning)]
             found[label] = sum(parameter.numel() for parameter in adapter.parameters())
             remove(model, adapter.name)
     if problems:
         raise ConfigError("; ".join(problems))
-    return found
+    return found, notes
 
 
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:

@@ -75,7 +75,7 @@ class _Comparison:
             first.data, plan.compare.test, folder / "data", rows=plan.compare.rows, seed=self.seed
         )
         self.metric = metric_of(plan.compare.metric, self.sides.kind)
-        self.parameters = census(plan, self.sides)
+        self.parameters, self.notes = census(plan, self.sides)
         self.steps = steps_of(plan, self.sides, folder / "runs")
         self.stamp = f"{self.sides.stamp()} {_base_stamp(first.base.path)}"
         self.deadline = math.inf if plan.compare.minutes is None else time.monotonic() + 60 * plan.compare.minutes
@@ -213,7 +213,7 @@ class _Comparison:
             scored=self.scored,
             serving=self.serving,
             stopped=self.stopped,
-            notes=[*self.plan.notes, *self.sides.notes],
+            notes=[*self.plan.notes, *self.sides.notes, *self.notes],
             missing=self.missing,
             machine=_machine(),
         )

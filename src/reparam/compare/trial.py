@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def perform(trial: Trial) -> Outcome:
     show, began = Quiet(), time.perf_counter()
     outcome = Outcome(trial.label, trial.rate, trial.seed, trial.steps, trial.tuning, trial.folder)
     try:
-        result = train(resolve(settings, {}), show=show)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # each run would repeat what the report says once
+            result = train(resolve(settings, {}), show=show)
     except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
         outcome = dataclasses.replace(outcome, failed=str(error).split("\n")[0])
     else:
