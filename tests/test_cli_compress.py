@@ -53,7 +53,7 @@ def test_scores_before_and_after(
     assert (small / "adapter_config.json").exists()
     assert reparam("eval", rows, "--base", base, "--adapter", small) == 0
     again = capsys.readouterr().out
-    scores = [[line for line in text.splitlines() if "loss per token" in line][0] for text in (told, again)]
+    scores = [next(line for line in text.splitlines() if "loss per token" in line) for text in (told, again)]
     assert scores[0].split("│")[3] == scores[1].split("│")[3]
 
 

@@ -141,6 +141,8 @@ def merge(
             f"merge folds one adapter, and {name!r} is selected; select one of {', '.join(state.adapters)}"
         )
     adapter = state.adapters[name]
+    if not adapter.modules and not adapter.replaced:
+        raise ValueError(f"{adapter.method.name} changes no weight, so that there is nothing to merge")
     bad = [key for key, t in adapter.tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
@@ -233,7 +235,7 @@ def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) ->
     for path, module in adapter.modules.items():
         factors = module.updates[adapter.name].factors(module.weight)  # type: ignore[operator]
         merged = module.weight.rounded(factors, rounding)
-        found[path] = merged, _measured(path, module.weight, merged, factors)
+        found[path] = merged, measured(path, module.weight, merged, factors)
     share = survival([site for _, site in found.values()])[into]
     if share < LEAST and not force:
         how = "round with 'aware'" if rounding != "aware" else "force it"
@@ -244,7 +246,7 @@ def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) ->
     return found
 
 
-def _measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
+def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
     """What of the update is in a weight that is packed again, and what else."""
     size = max(1, (1 << 20) // weight.in_features)
     sums = torch.zeros(3, dtype=torch.float64, device=weight.device)

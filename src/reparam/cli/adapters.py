@@ -178,11 +178,28 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for PNGs: ranks; with --base, directions too.")] = None,
     probe: Annotated[Path | None, typer.Option(help="Of a mixture: JSONL file of rows to see its routers on.")] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Singular values of ΔW; with --base, what it amplifies.")
+    ] = False,
+    survival: Annotated[
+        bool, typer.Option("--survival", help="With --base: what of ΔW merges into 16, 8 and 4 bits would keep.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another adapter: which directions they have in common.")
+    ] = None,
+    suggest: Annotated[
+        float | None, typer.Option(help="What could be dropped and shrunk, keeping this share of |ΔW|²: 0.99.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score on.")] = None,
 ) -> None:
     """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is packed.
 
     [bold]reparam inspect out/first[/bold]
+
+    [bold]reparam inspect out/first --deep --suggest 0.99[/bold]
     """
+    from reparam.inspect.closely import Closely
     from reparam.inspect.show import show
 
-    show(folder, base, console, json=json, plot=plot, probe=probe)
+    asked = Closely(deep=deep, survival=survival, against=against, suggest=suggest, data=data)
+    show(folder, base, console, json=json, plot=plot, probe=probe, asked=asked)

@@ -13,7 +13,7 @@ from reparam.context import tasks_of
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf import load_base, vocabulary
-from reparam.inspect import geometry, ranks
+from reparam.inspect import closely, geometry, ranks
 from reparam.inspect.routing import routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
 from reparam.io.files import adapter_folder
@@ -29,10 +29,12 @@ def show(
     json: bool = False,
     plot: Path | None = None,
     probe: Path | None = None,
+    asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
 ) -> None:
     """Print what an adapter holds or, of a model's folder, what is packed in it and what that takes.
 
-    `plot` is a folder for PNGs: a map of ranks and, with the base, how far magnitudes and directions moved.
+    `plot` is a folder for PNGs: a map of ranks and, with the base, how far magnitudes and directions moved; and of what
+    is `asked` for beside the summary.
     With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
     folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
     """
@@ -40,19 +42,25 @@ def show(
         raise ValueError("--plot draws what an adapter did to its sites; it goes with neither --probe nor a model")
     if plot is not None and plot.exists() and not plot.is_dir():
         raise ValueError(f"--plot {plot}: is a file; give a folder")
+    if asked and (probe is not None or _holds_model(folder)):
+        raise ValueError("--deep, --survival, --against and --suggest are for the sites of an adapter alone")
     if probe is not None:
         _show_routing(folder, base, probe, console, json=json)
         return
     if _holds_model(folder):
         _show_model(folder, console, json=json)
         return
-    summary = summarise(adapter_folder(folder), load_base(base) if base else None)
+    model = load_base(base) if base else None
+    summary = summarise(adapter_folder(folder), model)
+    seen = closely.look(asked, adapter_folder(folder), base, model)
     if plot is not None:
         _plot(summary, plot)
+        closely.draw(seen, plot)
     if json:
         told = dataclasses.asdict(summary) | {"correlation": summary.correlation}
         for site in told["sites"]:
             site["moved"] = site["moved"] and site["moved"]._asdict()
+        told |= closely.told(asked, seen)
         console.print_json(json_.dumps(told))
         return
     settings = ", ".join(
@@ -78,6 +86,7 @@ def show(
         )
     if base is None and any(site.rank is not None and site.change is None for site in summary.sites):
         console.print("|ΔW| depends on W here: --base shows it", highlight=False)
+    closely.show(asked, seen, adapter_folder(folder), console)
     if plot is not None:
         console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
     for module in summary.replaced:
