@@ -18,7 +18,7 @@ LEVELS = [  # a file imports from its own level or from those above it in this l
     {"selection", "handle", "adapter", "context", "finished"},
     {"load", "pack", "merge", "split", "optim", "blend", "lowrank", "summands", "search", "candidates"}
     | {"components", "compress"},
-    {"data", "hf", "hf_config", "hf_quantizer", "open"},
+    {"data", "hf", "hf_config", "hf_quantizer", "open", "prompts"},
     {"train", "serve", "inspect"},
     {"recipes", "compare"},
     {"cli"},
@@ -30,6 +30,7 @@ FREE = {
     "hf_config",
     "hf_quantizer",
     "open",
+    "prompts",
     "search",
     "data",
     "train",

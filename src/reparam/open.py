@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reparam import prompts
 from reparam.adapter import Adapter
 from reparam.base import Storage, find_storage
 from reparam.hf import load_base, load_tokenizer
@@ -27,6 +28,10 @@ def open_model(
     all linear maps are to be kept: "dense", "nf4", "int8". Raises ValueError when neither tells the base.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
+    if folder is not None and prompts.kind_of(folder) is not None:
+        path = base or prompts.base_of(folder)
+        found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
+        return found.model, load_tokenizer(path), found
     path = base or base_of(folder)
     model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
     if folder is None:

@@ -31,7 +31,8 @@ def read(folder: str | Path) -> Record:
 def adapter_folder(folder: str | Path) -> Path:
     """The folder of the adapter in `folder`, which may also be the folder of a training run."""
     path = Path(folder)
-    return path / "adapter" if (path / "adapter" / native.CONFIG).exists() else path
+    inside = any((path / "adapter" / module.CONFIG).exists() for module in FORMATS.values())
+    return path / "adapter" if inside else path
 
 
 def write(folder: str | Path, record: Record, *, format: str = "reparam") -> None:

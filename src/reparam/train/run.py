@@ -20,7 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from reparam import prompts
 from reparam.adapter import Adapter, attach, select, untie
+from reparam.base import Method
 from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
@@ -30,9 +32,11 @@ from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.load import fill, load
+from reparam.methods.prompts import Prompting
+from reparam.prompts import Prompts
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
-from reparam.train.config import Config, ConfigError, dump
+from reparam.train.config import AdapterConfig, Config, ConfigError, dump
 from reparam.train.plot import plot_losses
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
@@ -135,10 +139,19 @@ def prepare(config: Config) -> Job:
         encode(rows, tokenizer, max_length=data.max_length, loss_on=data.loss_on, vocab_size=size, tasks=tasks)
         for rows in (train_rows, held_out)
     )
-    where = config.adapter
-    adapter = attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
+    adapter = _attached(config, model, method)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    return Job(config, model, tokenizer, adapter, encoded, valid, held_out)
+    return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
+
+
+def _attached(config: Config, model: nn.Module, method: Method) -> Adapter:
+    """The method on the model, or in front of what it reads."""
+    where = config.adapter
+    if not isinstance(method, Prompting):
+        return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
+    if where != AdapterConfig() or config.run.gradient_checkpointing:
+        raise ConfigError(f"{method.name} goes on no module: leave out [adapter] and run.gradient_checkpointing")
+    return prompts.attach(model, method)
 
 
 def prove(job: Job, folder: Path) -> float:
@@ -150,7 +163,8 @@ def prove(job: Job, folder: Path) -> float:
     batch = Collator(padding_id(job.tokenizer))(examples)
     device = next(job.model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    load(job.model, folder, name=CHECK, activate=False)
+    read = prompts.load if isinstance(job.adapter, Prompts) else load
+    read(job.model, folder, name=CHECK, activate=False)
     job.model.eval()
     logits = {}
     with torch.no_grad():
@@ -264,7 +278,10 @@ def _save(adapter: Adapter, folder: Path) -> None:
 
 
 def _load(adapter: Adapter, folder: Path) -> None:
-    fill(adapter, files.read(folder / "adapter"), folder / "adapter")
+    if isinstance(adapter, Prompts):
+        adapter.fill(folder / "adapter")
+    else:
+        fill(adapter, files.read(folder / "adapter"), folder / "adapter")
     if adapter.controller is not None:
         adapter.controller.load_state_dict(read_tree(folder, "controller"))
 
@@ -286,6 +303,7 @@ def _figures(
         "base": job.config.base.path,
         "method": job.config.method.name,
         "trained parameters": parameters,
+        "positions taken": job.adapter.method.tokens if isinstance(job.adapter, Prompts) else 0,
         "training rows": job.train.report.rows,
         "held-out rows": job.valid.report.rows,
         "before": [dataclasses.asdict(score) for score in result.before],

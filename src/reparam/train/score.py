@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from reparam.context import context, tasks_of, told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.rows import Row
 from reparam.data.tasks import task_numbers
+from reparam.prompts import is_prompted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +143,7 @@ def complete(
 ) -> list[str]:
     """Greedy continuations of prompts given as token ids; padded on the left, so that a batch changes nothing.
 
+    Where trained positions stand in front of the text, padding would come between them: then nothing is padded.
     `tasks` are the names or numbers of the prompts' tasks, for an adapter that goes by them.
     """
     device = next(model.parameters()).device
@@ -149,8 +152,7 @@ def complete(
     found = [""] * len(prompts)
     training = model.training
     model.eval()
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)
@@ -168,6 +170,14 @@ def complete(
             found[i] = text
     model.train(training)
     return found
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:
+    """Up to `size` of the numbers at a time, in their order; unless `padded`, of one length."""
+    groups = [order] if padded else [list(g) for _, g in itertools.groupby(order, key=lambda i: lengths[i])]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:

@@ -1,0 +1,50 @@
+"""Positions in front of the text that train, while no weight changes: prefix tuning and prompt tuning.
+
+    prefix    keys and values of t positions, in every layer (Li & Liang 2021, arXiv 2101.00190, §4)
+    prompt    the embeddings of t tokens (Lester, Al-Rfou & Constant 2021, arXiv 2104.08691, §2)
+
+They change no matrix, so that they go on no site: PEFT holds them (`reparam.prompts`), and `reparam train` runs both.
+The t positions are taken from the model's context, and a prompt's are computed like any other token. A fresh prefix is
+not the base: softmax gives the new positions a share of the attention, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from reparam.base import Method, Site, method
+from reparam.numbers import whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompting(Method):
+    """What the two have in common. Raises ValueError for less than one token."""
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+
+    tokens: int = 20
+    """How many positions are put in front of the text."""
+    seed: int = 0
+    """Seed of what they begin at."""
+
+    def __post_init__(self) -> None:
+        if not whole(self.tokens, 1):
+            raise ValueError(f"{self.name}: tokens={self.tokens!r}: expected a whole number of at least 1")
+
+    def why_not(self, site: Site) -> str:
+        """Nothing is a site of it."""
+        return f"{self.name} adds positions and changes no weight; use reparam.prompts.attach, or reparam train"
+
+
+@method("prefix")
+@dataclasses.dataclass(frozen=True)
+class Prefix(Prompting):
+    """Prefix tuning: keys and values, in every layer, without the paper's projection."""
+
+
+@method("prompt")
+@dataclasses.dataclass(frozen=True)
+class Prompt(Prompting):
+    """Prompt tuning: embeddings that begin at those of tokens drawn from the vocabulary."""
