@@ -316,7 +316,7 @@ def test_without_a_flag_nothing_of_it_is_shown(tmp_path: Path) -> None:
 def test_what_is_known_without_the_base_says_so(tmp_path: Path) -> None:
     saved(tmp_path, GAINS["dora"])
     assert "these are of s B A, the change of the direction" in told(tmp_path, asked=Closely(deep=True))
-    assert "ΔW has full rank" in told(tmp_path, asked=Closely(deep=True), base=str(tmp_path / "base"))
+    assert "ΔW has full rank (a gain" in told(tmp_path, asked=Closely(deep=True), base=str(tmp_path / "base"))
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:

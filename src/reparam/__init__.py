@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from reparam.adapter import Adapter, adapters, attach, remove, select, untie
 from reparam.base import InputDependentError
 from reparam.blend import Blend, blend
+from reparam.compress import Compression, compress
 from reparam.context import context
 from reparam.io.record import FormatError
 from reparam.load import load
@@ -46,6 +47,7 @@ __all__ = [
     "BitFit",
     "Blend",
     "Bottleneck",
+    "Compression",
     "DoRA",
     "FormatError",
     "Full",
@@ -57,6 +59,7 @@ __all__ = [
     "adapters",
     "attach",
     "blend",
+    "compress",
     "context",
     "load",
     "merge",

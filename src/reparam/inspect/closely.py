@@ -107,7 +107,7 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
         if "leading" in kinds:
             _line(
                 console,
-                "ΔW has full rank: its gain scales W too. Looked at are its leading values, and which share of |ΔW|² "
+                "ΔW has full rank (a gain scales W too). Looked at are its leading values, and which share of |ΔW|² "
                 "they hold; each is at most the true one",
             )
     if asked.deep and len(spectra) < len(seen.sites):
