@@ -85,6 +85,8 @@ def test_key_is_refused(folder: Path, key: str) -> None:
         peft.VeraConfig(target_modules=["q_proj"]),
         peft.OFTConfig(target_modules=["q_proj"]),
         peft.PromptTuningConfig(num_virtual_tokens=2),
+        peft.PolyConfig(target_modules=["q_proj"]),
+        peft.XLoraConfig(hidden_size=8, adapters={"a": "x"}),
     ],
     ids=lambda config: str(config.peft_type.value),
 )

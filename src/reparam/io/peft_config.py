@@ -39,6 +39,10 @@ REFUSED = {
     "megatron_config": "Megatron's parallel layers are not supported",
     "ensure_weight_tying": "tied adapters are not read",
 }
+OTHERS = {  # what to do instead
+    "XLORA": "; its experts are adapters of their own, over which a new router trains: --method xlora --method.experts",
+    "POLY": "; train it here with --method poly, for one split",
+}
 # Initialisations that change A and B only. Others move the base too, and PEFT does so again when it loads the file.
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -88,7 +92,10 @@ class Honoured:
 def parse(config: dict[str, Any], file: Path) -> Honoured:
     """The keys that count. Raises FormatError that names each key which cannot be honoured."""
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA and ADALORA are")
+        instead = OTHERS.get(str(config.get("peft_type")), "")
+        raise FormatError(
+            f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA and ADALORA are{instead}"
+        )
     fields = {field.name for field in dataclasses.fields(Honoured)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
     problems += [
