@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.base import METHODS
+from reparam.inspect.summary import summarise
 from reparam.io.record import FormatError
 from reparam.methods.intrinsic import Intrinsic
 from reparam.methods.intrinsic_update import Space, WeightUpdate
@@ -193,7 +194,24 @@ def test_a_seed_and_d_numbers_are_the_adapter(space: str, tmp_path: Path) -> Non
     reparam.untie(other)
     again = reparam.load(other, tmp_path / "a", name="again")
     assert torch.equal(logits(other), logits(model))
-    assert again.method == adapter.method
+    assert isinstance(again.method, Intrinsic)
+    assert again.method.biased
+    assert dataclasses.replace(again.method, biased=()) == adapter.method
+
+
+def test_a_file_is_described_without_its_base(tmp_path: Path) -> None:
+    """λ of biases too, though a file does not say what has one but in the settings."""
+    _, adapter = everything(Intrinsic(d=90, mode="said"))
+    move(adapter, 1)
+    adapter.save(tmp_path / "a")
+    found = summarise(tmp_path / "a", models.gpt2())
+    for site in found.sites:
+        update = adapter.updates[site.name]
+        assert isinstance(update, WeightUpdate)
+        assert site.change == pytest.approx(float(update.moved().norm()), rel=1e-4)
+        offset = update.offset()
+        assert site.offset == pytest.approx(0 if offset is None else float(offset.norm()), rel=1e-4)
+    assert sum(site.offset > 0 for site in found.sites) > 3
 
 
 def test_another_seed_or_order_of_wrapping() -> None:

@@ -6,6 +6,7 @@ With the base, the change is also compared with the weights it changes: |ΔW| / 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from reparam.fingerprint import base_tensors
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
-from reparam.linear import is_packed
+from reparam.linear import SHARED, is_packed
 from reparam.methods.dora import DoRA
 from reparam.weights.dense import DenseWeight
 
@@ -134,9 +135,14 @@ def _base(record: Record) -> str:
 
 
 def stand_alone(record: Record, name: str, weight: Weight) -> Update:
-    """The update of one site with its saved values, on this frozen matrix."""
-    update = record.method.build(record.sites[name], weight, None)
+    """The update of one site with its saved values, on this frozen matrix, and what it shares with the others."""
+    with warnings.catch_warnings():  # said when it was trained
+        warnings.simplefilter("ignore")
+        shared = record.method.shared(list(record.sites.values()))
+    update = record.method.build(record.sites[name], weight, shared)
+    parts = [(name, update), *([] if shared is None else [(SHARED, shared)])]
     with torch.no_grad():
-        for key, parameter in update.named_parameters():
-            parameter.copy_(record.tensors[f"{name}.{key}"])
+        for path, part in parts:
+            for key, parameter in part.named_parameters():
+                parameter.copy_(record.tensors[f"{path}.{key}"])
     return update

@@ -28,7 +28,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -82,6 +82,8 @@ class Intrinsic(Method):
     """Rank in the space of factors."""
     bias: bool = True
     """Whether the biases of the sites move as well."""
+    biased: tuple[str, ...] = ()
+    """Sites whose biases move, for whoever reads a file without the model. Found when it is saved; not to be set."""
     seed: int = 0
     """Seed of the maps. A site's map depends on the seed and its name, not on the order of wrapping."""
     projection_version: int = VERSION
@@ -127,7 +129,13 @@ class Intrinsic(Method):
         rows, columns = site.out_features, site.in_features
         weight = self.r * (rows + columns) if self._factors(site) else rows * columns
         found = {f"{site.name}.weight": weight}
-        return {**found, f"{site.name}.bias": rows} if self.bias and site.bias else found
+        moves = self.bias and (site.bias or site.name in self.biased)
+        return {**found, f"{site.name}.bias": rows} if moves else found
+
+    def trained(self, updates: Mapping[str, Update]) -> Self:
+        """The configuration with the names of the sites whose biases move."""
+        biased = tuple(name for name, update in updates.items() if update.offset() is not None)
+        return dataclasses.replace(self, biased=biased)
 
     def _factors(self, site: Site) -> bool:
         return self.space == "factor" and site.kind != "vector"
