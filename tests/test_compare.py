@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from reparam.cli import main
 from reparam.compare.plan import Plan, read
 from reparam.compare.run import TUNING, compare
 from reparam.compare.trial import Outcome, Stopped, Trial, perform
-from reparam.compare.workers import Late, here, workers
+from reparam.compare.workers import Late, here
 from reparam.train.config import ConfigError
 
 TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"
@@ -278,22 +276,3 @@ def _reparam(*arguments: object) -> Any:
     finally:
         sys.argv = before
     return ended.value.code
-
-
-def test_ray_runs_the_trials_and_gives_what_this_process_gives(
-    whole: tuple[Plan, Recorder, dict[str, Any]], base: str, data: dict[str, str], tmp_path: Path
-) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    assert threading.current_thread() is threading.main_thread()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        found = run(planned(base, data, tmp_path / "out"), workers("ray"))
-        broken = planned(base, data, tmp_path / "broken")
-        broken = dataclasses.replace(broken, common={**broken.common, "run.eval_every": -1})
-        with pytest.raises(ValueError, match="eval"):
-            run(broken, workers("ray"))
-    finally:
-        ray.shutdown()
-    assert {row["label"]: row["score"] for row in found["rows"]} == {
-        row["label"]: row["score"] for row in whole[2]["rows"]
-    }

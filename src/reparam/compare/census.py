@@ -6,14 +6,17 @@ import math
 import warnings
 from pathlib import Path
 
-from reparam.adapter import attach, remove, untie
+from torch import nn
+
+from reparam.adapter import remove, untie
 from reparam.compare.data import Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
 from reparam.data.tasks import by_task
 from reparam.hf import load_base
-from reparam.train.config import ConfigError
-from reparam.train.run import prepare
+from reparam.prompts import Prompts
+from reparam.train.config import BaseConfig, ConfigError
+from reparam.train.run import attached, prepare
 
 METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per byte"}
 _METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
@@ -32,31 +35,34 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
     rows = read_rows(sides.train)
     configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
     for base in dict.fromkeys(config.base for config in configs.values()):
-        model = load_base(
-            base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed
-        )
-        if base.untie:
-            untie(model)
+        model = _loaded(base)
         for label, config in configs.items():
             if config.base != base:
                 continue
-            where = config.adapter
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always", UserWarning)
                 try:
                     method, _ = by_task(config.method, rows)
-                    adapter = attach(
-                        model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save
-                    )
+                    adapter = attached(config, model, method)
                 except ValueError as error:
                     problems.append(f"{label}: {error}")
                     continue
             notes += [f"{label}: {w.message}." for w in warned if issubclass(w.category, UserWarning)]
             found[label] = sum(parameter.numel() for parameter in adapter.parameters())
-            remove(model, adapter.name)
+            if isinstance(adapter, Prompts):  # there is no way back from it
+                model = _loaded(base)
+            else:
+                remove(model, adapter.name)
     if problems:
         raise ConfigError("; ".join(problems))
     return found, notes
+
+
+def _loaded(base: BaseConfig) -> nn.Module:
+    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    if base.untie:
+        untie(model)
+    return model
 
 
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:

@@ -111,7 +111,7 @@ class _Comparison:
         compare = self.plan.compare
         rates = {contestant.label: list(compare.rates) for contestant in self.left()}
         for number, share in enumerate(compare.rungs, 1):
-            steps = max(1, round(share * self.steps))
+            steps = min(self.steps, max(2, round(share * self.steps)))  # with one step, warm-up is all there is
             trials = [
                 self.trial(contestant, rate, self.seed + TUNING, steps, tuning=True)
                 for rate in compare.rates
@@ -166,9 +166,8 @@ class _Comparison:
         for contestant in self.left():
             runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
             if runs:
-                base = self.plan.config(contestant, {}).base
                 self.console.print(f"  decoding with {contestant.label}", style="dim", highlight=False)
-                self.serving[contestant.label] = serving(Path(runs[0].folder), base=base.path, dtype=base.dtype)
+                self.serving[contestant.label] = serving(Path(runs[0].folder), self.plan.config(contestant, {}).base)
 
     def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
         """A run of the contestant. Scored runs hold out the test rows, so that they print the scores of the report."""

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from reparam.adapter import remove
+from reparam.hf import load_base
 from reparam.io.staged import write_file
 from reparam.merge import merge
 from reparam.open import open_model
+from reparam.prompts import Prompts
+from reparam.train.config import BaseConfig
 
 FILE = "serving.json"
 TOKENS = 32  # that are decoded at a time, after a prompt of as many
@@ -34,20 +36,21 @@ class Serving:
     """What came of merging: "yes", or why not."""
 
 
-def serving(run: Path, *, base: str, dtype: str) -> Serving:
+def serving(run: Path, base: BaseConfig) -> Serving:
     """Measure the adapter of a run; what was measured once is read from the run's folder."""
     file = run / FILE
     if file.exists():
         return Serving(**json.loads(file.read_text(encoding="utf-8")))
     folder = run / "adapter"
     size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
-    plain, _, bare = open_model(base, folder, dtype=dtype)
-    assert bare is not None
-    remove(plain, bare.name)
-    model, _, _ = open_model(base, folder, dtype=dtype)
+    plain = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    model, _, adapter = open_model(base.path, folder, dtype=base.dtype)
+    assert adapter is not None
     base_seconds, seconds = _in_turns(plain, model)
     merged_seconds, merged = None, "yes"
     try:
+        if isinstance(adapter, Prompts):
+            raise ValueError(f"{adapter.method.name} adds positions and changes no weight")
         report = merge(model)
     except ValueError as error:  # no one matrix stands for the update, or it would not be finite
         merged = f"no: {str(error).split(chr(10))[0]}"

@@ -139,13 +139,13 @@ def prepare(config: Config) -> Job:
         encode(rows, tokenizer, max_length=data.max_length, loss_on=data.loss_on, vocab_size=size, tasks=tasks)
         for rows in (train_rows, held_out)
     )
-    adapter = _attached(config, model, method)
+    adapter = attached(config, model, method)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
 
 
-def _attached(config: Config, model: nn.Module, method: Method) -> Adapter:
-    """The method on the model, or in front of what it reads."""
+def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
+    """The method on the model, or in front of what it reads. Raises ValueError for what does not fit."""
     where = config.adapter
     if not isinstance(method, Prompting):
         return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
