@@ -79,14 +79,14 @@ def steps(quick: bool) -> list[m.Row]:
     base = m.llama(m.TINY if quick else m.LLAMA).train()
     models = {"lora": m.twin(base)}
     m.with_reparam(models["lora"])
-    for d, space in ((1000, "weight"), (10_000, "weight"), (1000, "factor")):
+    for d, space in ((1000, "weight"), (1000, "factor")):
         name = f"{space}, d = {d}"
         models[name] = m.twin(base)
         adapter = reparam.attach(models[name], Intrinsic(d=d, space=space), targets="all-linear")
         m.randomise(adapter.parameters())
     ids = torch.randint(0, base.config.vocab_size, (2, 16) if quick else (4, 256))
     work = {name: step_of(model, ids) for name, model in models.items()}
-    times = m.interleave(work, rounds=2 if quick else 5)
+    times = m.interleave(work, rounds=2 if quick else 3)
     peaks = {name: m.peak_bytes(call) for name, call in work.items()}
     others = [name for name in models if name != "lora"]
     found = [m.Row(f"training step, {n}, over LoRA's", times.over(n, "lora"), None, None, None) for n in others]

@@ -17,7 +17,10 @@ def intrinsic(
     config: Annotated[str | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
     grid: Annotated[str, typer.Option(help="From how many dimensions to how many.")] = "10:10000",
     each: Annotated[int, typer.Option(help="Sizes for every factor of ten of the grid.")] = 2,
-    rates: Annotated[str, typer.Option(help="Learning rates that each size is tried with.")] = "1e-2,3e-2",
+    rates: Annotated[
+        str,
+        typer.Option(help="Learning rates that each size is tried with, as they are for d = 1000: times √(1000/d)."),
+    ] = "1e-2,3e-2",
     full_rates: Annotated[
         str, typer.Option("--full-rates", help="Learning rates of full fine-tuning, the best of which counts.")
     ] = "1e-4,3e-4,1e-3",

@@ -49,6 +49,7 @@ class Plan:
 
     sizes: tuple[int, ...]
     rates: tuple[float, ...] = (1e-2, 3e-2)
+    """For d = 1000; see `scaled`."""
     full_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     maps: int = 1
     """How many random maps (seeds of the method) each d is tried with."""
@@ -172,7 +173,7 @@ class Runs:
             found: float | None = self.run(f"{method.mode}-{d}", own, rate, number)["value"]
             return found
 
-        first = {rate: value(rate, 0) for rate in plan.rates}
+        first = {rate: value(rate, 0) for rate in (scaled(rate, d) for rate in plan.rates)}
         best = max(first, key=lambda rate: -math.inf if first[rate] is None else float(first[rate] or 0.0))
         return Point(d, best, (first[best], *(value(best, number) for number in range(1, plan.maps))))
 
@@ -214,6 +215,17 @@ class Runs:
         failed = None if math.isfinite(value) else f"the metric is {value}"
         seconds = time.perf_counter() - began
         return {"value": value if failed is None else None, "base": base, "failed": failed, "seconds": seconds}
+
+
+def scaled(rate: float, d: int) -> float:
+    """The rate at d for one that is meant at 1000: √(1000 / d) times it, to three digits.
+
+    Adam moves each of d numbers by about the rate, and maps keep lengths: so steps in the space of weights are as long.
+
+    >>> scaled(0.03, 1000), scaled(0.03, 10), scaled(0.03, 100_000)
+    (0.03, 0.3, 0.003)
+    """
+    return float(f"{rate * math.sqrt(1000 / d):.3g}")
 
 
 def conclusions(curve: Curve, *, sides: int, rank: int | None) -> list[str]:
