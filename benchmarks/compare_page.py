@@ -73,9 +73,8 @@ def main() -> None:
     for file in sorted((DOCS / "compare").glob("*.json")):
         found = json.loads(file.read_text())
         head = f"**{file.stem}** ({found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}). "
-        parts.append(
-            f"{head}{found['recommendation']}\n\n{table(found)}\n\n    reparam compare benchmarks/compare/{file.stem}.toml\n"
-        )
+        command = f"    reparam compare benchmarks/compare/{file.stem}.toml\n"
+        parts.append("\n\n".join([head + found["recommendation"], table(found), command]))
     page = DOCS / "compare.md"
     page.write_text(page.read_text().partition(TABLES)[0] + TABLES + "\n" + "\n".join(parts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from models import save_base
 
 from reparam.compare import workers as workers_
-from reparam.compare.trial import Trial, perform, trial
+from reparam.compare.trial import Stopped, Trial, perform, trial
 from reparam.compare.workers import Workers, workers
 from reparam.train.config import ConfigError, resolve
 
@@ -67,3 +68,8 @@ def test_workers_that_do_not_exist_are_named() -> None:
     assert workers("here") is workers_.here
     with pytest.raises(ValueError, match="expected one of here, ray"):
         workers("clouds")
+
+
+def test_a_signal_passes_between_processes() -> None:
+    again = pickle.loads(pickle.dumps(Stopped(15)))
+    assert (again.number, str(again)) == (15, "stopped by SIGTERM")

@@ -19,7 +19,7 @@ from reparam.prompts import Prompts
 from reparam.train.config import BaseConfig
 
 FILE = "serving.json"
-TOKENS = 32  # that are decoded at a time, after a prompt of as many
+TOKENS = 16  # that are decoded at a time, after a prompt of as many
 ROUNDS = 5
 
 

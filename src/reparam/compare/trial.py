@@ -82,8 +82,11 @@ class Stopped(Exception):  # noqa: N818  (reads as what happened)
     """A signal ended a trial, after a checkpoint."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
 
 def trial(label: str, config: Config, place: Path, *, tuning: bool, stamp: str) -> Trial:
