@@ -7,8 +7,6 @@ Peak memory is what a step holds at most beyond the model, the adapter and the o
 
 from __future__ import annotations
 
-import statistics
-
 import measure as m
 import torch
 from torch import Tensor
@@ -91,8 +89,8 @@ def steps(quick: bool) -> list[m.Row]:
     others = [name for name in models if name != "lora"]
     found = [m.Row(f"training step, {n}, over LoRA's", times.over(n, "lora"), None, None, None) for n in others]
     found += [m.Row(f"peak memory, {n}, over LoRA's", peaks[n] / peaks["lora"], None, None, None) for n in others]
-    entries = statistics.fsum(w.numel() for w in m.matrices(base))
-    print(f"LoRA: {times.median('lora'):.2f} s a step, {peaks['lora'] / 2**20:.0f} MiB; {entries:,.0f} entries move\n")
+    entries = sum(w.numel() for w in m.matrices(base))
+    print(f"LoRA: {times.median('lora'):.2f} s a step, {peaks['lora'] / 2**20:.0f} MiB; {entries:,} entries move\n")
     return found
 
 

@@ -19,7 +19,7 @@ def intrinsic(
     each: Annotated[int, typer.Option(help="Sizes for every factor of ten of the grid.")] = 2,
     rates: Annotated[
         str,
-        typer.Option(help="Learning rates that each size is tried with, as they are for d = 1000: times √(1000/d)."),
+        typer.Option(help="Learning rates that each size is tried with, for d = 1000; times √(1000/d)."),
     ] = "1e-2,3e-2",
     full_rates: Annotated[
         str, typer.Option("--full-rates", help="Learning rates of full fine-tuning, the best of which counts.")
