@@ -23,7 +23,7 @@ from reparam.base import Factors, Weight
 EXTRA = 10
 """Random vectors beyond the number of values that are asked for."""
 PASSES = 8
-"""How often the matrix is applied again; W's slow spectra need more than the two or three of the literature."""
+"""How often the matrix is applied again, for spectra that fall slowly."""
 
 
 class Operator(NamedTuple):
