@@ -72,7 +72,8 @@ def main() -> None:
     parts = []
     for file in sorted((DOCS / "compare").glob("*.json")):
         found = json.loads(file.read_text())
-        head = f"**{file.stem}** ({found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}). "
+        length = f"{found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}"
+        head = f"**{file.stem}** ([report](compare/{file.stem}.html); {length}). "
         command = f"    reparam compare benchmarks/compare/{file.stem}.toml\n"
         parts.append("\n\n".join([head + found["recommendation"], table(found), command]))
     page = DOCS / "compare.md"
