@@ -29,6 +29,7 @@ from reparam.methods.bitfit import BitFit
 from reparam.methods.bottleneck import Bottleneck
 from reparam.methods.dora import DoRA
 from reparam.methods.full import Full
+from reparam.methods.intrinsic import Intrinsic
 from reparam.methods.lora import LoRA
 from reparam.pack import PackReport, pack
 from reparam.split import split
@@ -53,6 +54,7 @@ __all__ = [
     "Full",
     "InputDependentError",
     "Int8",
+    "Intrinsic",
     "LoRA",
     "MergeReport",
     "PackReport",

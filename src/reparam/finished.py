@@ -20,7 +20,8 @@ from reparam.weights.dense import DenseWeight
 def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Method, dict[str, Tensor]]:
     """A method that names folders, with the ranks found in them, and the experts' tensors by their names in files.
 
-    The folders are those of adapters or of training runs. `names` are the sites that are allowed. The result is the method itself and nothing, where it names no folders.
+    The folders are those of adapters or of training runs. `names` are the sites that are allowed. The result is the
+    method itself and nothing, where it names no folders.
     Scales are folded into B, so that experts may have different ones. Raises FormatError for a folder without a whole
     adapter, for adapters that are no low-rank change, go on different sites or on sites that are not allowed, and for
     one that was trained on another base.

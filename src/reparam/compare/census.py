@@ -31,7 +31,7 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
     """
     found: dict[str, int] = {}
     problems: list[str] = []
-    notes: list[str] = []
+    warned_of: dict[str, list[str]] = {}
     rows = read_rows(sides.train)
     configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
     for base in dict.fromkeys(config.base for config in configs.values()):
@@ -47,7 +47,8 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
                 except ValueError as error:
                     problems.append(f"{label}: {error}")
                     continue
-            notes += [f"{label}: {w.message}." for w in warned if issubclass(w.category, UserWarning)]
+            for message in {str(w.message) for w in warned if issubclass(w.category, UserWarning)}:
+                warned_of.setdefault(message, []).append(label)
             found[label] = sum(parameter.numel() for parameter in adapter.parameters())
             if isinstance(adapter, Prompts):  # there is no way back from it
                 model = _loaded(base)
@@ -55,7 +56,7 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
                 remove(model, adapter.name)
     if problems:
         raise ConfigError("; ".join(problems))
-    return found, notes
+    return found, [f"{', '.join(labels)}: {message}." for message, labels in warned_of.items()]
 
 
 def _loaded(base: BaseConfig) -> nn.Module:
