@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam import prompts
-from reparam.adapter import Adapter
+from reparam.adapter import Adapter, untie
 from reparam.base import Storage, find_storage
 from reparam.hf import load_base, load_tokenizer
 from reparam.io import files
@@ -16,7 +16,7 @@ from reparam.io.files import adapter_folder
 from reparam.io.record import FormatError, Packing
 from reparam.load import load
 from reparam.pack import pack
-from reparam.targets import packed_as
+from reparam.targets import packed_as, tied
 
 
 def open_model(
@@ -25,7 +25,8 @@ def open_model(
     """Base, tokenizer, and the adapter on it. A base that is not named is the one the adapter was trained on.
 
     Matrices that were packed when the adapter was trained are packed in the same way here, unless `storage` says how
-    all linear maps are to be kept: "dense", "nf4", "int8". Raises ValueError when neither tells the base.
+    all linear maps are to be kept: "dense", "nf4", "int8". An embedding that the output head shares is untied for an
+    adapter that changes one of them. Raises ValueError when neither tells the base.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
     if folder is not None and prompts.kind_of(folder) is not None:
@@ -36,6 +37,9 @@ def open_model(
     model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
     if folder is None:
         return model, tokenizer, None
+    record = files.read(folder)
+    if tied(model, [*record.sites, *record.replaced]):
+        untie(model)  # as the base was when it was trained, or it could not be there
     return model, tokenizer, load(model, folder, name="adapter")
 
 
