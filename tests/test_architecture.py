@@ -10,7 +10,7 @@ import reparam
 
 ROOT = Path(reparam.__file__).parent
 LEVELS = [  # a file imports from its own level or from those above it in this list
-    {"base", "changes", "controller", "narrow", "numbers"},
+    {"base", "changes", "controller", "narrow", "settings"},
     {"kernels"},
     {"weights", "methods"},
     {"bank", "linear", "embedding", "vector", "targets"},

@@ -33,7 +33,7 @@ from reparam.load import place
 from reparam.lowrank import dare, factored, reduced, stacked, summed, ties
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA, seeded
-from reparam.numbers import finite, whole
+from reparam.settings import finite, whole
 from reparam.summands import Summand, check, check_factors, check_identity, factors_of, frozen, sites_of
 
 DENSE = ("ties", "dare")

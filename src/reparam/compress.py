@@ -34,7 +34,7 @@ from reparam.load import place
 from reparam.methods import patterns
 from reparam.methods.adalora import AdaLoRA
 from reparam.methods.lora import LoRA
-from reparam.numbers import finite, whole
+from reparam.settings import finite, whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from reparam.methods.budget import Budget, Plan
 from reparam.methods.dora import DoRA, DoRAUpdate
 from reparam.methods.lora import LoRAUpdate, seeded
 from reparam.narrow import narrow
-from reparam.numbers import finite, whole
+from reparam.settings import finite, whole, wrong_words
 
 ORTH_FORMS = ("reference", "paper")
 SCORES = ("after", "before")
@@ -117,11 +117,7 @@ class AdaLoRA(Method):
         ]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
-        problems += [
-            f"{key}={value!r}: expected one of {', '.join(known)}"
-            for key, value, known in (("score", self.score, SCORES), ("orth_form", self.orth_form, ORTH_FORMS))
-            if value not in known
-        ]
+        problems += wrong_words(self, {"score": SCORES, "orth_form": ORTH_FORMS})
         problems += patterns.broken("rank_pattern", self.rank_pattern)
         if problems:
             raise ValueError("AdaLoRA: " + "; ".join(problems))

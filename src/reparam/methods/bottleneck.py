@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from reparam.base import Factors, InputDependentError, Method, Role, Site, Update, Weight, method
 from reparam.methods.lora import seeded
-from reparam.numbers import finite, whole
+from reparam.settings import finite, whole, wrong_words
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 AFTER_ATTENTION = r"re:.*([aA]ttn|[aA]ttention)\.(o_proj|out_proj|c_proj|dense|output\.dense|out_lin|o)"
@@ -68,14 +68,7 @@ class Bottleneck(Method):
     """Seed of D. A site's numbers depend on the seed and its name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{key}={value!r}: expected one of {', '.join(known)}"
-            for key, value, known in (
-                ("placement", self.placement, PLACEMENTS),
-                ("activation", self.activation, ACTIVATIONS),
-            )
-            if value not in known
-        ]
+        problems = wrong_words(self, {"placement": PLACEMENTS, "activation": ACTIVATIONS})
         if not whole(self.r, 1):
             problems.append(f"r={self.r!r}: a width is a whole number of at least 1")
         if not (finite(self.scale) and self.scale > 0):

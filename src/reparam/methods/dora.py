@@ -35,6 +35,7 @@ from reparam.base import Factors, Role, Site, Update, Weight, method
 from reparam.changes import Stamp, Steps, stamp
 from reparam.methods.full import of_matrix
 from reparam.methods.lora import LoRA
+from reparam.settings import wrong_words
 
 GRADIENTS = ("detached", "exact")
 AXES = ("output", "input")
@@ -72,11 +73,7 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [
-            f"{key}={value!r}: expected one of {', '.join(known)}"
-            for key, value, known in (("gradient", self.gradient, GRADIENTS), ("norm_axis", self.norm_axis, AXES))
-            if value not in known
-        ]
+        problems = wrong_words(self, {"gradient": GRADIENTS, "norm_axis": AXES})
         if problems:
             raise ValueError("DoRA: " + "; ".join(problems))
 

@@ -37,7 +37,7 @@ from reparam.kernels.fastfood_tables import VERSION
 from reparam.methods.intrinsic_update import FactorUpdate, Move, Space, WeightUpdate
 from reparam.methods.lora import LoRA
 from reparam.methods.projections import KINDS, LAYOUTS, Projection, key_of
-from reparam.numbers import whole
+from reparam.settings import whole, wrong_words
 
 _CHOICES = {
     "mode": ("did", "said"),
@@ -90,11 +90,7 @@ class Intrinsic(Method):
     """Of the random numbers behind the maps; files of another one are refused. Not to be set."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}"
-            for field, known in _CHOICES.items()
-            if getattr(self, field) not in known
-        ]
+        problems = wrong_words(self, _CHOICES)
         problems += [
             f"{field}={value!r}: expected a whole number of at least 1"
             for field in ("d", "r")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from reparam.base import Factors, Method, Role, Site, Update, Weight, method
 from reparam.methods import patterns
-from reparam.numbers import whole
+from reparam.settings import whole, wrong_words
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
 INITS = ("kaiming_uniform", "gaussian")
@@ -82,10 +82,7 @@ class LoRA(Method):
         ]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
-        if self.scaling not in SCALINGS:
-            problems.append(f"scaling={self.scaling!r}: expected one of {', '.join(SCALINGS)}")
-        if self.init not in INITS:
-            problems.append(f"init={self.init!r}: expected one of {', '.join(INITS)}")
+        problems += wrong_words(self, {"scaling": SCALINGS, "init": INITS})
         if self.init_std is not None and not (self.init == "gaussian" and 0 < self.init_std < math.inf):
             problems.append(f"init_std={self.init_std!r}: only for init='gaussian', and a finite number above 0")
         for field in ("rank_pattern", "alpha_pattern"):

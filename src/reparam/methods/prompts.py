@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from reparam.base import Method, Site, method
-from reparam.numbers import whole
+from reparam.settings import whole
 
 
 @dataclasses.dataclass(frozen=True)

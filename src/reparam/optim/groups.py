@@ -24,7 +24,7 @@ from typing import Any, Literal
 from torch import nn
 
 from reparam.base import Role, Site
-from reparam.numbers import finite
+from reparam.settings import finite
 
 ORDER = ("in", "embedding", "out")
 _HIGH = 100

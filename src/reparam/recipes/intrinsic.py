@@ -32,9 +32,9 @@ from reparam.base import METHODS, Method
 from reparam.fingerprint import fingerprint
 from reparam.io.staged import write_file
 from reparam.methods.intrinsic import Intrinsic
-from reparam.numbers import finite, whole
 from reparam.recipes.subspace import Curve, Point, lora_rank, search
 from reparam.recipes.subspace_plot import plot
+from reparam.settings import finite, whole
 from reparam.train.config import Config, ConfigError, dump
 from reparam.train.run import Job, NothingLearnt, prepare, train
 from reparam.train.show import Show

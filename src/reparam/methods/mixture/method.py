@@ -27,7 +27,7 @@ from reparam.methods.mixture.common import Common
 from reparam.methods.mixture.select import GATES, SELECTS
 from reparam.methods.mixture.update import MixtureUpdate
 from reparam.methods.mixture.warmup import Warmup
-from reparam.numbers import whole
+from reparam.settings import whole, wrong_words
 
 KINDS = ("low_rank", "shared_a", "vectors")
 ROUTERS = ("static", "task_embedding", "task_logits", "token", "sequence", "two_pass")
@@ -124,11 +124,7 @@ class Mixture(Method):
     """Seed of experts and routers. A site's numbers depend on the seed and its name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}"
-            for field, known in _CHOICES.items()
-            if getattr(self, field) not in known
-        ]
+        problems = wrong_words(self, _CHOICES)
         problems += [
             f"{field}={value!r}: expected a whole number of at least {least}"
             for field, least in (("n", 1), ("r", 1), ("k", 1), ("task_width", 1), ("contrastive_pairs", 2))

@@ -1,8 +1,9 @@
-"""What counts as a number in a setting: True is none."""
+"""What a setting may be: a number, which True is not, or one of several words."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import TypeGuard
 
 
@@ -22,3 +23,17 @@ def whole(value: object, least: int) -> TypeGuard[int]:
     (True, False, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def wrong_words(settings: object, choices: Mapping[str, Iterable[str]]) -> list[str]:
+    """A sentence for each of these fields of `settings` that is none of its words.
+
+    >>> from types import SimpleNamespace
+    >>> wrong_words(SimpleNamespace(mode="dad"), {"mode": ("did", "said")})
+    ["mode='dad': expected one of did, said"]
+    """
+    return [
+        f"{field}={value!r}: expected one of {', '.join(known)}"
+        for field, known in choices.items()
+        if (value := getattr(settings, field)) not in known
+    ]
