@@ -111,7 +111,8 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
                 "they hold; each is at most the true one",
             )
     if asked.deep and len(spectra) < len(seen.sites):
-        _line(console, f"{len(seen.sites) - len(spectra)} sites have no one matrix as their change, and no spectrum")
+        count = len(seen.sites) - len(spectra)
+        _line(console, f"{count} sites have no spectrum: their change depends on the input, or on the base (--base)")
     against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
     if asked.deep and against:
         console.print(tables.amplification(against))
