@@ -120,5 +120,6 @@ def test_from_the_command_line(file: Path, tmp_path: Path, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 14
     assert {len(use["load"]) for use in found} == {2}
-    assert command("inspect", tmp_path / "out", "--probe", file) == 0
+    assert command("inspect", tmp_path / "out", "--probe", file, "--plot", tmp_path / "plots") == 0
+    assert (tmp_path / "plots" / "routing.png").read_bytes().startswith(b"\x89PNG")
     assert "redundancy" in capsys.readouterr().out

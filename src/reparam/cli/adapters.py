@@ -176,7 +176,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Folder for PNGs: ranks; with --base, directions too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for PNGs of what is shown.")] = None,
     probe: Annotated[Path | None, typer.Option(help="Of a mixture: JSONL file of rows to see its routers on.")] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Singular values of ΔW; with --base, what it amplifies.")

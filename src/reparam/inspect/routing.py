@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.handle import Adapter
+from reparam.inspect.png import write_png
 from reparam.methods.mixture.update import MixtureUpdate
 
 if TYPE_CHECKING:
@@ -70,6 +75,29 @@ def routing(
         found[path].summary(update.scope or "model", [u for u in updates.values() if u.scope == update.scope])
         for path, update in leaders.items()
     )
+
+
+def plot(found: Sequence[RouterUse], file: Path) -> None:
+    """Draw the experts' shares of the tokens by router, and beside them entropy and redundancy, as a PNG."""
+    load = np.array([use.load for use in found])
+    rows, n = load.shape
+    figure = Figure(figsize=(7 + 0.35 * n, 1.8 + min(0.28 * rows, 10)), layout="constrained", dpi=120)
+    shares, likeness = figure.subplots(1, 2, sharey=True, width_ratios=(2 + n, 6))
+    image = shares.imshow(load, cmap="Blues", vmin=0, vmax=max(2 / n, load.max()), aspect="auto")
+    shares.set_xticks(range(n))
+    step = max(1, rows // 40)
+    shares.set_yticks(range(0, rows, step), [use.scope for use in found[::step]])
+    shares.set(xlabel="expert", title=f"share of tokens (even: {1 / n:.2f})")
+    shares.spines[:].set_visible(False)
+    shares.tick_params(length=0)
+    figure.colorbar(image, ax=shares)
+    likeness.plot([use.entropy for use in found], range(rows), "o", label="entropy (1: undecided)")
+    if n > 1:
+        likeness.plot([use.redundancy for use in found], range(rows), "x", label="redundancy (1: all alike)")
+    likeness.set_xlim(min([0.0, *(use.redundancy or 0 for use in found)]) - 0.05, 1.05)
+    likeness.grid(axis="x", alpha=0.3)
+    likeness.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8)
+    write_png(figure, file)
 
 
 class _Counts:

@@ -13,8 +13,7 @@ from reparam.context import tasks_of
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf import load_base, vocabulary
-from reparam.inspect import closely, geometry, ranks
-from reparam.inspect.routing import routing
+from reparam.inspect import closely, geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
 from reparam.io.files import adapter_folder
 from reparam.open import open_model
@@ -38,14 +37,14 @@ def show(
     With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
     folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
     """
-    if plot is not None and (probe is not None or _holds_model(folder)):
-        raise ValueError("--plot draws what an adapter did to its sites; it goes with neither --probe nor a model")
+    if plot is not None and _holds_model(folder):
+        raise ValueError("--plot draws what an adapter did; there is nothing to draw of a model")
     if plot is not None and plot.exists() and not plot.is_dir():
         raise ValueError(f"--plot {plot}: is a file; give a folder")
     if asked and (probe is not None or _holds_model(folder)):
         raise ValueError("--deep, --survival, --against and --suggest are for the sites of an adapter alone")
     if probe is not None:
-        _show_routing(folder, base, probe, console, json=json)
+        _show_routing(folder, base, probe, console, json=json, plot=plot)
         return
     if _holds_model(folder):
         _show_model(folder, console, json=json)
@@ -113,11 +112,16 @@ def _plot(summary: Summary, folder: Path) -> None:
         geometry.plot(moved, folder / "directions.png")
 
 
-def _show_routing(folder: Path, base: str | None, probe: Path, console: Console, *, json: bool) -> None:
+def _show_routing(
+    folder: Path, base: str | None, probe: Path, console: Console, *, json: bool, plot: Path | None
+) -> None:
     model, tokenizer, adapter = open_model(base, folder)
     assert adapter is not None
     encoded = encode(read_rows(probe), tokenizer, max_length=1024, vocab_size=vocabulary(model), tasks=tasks_of(model))
-    found = routing(adapter, encoded, tokenizer)
+    found = routing.routing(adapter, encoded, tokenizer)
+    if plot is not None:
+        plot.mkdir(parents=True, exist_ok=True)
+        routing.plot(found, plot / "routing.png")
     if json:
         console.print_json(json_.dumps([dataclasses.asdict(use) for use in found]))
         return
@@ -129,6 +133,8 @@ def _show_routing(folder: Path, base: str | None, probe: Path, console: Console,
         likeness = "-" if use.redundancy is None else f"{use.redundancy:.2f}"
         table.add_row(use.scope, *shares, f"{use.entropy:.2f}", likeness)
     console.print(table)
+    if plot is not None:
+        console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
 
 
 def _show_model(folder: Path, console: Console, *, json: bool) -> None:
