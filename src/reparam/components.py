@@ -59,7 +59,7 @@ def parts_of(record: Record, label: str) -> dict[str, Part]:
     if type(record.method) not in METHODS:
         raise FormatError(
             f"{label}: {record.method.name} has no components that could be dropped one by one; "
-            f"{', '.join(method.name for method in METHODS)} have. reparam compose --rank makes a LoRA of what can be summed"
+            f"{', '.join(method.name for method in METHODS)} have. reparam compose --rank makes a LoRA of others"
         )
     if isinstance(record.method, DoRA) and record.method.magnitude_only:
         raise FormatError(f"{label}: it trains magnitudes alone, and nothing in it has a rank")
