@@ -39,7 +39,10 @@ REFUSED = {
     "megatron_config": "Megatron's parallel layers are not supported",
     "ensure_weight_tying": "tied adapters are not read",
 }
+_NO_WEIGHT = "; it changes no weight, so that there is nothing to merge, sum or look at: generate and eval take it"
 OTHERS = {  # what to do instead
+    "PREFIX_TUNING": _NO_WEIGHT,
+    "PROMPT_TUNING": _NO_WEIGHT,
     "XLORA": "; its experts are adapters of their own, over which a new router trains: --method xlora --method.experts",
     "POLY": "; train it here with --method poly, for one split",
 }
