@@ -1,7 +1,8 @@
 """A recommendation in one sentence: which contestant to take, or that the difference is within noise.
 
 Within noise of the best is whoever's difference to it, paired by seed, has an interval that holds 0. Among these the
-one with the fewest trained parameters is taken. A contestant with a run that failed is never recommended.
+one with the fewest trained parameters is taken. A contestant with a run that failed is never recommended, and nobody is
+where nothing is better than the base.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ def recommend(
     reference: str,
     metric: str,
     failed: Collection[str],
+    base: float | None,
 ) -> str:
-    """The sentence. `values` has each contestant's score by seed."""
+    """The sentence. `values` has each contestant's score by seed, `base` is that of the base as it is, if known."""
     larger = metric == "exact match"
     means = {label: interval(list(v.values())).mean for label, v in values.items() if v and label not in failed}
     if not means:
         return "There is nothing to compare yet: no contestant has a scored run that ended well."
     order = sorted(means, key=lambda label: -means[label] if larger else means[label])
     best = order[0]
+    if base is not None and not (means[best] > base if larger else means[best] < base):
+        return (
+            f"Nothing is better than the base as it is ({_score(base, metric)}; the best is {best}, "
+            f"{means[best]:.3f}): train longer, try other rates, or choose a metric that sees smaller steps."
+        )
     if len(order) == 1:
         return f"{best} is the only contestant with scored runs ({_score(means[best], metric)})."
     seeds = min(len(values[label]) for label in order)

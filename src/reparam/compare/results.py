@@ -58,12 +58,15 @@ def results(found: Findings) -> dict[str, Any]:
         for cost in COSTS
     }
     base = next((o.before for o in whole if o.failed is None and o.label == found.plan.reference), ())
+    before = next((float(score["value"]) for score in base if score["name"] == found.metric), None)
     return {
         "format": FORMAT,
         "metric": found.metric,
         "larger_is_better": larger,
         "reference": found.plan.reference,
-        "recommendation": recommend(values, found.parameters, found.plan.reference, found.metric, _failed(by_label)),
+        "recommendation": recommend(
+            values, found.parameters, found.plan.reference, found.metric, _failed(by_label), before
+        ),
         "steps": found.steps,
         "seeds": sorted({o.seed for o in whole}),
         "rates": list(found.plan.compare.rates),
