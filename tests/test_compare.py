@@ -260,7 +260,7 @@ def test_the_verb_reads_a_file_with_options_on_top(
         code = _reparam("compare", file, "--seeds", 1, "-o", tmp_path / "out")
         assert code == expected
         out = " ".join(capsys.readouterr().out.split())
-        assert "lora is the only contestant with scored runs (exact match" in out
+        assert "Nothing is better than the base as it is (exact match 0.000" in out
         assert "report.html" in out
         file = tmp_path / "out" / "plan.toml"
     assert _reparam("compare", "--methods", "lora", "--workers", "clouds") == 2
