@@ -13,8 +13,8 @@ from reparam.base import Storage, find_storage
 from reparam.hf import load_base, load_tokenizer
 from reparam.io import files
 from reparam.io.files import adapter_folder
-from reparam.io.record import FormatError, Packing
-from reparam.load import load
+from reparam.io.record import FormatError, Packing, Record
+from reparam.load import place
 from reparam.pack import pack
 from reparam.targets import packed_as, tied
 
@@ -33,22 +33,22 @@ def open_model(
         path = base or prompts.base_of(folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
         return found.model, load_tokenizer(path), found
-    path = base or base_of(folder)
-    model, tokenizer = _load(path, folder, dtype, storage), load_tokenizer(path)
-    if folder is None:
+    record = files.read(folder) if folder is not None else None
+    path = base or base_of(record, folder)
+    model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
+    if record is None or folder is None:
         return model, tokenizer, None
-    record = files.read(folder)
     if tied(model, [*record.sites, *record.replaced]):
         untie(model)  # as the base was when it was trained, or it could not be there
-    return model, tokenizer, load(model, folder, name="adapter")
+    return model, tokenizer, place(model, record, folder, name="adapter")
 
 
-def _load(path: str, folder: Path | None, dtype: str, storage: str | None) -> nn.Module:
+def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> nn.Module:
     """The base, in the storage that is asked for or, where none is, in those that the adapter was trained on."""
     if storage is not None and storage != "dense":
         return load_base(path, dtype=dtype, storage=find_storage(storage)())
-    record = files.read(folder) if folder is not None and storage is None else None
-    packing = record.base.packing if record is not None and record.base is not None else ()
+    told = record.base if record is not None and storage is None else None
+    packing = told.packing if told is not None else ()
     first = packing[0] if packing else None
     if first is None:
         model = load_base(path, dtype=dtype)
@@ -69,9 +69,8 @@ def made(packing: Packing) -> Storage:
         raise FormatError(f"the adapter's base was packed in a way that is not known here: {error}") from None
 
 
-def base_of(folder: Path | None) -> str:
-    """Where the base of an adapter is, as its files say. Raises ValueError when they do not."""
-    record = files.read(folder) if folder is not None else None
+def base_of(record: Record | None, folder: Path | None) -> str:
+    """Where the base of the adapter in `folder` is, as its files say. Raises ValueError when they do not."""
     source = record.base.source if record is not None and record.base is not None else ""
     if not source:
         what = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ def is_prompted(model: nn.Module) -> bool:
 
 def base_of(folder: Path) -> str:
     """The base that such a folder names. Raises FormatError where it names none."""
-    source = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+    source = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not source:
         raise FormatError(f"{folder} does not say what its base is; give --base with a folder or hub id")
     return str(source)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from reparam.context import context
 from reparam.hf import check_not_base, save_model
+from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.record import listed
 from reparam.merge import MergeReport, merge
@@ -45,7 +46,8 @@ def merge_to(
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
     if into is not None and onto == "original":
         raise ValueError("--into writes the storage that the adapter was trained on, so it cannot go onto the original")
-    path = base or base_of(adapter_folder(adapter))
+    folder = adapter_folder(adapter)
+    path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = packed_as(model)
