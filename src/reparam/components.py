@@ -18,15 +18,13 @@ from torch import Tensor
 
 from reparam.base import Method, Site
 from reparam.io.record import FormatError, Record
-from reparam.lowrank import singular
+from reparam.lowrank import numeric_rank, singular
 from reparam.methods.adalora import AdaLoRA
 from reparam.methods.dora import DoRA, DoRAUpdate
 from reparam.methods.lora import LoRA, LoRAUpdate
 from reparam.summands import nothing
 
 METHODS = (LoRA, DoRA, AdaLoRA)
-ROUNDING = torch.finfo(torch.float32).eps
-"""Singular values below this share of the largest are rounding, and count as none."""
 
 
 class Part(NamedTuple):
@@ -50,7 +48,7 @@ class Part(NamedTuple):
     @property
     def own(self) -> int:
         """How many values are more than rounding: the rank that the change has, whatever is stored."""
-        return int((self.values > ROUNDING * self.values[:1]).sum())
+        return numeric_rank(self.values)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reparam.base import Factors
 
+_ROUNDING = torch.finfo(torch.float32).eps
+
 
 def stacked(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Σ w_i B_i A_i, exactly: the A_i [R_i, I] below each other, the w_i B_i [O, R_i] beside each other.
@@ -57,6 +59,15 @@ def singular(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     q_a, r_a = torch.linalg.qr(factors.A.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b @ u, s, vh @ q_a.T
+
+
+def numeric_rank(values: Tensor) -> int:
+    """How many singular values [K], in descending order, are more than rounding in float32 beside the largest.
+
+    >>> numeric_rank(torch.tensor([1.0, 0.5, 1e-9])), numeric_rank(torch.zeros(3))
+    (2, 0)
+    """
+    return int((values > _ROUNDING * values[:1]).sum())
 
 
 def factored(change: Tensor, rank: int) -> tuple[Factors, float, float]:

@@ -23,13 +23,12 @@ from reparam.fingerprint import base_tensors
 from reparam.inspect.operators import leading, of_change
 from reparam.inspect.summary import frozen_weight, stand_alone
 from reparam.io.record import Record
-from reparam.lowrank import singular
+from reparam.lowrank import numeric_rank, singular
 from reparam.methods.dora import DoRAUpdate
 from reparam.summands import nothing
 
 LEADING = 32
 """How many values are looked for where ΔW has full rank."""
-ROUNDING = torch.finfo(torch.float32).eps
 
 Kind = Literal["all", "leading", "low-rank part"]
 
@@ -48,7 +47,7 @@ class Spectrum(NamedTuple):
     @property
     def rank(self) -> int:
         """How many of the values are more than rounding in float32."""
-        return int((self.values > ROUNDING * self.values[:1]).sum())
+        return numeric_rank(self.values)
 
     @property
     def held(self) -> float:
