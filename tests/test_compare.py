@@ -17,8 +17,9 @@ from rich.console import Console
 from reparam.cli import main
 from reparam.compare.plan import Plan, read
 from reparam.compare.run import TUNING, compare
-from reparam.compare.trial import Outcome, Stopped, Trial, perform
+from reparam.compare.trial import Outcome, Trial, perform
 from reparam.compare.workers import Late, here
+from reparam.train.attempt import Stopped
 from reparam.train.config import ConfigError
 
 TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"

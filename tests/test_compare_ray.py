@@ -12,8 +12,9 @@ import pytest
 from models import save_base
 
 from reparam.compare import workers as workers_
-from reparam.compare.trial import Stopped, Trial, perform, trial
+from reparam.compare.trial import Trial, perform, trial
 from reparam.compare.workers import Workers, workers
+from reparam.train.attempt import Stopped
 from reparam.train.config import ConfigError, resolve
 
 TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reparam.methods.projections import Projection
-from reparam.recipes.intrinsic import Plan, conclusions, numbers
+from reparam.recipes.intrinsic import Plan, conclusions
 from reparam.recipes.subspace import Curve, Point, check_reference, grid, lora_rank, search
+from reparam.settings import numbers
 
 
 def step(at: int, high: float = 1.0) -> object:

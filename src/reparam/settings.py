@@ -1,4 +1,4 @@
-"""What a setting may be: a number, which True is not, or one of several words."""
+"""What a setting may be: a number, which True is not, several with commas between them, or one of several words."""
 
 from __future__ import annotations
 
@@ -37,3 +37,20 @@ def wrong_words(settings: object, choices: Mapping[str, Iterable[str]]) -> list[
         for field, known in choices.items()
         if (value := getattr(settings, field)) not in known
     ]
+
+
+def numbers(text: str, what: str) -> tuple[float, ...]:
+    """Numbers with commas between them. Raises ValueError for anything else, which `what` is the name of.
+
+    >>> numbers("0.5, -1", "--weights")
+    (0.5, -1.0)
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise ValueError(
+                f"{what} {text!r}: {part.strip()!r} is no number; expected numbers with commas between them"
+            ) from None
+    return tuple(found)

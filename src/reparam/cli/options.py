@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
 ]
 TaskName = Annotated[str | None, typer.Option(help="The task, for an adapter whose gates go by it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 StorageName = Annotated[
     str | None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reparam.cli.options import AdapterFolder, Base, Dtype, StorageName, TaskName, app, console
+from reparam.cli.options import AdapterFolder, Base, ConfigFile, Dtype, StorageName, TaskName, app, console
 from reparam.train.config import resolve
 from reparam.train.options import with_options
 
@@ -15,7 +15,7 @@ from reparam.train.options import with_options
 @app.command()
 @with_options
 def train(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
+    config: ConfigFile = None,
     overrides: Any = None,
 ) -> None:
     """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from reparam.cli.options import app, console
+from reparam.cli.options import ConfigFile, app, console
+from reparam.settings import numbers
 from reparam.train.config import ConfigError, resolve
 from reparam.train.options import with_options
 
@@ -14,7 +15,7 @@ from reparam.train.options import with_options
 @app.command()
 @with_options
 def intrinsic(
-    config: Annotated[str | None, typer.Option("--config", "-c", help="TOML file; options come on top.")] = None,
+    config: ConfigFile = None,
     grid: Annotated[str, typer.Option(help="From how many dimensions to how many.")] = "10:10000",
     each: Annotated[int, typer.Option(help="Sizes for every factor of ten of the grid.")] = 2,
     rates: Annotated[
@@ -39,7 +40,7 @@ def intrinsic(
 
     [bold]reparam intrinsic --base ./model --data rows.jsonl --grid 10:10000 --max_steps 200 -o out/d90[/bold]
     """
-    from reparam.recipes.intrinsic import Plan, intrinsic_to, numbers
+    from reparam.recipes.intrinsic import Plan, intrinsic_to
     from reparam.recipes.subspace import grid as sizes
 
     taken = {"method.d": "--grid", "optim.learning_rate": "--rates"}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 
-from torch import nn
-
-from reparam.adapter import remove, untie
+from reparam.adapter import remove
 from reparam.compare.data import Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
 from reparam.data.tasks import by_task
-from reparam.hf import load_base
 from reparam.prompts import Prompts
-from reparam.train.config import BaseConfig, ConfigError
-from reparam.train.run import attached, prepare
+from reparam.train.config import ConfigError
+from reparam.train.model import attached, loaded
+from reparam.train.run import prepare
 
 METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per byte"}
 _METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
@@ -35,7 +32,7 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
     rows = read_rows(sides.train)
     configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
     for base in dict.fromkeys(config.base for config in configs.values()):
-        model = _loaded(base)
+        model = loaded(base)
         for label, config in configs.items():
             if config.base != base:
                 continue
@@ -51,7 +48,7 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
                 warned_of.setdefault(message, []).append(label)
             found[label] = sum(parameter.numel() for parameter in adapter.parameters())
             if isinstance(adapter, Prompts):  # there is no way back from it
-                model = _loaded(base)
+                model = loaded(base)
             else:
                 remove(model, adapter.name)
     if problems:
@@ -59,21 +56,13 @@ def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
     return found, [f"{', '.join(labels)}: {message}." for message, labels in warned_of.items()]
 
 
-def _loaded(base: BaseConfig) -> nn.Module:
-    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
-    if base.untie:
-        untie(model)
-    return model
-
-
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
     """Steps of a whole run, as `reparam train` counts them."""
     config = plan.config(plan.contestants[0], {"data.train": sides.train, "data.valid": sides.valid})
-    run = config.run
-    if run.max_steps > 0:
-        return run.max_steps
+    if config.run.max_steps > 0:
+        return config.run.max_steps
     job = prepare(plan.config(plan.contestants[0], {"data.train": sides.train, "run.output": str(place)}))
-    return max(1, math.ceil(len(job.train) / (run.batch_size * run.accumulation) * run.epochs))
+    return config.run.steps(len(job.train))
 
 
 def metric_of(wanted: str, kind: str) -> str:

@@ -29,11 +29,12 @@ from reparam.compare.halving import better_half, hopeless
 from reparam.compare.plan import Contestant, Plan
 from reparam.compare.results import Findings
 from reparam.compare.serving import Serving, serving
-from reparam.compare.trial import Outcome, Stopped, Trial, done, trial
+from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Workers
 from reparam.compare.write import write
 from reparam.hf import check_not_base
 from reparam.io.staged import digest, write_file
+from reparam.train.attempt import Stopped
 from reparam.train.checkpoint import RunLock
 
 TUNING = 1000  # added to the seed, for the runs that rates are chosen by

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from reparam.hf import load_base
 from reparam.io.staged import write_file
 from reparam.merge import merge
 from reparam.open import open_model
 from reparam.prompts import Prompts
 from reparam.train.config import BaseConfig
+from reparam.train.model import loaded
 
 FILE = "serving.json"
 TOKENS = 16  # that are decoded at a time, after a prompt of as many
@@ -43,7 +43,7 @@ def serving(run: Path, base: BaseConfig) -> Serving:
         return Serving(**json.loads(file.read_text(encoding="utf-8")))
     folder = run / "adapter"
     size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
-    plain = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    plain = loaded(base)
     model, _, adapter = open_model(base.path, folder, dtype=base.dtype)
     assert adapter is not None
     base_seconds, seconds = _in_turns(plain, model)

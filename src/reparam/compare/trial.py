@@ -15,19 +15,14 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reparam.compare.stopwatch import Quiet
 from reparam.io.staged import write_file
+from reparam.train.attempt import attempt
 from reparam.train.config import Config, dump, resolve
-from reparam.train.run import NothingLearnt, train
 
 RESULT = "result.json"
 CURVE = 6  # held-out losses on a learning curve, where the plan does not say how often
@@ -78,17 +73,6 @@ class Outcome:
         return value if math.isfinite(value) else math.inf
 
 
-class Stopped(Exception):  # noqa: N818  (reads as what happened)
-    """A signal ended a trial, after a checkpoint."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
-
-
 def trial(label: str, config: Config, place: Path, *, tuning: bool, stamp: str) -> Trial:
     """The trial of this configuration, in a folder of its own under `place`. `stamp` stands for data and base."""
     run, rate = config.run, config.optim.learning_rate
@@ -132,15 +116,10 @@ def perform(trial: Trial) -> Outcome:
     write_file(settings, trial.config.encode())
     show, began = Quiet(), time.perf_counter()
     outcome = Outcome(trial.label, trial.rate, trial.seed, trial.steps, trial.tuning, trial.folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # each run would repeat what the report says once
-            result = train(resolve(settings, {}), show=show)
-    except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
-        outcome = dataclasses.replace(outcome, failed=str(error).split("\n")[0])
+    result = attempt(resolve(settings, {}), show=show, keep_adapter=not trial.tuning)
+    if isinstance(result, str):
+        outcome = dataclasses.replace(outcome, failed=result)
     else:
-        if result.signal is not None:
-            raise Stopped(result.signal)
         figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
         outcome = dataclasses.replace(
             outcome,
@@ -152,7 +131,5 @@ def perform(trial: Trial) -> Outcome:
             peak_bytes=show.watch.peak_bytes,
         )
     outcome = dataclasses.replace(outcome, seconds=time.perf_counter() - began)
-    for left in [*folder.glob("checkpoint-*"), *([folder / "adapter"] if trial.tuning else [])]:
-        shutil.rmtree(left, ignore_errors=True)
     write_file(folder / RESULT, (json.dumps(dataclasses.asdict(outcome), indent=1) + "\n").encode())
     return outcome

@@ -11,6 +11,7 @@ from rich.table import Table
 from reparam.blend import Blend, blend
 from reparam.hf import load_base
 from reparam.io.files import adapter_folder
+from reparam.settings import numbers
 
 SHOWN = 8  # sites in the table: those that lost most
 
@@ -34,10 +35,10 @@ def compose_to(
     Raises ValueError for weights that are no numbers, and as `blend` does.
     """
     folders = folders_of(adapters, output)
-    numbers = [1 / len(folders)] * len(folders) if weights is None else parsed(weights)
+    shares = [1 / len(folders)] * len(folders) if weights is None else numbers(weights, "--weights")
     model = load_base(base, dtype=dtype) if base is not None else None
-    found = blend(folders, numbers, space=space, rank=rank, density=density, seed=seed, base=model)
-    write(found, output, folders, numbers, format=format, console=console)
+    found = blend(folders, shares, space=space, rank=rank, density=density, seed=seed, base=model)
+    write(found, output, folders, shares, format=format, console=console)
     return found
 
 
@@ -49,23 +50,6 @@ def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
     if output.resolve() in [folder.resolve() for folder in folders]:
         raise ValueError(f"{output}: is one of the adapters; give another folder as output")
     return folders
-
-
-def parsed(weights: str) -> list[float]:
-    """Numbers from "0.5,0.3,0.2". Raises ValueError for anything else.
-
-    >>> parsed("0.5, -1")
-    [0.5, -1.0]
-    """
-    found = []
-    for part in weights.split(","):
-        try:
-            found.append(float(part))
-        except ValueError:
-            raise ValueError(
-                f"--weights {weights!r}: {part.strip()!r} is no number; give one for each adapter, with commas between"
-            ) from None
-    return found
 
 
 def write(

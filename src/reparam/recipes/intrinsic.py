@@ -16,27 +16,25 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from reparam import targets
 from reparam.base import METHODS, Method
 from reparam.fingerprint import fingerprint
-from reparam.io.staged import write_file
+from reparam.io.staged import digest, write_file
 from reparam.methods.intrinsic import Intrinsic
 from reparam.recipes.subspace import Curve, Point, lora_rank, search
 from reparam.recipes.subspace_plot import plot
 from reparam.settings import finite, whole
+from reparam.train.attempt import Stopped, attempt
 from reparam.train.config import Config, ConfigError, dump
-from reparam.train.run import Job, NothingLearnt, prepare, train
+from reparam.train.run import Job, prepare
 from reparam.train.show import Show
 
 METRICS = ("auto", "exact", "saved")
@@ -82,14 +80,6 @@ class Outcome:
     rank: int | None = None
     """The LoRA rank that d90 suggests."""
     signal: int | None = None
-
-
-class Stopped(Exception):  # noqa: N818  (reads as what happened)
-    """A signal ended a run, after a checkpoint."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by signal {number}")
-        self.number = number
 
 
 def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
@@ -184,31 +174,25 @@ class Runs:
         data = config.data if self.metric == "exact" else dataclasses.replace(config.data, score_rows=0)
         optim = dataclasses.replace(config.optim, learning_rate=rate)
         made = dataclasses.replace(config, method=method, run=run, data=data, optim=optim)
-        digest = hashlib.sha256(f"{dump(made)}\0{self.metric}\0{self.stamp}".encode()).hexdigest()[:8]
-        folder = Path(config.run.output) / "runs" / f"{kind}-{rate:g}-{number}-{digest}"
+        own = hashlib.sha256(f"{dump(made)}\0{self.metric}\0{self.stamp}".encode()).hexdigest()[:8]
+        folder = Path(config.run.output) / "runs" / f"{kind}-{rate:g}-{number}-{own}"
         file = folder / "result.json"
         if file.exists():
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         else:
-            found = self._trained(dataclasses.replace(made, run=dataclasses.replace(run, output=str(folder))))
-            for left in [*folder.glob("checkpoint-*"), *([folder / "adapter"] if kind == "full" else [])]:
-                shutil.rmtree(left, ignore_errors=True)
+            placed = dataclasses.replace(made, run=dataclasses.replace(run, output=str(folder)))
+            found = self._trained(placed, keep_adapter=kind != "full")
             folder.mkdir(parents=True, exist_ok=True)
             write_file(file, (json.dumps(found, indent=1) + "\n").encode())
         shown = found["failed"] or f"{found['value']:.4f} ({found['seconds']:.0f} s)"
         self.console.print(f"{kind}, rate {rate:g}, map {number}: {shown}", highlight=False, soft_wrap=True)
         return found
 
-    def _trained(self, config: Config) -> dict[str, Any]:
+    def _trained(self, config: Config, *, keep_adapter: bool) -> dict[str, Any]:
         began = time.perf_counter()
-        try:
-            with warnings.catch_warnings():  # they were shown when the model was first looked at
-                warnings.simplefilter("ignore")
-                result = train(config, show=Show(Console(quiet=True)))
-        except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
-            return {"value": None, "base": None, "failed": str(error).split("\n")[0], "seconds": 0.0}
-        if result.signal is not None:
-            raise Stopped(result.signal)
+        result = attempt(config, show=Show(Console(quiet=True)), keep_adapter=keep_adapter)
+        if isinstance(result, str):
+            return {"value": None, "base": None, "failed": result, "seconds": 0.0}
         place = 1 if self.metric == "exact" else 0
         base, after = result.before[place].value, result.after[place].value
         value, base = (after, base) if self.metric == "exact" else (base - after, 0.0)
@@ -267,7 +251,7 @@ def _metric(asked: str, job: Job) -> str:
 def _stamp(job: Job) -> str:
     """A digest of the base's tensors and of the data's content."""
     files = (job.config.data.train, job.config.data.valid)
-    content = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file]
+    content = [digest(file) for file in files if file]
     return json.dumps([content, fingerprint(job.model)], sort_keys=True)
 
 
@@ -281,12 +265,3 @@ def _table(curve: Curve, metric: str) -> Table:
         mark = "d90" if point.d == curve.d90 else "passes" if curve.passes(point) else ""
         table.add_row(f"{point.d:,}", f"{point.rate:g}", f"{point.mean:.4f}", *spread, mark)
     return table
-
-
-def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Numbers from "1e-3,3e-3". Raises ValueError for anything else."""
-    parse: Callable[[str], float] = float
-    try:
-        return tuple(parse(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{what} {text!r}: expected numbers with commas between them, as in 1e-3,3e-3") from None

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import textwrap
 import tomllib
 import warnings
@@ -155,6 +156,11 @@ class RunConfig:
     """Continue from the newest whole checkpoint in the output folder, when there is one."""
     seed: int = 0
     """Seed of everything random: order of rows, dropout, initial values."""
+
+    def steps(self, examples: int) -> int:
+        """How many steps a run over that many training examples makes."""
+        rows = self.batch_size * self.accumulation
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +20,21 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam import prompts
-from reparam.adapter import Adapter, attach, select, untie
-from reparam.base import Method
+from reparam.adapter import Adapter, select
 from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.data.tasks import by_task
-from reparam.hf import check_not_base, load_base, load_tokenizer, vocabulary
+from reparam.hf import check_not_base, load_tokenizer, vocabulary
 from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.load import fill, load
-from reparam.methods.prompts import Prompting
 from reparam.prompts import Prompts
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
-from reparam.train.config import AdapterConfig, Config, ConfigError, dump
+from reparam.train.config import Config, ConfigError, dump
+from reparam.train.model import attached, loaded
 from reparam.train.plot import plot_losses
 from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
@@ -129,10 +127,7 @@ def prepare(config: Config) -> Job:
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
     train_rows, held_out = _rows(config)
-    base = config.base
-    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
-    if base.untie:
-        untie(model)
+    model = loaded(config.base)
     size, data = vocabulary(model), config.data
     method, tasks = by_task(config.method, train_rows)
     encoded, valid = (
@@ -142,16 +137,6 @@ def prepare(config: Config) -> Job:
     adapter = attached(config, model, method)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
-
-
-def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
-    """The method on the model, or in front of what it reads. Raises ValueError for what does not fit."""
-    where = config.adapter
-    if not isinstance(method, Prompting):
-        return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
-    if where != AdapterConfig() or config.run.gradient_checkpointing:
-        raise ConfigError(f"{method.name} goes on no module: leave out [adapter] and run.gradient_checkpointing")
-    return prompts.attach(model, method)
 
 
 def prove(job: Job, folder: Path) -> float:
@@ -201,8 +186,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
 def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
     config = job.config
     run, optim = config.run, config.optim
-    rows = run.batch_size * run.accumulation
-    steps = run.max_steps if run.max_steps > 0 else max(1, math.ceil(len(job.train) / rows * run.epochs))
+    steps = run.steps(len(job.train))
     tenth = max(1, steps // 10)
     if job.adapter.controller is not None:
         job.adapter.controller.plan(steps)  # refuses a schedule that does not fit before anything is computed

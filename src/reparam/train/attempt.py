@@ -1,0 +1,47 @@
+"""A training run that is one of many: that it fails is a result, and a signal ends all of them."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+
+from reparam.train.config import Config
+from reparam.train.run import NothingLearnt, Result, train
+from reparam.train.show import Show
+
+
+class Stopped(Exception):  # noqa: N818  (reads as what happened)
+    """A signal ended a run, after a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
+def attempt(config: Config, *, show: Show, keep_adapter: bool) -> Result | str:
+    """What a run produced; or why it failed: a number that is not finite, nothing learnt, no memory.
+
+    Checkpoints are removed at its end, and the adapter unless it is to be kept. Raises Stopped after a signal, with
+    the checkpoint in its place, and ValueError for what the user can mend.
+    """
+    found: Result | str
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of many runs, each would repeat what was said once
+            found = train(config, show=show)
+    except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
+        found = str(error).split("\n")[0]
+    else:
+        if found.signal is not None:
+            raise Stopped(found.signal)
+    folder = Path(config.run.output)
+    for left in [*folder.glob("checkpoint-*"), *([] if keep_adapter else [folder / "adapter"])]:
+        shutil.rmtree(left, ignore_errors=True)
+    return found
