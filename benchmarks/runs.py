@@ -8,7 +8,6 @@ import json
 import math
 import multiprocessing
 import random
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam
+from reparam.compare import statistics
 from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.hf import load_base, load_tokenizer
@@ -26,7 +26,6 @@ from reparam.train.score import token_losses
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets/tiny-python"
 SCRIPT = [sys.executable, str(ROOT / "scripts/make_tasks.py")]
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 0.975, by number of seeds
 _Job = TypeVar("_Job")
 
 
@@ -140,6 +139,5 @@ def spread(
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the 95 % interval, Student's; the half is NaN where there is no spread to be had."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    found = statistics.interval(values)
+    return found.mean, math.nan if found.half is None else found.half
