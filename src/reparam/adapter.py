@@ -75,8 +75,11 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
     paths = [target for target in wanted if target not in targets_.KEYWORDS]
     named = [name for name in targets_.resolve(model, paths) if name in odd] if odd and paths else []
     if named or len(odd) == len(found):
-        problems = [f"{name}: {odd[name]}" for name in named or found]
-        raise ValueError(f"{method.name} cannot go on {listed(problems)}")
+        reasons: dict[str, list[str]] = {}
+        for name in named or found:
+            reasons.setdefault(odd[name], []).append(name)
+        problems = [f"{listed(names, shown=3)}: {why}" for why, names in reasons.items()]
+        raise ValueError(f"{method.name} cannot go on {'; '.join(problems)}")
     return [name for name in found if name not in odd]
 
 

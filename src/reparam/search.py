@@ -62,14 +62,7 @@ def search(
     nothing. The same `f` and seed give the same result. Raises ValueError for an unknown optimizer, for a bound, n or
     budget that cannot be, and for "cma" in one dimension.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
-    if n < 1 or budget < 1:
-        raise ValueError(f"search: n={n!r} and budget={budget!r}: expected at least 1 of each")
-    if not 0 < bound < math.inf:
-        raise ValueError(f"search: bound={bound!r}: expected a finite number above 0")
-    if optimizer == "cma" and n == 1:
-        raise ValueError("optimizer='cma' adapts a covariance, and needs two adapters or more; use cobyla for one")
+    check(n, bound=bound, budget=budget, optimizer=optimizer)
     first = n + 1 if optimizer == "cobyla" else _generation(n)
     if budget < first:
         warnings.warn(
@@ -87,6 +80,18 @@ def search(
         warnings.warn("the search met a loss that is NaN, and counted it as infinite", stacklevel=2)
     best = min(log.history, key=lambda tried: tried.value)
     return Found(best.weights, best.value, tuple(log.history))
+
+
+def check(n: int, *, bound: float, budget: int, optimizer: str) -> None:
+    """Raise ValueError where `search` would, before there is anything to search with."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
+    if n < 1 or budget < 1:
+        raise ValueError(f"search: n={n!r} and budget={budget!r}: expected at least 1 of each")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"search: bound={bound!r}: expected a finite number above 0")
+    if optimizer == "cma" and n == 1:
+        raise ValueError("optimizer='cma' adapts a covariance, and needs two adapters or more; use cobyla for one")
 
 
 class _SpentError(Exception):

@@ -54,8 +54,8 @@ def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
     folder = Path(plan.output)
     check_not_base(folder, str(plan.common["base.path"]))
     with RunLock(folder):
-        write_file(folder / "plan.toml", _toml(plan).encode())
         comparison = _Comparison(plan, folder, workers, console)
+        write_file(folder / "plan.toml", _toml(plan).encode())
         number = None
         try:
             comparison.run()

@@ -35,7 +35,7 @@ from reparam.data.rows import read_rows
 from reparam.hf import vocabulary
 from reparam.open import open_model
 from reparam.recipes.compose import folders_of, write
-from reparam.search import Found, search
+from reparam.search import Found, check, search
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,6 +151,7 @@ def search_to(
     for unusable rows, settings or adapters.
     """
     folders = folders_of(adapters, output)
+    check(len(folders), bound=bound, budget=budget, optimizer=optimizer)
     summands = [read(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)
     assert first is not None
