@@ -12,8 +12,8 @@ import measure as m
 from torch import nn
 
 import reparam
-from reparam import prompts
-from reparam.base import Method
+from reparam.core.base import Method
+from reparam.hf import prompts
 from reparam.methods.prompts import Prefix, Prompt
 
 HOULSBY, PARALLEL = "bottleneck, houlsby", "bottleneck, parallel"

@@ -30,12 +30,13 @@ import torch
 from torch import nn
 
 import reparam
-from reparam.base import METHODS, Method
-from reparam.context import tasks_of
+from reparam.adapter.context import tasks_of
+from reparam.core.base import Method
+from reparam.core.registry import METHODS
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
-from reparam.hf import load_tokenizer
+from reparam.hf.models import load_tokenizer
 
 TASKS = ("count", "defaults", "signatures")  # in the order of their numbers
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reparam
-from reparam.linear import Linear
 from reparam.optim import PagedAdamW
+from reparam.sites.linear import Linear
 
 R, ALPHA, LR = 64, 16, 1e-4
 BLOCKS_OF_7B = m.Shape(hidden=4096, inner=11008, layers=4, heads=32)

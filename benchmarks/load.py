@@ -51,7 +51,7 @@ def write(folder: Path, *, tiny: bool) -> None:
 
 def load(folder: Path, how: str) -> nn.Module:
     """The model in the folder, as one of the contestants loads it."""
-    import reparam.hf
+    import reparam.hf.models
 
     settings: dict[str, Any] = {"dtype": torch.bfloat16}
     if how == "reparam":

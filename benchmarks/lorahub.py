@@ -33,7 +33,7 @@ import reparam
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import load_tokenizer
+from reparam.hf.models import load_tokenizer
 from reparam.recipes.compose import compose_to
 from reparam.recipes.lorahub import search_to
 

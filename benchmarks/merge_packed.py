@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import reparam
-from reparam.base import Factors, Storage, Weight
+from reparam.adapter.quantize import reports
+from reparam.core.base import Factors, Storage, Weight
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import vocabulary
-from reparam.open import open_model
-from reparam.pack import reports
-from reparam.train.score import score_loss
+from reparam.evaluation.score import score_loss
+from reparam.hf.models import vocabulary
+from reparam.hf.open import open_model
 
 SIDE, RANK = 1024, 16
 SIZES = (0.002, 0.01, 0.05, 0.2)

@@ -32,7 +32,7 @@ import reparam
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import load_tokenizer
+from reparam.hf.models import load_tokenizer
 from reparam.inspect.geometry import geometry, of_update
 from reparam.optim import lora_plus
 

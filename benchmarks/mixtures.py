@@ -14,7 +14,8 @@ from torch import nn
 from train_step import step_of
 
 import reparam
-from reparam.base import METHODS, Method
+from reparam.core.base import Method
+from reparam.core.registry import METHODS
 
 EXPERTS = (1, 4, 8, 16)
 

@@ -18,9 +18,9 @@ import runs
 import torch
 from rich.console import Console
 
+from reparam.evaluation.evaluate import evaluate
 from reparam.methods.lora import LoRA
 from reparam.train.config import BaseConfig, Config, DataConfig, OptimConfig, RunConfig
-from reparam.train.evaluate import evaluate
 from reparam.train.run import train
 from reparam.train.show import Show
 

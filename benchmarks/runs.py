@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import reparam
+from reparam.adapter.context import told
 from reparam.compare import statistics
-from reparam.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
-from reparam.hf import load_base, load_tokenizer
-from reparam.train.score import token_losses
+from reparam.evaluation.score import token_losses
+from reparam.hf.models import load_base, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets/tiny-python"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam
-from reparam.base import METHODS
+from reparam.core.registry import METHODS
 
 EXPERTS = 4
 

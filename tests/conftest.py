@@ -2,16 +2,36 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
+import pytest
 import torch
+from models import save_base
+
+TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"
 
 torch.set_num_threads(1)  # tiny models, and several test processes on one machine
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("quick")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    save_base(folder, tie_word_embeddings=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = (TASK / "train.jsonl").read_text().splitlines()[:80]
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)

@@ -17,8 +17,9 @@ from toys import Fixed16, Nudge
 from transformers.pytorch_utils import Conv1D
 
 import reparam
-from reparam import targets
-from reparam.base import METHODS, STORAGES, InputDependentError, Method, Storage
+from reparam.core.base import InputDependentError, Method, Storage
+from reparam.core.registry import METHODS, STORAGES
+from reparam.sites import targets
 
 TOYS: dict[str, type[Method]] = {"nudge": Nudge}
 SETTINGS = [

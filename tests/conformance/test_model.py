@@ -11,9 +11,9 @@ from cases import CASES, Family, base_of, error, has_factors, move, starts_exact
 from models import IDS, logits
 
 import reparam
-from reparam.base import InputDependentError, Method
-from reparam.linear import Adapted
-from reparam.targets import packed_as
+from reparam.core.base import InputDependentError, Method
+from reparam.sites.module import Adapted
+from reparam.sites.walk import packed_as
 
 pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from toys import Counter, Nudge, registered
 
 import reparam
-from reparam.base import METHODS, InputDependentError, method
+from reparam.core.base import InputDependentError
+from reparam.core.registry import METHODS, method
 from reparam.io.record import FormatError
 
 LLAMA = FAMILIES["llama"]

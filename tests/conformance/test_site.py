@@ -9,8 +9,8 @@ from cases import KINDS, PACKED, SETTINGS, One, error, has_factors, move, one, s
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from reparam.base import Method, Update, Weight
-from reparam.linear import Adapted
+from reparam.core.base import Method, Update, Weight
+from reparam.sites.module import Adapted
 
 pytestmark = [
     pytest.mark.parametrize("method", SETTINGS),

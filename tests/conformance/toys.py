@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import METHODS, STORAGES, Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
+from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
+from reparam.core.registry import METHODS, STORAGES
 
 
 @dataclasses.dataclass(frozen=True)

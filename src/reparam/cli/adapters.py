@@ -198,7 +198,7 @@ def inspect(
 
     [bold]reparam inspect out/first --deep --suggest 0.99[/bold]
     """
-    from reparam.inspect.closely import Closely
+    from reparam.inspect.details import Closely
     from reparam.inspect.show import show
 
     asked = Closely(deep=deep, survival=survival, against=against, suggest=suggest, data=data)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from reparam.cli.config_options import with_options
 from reparam.cli.options import app, console
-from reparam.train.options import with_options
 
 
 @app.command()

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from reparam.cli.config_options import with_options
 from reparam.cli.options import AdapterFolder, Base, ConfigFile, Dtype, StorageName, TaskName, app, console
 from reparam.train.config import resolve
-from reparam.train.options import with_options
 
 
 @app.command()
@@ -50,7 +50,7 @@ def generate(
 
     [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
     """
-    from reparam.serve.chat import Chat
+    from reparam.recipes.chat import Chat
 
     chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens, storage=storage, task=task)
     if prompt is not None:
@@ -74,7 +74,7 @@ def evaluate(
 
     [bold]reparam eval test.jsonl --adapter out/first[/bold]
     """
-    from reparam.train.evaluate import evaluate as run
+    from reparam.evaluation.evaluate import evaluate as run
 
     found = run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage)
     found.show(console, json=json)

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from reparam.cli.config_options import with_options
 from reparam.cli.options import ConfigFile, app, console
-from reparam.settings import numbers
+from reparam.core.checks import numbers
 from reparam.train.config import ConfigError, resolve
-from reparam.train.options import with_options
 
 
 @app.command()

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from reparam.base import METHODS, nearest
+from reparam.core.checks import nearest
+from reparam.core.registry import METHODS
 from reparam.train.config import LORA_PLUS, SECTIONS, Config, ConfigError, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")

@@ -23,16 +23,16 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from reparam.compare.census import census, metric_of, steps_of
 from reparam.compare.data import Sides, sides
 from reparam.compare.halving import better_half, hopeless
 from reparam.compare.plan import Contestant, Plan
+from reparam.compare.preflight import census, metric_of, steps_of
 from reparam.compare.results import Findings
 from reparam.compare.serving import Serving, serving
 from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Workers
 from reparam.compare.write import write
-from reparam.hf import check_not_base
+from reparam.hf.models import check_not_base
 from reparam.io.staged import digest, write_file
 from reparam.train.attempt import Stopped
 from reparam.train.checkpoint import RunLock

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from reparam.adapter.merge import merge
+from reparam.hf.open import open_model
+from reparam.hf.prompts import Prompts
 from reparam.io.staged import write_file
-from reparam.merge import merge
-from reparam.open import open_model
-from reparam.prompts import Prompts
 from reparam.train.config import BaseConfig
 from reparam.train.model import loaded
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
-from reparam.base import Method, nearest
+from reparam.core.checks import nearest
 from reparam.data.rows import DataError, Row
-from reparam.methods.mixture import Mixture
 
 COLUMN = "task"
-
-
-def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:
-    """The method with the tasks that the rows name, if it goes by tasks and has none of its own; and these names.
-
-    Methods that do not go by tasks are given back with no names, and so is one where all rows have one task. Raises
-    DataError for rows without a task.
-    """
-    if not isinstance(method, Mixture) or not method.goes_by_tasks:
-        return method, ()
-    if len(method.tasks) > 1:
-        return method, method.tasks
-    names = task_names(rows)
-    return (dataclasses.replace(method, tasks=names), names) if len(names) > 1 else (method, ())
 
 
 def task_names(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from reparam.base import Weight
+from reparam.core.base import Weight
 from reparam.inspect.operators import leading, of_weight
 from reparam.inspect.spectrum import Spectrum
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from reparam.base import InputDependentError
+from reparam.adapter.merge import SiteMerge
+from reparam.core.base import InputDependentError
 from reparam.inspect.amplification import Amplification, amplification
 from reparam.inspect.similarity import Similarity, similarity
 from reparam.inspect.spectrum import Spectrum, spectra, spectrum, weights
 from reparam.inspect.survival import survivals
 from reparam.io import files
 from reparam.io.record import FormatError, Record, listed
-from reparam.merge import SiteMerge
 
 SHARES = (0.9, 0.99)
 

@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reparam.adapter.merge import SiteMerge
 from reparam.inspect.amplification import Amplification
-from reparam.inspect.png import write_png
 from reparam.inspect.ranks import place, rank_map, short
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
 from reparam.inspect.survival import KINDS
-from reparam.merge import SiteMerge
+from reparam.io.png import write_png
 
 SHADES = "viridis"
 _COLUMNS = 4

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reparam.base import Factors, Weight
+from reparam.core.base import Factors, Weight
 
 EXTRA = 10
 """Random vectors beyond the number of values that are asked for."""

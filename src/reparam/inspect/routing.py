@@ -21,10 +21,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from reparam.context import told
+from reparam.adapter.adapter import Adapter
+from reparam.adapter.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
-from reparam.handle import Adapter
-from reparam.inspect.png import write_png
+from reparam.io.png import write_png
 from reparam.methods.mixture.update import MixtureUpdate
 
 if TYPE_CHECKING:

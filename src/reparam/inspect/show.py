@@ -9,15 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.context import tasks_of
+from reparam.adapter.context import tasks_of
+from reparam.adapter.quantize import PackReport, entries, reports, size
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import load_base, vocabulary
-from reparam.inspect import closely, geometry, ranks, routing
+from reparam.hf.models import load_base, vocabulary
+from reparam.hf.open import open_model
+from reparam.inspect import details as closely
+from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarise
 from reparam.io.files import adapter_folder
-from reparam.open import open_model
-from reparam.pack import PackReport, entries, reports, size
 
 
 def show(

@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reparam.base import Factors, InputDependentError, Weight
-from reparam.fingerprint import base_tensors
+from reparam.combine.lowrank import numeric_rank, singular
+from reparam.combine.operands import nothing
+from reparam.core.base import Factors, InputDependentError, Weight
 from reparam.inspect.operators import leading, of_change
 from reparam.inspect.summary import frozen_weight, stand_alone
 from reparam.io.record import Record
-from reparam.lowrank import numeric_rank, singular
 from reparam.methods.dora import DoRAUpdate
-from reparam.summands import nothing
+from reparam.sites.fingerprint import base_tensors
 
 LEADING = 32
 """How many values are looked for where ΔW has full rank."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from reparam.components import parts_of, within
-from reparam.compress import Compression, cut
+from reparam.combine.components import parts_of, within
+from reparam.combine.compress import Compression, cut
 from reparam.io.record import Record
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reparam.base import InputDependentError, Site, Update, Weight
-from reparam.fingerprint import base_tensors
+from reparam.core.base import InputDependentError, Site, Update, Weight
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
-from reparam.linear import SHARED, is_packed
 from reparam.methods.dora import DoRA
+from reparam.sites.fingerprint import base_tensors
+from reparam.sites.module import SHARED, is_packed
 from reparam.weights.dense import DenseWeight
 
 

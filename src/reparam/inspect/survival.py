@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from reparam.base import Weight
+from reparam.adapter.merge import SiteMerge, fold, measured
+from reparam.core.base import Weight
 from reparam.inspect.summary import stand_alone
 from reparam.io.record import Record
-from reparam.merge import SiteMerge, fold, measured
 from reparam.weights.dense import DenseWeight
 from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
+from reparam.adapter.merge import SiteMerge
 from reparam.inspect.amplification import Amplification
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
 from reparam.inspect.suggest import Suggestion
 from reparam.inspect.survival import KINDS
-from reparam.merge import SiteMerge
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 

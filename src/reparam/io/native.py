@@ -19,10 +19,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from reparam.base import Kind, Method, Site, find_method
+from reparam.core.base import Kind, Method, Site
+from reparam.core.registry import find_method
 from reparam.io.plain import decode
 from reparam.io.record import Base, FormatError, Record, listed
-from reparam.linear import SHARED
+from reparam.sites.module import SHARED
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "reparam adapter", 1

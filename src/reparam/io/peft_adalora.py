@@ -17,7 +17,7 @@ from torch import Tensor
 from reparam.io.plain import decode
 from reparam.io.record import FormatError, Record, listed
 from reparam.methods import patterns
-from reparam.methods.adalora import AdaLoRA
+from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.lora import LoRA
 
 ENDS = {".lora_A": ".lora_A.weight", ".lora_B": ".lora_B.weight"}

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from reparam.base import nearest
+from reparam.core.checks import nearest
 from reparam.io.record import FormatError, listed
 
 T = TypeVar("T")

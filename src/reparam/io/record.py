@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from reparam.base import Method, Site
+from reparam.core.base import Method, Site
 
 
 class FormatError(ValueError):

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reparam.base import Factors, Method, Role, Site, Update, Weight, method
+from reparam.core.base import Factors, Method, Role, Site, Update, Weight
+from reparam.core.registry import method
 
 
 @method("bitfit")

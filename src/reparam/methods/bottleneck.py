@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, InputDependentError, Method, Role, Site, Update, Weight, method
+from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Update, Weight
+from reparam.core.checks import finite, whole, wrong_words
+from reparam.core.registry import method
 from reparam.methods.lora import seeded
-from reparam.settings import finite, whole, wrong_words
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 AFTER_ATTENTION = r"re:.*([aA]ttn|[aA]ttention)\.(o_proj|out_proj|c_proj|dense|output\.dense|out_lin|o)"

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, Role, Site, Update, Weight, method
-from reparam.changes import Stamp, Steps, stamp
+from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.checks import wrong_words
+from reparam.core.registry import method
+from reparam.core.versions import Stamp, Steps, stamp
 from reparam.methods.full import of_matrix
 from reparam.methods.lora import LoRA
-from reparam.settings import wrong_words
 
 GRADIENTS = ("detached", "exact")
 AXES = ("output", "input")

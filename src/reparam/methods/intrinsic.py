@@ -32,12 +32,13 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from reparam.base import Method, Site, Update, Weight, method
+from reparam.core.base import Method, Site, Update, Weight
+from reparam.core.checks import whole, wrong_words
+from reparam.core.registry import method
 from reparam.kernels.fastfood_tables import VERSION
 from reparam.methods.intrinsic_update import FactorUpdate, Move, Space, WeightUpdate
 from reparam.methods.lora import LoRA
 from reparam.methods.projections import KINDS, LAYOUTS, Projection, key_of
-from reparam.settings import whole, wrong_words
 
 _CHOICES = {
     "mode": ("did", "said"),

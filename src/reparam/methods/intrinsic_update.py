@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, Role, Update, Weight
+from reparam.core.base import Factors, Role, Update, Weight
 from reparam.methods.full import of_matrix
 from reparam.methods.projections import Projection
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, Method, Role, Site, Update, Weight, method
+from reparam.core.base import Factors, Method, Role, Site, Update, Weight
+from reparam.core.checks import whole, wrong_words
+from reparam.core.registry import method
 from reparam.methods import patterns
-from reparam.settings import whole, wrong_words
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
 INITS = ("kaiming_uniform", "gaussian")

@@ -3,9 +3,9 @@
     prefix    keys and values of t positions, in every layer (Li & Liang 2021, arXiv 2101.00190, §4)
     prompt    the embeddings of t tokens (Lester, Al-Rfou & Constant 2021, arXiv 2104.08691, §2)
 
-They change no matrix, so that they go on no site: PEFT holds them (`reparam.prompts`), and `reparam train` runs both.
-The t positions are taken from the model's context, and a prompt's are computed like any other token. A fresh prefix is
-not the base: softmax gives the new positions a share of the attention, whatever they hold.
+They change no matrix, so that they go on no site: PEFT holds them (`reparam.hf.prompts`), and `reparam train` runs
+both. The t positions are taken from the model's context, and a prompt's are computed like any other token. A fresh
+prefix is not the base: softmax gives the new positions a share of the attention, whatever they hold.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reparam.base import Method, Site, method
-from reparam.settings import whole
+from reparam.core.base import Method, Site
+from reparam.core.checks import whole
+from reparam.core.registry import method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from reparam.base import Role, Site
-from reparam.settings import finite
+from reparam.core.base import Role, Site
+from reparam.core.checks import finite
 
 ORDER = ("in", "embedding", "out")
 _HIGH = 100

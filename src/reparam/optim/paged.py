@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reparam.narrow import Cuts
+from reparam.core.shrink import Cuts
 from reparam.optim.adamw import FIELDS, States, adamw_, make_states, narrowed
 from reparam.optim.blockwise import BLOCK
 from reparam.optim.checks import check_group, check_pages, kind_of
@@ -186,7 +186,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def narrowing(self, cuts: Cuts) -> Iterator[None]:
-        """Within it parameters become smaller; see `reparam.narrow`. Moments of 8 bits are rounded anew."""
+        """Within it parameters become smaller; see `reparam.core.shrink`. Moments of 8 bits are rounded anew."""
         saved, parameters = self.state_dict(), [p for group in self.param_groups for p in group["params"]]
         yield
         self._flat = Flat(self._flat.fields, page=self._flat.page)

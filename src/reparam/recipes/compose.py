@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.blend import Blend, blend
-from reparam.hf import load_base
+from reparam.combine.blend import Blend, blend
+from reparam.core.checks import numbers
+from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
-from reparam.settings import numbers
 
 SHOWN = 8  # sites in the table: those that lost most
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.compress import Compression, compress
+from reparam.adapter.quantize import size
+from reparam.combine.compress import Compression, compress
+from reparam.evaluation.evaluate import shrunk
+from reparam.evaluation.tables import scores_table
 from reparam.io import files
 from reparam.methods.dora import DoRA
-from reparam.pack import size
-from reparam.train.evaluate import shrunk
-from reparam.train.show import scores_table
 
 SHOWN = 12  # sites in the table: those that lost most
 

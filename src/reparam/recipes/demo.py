@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from reparam.data.rows import read_rows
-from reparam.hf import load_tokenizer
+from reparam.evaluation.score import answer
+from reparam.hf.models import load_tokenizer
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
 from reparam.train.config import AdapterConfig, BaseConfig, Config, DataConfig, OptimConfig, RunConfig
 from reparam.train.run import train
-from reparam.train.score import answer
 from reparam.train.show import Show
 
 

@@ -2,9 +2,9 @@
 
     minimise over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
 
-The search sees values alone (`reparam.search`); base and adapters are never changed. The candidates of a generation are
-rows of one batch (`reparam.candidates`). The result is an ordinary adapter of the best weights that were
-tried. Beside it stand what it has to beat: the base, the adapters' mean and sum, and the best of them alone.
+The search sees values alone (`reparam.combine.search`); base and adapters are never changed. The candidates of a
+generation are rows of one batch (`reparam.combine.candidates`). The result is an ordinary adapter of the best weights
+that were tried. Beside it stand what it has to beat: the base, the adapters' mean and sum, and the best of them alone.
 
 Where the paper's released code differs: it divides the loss by the number of examples once more where they are in one
 batch, so that its penalty counts K times as much; and it adds A and B apart (`space="factor"`). The paper's text has
@@ -26,16 +26,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.adapter import remove
-from reparam.blend import Blend, blend, read
-from reparam.candidates import Gates, candidates
+from reparam.adapter.attach import remove
+from reparam.combine.blend import Blend, blend, read
+from reparam.combine.candidates import Gates, candidates
+from reparam.combine.search import Found, check, search
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
-from reparam.hf import vocabulary
-from reparam.open import open_model
+from reparam.hf.models import vocabulary
+from reparam.hf.open import open_model
 from reparam.recipes.compose import folders_of, write
-from reparam.search import Found, check, search
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from reparam.context import context
-from reparam.hf import check_not_base, save_model
+from reparam.adapter.context import context
+from reparam.adapter.merge import MergeReport, merge
+from reparam.adapter.quantize import pack, reports
+from reparam.hf.models import check_not_base, save_model
+from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.record import listed
-from reparam.merge import MergeReport, merge
-from reparam.open import base_of, open_model
-from reparam.pack import pack, packed_as, reports
+from reparam.sites.walk import packed_as
 
 ONTO = ("trained", "original")
 

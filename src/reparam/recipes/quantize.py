@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from reparam.hf import check_not_base, load_base, load_tokenizer, save_model
-from reparam.pack import reports
+from reparam.adapter.quantize import reports
+from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
 from reparam.train.config import BaseConfig
 
 

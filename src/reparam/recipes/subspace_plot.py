@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from reparam.inspect.png import write_png
+from reparam.io.png import write_png
 from reparam.recipes.subspace import Curve
 
 

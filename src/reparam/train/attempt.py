@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from reparam.train.config import Config
-from reparam.train.run import NothingLearnt, Result, train
+from reparam.train.job import Result
+from reparam.train.run import NothingLearnt, train
 from reparam.train.show import Show
 
 

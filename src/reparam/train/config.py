@@ -23,7 +23,9 @@ from pydantic import TypeAdapter, ValidationError
 
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
-from reparam.base import METHODS, Method, Storage, find_method, find_storage, nearest
+from reparam.core.base import Method, Storage
+from reparam.core.checks import nearest
+from reparam.core.registry import METHODS, find_method, find_storage
 
 # Names that users have for LoRA+, which is a rule of optimisation and no method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
@@ -229,6 +231,15 @@ def dump(config: Config) -> str:
 
 def documentation(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, by field."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _documented(base)
+    return found
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """The docstrings under the fields that one class adds."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     found = {}

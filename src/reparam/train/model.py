@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from torch import nn
 
-from reparam import prompts
-from reparam.adapter import Adapter, attach, untie
-from reparam.base import Method
-from reparam.hf import load_base
+from reparam.adapter.adapter import Adapter
+from reparam.adapter.attach import attach, untie
+from reparam.core.base import Method
+from reparam.data.rows import Row
+from reparam.data.tasks import task_names
+from reparam.hf import prompts
+from reparam.hf.models import load_base
+from reparam.methods.mixture.method import Mixture
 from reparam.methods.prompts import Prompting
 from reparam.train.config import AdapterConfig, BaseConfig, Config, ConfigError
 
@@ -28,3 +35,17 @@ def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} goes on no module: leave out [adapter] and run.gradient_checkpointing")
     return prompts.attach(model, method)
+
+
+def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:
+    """The method with the tasks that the rows name, if it goes by tasks and has none of its own; and these names.
+
+    Methods that do not go by tasks are given back with no names, and so is one where all rows have one task. Raises
+    DataError for rows without a task.
+    """
+    if not isinstance(method, Mixture) or not method.goes_by_tasks:
+        return method, ()
+    if len(method.tasks) > 1:
+        return method, method.tasks
+    names = task_names(rows)
+    return (dataclasses.replace(method, tasks=names), names) if len(names) > 1 else (method, ())

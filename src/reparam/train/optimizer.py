@@ -18,14 +18,15 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from reparam.base import Role, Site, nearest
+from reparam.core.base import Role, Site
+from reparam.core.checks import nearest
 from reparam.optim import PagedAdamW, Paging, check_rates, lora_plus
 from reparam.train.config import ConfigError, OptimConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from reparam.adapter import Adapter
+    from reparam.adapter.adapter import Adapter
     from reparam.train.trainer import Trainer
 
 BITS = {"paged_adamw_32bit": 32, "paged_adamw_8bit": 8, "adamw_8bit": 8}

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reparam.inspect.png import write_png
+from reparam.io.png import write_png
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -16,70 +16,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from reparam import prompts
-from reparam.adapter import Adapter, select
-from reparam.context import told
-from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.adapter.adapter import Adapter
+from reparam.adapter.attach import select
+from reparam.adapter.context import told
+from reparam.adapter.load import fill, load
+from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
-from reparam.data.tasks import by_task
-from reparam.hf import check_not_base, load_tokenizer, vocabulary
+from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.hf import prompts
+from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.hf.prompts import Prompts
 from reparam.io import files
 from reparam.io.staged import write_file
-from reparam.load import fill, load
-from reparam.prompts import Prompts
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, ConfigError, dump
-from reparam.train.model import attached, loaded
+from reparam.train.job import Job, Result
+from reparam.train.model import attached, by_task, loaded
 from reparam.train.plot import plot_losses
-from reparam.train.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from reparam.optim import Paging
+    pass
 
 CHECK = "__proof"  # the name under which the saved adapter is read back
 
 
 class NothingLearnt(RuntimeError):  # noqa: N818  (reads as what happened)
     """The trained adapter does not change the model's outputs, or was not saved as it was trained."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a run works on."""
-
-    config: Config
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    adapter: Adapter
-    train: Encoded
-    valid: Encoded
-    held_out: Sequence[Row]
-    """The rows that are scored; `valid` is these, encoded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run produced."""
-
-    folder: Path
-    before: tuple[Score, ...]
-    after: tuple[Score, ...]
-    answers: tuple[tuple[Answer, Answer], ...]
-    """For each scored row that has an answer, the base model's and the adapter's."""
-    signal: int | None = None
-    """The signal that ended the run early, after a checkpoint; there are no scores then."""
-    paging: Paging | None = None
-    """What the optimiser's pager did, if it is one of ours."""
 
 
 def train(config: Config, *, show: Show) -> Result:

@@ -12,21 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
+from reparam.adapter.quantize import entries, reports
 from reparam.data.preview import preview
-from reparam.pack import entries, reports
-from reparam.prompts import Prompts
+from reparam.evaluation.tables import answers_table, scores_table
+from reparam.hf.prompts import Prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from reparam.adapter import Adapter
+    from reparam.adapter.adapter import Adapter
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
+    from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
-    from reparam.train.run import Job, Result
-    from reparam.train.score import Answer, Score
 
 
 class Show:
@@ -129,25 +129,6 @@ def rates_table(rates: Sequence[Rates]) -> Table:
     return table
 
 
-def scores_table(
-    before: Sequence[Score], after: Sequence[Score], *, names: tuple[str, str] = ("base", "with adapter")
-) -> Table:
-    """Held-out scores of base and adapter, or of what else `names` says, with their intervals."""
-    table = Table()
-    for column in ("held-out score", f"{names[0]}, 95 % interval", names[1], "rows"):
-        table.add_column(column)
-    for old, new in zip(before, after, strict=True):
-        better = (new.value > old.value) == old.larger_is_better and new.value != old.value
-        colour = "green" if better else "red"
-        table.add_row(
-            f"{old.name} {'↑' if old.larger_is_better else '↓'}",
-            f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
-            f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
-            str(new.rows),
-        )
-    return table
-
-
 def paging_line(paging: Paging) -> str:
     """What the optimiser's pager did."""
     here, total, read, written = (
@@ -157,24 +138,6 @@ def paging_line(paging: Paging) -> str:
         f"optimiser      at most {here} of {total} of states resident; {read} read and {written} written, "
         f"{paging.faults:,} pages waited for, {paging.prefetched:,} fetched ahead, {paging.evictions:,} evicted"
     )
-
-
-def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
-    """Questions with the base's and the adapter's answers."""
-    table = Table(show_lines=True)
-    for column in ("held-out question", "expected", "base", "with adapter"):
-        table.add_column(column, overflow="fold", max_width=44)
-    for base, adapted in pairs:
-        mark = "green" if adapted.right else "red"
-        table.add_row(
-            _cell(base.question), _cell(base.expected), _cell(base.given), f"[{mark}]{_cell(adapted.given)}[/{mark}]"
-        )
-    return table
-
-
-def _cell(text: str) -> str:
-    short = text if len(text) <= 80 else text[:77] + "..."
-    return short.replace("[", r"\[").replace("\n", "⏎ ")
 
 
 class _Progress(TrainerCallback):

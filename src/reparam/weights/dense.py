@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Storage, Weight, storage
+from reparam.core.base import Storage, Weight
+from reparam.core.registry import storage
 
 
 @storage("dense")

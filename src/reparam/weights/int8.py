@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reparam.base import Storage, storage
+from reparam.core.base import Storage
+from reparam.core.registry import storage
 from reparam.kernels.frozen import frozen_linear
 from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reparam.base import Storage, storage
+from reparam.core.base import Storage
+from reparam.core.registry import storage
 from reparam.kernels.frozen import frozen_linear
 from reparam.kernels.nf4 import compress, dequantize, few_rows, quantize
 from reparam.kernels.nf4_reference import expand, magnitudes

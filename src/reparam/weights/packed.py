@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, Weight
+from reparam.core.base import Factors, Weight
 from reparam.weights.rounding import moves
 
 ROUNDINGS = ("aware", "nearest")

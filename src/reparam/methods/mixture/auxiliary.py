@@ -7,19 +7,34 @@ that it reaches the router and the experts in any training loop, and is in no lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from reparam.methods.mixture import experts, losses
+from reparam.methods.mixture.common import Common
 from reparam.methods.mixture.select import Choice
-
-if TYPE_CHECKING:
-    from reparam.methods.mixture.update import MixtureUpdate
+from reparam.methods.mixture.settings import Settings
 
 
-def attached(y: Tensor, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tensor:
+class RoutedSite(Protocol):
+    """What a loss asks of the site that it arises at: a `MixtureUpdate`."""
+
+    A: Tensor  # [R, I]
+    B: Tensor  # [O, R]
+    method: Settings
+    ranks: tuple[int, ...]
+    site: str
+    leads: bool
+    training: bool
+
+    @property
+    def common(self) -> Common:
+        """What the sites of the mixture share."""
+
+
+def attached(y: Tensor, x: Tensor, choice: Choice, site: RoutedSite) -> Tensor:
     """y [..., O], the site's output for x [..., I], with its losses attached."""
     method, now = site.method, site.common.now
     if not (method.losses and site.training and torch.is_grad_enabled()):
@@ -33,7 +48,7 @@ def attached(y: Tensor, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tenso
     return y
 
 
-def _loss(name: str, x: Tensor, choice: Choice, site: MixtureUpdate) -> Tensor | None:
+def _loss(name: str, x: Tensor, choice: Choice, site: RoutedSite) -> Tensor | None:
     """One auxiliary loss; None where another site of the scope has it."""
     method, now, lead = site.method, site.common.now, x.shape[:-1]
     if name == "contrastive":

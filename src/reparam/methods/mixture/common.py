@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.base import nearest
+from reparam.core.checks import nearest
 from reparam.methods.mixture.routers import Router
 from reparam.methods.mixture.select import Choice
 from reparam.methods.mixture.two_pass import FirstPass

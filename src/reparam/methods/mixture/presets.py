@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reparam.base import method
+from reparam.core.registry import method
 from reparam.methods.mixture.method import Mixture
 
 Examples = tuple[Mapping[str, Any], ...]

@@ -10,21 +10,19 @@ Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.base import Factors, InputDependentError, Role, Site, Update, Weight
+from reparam.core.base import Factors, InputDependentError, Role, Site, Update, Weight
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import attached
 from reparam.methods.mixture.common import Common, Forward, key
 from reparam.methods.mixture.routers import Reads, Router
 from reparam.methods.mixture.select import Choice, choose
-
-if TYPE_CHECKING:
-    from reparam.methods.mixture.method import Mixture
+from reparam.methods.mixture.settings import Settings
 
 
 class MixtureUpdate(Update):
@@ -52,7 +50,7 @@ class MixtureUpdate(Update):
     def __init__(
         self,
         site: Site,
-        method: Mixture,
+        method: Settings,
         common: Common,
         *,
         tensors: Mapping[str, Tensor],

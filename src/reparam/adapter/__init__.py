@@ -1,0 +1,1 @@
+"""Adapters on a model: attach, select, save, load, merge, quantize."""

@@ -1,0 +1,168 @@
+"""Putting the frozen matrices of a model into another storage, with or without adapters on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from reparam.adapter.selection import state_of
+from reparam.core.base import Storage, Weight
+from reparam.core.registry import STORAGES, find_storage
+from reparam.sites import targets as targets_
+from reparam.sites.module import Adapted, Replaced
+from reparam.sites.norm import is_vector
+from reparam.sites.walk import packed_as, tied, walk
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSite:
+    """One matrix that is packed."""
+
+    name: str
+    entries: int
+    """O · I."""
+    bytes: int
+    """What is held for it now, statistics and all."""
+    before: int
+    """What a dense matrix in its dtype takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackReport:
+    """What was packed, what it takes, and which large tensors were left as they are."""
+
+    storage: Storage
+    sites: tuple[PackedSite, ...]
+    left: dict[str, int]
+    """Tensors of two or more dimensions that are not packed: path -> bytes."""
+
+    @property
+    def bits(self) -> float:
+        """Bits for each packed entry, statistics and all."""
+        return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
+        before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
+        largest = sorted(self.left, key=lambda name: -self.left[name])
+        more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
+        left = (
+            f"; left as they are: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
+        )
+        return (
+            f"packed {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
+            f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry{left if largest else ''}"
+        )
+
+
+@torch.no_grad()
+def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> PackReport:
+    """Put the matrices that `targets` names into a storage, one at a time; adapters on them stay as they are.
+
+    `storage` is a name ("nf4", "int8", or "dense" to unpack) or a configuration such as `NF4(block=128)`; `targets` are
+    as in `attach`, so that the output head and the embeddings stay as they are unless named. Weights that cannot be
+    packed, such as fused experts, are warned about and listed in the report.
+
+    Raises ValueError, before anything is changed, for targets that match nothing, matrices that are packed already,
+    tied ones, and whatever the storage refuses, NaN for instance (then some may have been packed).
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    >>> str(pack(model, "int8", targets="0"))
+    'packed 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits an entry; left as they are: 1.weight (512 B)'
+    """
+    chosen = find_storage(storage)() if isinstance(storage, str) else storage
+    names = targets_.resolve(model, targets)
+    _check(model, names, chosen)
+    sites = []
+    for path in names:
+        module = _repacked(path, model.get_submodule(path), chosen)
+        sites.append(_site(path, module.weight))
+        if module.weight.plain is not None and not module.updates:
+            model.set_submodule(path, module.restore())
+        else:
+            model.set_submodule(path, module)
+    if hasattr(model, "reparam_state"):
+        state_of(model).refresh()
+    return PackReport(chosen, tuple(sites), dict(_left(model)))
+
+
+def reports(model: nn.Module) -> list[PackReport]:
+    """What is packed in a model, one report for each storage; none where everything is dense."""
+    held: dict[Storage, list[PackedSite]] = {}
+    for path, storage in packed_as(model).items():
+        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).weight))  # type: ignore[arg-type]
+    left = dict(_left(model))
+    return [PackReport(storage, tuple(sites), left) for storage, sites in held.items()]
+
+
+def entries(model: nn.Module) -> int:
+    """Numbers that the parameters of a model stand for: of a packed matrix its O · I entries, not its bytes."""
+    packed = [module.weight for _, module in walk(model) if isinstance(module, Adapted)]
+    stored = sum(p.numel() for weight in packed for p in weight.parameters())
+    meant = sum(weight.out_features * weight.in_features for weight in packed)
+    return sum(p.numel() for p in model.parameters()) - stored + meant
+
+
+def size(count: float) -> str:
+    """A number of bytes for reading.
+
+    >>> size(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _repacked(path: str, found: nn.Module, storage: Storage) -> Adapted:
+    """The module in its adapted form with the matrix in the storage; as it was, where the storage refuses it."""
+    trains = isinstance(found, Adapted) or bool(found.weight.requires_grad)
+    module = targets_.wrap(found)
+    try:
+        weight = storage.pack(module.weight.tensor())
+    except ValueError as error:
+        if module is not found:  # wrapping froze the matrix, and transposed a Conv1D's
+            module.restore().get_parameter("weight").requires_grad_(trains)
+        raise ValueError(f"{path}: {error}") from error
+    module.repack(weight)
+    return module
+
+
+def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
+    """Raise ValueError where packing would repeat a loss or change something that other modules use."""
+    problems = []
+    for path, others in tied(model, names).items():
+        problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
+    problems += [f"{path} is a vector, not a matrix" for path in names if is_vector(model.get_submodule(path))]
+    held = packed_as(model)
+    dense = STORAGES["dense"]
+    for path in names if not isinstance(storage, dense) else ():
+        if path in held:
+            problems.append(f"{path} is {held[path].name} already, and packing twice loses twice; load the original")
+    if problems:
+        raise ValueError("pack: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5)))
+
+
+def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Tensors of two or more dimensions that are dense: path and bytes; tied ones once."""
+    seen: set[tuple[int, torch.Size]] = set()
+    for path, module in (("", model), *walk(model)):
+        holder = module.origin if isinstance(module, Replaced) else module
+        own = holder.named_parameters(recurse=holder is not module)
+        if isinstance(module, Adapted):
+            own = iter([] if module.weight.plain is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
+        for name, tensor in own:
+            key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
+            if tensor.ndim >= 2 and key not in seen:
+                seen.add(key)
+                yield f"{path}.{name}".lstrip("."), tensor.nbytes
+
+
+def _site(path: str, weight: Weight) -> PackedSite:
+    entries = weight.out_features * weight.in_features
+    return PackedSite(path, entries, sum(p.nbytes for p in weight.parameters()), entries * weight.dtype.itemsize)

@@ -1,0 +1,1 @@
+"""Finished adapters combined: sums, compression, searches for weights, splits."""

@@ -1,0 +1,155 @@
+"""Several sums of adapters in one batch: each row of it has its own weights.
+
+The factors of all adapters are put side by side, once, and what comes out of A is weighed by the row:
+
+    delta     y = W x + Σ_i w_i B_i (A_i x)                     factor    y = W x + Σ_i w_i B_i (Σ_j w_j A_j x)
+
+So a generation of candidates of a search is one forward, whose rows are candidates times examples.
+
+Shapes: N adapters, B rows, T tokens in a row, R the sum of the adapters' ranks at a site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.adapter.attach import install, remove
+from reparam.adapter.selection import state_of
+from reparam.combine.lowrank import stacked
+from reparam.combine.operands import Summand, check, check_factors, check_identity, factors_of, sites_of
+from reparam.core.base import Factors, Method, Site, Update, Weight
+from reparam.io.record import FormatError
+from reparam.sites import targets
+from reparam.sites.walk import walk
+
+NAME = "candidates"
+
+
+class Gates:
+    """The weights of the next forward's rows, one object for all sites."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.rows: Tensor | None = None
+        """[B, N], or None for the base alone."""
+
+
+@contextmanager
+def candidates(model: nn.Module, summands: Sequence[Summand], *, space: str = "delta") -> Iterator[Gates]:
+    """Put the adapters on `model` together, for as long as the `with` lasts; set `rows` of what it gives.
+
+    The model is as it was before, its adapters and the choice among them included, also after an exception. Raises
+    ValueError for another space than delta and factor, and FormatError for adapters that cannot be summed so: as
+    `blend` does, and for any with DoRA's gain or with biases.
+    """
+    if space not in ("delta", "factor"):
+        raise ValueError(f"space={space!r}: weights can be searched for in delta and factor")
+    if not summands:
+        raise ValueError("no adapters are given")
+    check(summands, model)
+    for label, record in summands:
+        biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
+        if biases:
+            raise FormatError(f"{label}: it trains {biases[0]} too; a search is over low-rank changes alone")
+    if space == "factor":
+        check_factors(summands)
+    parts: dict[str, list[tuple[int, Factors]]] = {}
+    for name in sites_of(summands):
+        owners = [(i, s) for i, s in enumerate(summands) if name in s.record.sites]
+        parts[name] = [(i, factors_of(s.label, s.record, name)) for i, s in owners]
+    for summand in summands:
+        check_identity(summand, None)
+    have = dict(walk(model))
+    _check_model(have, sites_of(summands))
+    gates = Gates(len(summands))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    install(model, _Together(parts, gates, space), names=list(parts), replaced=[], name=NAME, bias=False)
+    try:
+        with state_of(model).select(NAME):
+            yield gates
+    finally:
+        remove(model, NAME)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trains)
+
+
+def _check_model(have: dict[str, nn.Module], sites: dict[str, Site]) -> None:
+    for name, site in sites.items():
+        expected = site.kind, site.out_features, site.in_features
+        problem = "is not in the base" if name not in have else targets.why_not(have[name])
+        if problem is None and (found := targets.sizes(have[name])) != expected:
+            problem = f"is {found[0]}, {found[1]} x {found[2]}, in the base, not {expected[1]} x {expected[2]}"
+        if problem:
+            raise FormatError(f"{name}, which the adapters change, {problem}; were they trained on another base?")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Together(Method):
+    """What `install` asks for an update at each site. It is in no registry: no file holds it."""
+
+    parts: dict[str, list[tuple[int, Factors]]]
+    gates: Gates
+    space: str
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> _Weighed:
+        """All adapters at this site."""
+        owners, factors = zip(*self.parts[site.name], strict=True)
+        return _Weighed(owners, factors, self.gates, weight, squared=self.space == "factor")
+
+
+class _Weighed(Update):
+    """The factors of all adapters at one site, weighed by the row. For inference."""
+
+    A: Tensor  # [R, I]
+    B: Tensor  # [O, R]
+    owner: Tensor  # [R], the number of the adapter that each component is of
+
+    def __init__(
+        self, owners: Sequence[int], factors: Sequence[Factors], gates: Gates, weight: Weight, *, squared: bool
+    ) -> None:
+        super().__init__()
+        together = stacked(factors, [1.0] * len(factors))
+        of = [owner for owner, f in zip(owners, factors, strict=True) for _ in range(len(f.A))]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("A", together.A.to(weight.device, dtype), persistent=False)
+        self.register_buffer("B", together.B.to(weight.device, dtype), persistent=False)
+        self.register_buffer("owner", torch.tensor(of, dtype=torch.int64, device=weight.device), persistent=False)
+        self.gates = gates
+        self.squared = squared
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [B, T, I] or [B · T, I] -> each row through its own sum."""
+        y = weight(x, bias)
+        if self.gates.rows is None:
+            return y
+        h = self._weighed(F.linear(x, self.A.to(x.dtype)).flatten(0, -2), self.gates.rows)
+        return y + F.linear(h, self.B.to(x.dtype)).view_as(y).to(y.dtype)
+
+    def rows(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids [B, T] -> rows of each row's own matrix, [B, T, I]. Here B is looked up and A multiplied."""
+        y = weight.rows(ids)
+        if self.gates.rows is None:
+            return y
+        h = self._weighed(F.embedding(ids, self.B).flatten(0, -2), self.gates.rows)
+        return y + (h @ self.A).view_as(y).to(y.dtype)
+
+    def _weighed(self, h: Tensor, rows: Tensor) -> Tensor:
+        """h [B · T, R] between the factors, which are symmetric in this."""
+        g = self._of_tokens(len(h), rows).to(h.dtype)
+        h = h * g
+        if not self.squared:
+            return h
+        mixed = h.view(len(h), self.gates.n, -1).sum(1, keepdim=True)  # Σ w_j A_j x, of the one rank that all have
+        return mixed.expand(-1, self.gates.n, -1).flatten(1) * g
+
+    def _of_tokens(self, count: int, rows: Tensor) -> Tensor:
+        """The weight of each component for each of `count` tokens, [count, R]."""
+        if count % len(rows):
+            raise ValueError(f"{len(rows)} rows of weights met {count} tokens, which cannot be told apart")
+        return rows.to(self.A.device, self.A.dtype)[:, self.owner].repeat_interleave(count // len(rows), 0)

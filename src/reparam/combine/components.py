@@ -1,0 +1,150 @@
+"""The components of a finished adapter: each site's change as a sum of rank-one matrices, and which of them to keep.
+
+    B A = Σ σ_i u_i v_iᵀ        σ_1 >= σ_2 >= ...        kept: the first few of each site
+
+Ranks are chosen in three ways: by a share of each site's Σ σ², by a share of all sites' together, and by the bytes of
+the tensors. In the latter two the components of all sites compete by σ² a byte.
+
+Shapes: O out_features, I in_features, R rank, K = min(O, R, I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reparam.combine.lowrank import numeric_rank, singular
+from reparam.combine.operands import nothing
+from reparam.core.base import Method, Site
+from reparam.io.record import FormatError, Record
+from reparam.methods.adalora.method import AdaLoRA
+from reparam.methods.dora import DoRA, DoRAUpdate
+from reparam.methods.lora import LoRA, LoRAUpdate
+
+METHODS = (LoRA, DoRA, AdaLoRA)
+
+
+class Part(NamedTuple):
+    """The low-rank change of one site, as its singular value decomposition in float64."""
+
+    site: Site
+    u: Tensor  # [O, K]
+    values: Tensor  # [K], descending
+    vh: Tensor  # [K, I]
+    rank: int
+    """R, as it is stored."""
+    cost: int
+    """Bytes of one component."""
+    least: int
+    """The lowest rank that the site can have: 0 where it may leave the adapter or have none."""
+
+    def lost(self, rank: int) -> float:
+        """|B A - kept|, Frobenius norm, where this many components are kept."""
+        return float(self.values[rank:].norm())
+
+    @property
+    def own(self) -> int:
+        """How many values are more than rounding: the rank that the change has, whatever is stored."""
+        return numeric_rank(self.values)
+
+
+@torch.no_grad()
+def parts_of(record: Record, label: str) -> dict[str, Part]:
+    """The low-rank changes of an adapter, without gains. Raises FormatError, with the `label`, where there are none."""
+    if type(record.method) not in METHODS:
+        raise FormatError(
+            f"{label}: {record.method.name} has no components that could be dropped one by one; "
+            f"{', '.join(method.name for method in METHODS)} have. reparam compose --rank makes a LoRA of others"
+        )
+    if isinstance(record.method, DoRA) and record.method.magnitude_only:
+        raise FormatError(f"{label}: it trains magnitudes alone, and nothing in it has a rank")
+    parts = {name: _part(record, site, label) for name, site in record.sites.items()}
+    if not any(float(part.values.sum()) for part in parts.values()):
+        raise FormatError(f"{label}: it changes nothing: B A is zero at every site")
+    return parts
+
+
+def held(record: Record) -> int:
+    """Bytes of an adapter's tensors."""
+    return sum(tensor.nbytes for tensor in record.tensors.values())
+
+
+def bare(method: Method, site: Site) -> tuple[LoRAUpdate, str]:
+    """A fresh update of low rank at this site, without magnitudes, and what its tensors' names begin with."""
+    update = method.build(site, nothing(site), None)
+    inner = update.low_rank if isinstance(update, DoRAUpdate) else update
+    assert isinstance(inner, LoRAUpdate)
+    return inner, f"{site.name}.{'low_rank.' if inner is not update else ''}"
+
+
+def _part(record: Record, site: Site, label: str) -> Part:
+    update, start = bare(record.method, site)
+    own = {key: record.tensors[start + key] for key in update.roles if start + key in record.tensors}
+    try:
+        update.fit(own)
+        update.load_state_dict(own)
+    except (ValueError, RuntimeError) as error:
+        raise FormatError(f"{label}: {site.name}: its tensors do not fit its settings: {error}") from error
+    update.double()
+    update.load_state_dict(own)  # anew, for what float32 would round
+    factors = update.factors(nothing(site))
+    stored = len(factors.A)
+    cost = sum(tensor.nbytes for tensor in own.values()) // stored if stored else 0
+    fixed = any(f"{site.name}.{key}" in record.tensors for key in ("bias", "magnitude"))
+    least = 1 if fixed and isinstance(record.method, LoRA) else 0
+    return Part(site, *singular(factors), stored, cost, least)
+
+
+def by_energy(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
+    """The lowest rank of each site that keeps this share of its |B A|²."""
+    found = {}
+    for name, part in parts.items():
+        kept = part.values.square().cumsum(0)
+        enough = int((kept < energy * kept[-1]).sum()) + 1 if len(kept) else 0
+        found[name] = max(part.least, min(enough, part.own))
+    return found
+
+
+def by_bytes(parts: Mapping[str, Part], most: int, now: int) -> dict[str, int]:
+    """Ranks for tensors of at most `most` bytes, of an adapter that takes `now`: the first by σ² a byte that fit.
+
+    What a larger size keeps includes what a smaller one does. Raises ValueError for a size that is too small.
+    """
+    ranks = {name: part.least for name, part in parts.items()}
+    used = now - sum(part.cost * (part.rank - ranks[name]) for name, part in parts.items())
+    rest = ranked(parts)
+    needed = used + (parts[rest[0]].cost if not any(ranks.values()) else 0)
+    if needed > most:
+        raise ValueError(f"compress: bytes={most}: this adapter needs {needed:,} at least, and has {now:,} now")
+    for name in rest:
+        used += parts[name].cost
+        if used > most:
+            break
+        ranks[name] += 1
+    return ranks
+
+
+def within(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
+    """Ranks that keep this share of |B A|² over all sites together, with the components that `by_bytes` takes first."""
+    ranks = {name: part.least for name, part in parts.items()}
+    total = sum(float(part.values.square().sum()) for part in parts.values())
+    lost = sum(part.lost(part.least) ** 2 for part in parts.values())
+    for name in ranked(parts):
+        part, at = parts[name], ranks[name]
+        if lost <= (1 - energy) * total or at >= part.own:
+            continue
+        lost -= float(part.values[at]) ** 2
+        ranks[name] += 1
+    return ranks
+
+
+def ranked(parts: Mapping[str, Part]) -> list[str]:
+    """The sites of all components above the least, those first that hold most for their bytes."""
+    found = []
+    for name, part in parts.items():
+        squares = part.values.square().tolist() + [0.0] * (part.rank - len(part.values))
+        found += [(-square / part.cost, name) for square in squares[part.least :]]
+    return [name for _, name in sorted(found, key=lambda item: item[0])]

@@ -1,0 +1,175 @@
+"""Saved adapters as summands: checked against each other and the base, and their changes as factors in float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from reparam.core.base import Factors, InputDependentError, Site, Update, Weight
+from reparam.io.record import FormatError, Record, listed
+from reparam.sites.fingerprint import agree, fingerprint
+from reparam.sites.module import Adapted, is_conv1d
+from reparam.weights.dense import DenseWeight
+
+
+class Summand(NamedTuple):
+    """A saved adapter with a name for messages: its folder, as a rule."""
+
+    label: str
+    record: Record
+
+
+def sites_of(summands: Sequence[Summand]) -> dict[str, Site]:
+    """All sites that any of them changes. Raises FormatError where they differ about one, naming both."""
+    found: dict[str, Site] = {}
+    told: dict[str, str] = {}
+    for label, record in summands:
+        for name, site in record.sites.items():
+            if name not in found:
+                found[name], told[name] = site, label
+            one, other = found[name], site
+            if (one.kind, one.out_features, one.in_features) != (other.kind, other.out_features, other.in_features):
+                raise FormatError(
+                    f"{told[name]} and {label} are made for different bases: {name} is a {one.kind} of "
+                    f"{one.out_features} x {one.in_features} in one, {other.kind} of {other.out_features} x "
+                    f"{other.in_features} in the other"
+                )
+            found[name] = site if site.transposed else one
+    return found
+
+
+def check(summands: Sequence[Summand], base: nn.Module | None) -> None:
+    """Raise FormatError where they cannot be summed whatever the weights are: see `blend`."""
+    first: Summand | None = None
+    digests = None if base is None else fingerprint(base)
+    for label, record in summands:
+        if record.replaced:
+            raise FormatError(
+                f"{label}: it trains {listed(record.replaced)} whole, which is its task's own and no change that could "
+                f"be added to another's"
+            )
+        biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
+        if biases and base is None:
+            raise FormatError(
+                f"{label}: it trains {listed(biases)}: what it changed of them is known with the base alone; give the "
+                f"base"
+            )
+        with warnings.catch_warnings():  # about ranks, said when it was trained
+            warnings.simplefilter("ignore")
+            shared = record.method.shared(list(record.sites.values()))
+        if shared is not None:
+            raise FormatError(
+                f"{label}: {record.method.name} has parts that all sites share, such as gates, so that no one matrix "
+                f"stands for its change"
+            )
+        own = record.base.digests if record.base is not None else {}
+        if own and digests is not None and not agree(own, digests):
+            raise FormatError(f"{label}: trained on other weights than those of the base that is given")
+        if own and first is not None and not agree(first.record.base.digests, own):  # type: ignore[union-attr]
+            raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
+        first = first or (Summand(label, record) if own else None)
+    sites_of(summands)
+
+
+def check_factors(summands: Sequence[Summand]) -> None:
+    """Raise FormatError unless A and B can be added apart: the same sites, and the same ranks there."""
+    (one, first), *rest = summands
+    for label, record in rest:
+        apart = sorted(first.sites.keys() ^ record.sites.keys())
+        if apart:
+            raise FormatError(
+                f"{one} and {label} go on different sites: {listed(apart)} in one of them alone; space='delta' adds "
+                f"such adapters"
+            )
+    for name in first.sites:
+        shapes = [list(factors_of(label, record, name).A.shape) for label, record in summands]
+        for shape, (label, _) in zip(shapes, summands, strict=True):
+            if shape != shapes[0]:
+                raise FormatError(
+                    f"{name}: A is {shapes[0]} in {one} and {shape} in {label}; space='delta' adds adapters of "
+                    f"different ranks"
+                )
+
+
+@torch.no_grad()
+def check_identity(summand: Summand, base: nn.Module | None) -> None:
+    """Raise RuntimeError unless the factors of the smallest site compute what the adapter does there."""
+    label, record = summand
+    site = min(record.sites.values(), key=lambda s: s.out_features * s.in_features)
+    weight = nothing(site) if base is None else frozen(base, site)
+    update, factors = _update(label, record, site.name, weight), factors_of(label, record, site.name, weight)
+    if site.kind == "vector":
+        found, expected = update.changed(weight), factors.apply(weight.tensor())
+    elif site.kind == "embedding":
+        ids = torch.arange(min(4, site.out_features))
+        found = update.rows(ids, weight)
+        expected = weight.rows(ids) + factors.change(weight.rows(ids), slice(0, len(ids)))
+    else:
+        x = torch.linspace(-1, 1, site.in_features, dtype=torch.float64)[None]
+        found = update(x, weight)
+        plain = weight(x) if factors.gain is None else weight(x) * factors.gain
+        expected = plain + x @ factors.A.T @ factors.B.T
+    if not torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
+        raise RuntimeError(f"{label}: the factors of {record.method.name} at {site.name} are not what it computes")
+
+
+@torch.no_grad()
+def factors_of(label: str, record: Record, name: str, weight: Weight | None = None) -> Factors:
+    """A, B with the scale in it, and the gain of one site of a saved adapter, in float64.
+
+    `weight` is its frozen matrix. Raises FormatError, with the `label`, for a change that no factors stand for, and
+    for one with a gain where there is no `weight`.
+    """
+    frozen = nothing(record.sites[name]) if weight is None else weight
+    update = _update(label, record, name, frozen)
+    factors = update.factors(frozen)
+    if factors.gain is not None and weight is None:
+        raise FormatError(
+            f"{label}: {record.method.name} changes {name} by more than a low-rank matrix: its gain scales the frozen "
+            f"one too, so that a sum needs the base it was trained on; in space 'factor', and where weights are "
+            f"searched for, there is none"
+        )
+    return factors
+
+
+def _update(label: str, record: Record, name: str, frozen: Weight) -> Update:
+    """The update of one site with its saved values, in float64."""
+    start = f"{name}."
+    own = {k.removeprefix(start): t for k, t in record.tensors.items() if k.startswith(start) and k != f"{name}.bias"}
+    try:
+        update = record.method.build(record.sites[name], frozen, None)
+        update.fit(own)
+        update.load_state_dict(own)
+        update = update.double().eval()
+        update.factors(frozen)
+    except (InputDependentError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{label}: {record.method.name} at {name} cannot be summed: {error}") from error
+    if update.offset() is not None:
+        raise FormatError(f"{label}: {record.method.name} changes the bias of {name}, and sums are of matrices")
+    return update
+
+
+def nothing(site: Site) -> Weight:
+    """A matrix of zeros in this site's place, which takes no memory."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    return DenseWeight(zero.expand(site.out_features, site.in_features))
+
+
+def frozen(model: nn.Module, site: Site) -> Weight:
+    """The model's own matrix at this site, in float64. Raises FormatError where it has none, or of another shape."""
+    try:
+        module = model.get_submodule(site.name)
+    except AttributeError:
+        raise FormatError(f"the base has no module {site.name}, which the adapters change") from None
+    matrix = module.weight.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]
+    matrix = matrix.t() if is_conv1d(module) else matrix[:, None] if matrix.ndim == 1 else matrix
+    if tuple(matrix.shape) != (site.out_features, site.in_features):
+        raise FormatError(
+            f"{site.name} is {list(matrix.shape)} in the base, and {site.out_features} x {site.in_features} in the "
+            f"adapters"
+        )
+    return DenseWeight(matrix.detach().double().cpu())

@@ -1,0 +1,78 @@
+"""Before anything is trained: how many parameters each contestant trains, and everything that a base speaks against."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from reparam.adapter.attach import remove
+from reparam.compare.data import Sides
+from reparam.compare.plan import Plan
+from reparam.data.rows import read_rows
+from reparam.hf.prompts import Prompts
+from reparam.train.config import ConfigError
+from reparam.train.model import attached, by_task, loaded
+from reparam.train.run import prepare
+
+METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per byte"}
+_METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
+
+
+def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
+    """Trained parameters by contestant, and what was warned of, in sentences.
+
+    The base is loaded once for each storage, and every contestant is put on it.
+
+    Raises ConfigError, with all problems at once, for contestants that do not fit the model.
+    """
+    found: dict[str, int] = {}
+    problems: list[str] = []
+    warned_of: dict[str, list[str]] = {}
+    rows = read_rows(sides.train)
+    configs = {contestant.label: plan.config(contestant, {}) for contestant in plan.contestants}
+    for base in dict.fromkeys(config.base for config in configs.values()):
+        model = loaded(base)
+        for label, config in configs.items():
+            if config.base != base:
+                continue
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                try:
+                    method, _ = by_task(config.method, rows)
+                    adapter = attached(config, model, method)
+                except ValueError as error:
+                    problems.append(f"{label}: {error}")
+                    continue
+            for message in {str(w.message) for w in warned if issubclass(w.category, UserWarning)}:
+                warned_of.setdefault(message, []).append(label)
+            found[label] = sum(parameter.numel() for parameter in adapter.parameters())
+            if isinstance(adapter, Prompts):  # there is no way back from it
+                model = loaded(base)
+            else:
+                remove(model, adapter.name)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return found, [f"{', '.join(labels)}: {message}." for message, labels in warned_of.items()]
+
+
+def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
+    """Steps of a whole run, as `reparam train` counts them."""
+    config = plan.config(plan.contestants[0], {"data.train": sides.train, "data.valid": sides.valid})
+    if config.run.max_steps > 0:
+        return config.run.max_steps
+    job = prepare(plan.config(plan.contestants[0], {"data.train": sides.train, "run.output": str(place)}))
+    return config.run.steps(len(job.train))
+
+
+def metric_of(wanted: str, kind: str) -> str:
+    """The name of the score that is compared. Raises ConfigError where the rows do not have it.
+
+    >>> metric_of("auto", "texts")
+    'bits per byte'
+    """
+    known = _METRICS_OF[kind]
+    if wanted != "auto" and wanted not in known:
+        raise ConfigError(
+            f"compare.metric: {wanted} cannot be had of rows that are {kind}; expected {' or '.join(known)}"
+        )
+    return METRICS[known[0] if wanted == "auto" else wanted]

@@ -1,0 +1,1 @@
+"""The nouns that everything else is written in: weights, updates, methods, storages, and their registries."""

@@ -1,0 +1,267 @@
+"""The nouns everything else is written in: a frozen weight, a trainable update, the method that makes updates.
+
+A linear map W [O, I] stays frozen (`Weight`, packed by a `Storage`); an `Update` owns the few parameters that change
+it; a `Method` is the configuration that builds one update for each `Site`. What can be merged reduces to `Factors`:
+
+    W' = diag(gain) · W + B · A
+
+Shapes: O out_features, I in_features, R rank, V rows of an embedding, n length of a vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from reparam.core.controller import Controller
+from reparam.core.versions import Stamp, stamp
+
+Role = Literal["in", "out", "core", "gain", "route"]
+Kind = Literal["linear", "embedding", "vector"]
+_BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
+
+
+class Factors(NamedTuple):
+    """The normal form of a change: `W' = diag(gain) · W + B · A`, with no gain meaning ones. Differentiable."""
+
+    A: Tensor  # [R, I]
+    B: Tensor  # [O, R]
+    gain: Tensor | None = None  # [O]
+
+    def apply(self, w: Tensor) -> Tensor:
+        """The changed matrix [O, I], in the dtype of `w` [O, I]."""
+        kept = w if self.gain is None else self.gain.to(w.dtype)[:, None] * w
+        return torch.addmm(kept, self.B.to(w.dtype), self.A.to(w.dtype))
+
+    def change(self, w: Tensor, rows: slice = slice(None)) -> Tensor:
+        """ΔW [rows, I] in the dtype of `w`, which is W[rows]."""
+        low_rank = self.B[rows].to(w.dtype) @ self.A.to(w.dtype)
+        return low_rank if self.gain is None else torch.addcmul(low_rank, self.gain[rows, None].to(w.dtype) - 1, w)
+
+    def low_rank_norm(self) -> float:
+        """Frobenius norm of B·A from two [R, R] products, in float64; the matrix [O, I] is never built."""
+        a, b = self.A.detach().double(), self.B.detach().double()
+        return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
+class Weight(nn.Module):
+    """How a frozen matrix W [O, I] is stored. An operator first, a matrix only on request.
+
+    A subclass keeps its tensors as parameters or buffers and implements the methods below; its `Storage` makes it.
+    Nothing in it trains.
+    """
+
+    out_features: int
+    in_features: int
+
+    @property
+    def storage(self) -> Storage:
+        """The configuration that makes more weights like this one."""
+        raise NotImplementedError
+
+    @property
+    def plain(self) -> Tensor | None:
+        """The stored matrix [O, I] itself, where there is one that may be written to; None for a packed storage."""
+        return None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x Wᵀ + bias [..., O]; differentiable in x."""
+        raise NotImplementedError
+
+    def cast(self, x: Tensor) -> Tensor:
+        """x in a dtype that `forward` and an update beside it can use; by default as it is."""
+        return x
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [...] of integers below O -> the rows W[ids], [..., I]."""
+        raise NotImplementedError
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """A block of rows of W as float32, [rows, I]. It may be a view of the storage: do not write to it."""
+        raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
+        return self.dense().to(self.dtype) if self.plain is None else self.plain
+
+    def squares(self, dim: int) -> Tensor:
+        """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
+
+        Kept until W changes, but not in a compiled graph, which cannot tell. W is read in blocks of rows.
+        """
+        kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squares", {})
+        eager = not torch.compiler.is_compiling()
+        now = stamp(self) if eager else None
+        if now is not None and dim in kept and kept[dim][0] == now:
+            return kept[dim][1]
+        with torch.inference_mode(False) if eager else contextlib.nullcontext(), torch.no_grad():
+            found = [block.double().square().sum(dim) for _, block in self.blocks()]
+            total = torch.cat(found) if dim == 1 else torch.stack(found).sum(0)
+        if now is not None:
+            kept[dim] = now, total
+        return total
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W in blocks of rows [rows, I]: as it is stored where it is plain, else in float32."""
+        size = max(1, _BLOCK // self.in_features)
+        for start in range(0, self.out_features, size):
+            rows = slice(start, start + size)
+            yield rows, self.dense(rows) if self.plain is None else self.plain.detach()[rows]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__.pop("_squares", None)  # a move through 16 bits and back can end at the same address
+        return super()._apply(fn, recurse)
+
+    def rounded(self, factors: Factors, rounding: str) -> Weight:
+        """W' in the same format; `rounding` is "nearest", or "aware", which keeps the update's effect where it can.
+
+        Raises ValueError where the format has no such operation.
+        """
+        raise ValueError(f"no merge into the storage {self.storage.name!r} itself is defined; merge into a dense one")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that results have."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return next(self.parameters()).device
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Configuration and factory of a weight: a frozen dataclass whose `__post_init__` refuses bad values.
+
+    A subclass is registered with `@storage("name")`, lists in `examples` the settings that the conformance suite
+    builds, and implements `pack`.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def pack(self, w: Tensor) -> Weight:
+        """Store `w` [O, I], of any floating dtype. Raises ValueError for values that the format cannot hold."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `STORAGES[name](**settings)` gives an equal storage."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place in a model where an update can go."""
+
+    name: str
+    """Path of the module in the model, as `named_modules` gives it."""
+    kind: Kind
+    """An embedding is a matrix too: a row per id, O = V rows of I = width. So is a vector, a norm's: [O = n, I = 1]."""
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    """Whether the base keeps this matrix as [I, O], as GPT-2's Conv1D does. Only other libraries' files need it."""
+    bias: bool = False
+    """Whether the module has a bias [O]; not known of sites that were read from a file."""
+
+
+class InputDependentError(ValueError):
+    """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
+
+
+class Update(nn.Module):
+    """The trainable part of one site. It decides itself when the frozen map is applied.
+
+    `roles` gives every parameter its part ("in": what meets the input first, "out": what makes the output, "core",
+    "gain", "route"). Optimiser groups, weight decay and files go by roles, never by parts of names.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x W'ᵀ + bias [..., O]. The bias is never scaled."""
+        raise NotImplementedError
+
+    def factors(self, weight: Weight) -> Factors:
+        """The normal form, differentiable in the parameters. Raises `InputDependentError` where there is none."""
+        raise NotImplementedError
+
+    def offset(self) -> Tensor | None:
+        """The change of the bias [O], differentiable, or None. `forward` adds it, to the bias that it is given."""
+        return None
+
+    def changed(self, weight: Weight) -> Tensor:
+        """W' [O, I] in float32 or more, differentiable. Sites that are vectors compute with it."""
+        w = weight.tensor()
+        return self.factors(weight).apply(w.to(torch.promote_types(w.dtype, torch.float32)))
+
+    def rows(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids [...] -> rows of W', [..., I], for embeddings: `gain[i] · W[i] + B[i] · A`."""
+        factors = self.factors(weight)
+        found = weight.rows(ids)
+        if factors.gain is not None:
+            found = found * factors.gain.to(found.dtype)[ids].unsqueeze(-1)
+        return found + (nn.functional.embedding(ids, factors.B) @ factors.A).to(found.dtype)
+
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take on the shapes of these saved tensors, where training makes parameters smaller; others stay."""
+
+    def penalty(self) -> Tensor | None:
+        """An extra loss (a scalar), or None."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Configuration and factory in one; a frozen dataclass whose `__post_init__` refuses bad values.
+
+    A subclass is registered with `@method("name")`, lists in `examples` the settings that the conformance suite
+    builds, and implements `build`.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    biases: ClassVar[bool] = False
+    """Whether the biases of its sites train as they are, whatever `attach` is told."""
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """The targets where none are given."""
+        return ("all-linear",)
+
+    def why_not(self, site: Site) -> str | None:
+        """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
+        return None
+
+    def shared(self, sites: list[Site]) -> nn.Module | None:
+        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None.
+
+        The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
+        never as a submodule of its own.
+
+        If it has a `before_forward(model, args, kwargs)`, that is a forward pre-hook of the model while the adapter is
+        selected.
+        """
+        return None
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """A fresh update for one site. It changes nothing yet: its output equals the base's."""
+        raise NotImplementedError
+
+    def controller(self, updates: Mapping[str, Update]) -> Controller | None:
+        """What must happen around an optimiser step, for all updates by site, or None."""
+        return None
+
+    def trained(self, updates: Mapping[str, Update]) -> Self:
+        """The configuration that builds updates of these shapes: itself, unless training made them smaller."""
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `METHODS[name](**settings)` gives an equal method."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,195 @@
+"""Held-out scores: exact matches of answers, bits per byte of texts, loss per token; each with its 95 % interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reparam.adapter.context import context, tasks_of, told
+from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.rows import Row
+from reparam.data.tasks import task_numbers
+from reparam.hf.prompts import is_prompted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A figure and how far it can be trusted."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    """Ends of the 95 % interval over held-out rows."""
+    rows: int
+    larger_is_better: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, {self.rows} rows)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said to one held-out row."""
+
+    source: str
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        """Equal apart from white space around."""
+        return self.expected.strip() == self.given.strip()
+
+
+def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int = 8) -> Score:
+    """Bits per byte where the rows are texts, else nats per token that carries loss.
+
+    The interval is that of a ratio of sums over rows: 1.96 standard errors of the per-row residuals.
+    """
+    nats, tokens = token_losses(model, encoded, tokenizer, batch=batch)
+    texts = bool(encoded.text_bytes.sum())
+    weights = encoded.text_bytes.double() if texts else tokens
+    ratio = float(nats.sum() / weights.sum())
+    spread = float((nats - ratio * weights).std()) * math.sqrt(len(nats)) / float(weights.sum()) if len(nats) > 1 else 0
+    unit = math.log(2) if texts else 1.0
+    value, half = ratio / unit, 1.96 * spread / unit
+    name = "bits per byte" if texts else "loss per token"
+    return Score(name, value, value - half, value + half, len(nats), larger_is_better=False)
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int
+) -> tuple[Tensor, Tensor]:
+    """For each example, the sum of its tokens' cross entropies in nats [E] and how many tokens those are [E]."""
+    collate = Collator(padding_id(tokenizer))
+    device = next(model.parameters()).device
+    nats, tokens = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.float64)
+    by_length = torch.argsort(encoded.starts.diff()).tolist()
+    training = model.training
+    model.eval()
+    for start in range(0, len(by_length), batch):
+        examples = collate([encoded[i] for i in by_length[start : start + batch]])
+        rows = examples["row"]
+        labels = examples["labels"][:, 1:].to(device)
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        with told(model, examples):
+            logits = model(**inputs).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        nats[rows] = losses.sum(1).double().cpu()
+        tokens[rows] = (labels != -100).sum(1).double().cpu()
+    model.train(training)
+    return nats, tokens
+
+
+def score_answers(answers: Sequence[Answer]) -> Score:
+    """Share of exact matches, with Wilson's interval."""
+    n, right = len(answers), sum(answer.right for answer in answers)
+    p, z = right / n, 1.96
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Score("exact match", p, max(0.0, centre - half), min(1.0, centre + half), n, larger_is_better=True)
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch: int = 32,
+    max_new_tokens: int | None = None,
+) -> list[Answer]:
+    """Greedy answers to chats (their last turn) and completions; text rows have no answer and are left out.
+
+    `max_new_tokens` is by default what the longest expected answer needs, and a few more.
+    """
+    asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
+    pairs = [pair for pair in map(_split, asked) if pair is not None]
+    prompts = [_prompt(tokenizer, question) for question, _ in pairs]
+    expected = [answer for _, answer in pairs]
+    names = tasks_of(model)
+    tasks = task_numbers(asked, names) if names else None
+    if max_new_tokens is None:
+        max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
+    given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+    return [
+        Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
+        for row, (question, want), got in zip(asked, pairs, given, strict=True)
+    ]
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch: int = 32,
+    max_new_tokens: int = 64,
+    tasks: Sequence[int | str] | None = None,
+) -> list[str]:
+    """Greedy continuations of prompts given as token ids; padded on the left, so that a batch changes nothing.
+
+    Where trained positions stand in front of the text, padding would come between them: then nothing is padded.
+    `tasks` are the names or numbers of the prompts' tasks, for an adapter that goes by them.
+    """
+    device = next(model.parameters()).device
+    pad = padding_id(tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [""] * len(prompts)
+    training = model.training
+    model.eval()
+    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)
+        told_tasks = context(model, tasks=[tasks[i] for i in chosen]) if tasks is not None else nullcontext()
+        with told_tasks:
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        for i, text in zip(chosen, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            found[i] = text
+    model.train(training)
+    return found
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:
+    """Up to `size` of the numbers at a time, in their order; unless `padded`, of one length."""
+    groups = [order] if padded else [list(g) for _, g in itertools.groupby(order, key=lambda i: lengths[i])]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
+    """Question and expected answer, or None for a chat that does not end with an answer."""
+    if row.kind == "completion":
+        return row.prompt, row.completion
+    *before, last = row.messages
+    return ([dict(m) for m in before], str(last["content"])) if last["role"] == "assistant" and before else None
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, question: str | list[dict[str, str]]) -> list[int]:
+    if isinstance(question, str):
+        return list(tokenizer(question)["input_ids"])
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,46 @@
+"""Scores and answers as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from reparam.evaluation.score import Answer, Score
+
+
+def scores_table(
+    before: Sequence[Score], after: Sequence[Score], *, names: tuple[str, str] = ("base", "with adapter")
+) -> Table:
+    """Held-out scores of base and adapter, or of what else `names` says, with their intervals."""
+    table = Table()
+    for column in ("held-out score", f"{names[0]}, 95 % interval", names[1], "rows"):
+        table.add_column(column)
+    for old, new in zip(before, after, strict=True):
+        better = (new.value > old.value) == old.larger_is_better and new.value != old.value
+        colour = "green" if better else "red"
+        table.add_row(
+            f"{old.name} {'↑' if old.larger_is_better else '↓'}",
+            f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
+            f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
+            str(new.rows),
+        )
+    return table
+
+
+def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
+    """Questions with the base's and the adapter's answers."""
+    table = Table(show_lines=True)
+    for column in ("held-out question", "expected", "base", "with adapter"):
+        table.add_column(column, overflow="fold", max_width=44)
+    for base, adapted in pairs:
+        mark = "green" if adapted.right else "red"
+        table.add_row(
+            _cell(base.question), _cell(base.expected), _cell(base.given), f"[{mark}]{_cell(adapted.given)}[/{mark}]"
+        )
+    return table
+
+
+def _cell(text: str) -> str:
+    short = text if len(text) <= 80 else text[:77] + "..."
+    return short.replace("[", r"\[").replace("\n", "⏎ ")

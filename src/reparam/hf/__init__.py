@@ -1,0 +1,1 @@
+"""transformers: models and tokenizers, quantized loading, configurations, prompts."""

@@ -1,0 +1,161 @@
+"""`reparam inspect --deep`, `--survival`, `--against` and `--suggest`: what they print, draw and give as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from torch import nn
+
+from reparam.evaluation.evaluate import shrunk
+from reparam.evaluation.score import Score
+from reparam.evaluation.tables import scores_table
+from reparam.inspect import figures, tables
+from reparam.inspect.deep import SiteView, compared, view
+from reparam.inspect.similarity import Similarity
+from reparam.inspect.suggest import Suggestion, suggest
+from reparam.inspect.survival import overall
+from reparam.io import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Closely:
+    """What to look at beside the summary."""
+
+    deep: bool = False
+    """Spectra and, with the base, amplification."""
+    survival: bool = False
+    """What merging into each storage would keep; with the base."""
+    against: Path | None = None
+    """Folder of another adapter of the same base."""
+    suggest: float | None = None
+    """Share of |ΔW|² that what is suggested keeps."""
+    data: Path | None = None
+    """With `suggest`: a file of held-out rows."""
+
+    def __bool__(self) -> bool:
+        return self.deep or self.survival or self.against is not None or self.suggest is not None
+
+
+class Seen(NamedTuple):
+    """What was found."""
+
+    sites: tuple[SiteView, ...]
+    similarity: dict[str, Similarity]
+    suggestion: Suggestion | None
+    scores: tuple[Sequence[Score], Sequence[Score]] | None
+
+
+def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None) -> Seen:
+    """Look at what is asked for. `folder` is the adapter's own, `base` the name of its base and `model` that base.
+
+    Raises ValueError for options that need another one, and FormatError for adapters that they are not for.
+    """
+    if asked.data is not None and asked.suggest is None:
+        raise ValueError("--data is for --suggest, whose suggestion is scored on it")
+    sites = view(folder, model, survival=asked.survival) if asked.deep or asked.survival else ()
+    other = None if asked.against is None else files.adapter_folder(asked.against)
+    alike = {} if other is None else compared(folder, other, model)
+    found = None if asked.suggest is None else suggest(files.read(folder), asked.suggest, label=str(folder))
+    scores = None
+    if found is not None and asked.data is not None:
+        small = found.compression.record
+        scores = shrunk(asked.data, base, folder, small, dtype="auto", max_length=1024, batch=16)
+    return Seen(sites, alike, found, scores)
+
+
+def told(asked: Closely, seen: Seen) -> dict[str, Any]:
+    """What was found as plain values for JSON."""
+    found: dict[str, Any] = {}
+    if seen.sites:
+        found["deep"] = [site.told() for site in seen.sites]
+    if asked.survival:
+        found["survival"] = overall([site.survival or {} for site in seen.sites])
+    if asked.against is not None:
+        found["similarity"] = [
+            {"name": name, "left": alike.left.tolist(), "right": alike.right.tolist()}
+            | {"random": dict(zip(("left", "right"), alike.random, strict=True))}
+            for name, alike in seen.similarity.items()
+        ]
+    if seen.suggestion is not None:
+        found["suggestion"] = {
+            "sites": [dataclasses.asdict(site) for site in seen.suggestion.sites],
+            "bytes before": seen.suggestion.before,
+            "bytes": seen.suggestion.bytes,
+            "kept": seen.suggestion.kept,
+        }
+    if seen.scores is not None:
+        found["scores"] = {
+            name: [dataclasses.asdict(score) for score in scores]
+            for name, scores in zip(("original", "suggested"), seen.scores, strict=True)
+        }
+    return found
+
+
+def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
+    """Print it as tables."""
+    spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None}
+    if asked.deep and spectra:
+        console.print(tables.spectra(spectra))
+        kinds = {spectrum.kind for spectrum in spectra.values()}
+        if "low-rank part" in kinds:
+            _line(console, "these are of s B A, the change of the direction: ΔW depends on W here, --base shows it")
+        if "leading" in kinds:
+            _line(
+                console,
+                "ΔW has full rank (a gain scales W too). Looked at are its leading values, and which share of |ΔW|² "
+                "they hold; each is at most the true one",
+            )
+    if asked.deep and len(spectra) < len(seen.sites):
+        count = len(seen.sites) - len(spectra)
+        _line(console, f"{count} sites have no spectrum: their change depends on the input, or on the base (--base)")
+    against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
+    if asked.deep and against:
+        console.print(tables.amplification(against))
+        _line(console, "columns: norms of W in r directions of ΔW, random ones, and W's own; factor: |ΔW| / in ΔW's")
+    if asked.survival:
+        kept = {site.name: site.survival or {} for site in seen.sites}
+        console.print(tables.survival(kept, overall(list(kept.values()))))
+    if asked.against is not None:
+        console.print(tables.similarity(seen.similarity))
+    if seen.suggestion is not None:
+        _show_suggestion(asked, seen.suggestion, folder, console)
+    if seen.scores is not None:
+        console.print(scores_table(*seen.scores, names=("original", "as suggested")))
+
+
+def draw(seen: Seen, folder: Path) -> None:
+    """Write PNGs of it: spectra, amplification, survival, similarity."""
+    spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None and site.spectrum.rank}
+    if spectra:
+        figures.spectra(spectra, folder / "spectra.png")
+    against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
+    if against:
+        figures.amplification(against, folder / "amplification.png")
+    kept = [site.survival for site in seen.sites if site.survival]
+    if kept:
+        figures.survival(kept, overall(kept), folder / "survival.png")
+    if seen.similarity:
+        figures.similarity(seen.similarity, folder / "similarity.png")
+
+
+def _show_suggestion(asked: Closely, found: Suggestion, folder: Path, console: Console) -> None:
+    if not found.sites:
+        _line(console, f"nothing can go: less would keep under {asked.suggest:.6g} of |ΔW|²")
+        return
+    console.print(tables.suggestion(found))
+    dropped = sum(not site.rank for site in found.sites)
+    _line(
+        console,
+        f"{dropped} sites dropped, {len(found.sites) - dropped} shrunk: {found.before:,} -> {found.bytes:,} bytes "
+        f"({found.bytes / found.before:.1%}), {found.kept:.4f} of |ΔW|² stays",
+    )
+    _line(console, f"reparam compress {shlex.quote(str(folder))} OUTPUT --bytes {found.bytes}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

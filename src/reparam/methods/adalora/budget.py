@@ -1,0 +1,310 @@
+"""The budget of AdaLoRA: when it falls, and which components lose their place (arXiv 2303.10512, §3.2, §3.3).
+
+After b₀ components for `tinit` steps, a cubic fall to b_T at step T - tfinal, then b_T:
+
+    b(t) = floor(b_T + (b₀ - b_T) (1 - (t - tinit) / (T - tinit - tfinal))³)        t = 0, 1, ..., T - 1
+
+The paper's appendix has t - tinit - tfinal in the numerator, which begins above b₀ and ends with a jump: a misprint,
+and the released code has the form above. When it is time to mask (every `delta_t` steps, and from T - tfinal on), the
+b(t) components of the highest importance keep their λ and all others have theirs set to zero; until the end of the fall
+they can win it back. From T - tfinal on the choice stands, and what lost is dropped: smaller parameters, smaller
+optimiser states, the same function. With tfinal = 0 that happens after the last step.
+
+The importance of a component is that of λ, plus the means over its column of P and its row of Q. That of a number w is
+Ī Ū, from its sensitivity I = |w ∂L/∂w|, both means exponential and from zero:
+
+    Ī <- β₁ Ī + (1 - β₁) I        Ū <- β₂ Ū + (1 - β₂) |I - Ī|
+
+The gradient is the one that the optimiser sees, the orthogonality term's included. That term is added to the gradients
+of P and Q just before the step, so that the loss that a loop reports is the task's, and after any clipping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reparam.core.shrink import cannot_narrow, narrow
+from reparam.methods.adalora.update import SVDUpdate
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When the budget falls; steps count from 0."""
+
+    total: int
+    tinit: int
+    tfinal: int
+    every: int
+    milestones: tuple[int, ...] = ()
+
+    @property
+    def final(self) -> int:
+        """The step after which the choice stands."""
+        return min(self.total - self.tfinal, self.total - 1)
+
+    def budget(self, step: int, first: int, last: int) -> int:
+        """How many components have a place after this step, of `first` in the beginning and `last` in the end.
+
+        >>> [Plan(40, 5, 10, 5).budget(t, 12, 8) for t in (5, 6, 8, 11, 15, 39)]
+        [12, 11, 10, 9, 8, 8]
+        """
+        if step <= self.tinit and step < self.final:
+            return first
+        if step >= self.final:
+            return last
+        left = 1 - (step - self.tinit) / (self.total - self.tfinal - self.tinit)
+        return int(last + (first - last) * left**3)
+
+    def masks(self, step: int) -> bool:
+        """Whether components lose their place after this step."""
+        falling = self.tinit < step and (step % self.every == 0 or step in self.milestones)
+        return falling or step >= self.final
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the budget goes by: the settings of `AdaLoRA` with the same names."""
+
+    target_r: float
+    total_steps: int | None
+    tinit: int | None
+    tfinal: int | None
+    delta_t: int
+    milestones: tuple[int, ...]
+    beta1: float
+    beta2: float
+    score: str
+    orth_weight: float
+    orth_form: str
+
+    def plan(self, total_steps: int) -> Plan:
+        """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
+        tinit = total_steps // 6 if self.tinit is None else self.tinit
+        tfinal = total_steps // 2 if self.tfinal is None else self.tfinal
+        if total_steps <= tinit + tfinal:
+            raise ValueError(
+                f"AdaLoRA: {total_steps} steps are too few for tinit={tinit} and tfinal={tfinal}: the budget falls "
+                f"in between; train longer, or lower them"
+            )
+        late = [step for step in self.milestones if not tinit < step < total_steps - tfinal]
+        if late:
+            raise ValueError(
+                f"AdaLoRA: milestones={self.milestones!r}: the budget falls after step {tinit} and before "
+                f"{total_steps - tfinal}, and {late[0]} is not in between"
+            )
+        return Plan(total_steps, tinit, tfinal, self.delta_t, self.milestones)
+
+
+class Budget:
+    """Moves the budget of one adapter around the steps of its optimiser. A `Controller`."""
+
+    def __init__(self, rules: Rules, updates: Mapping[str, SVDUpdate]) -> None:
+        self.rules = rules
+        self.updates = dict(updates)
+        self.plan_: Plan | None = None if rules.total_steps is None else rules.plan(rules.total_steps)
+        self.step = 0
+        self.first = sum(len(update.E) for update in self.updates.values())
+        self.last = min(round(rules.target_r * len(self.updates)), self.first)
+        self.mean: list[Tensor] = []  # Ī of λ, Q and P, site after site
+        self.deviation: list[Tensor] = []  # Ū
+        self.places: list[Tensor] | None = None  # [R] for each site, once the choice stands; none of them when dropped
+
+    @property
+    def packed(self) -> bool:
+        """Whether the choice stands and all that lost is dropped."""
+        return self.places is not None and not self.places
+
+    def plan(self, total_steps: int | None) -> None:
+        """Take the number of steps from the trainer, unless the method has one.
+
+        Raises ValueError where neither knows it, where both do and differ, where the schedule does not fit, and where
+        parameters are sharded.
+        """
+        if any(hasattr(p, "full_tensor") for p in self._parameters()):
+            raise ValueError("AdaLoRA: the parameters are sharded (FSDP2), and the budget compares whole ones: use DDP")
+        own = self.rules.total_steps
+        if own is None and total_steps is None and self.plan_ is None:
+            raise ValueError(
+                "AdaLoRA: the number of optimiser steps is not known, and the budget falls over them: call "
+                "adapter.bind(optimizer, total_steps=...), or set AdaLoRA(total_steps=...)"
+            )
+        if own is not None and total_steps is not None and own != total_steps:
+            raise ValueError(
+                f"AdaLoRA: total_steps={own}, and the run has {total_steps} steps: leave total_steps out of the "
+                f"method, or set it to that"
+            )
+        if total_steps is not None:
+            found = self.rules.plan(total_steps)
+            if self.step and self.plan_ is not None and found != self.plan_:
+                raise ValueError(
+                    f"AdaLoRA: {self.step} steps were made by a schedule over {self.plan_.total}, and this run has "
+                    f"{total_steps} steps: go on with as many, or start again"
+                )
+            self.plan_ = found
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Add the orthogonality term to the gradients. Raises ValueError where one is missing."""
+        lost = [name for name, update in self.updates.items() if any(p.grad is None for p, _ in update.parts())]
+        if lost:
+            raise ValueError(
+                f"AdaLoRA: {len(lost)} of {len(self.updates)} sites have no gradient (first: {lost[0]}), and the "
+                f"budget compares all of them at each step: call backward before the step, zero_grad after, and leave "
+                f"out of the targets what the model does not use"
+            )
+        if self.rules.orth_weight:
+            self._orthogonal()
+        if self.rules.score == "before":
+            self._observe()
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Weigh the components, and take the place of those that lose. Raises ValueError for a NaN among them."""
+        assert self.plan_ is not None
+        if self.rules.score == "after":
+            self._observe()
+        if self.places is None and self.plan_.masks(self.step):
+            places = self._choose(self.plan_.budget(self.step, self.first, self.last))
+            if self.step >= self.plan_.final:
+                self.places, self.mean, self.deviation = places, [], []
+            if self.step >= self.plan_.final or self.step in self.plan_.milestones:
+                self._drop(places, optimizer)
+        elif self.places:
+            self._mask(self.places)
+        self.step += 1
+
+    @torch.no_grad()
+    def finish(self) -> str | None:
+        """Drop what has lost its place where that could not be done in training; say so if the schedule was cut short.
+
+        Returns a sentence for the user, or None.
+        """
+        if self.places is not None:
+            if self.places:
+                self._drop(self.places, None)
+            return None
+        if self.plan_ is None or self.step == 0:
+            return "AdaLoRA: no step was made through a bound optimiser, so that the ranks are those of the start"
+        budget = self.plan_.budget(self.step - 1, self.first, self.last)
+        return (
+            f"AdaLoRA: the run ended after {self.step} of {self.plan_.total} steps, before the ranks were final: the "
+            f"budget was {budget} components, and would have been {self.last}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, statistics and places."""
+        return {
+            "step": self.step,
+            "total": None if self.plan_ is None else self.plan_.total,
+            "sites": list(self.updates),
+            "first": self.first,
+            "mean": [t.clone() for t in self.mean],
+            "deviation": [t.clone() for t in self.deviation],
+            "places": None if self.places is None else [t.clone() for t in self.places],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`, on updates that have the ranks of then.
+
+        Raises ValueError where it is of other sites, or of other ranks.
+        """
+        if state["sites"] != list(self.updates):
+            raise ValueError("AdaLoRA: the saved budget is of other sites; train on the same targets, or start again")
+        places = state["places"]
+        for name, at in (("mean", 3), ("deviation", 3), ("places", 1)):
+            saved = state[name] or []
+            shapes = [p.shape for update in self.updates.values() for p, _ in update.parts()[:at]]
+            if saved and [t.shape for t in saved] != shapes:
+                raise ValueError(f"AdaLoRA: the saved budget's {name} are of other ranks than the sites have")
+        device = next(iter(self.updates.values())).E.device
+        self.step, self.first = state["step"], state["first"]
+        self.last = min(self.last, self.first)
+        self.mean = [t.to(device) for t in state["mean"]]
+        self.deviation = [t.to(device) for t in state["deviation"]]
+        self.places = None if places is None else [t.to(device) for t in places]
+        self.plan_ = None if state["total"] is None else self.rules.plan(state["total"])
+
+    # ---- the parts of a step
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for update in self.updates.values() for parameter, _ in update.parts()]
+
+    def _orthogonal(self) -> None:
+        """The gradient of γ R(P, Q): with squared norms (paper) or the mean norm (reference) of QQᵀ - 1, PᵀP - 1."""
+        squared = self.rules.orth_form == "paper"
+        factor = self.rules.orth_weight * (4.0 if squared else 1.0 / len(self.updates))
+        for update in self.updates.values():
+            for parameter, tall in ((update.A, False), (update.B, True)):
+                assert parameter.grad is not None
+                v = parameter.t() if tall else parameter  # [R, I] or [R, O]
+                off = v @ v.t()
+                off.diagonal().sub_(1)
+                term = (parameter @ off if tall else off @ parameter).mul_(factor)
+                if not squared:
+                    norm = torch.linalg.matrix_norm(off)
+                    term.div_(torch.where(norm == 0, 1, norm))  # at zero the norm has the subgradient zero
+                parameter.grad.add_(term.to(parameter.grad.dtype))
+
+    def _observe(self) -> None:
+        """Bring Ī and Ū up to date, until the choice stands."""
+        assert self.plan_ is not None
+        if self.places is not None or (self.step >= self.plan_.final and self.mean):
+            return
+        parameters = self._parameters()
+        if not self.mean:
+            self.mean = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+            self.deviation = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        found = torch._foreach_mul(parameters, gradients)
+        torch._foreach_abs_(found)
+        torch._foreach_lerp_(self.mean, found, 1 - self.rules.beta1)
+        torch._foreach_sub_(found, self.mean)
+        torch._foreach_abs_(found)
+        torch._foreach_lerp_(self.deviation, found, 1 - self.rules.beta2)
+
+    def _choose(self, budget: int) -> list[Tensor]:
+        """Give exactly `budget` components a place; the others' λ is zero from here. Ties go by |λ|, then by order."""
+        products = torch._foreach_mul(self.mean, self.deviation)
+        scores = torch.cat(
+            [e + a.mean(1) + b.mean(0) for e, a, b in zip(products[::3], products[1::3], products[2::3], strict=True)]
+        )
+        if not bool(scores.isfinite().all()):
+            raise ValueError("AdaLoRA: the importance of a component is NaN or infinite, so that none can be chosen")
+        sizes = torch.cat([update.E for update in self.updates.values()]).abs()
+        order = sizes.argsort(descending=True, stable=True)
+        order = order[scores[order].argsort(descending=True, stable=True)]
+        places = torch.zeros_like(scores, dtype=torch.bool)
+        places[order[:budget]] = True
+        split = list(places.split([len(update.E) for update in self.updates.values()]))
+        self._mask(split)
+        return split
+
+    def _mask(self, places: list[Tensor]) -> None:
+        for update, has in zip(self.updates.values(), places, strict=True):
+            update.E.masked_fill_(~has, 0)
+
+    def _drop(self, places: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Hold what has a place alone, in the optimiser too; nothing changes where an optimiser's states cannot follow.
+
+        Several processes keep all, masked: their gradients are exchanged in buckets of fixed sizes.
+        """
+        if optimizer is not None and (_processes() > 1 or cannot_narrow(optimizer, self._parameters())):
+            return
+        kept = [has.nonzero().flatten() for has in places]
+        for statistics in (self.mean, self.deviation):
+            for number, tensor in enumerate(statistics):
+                statistics[number] = tensor.index_select(1 if number % 3 == 2 else 0, kept[number // 3])
+        lost = [(u, i) for u, i in zip(self.updates.values(), kept, strict=True) if len(i) < len(u.E)]
+        narrow({parameter: (dim, index) for update, index in lost for parameter, dim in update.parts()}, optimizer)
+        if self.places is not None:
+            self.places = []
+
+
+def _processes() -> int:
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if spread else 1

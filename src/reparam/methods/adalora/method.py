@@ -1,0 +1,166 @@
+"""AdaLoRA: a budget of ranks, given to the sites that need them (Zhang et al. 2023, arXiv 2303.10512).
+
+    W' = W₀ + s P Λ Q        Q [R, I] and P [O, R] from N(0, 0.02²), Λ = diag(λ) zero: training starts at the base
+
+A component is a column of P, a λ and a row of Q. During training the budget, the number of components of all sites
+together, falls from `init_r` a site to `target_r`; those of the lowest importance lose it to the others, so that sites
+end with different ranks, zero among them. `budget.py` says when and which. It is driven by the optimiser that the
+adapter is bound to, whatever the training loop, and at its end the components that are left are all that is kept.
+
+In files and here Q is called A, P is B and λ is E, as in the released code and in PEFT. The scale is that code's,
+s = α / (init_r + 1e-5), and stays the same when ranks shrink.
+
+Shapes: O out_features, I in_features, R rank, N rows of a flattened batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from reparam.core.base import Method, Site, Update, Weight
+from reparam.core.checks import finite, whole, wrong_words
+from reparam.core.registry import method
+from reparam.methods import patterns
+from reparam.methods.adalora.budget import Budget, Plan, Rules
+from reparam.methods.adalora.update import SVDUpdate, components
+from reparam.methods.dora import DoRA
+from reparam.methods.lora import seeded
+
+ORTH_FORMS = ("reference", "paper")
+SCORES = ("after", "before")
+_STD = 0.02
+
+
+@method("adalora")
+@dataclasses.dataclass(frozen=True)
+class AdaLoRA(Method):
+    """Configuration of AdaLoRA.
+
+    Raises ValueError for a target above the initial rank, numbers out of range, and, once the number of steps is known,
+    for a schedule that does not fit into them.
+
+    >>> AdaLoRA(init_r=8, target_r=12)
+    Traceback (most recent call last):
+    ValueError: AdaLoRA: target_r=12 is above init_r=8: the budget can only fall
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"init_r": 4, "target_r": 2, "alpha": 64, "total_steps": 4, "tinit": 0, "tfinal": 2},
+        {"init_r": 3, "target_r": 3, "alpha": 120, "total_steps": 3, "dropout": 0.1, "orth_form": "paper"},
+        {"init_r": 2, "target_r": 0.5, "alpha": 32, "total_steps": 100, "score": "before", "magnitude": True},
+    )
+
+    init_r: int = 12
+    """Rank of every site at first."""
+    target_r: float = 8
+    """Mean rank of the sites at the end; times the number of sites, and rounded, it is the final budget."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / init_r."""
+    dropout: float = 0.0
+    """Probability with which an element of the branch's input is zeroed in training. Embeddings have none."""
+    total_steps: int | None = None
+    """Number of optimiser steps of the run. `reparam train` knows it; in your own loop, give it here or to bind."""
+    tinit: int | None = None
+    """Steps before the budget begins to fall; by default a sixth of all."""
+    tfinal: int | None = None
+    """Steps at the end with the final ranks; by default half of all."""
+    delta_t: int = 1
+    """Components lose and win their place every so many steps."""
+    milestones: tuple[int, ...] = ()
+    """Steps at which what has no place is dropped for good, besides the end of the schedule."""
+    beta1: float = 0.85
+    """Decay of the mean of sensitivities."""
+    beta2: float = 0.85
+    """Decay of their mean deviation."""
+    score: str = "after"
+    """Importance from the weights after the optimiser's step, as in the released code, or before, as in the paper."""
+    orth_weight: float = 0.1
+    """Weight of the term that keeps P and Q orthogonal. The paper uses 0.1 to 0.5, PEFT 0.5."""
+    orth_form: str = "reference"
+    """That term: the mean Frobenius norm (reference: the released code, PEFT), or the sum of its squares (paper)."""
+    magnitude: bool = False
+    """Train DoRA's magnitudes over the change as well."""
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Ranks that differ, by site: a regular expression for the end of the path -> rank. Files have the final ranks."""
+    seed: int = 0
+    """Seed of P and Q. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{key}={value!r}: expected a whole number of at least {least}"
+            for key, value, least in (
+                ("init_r", self.init_r, 1),
+                ("delta_t", self.delta_t, 1),
+                ("total_steps", self.total_steps, 1),
+                ("tinit", self.tinit, 0),
+                ("tfinal", self.tfinal, 0),
+                *((f"rank_pattern[{name!r}]", rank, 0) for name, rank in self.rank_pattern.items()),
+                *((f"milestones[{i}]", step, 1) for i, step in enumerate(self.milestones)),
+            )
+            if not (value is None and key in ("total_steps", "tinit", "tfinal")) and not whole(value, least)
+        ]
+        problems += [
+            f"{key}={value!r}: expected a finite number {'above' if key == 'alpha' else 'of at least'} 0"
+            for key, value in (("alpha", self.alpha), ("target_r", self.target_r), ("orth_weight", self.orth_weight))
+            if not finite(value) or value < 0 or (key == "alpha" and value == 0)
+        ]
+        if not problems and self.target_r > self.init_r:
+            problems.append(f"target_r={self.target_r!r} is above init_r={self.init_r!r}: the budget can only fall")
+        problems += [
+            f"{key}={value!r}: expected a number between 0 and 1"
+            for key, value in (("beta1", self.beta1), ("beta2", self.beta2))
+            if not finite(value) or not 0 < value < 1
+        ]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        problems += wrong_words(self, {"score": SCORES, "orth_form": ORTH_FORMS})
+        problems += patterns.broken("rank_pattern", self.rank_pattern)
+        if problems:
+            raise ValueError("AdaLoRA: " + "; ".join(problems))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.total_steps is not None:
+            self.plan(self.total_steps)
+
+    @property
+    def rules(self) -> Rules:
+        """The settings that the budget goes by."""
+        return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
+
+    def plan(self, total_steps: int) -> Plan:
+        """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
+        return self.rules.plan(total_steps)
+
+    def rank(self, name: str) -> int:
+        """Rank of the site with this path when it is built."""
+        return patterns.first(self.rank_pattern, name, self.init_r)
+
+    def shared(self, sites: list[Site]) -> None:
+        """Refuse patterns that match no site."""
+        patterns.check_used("rank_pattern", self.rank_pattern, [site.name for site in sites], method="AdaLoRA")
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """A fresh update, drawn from the seed and the site's name."""
+        generator = seeded(self.seed, site)
+        r = self.rank(site.name)
+        a = torch.empty(r, site.in_features).normal_(0, _STD, generator=generator)
+        b = torch.empty(site.out_features, r).normal_(0, _STD, generator=generator)
+        update = SVDUpdate(
+            a.to(weight.device), b.to(weight.device), scale=self.alpha / (self.init_r + 1e-5), dropout=self.dropout
+        )
+        return DoRA().over(update, site, weight) if self.magnitude else update
+
+    def controller(self, updates: Mapping[str, Update]) -> Budget:
+        """What moves the budget."""
+        return Budget(self.rules, {name: components(update) for name, update in updates.items()})
+
+    def trained(self, updates: Mapping[str, Update]) -> Self:
+        """With the ranks that the sites have now."""
+        ranks = {name: len(components(update).E) for name, update in updates.items()}
+        if all(self.rank(name) == rank for name, rank in ranks.items()):
+            return self
+        return dataclasses.replace(self, rank_pattern=patterns.exactly(ranks))

@@ -1,0 +1,80 @@
+"""Chatting with a model in the terminal, with an adapter and, on request, with the base beside it."""
+
+from __future__ import annotations
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from reparam.adapter.attach import select
+from reparam.evaluation.score import complete
+from reparam.hf.open import open_model
+
+
+class Chat:
+    """A conversation. Raises ValueError for a tokenizer without a chat template, unless `raw`.
+
+    `task` is for an adapter whose gates go by it.
+    """
+
+    def __init__(
+        self,
+        base: str | None,
+        adapter: str | None,
+        *,
+        dtype: str,
+        raw: bool,
+        max_new_tokens: int,
+        storage: str | None = None,
+        task: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype, storage=storage)
+        self.raw = raw
+        self.tasks = None if task is None else [task]
+        self.max_new_tokens = max_new_tokens
+        if not raw and not self.tokenizer.chat_template:
+            raise ValueError("this tokenizer has no chat template; add --raw to continue the prompt as plain text")
+
+    def reply(self, messages: list[dict[str, str]], *, adapter: bool) -> str:
+        """The greedy answer to the conversation so far."""
+        if self.raw:
+            ids = self.tokenizer(messages[-1]["content"])["input_ids"]
+        else:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.adapter is None:
+            return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens)[0]
+        tasks = self.tasks if adapter else None
+        with select(self.model, self.adapter.name if adapter else None):
+            return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens, tasks=tasks)[0]
+
+    def answer(
+        self, prompt: str, console: Console, *, compare: bool, before: list[dict[str, str]] | None = None
+    ) -> str:
+        """Print the answer to `prompt`, and return it; with `compare`, print the base's beside it."""
+        messages = [*(before or []), {"role": "user", "content": prompt}]
+        text = self.reply(messages, adapter=True)
+        if compare and self.adapter is not None:
+            other = self.reply(messages, adapter=False)
+            panels = [Panel(Text(other), title="base"), Panel(Text(text), title="with adapter", style="green")]
+            console.print(Columns(panels, equal=True, expand=True))
+        else:
+            console.print(Text(text))
+        return text
+
+    def loop(self, console: Console, *, compare: bool) -> None:
+        """Read prompts until end of input or an empty line."""
+        messages: list[dict[str, str]] = []
+        console.print("[dim]an empty line or end of input leaves[/dim]")
+        while prompt := _read(console):
+            text = self.answer(prompt, console, compare=compare, before=messages)
+            if not self.raw:
+                messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+
+
+def _read(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""

@@ -1,1 +1,0 @@
-"""Using adapters: chatting with one."""

@@ -1,0 +1,142 @@
+"""The modules that adapters put into a model: at a site, in the place of a module trained whole, and at the root."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from reparam.core.base import Kind, Site, Update, Weight
+
+
+class Adapted(nn.Module):
+    """What linear maps and embeddings have in common: the frozen weight, the updates by adapter name, the choice."""
+
+    def __init__(self, origin: nn.Module, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight  # W [O, I]
+        self.bias = bias
+        self.updates = nn.ModuleDict()
+        self.biases = nn.ParameterDict()  # an adapter's own bias [O], where it trains biases
+        self.biased: set[str] = set()  # its keys, because asking a ParameterDict takes long
+        self.active: str | None = None
+        self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
+        self.train(origin.training)
+
+    kind: Kind = "linear"
+
+    def site(self, name: str) -> Site:
+        """This place, under its path in the model."""
+        sizes = self.weight.out_features, self.weight.in_features
+        return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]), bias=self.bias is not None)
+
+    def add(self, name: str, update: Update, *, bias: bool = False) -> None:
+        """Hold `update` under the adapter's name; with `bias`, also a copy of the bias to train, in float32 or more."""
+        self.updates[name] = update
+        if bias and self.bias is not None:
+            dtype = torch.promote_types(self.bias.dtype, torch.float32)
+            self.biases[name] = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+            self.biased.add(name)
+
+    def drop(self, name: str) -> None:
+        """Forget the adapter's update and bias."""
+        if name in self.updates:
+            del self.updates[name]
+        if name in self.biased:
+            del self.biases[name]
+            self.biased.remove(name)
+
+    def bias_of(self, name: str | None) -> Tensor | None:
+        """The bias [O] that is used with this adapter."""
+        return self.biases[name].to(self.weight.dtype) if name in self.biased else self.bias
+
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        """Hold this bias [O] from now on, here and in what was here before; None for none.
+
+        Raises ValueError where that computes without one.
+        """
+        origin = self.origin[0]
+        if bias is not None and "bias" not in origin._parameters:
+            raise ValueError(f"{type(origin).__name__} has no place for a bias")
+        self.bias = origin.bias = bias  # type: ignore[assignment]
+
+    def stock(self) -> dict[str, Tensor]:
+        """The frozen tensors under the names and in the layout that they had before."""
+        raise NotImplementedError
+
+    def restore(self) -> nn.Module:
+        """The module as it was before, holding the current frozen weight and bias; if that is packed, a bare one."""
+        if self.weight.plain is None:
+            return type(self)(self.origin[0], self.weight, self.bias).train(self.training)
+        module = self.origin[0]
+        matrix = self.stock()["weight"]
+        if matrix is not module.weight:
+            module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+        return module.train(self.training)
+
+    def repack(self, weight: Weight) -> None:
+        """Hold the same matrix in another storage; the dense one is let go, here and in what was here before."""
+        self.weight = weight
+        if weight.plain is None:
+            shape = weight.out_features, weight.in_features
+            self.origin[0].weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+
+SHARED = "reparam_shared"  # where `Shared` is in a model
+
+
+class Shared(nn.ModuleDict):
+    """What all sites of an adapter have in common, by adapter. It is owned once, by the model's root."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself: a root that is an `nn.Sequential` calls every module it owns, this one included."""
+        return x
+
+
+class Replaced(nn.Module):
+    """A module that an adapter trains whole (a task's head, say): the original, and a full copy for each adapter."""
+
+    def __init__(self, origin: nn.Module) -> None:
+        super().__init__()
+        self.origin = origin
+        self.updates = nn.ModuleDict()
+        self.active: str | None = None
+        self.rows: list[str | None] | None = None  # of a mixed batch: the adapter of each row
+
+    def copy_of(self, name: str | None) -> nn.Module:
+        """The copy that this adapter uses: its own, or the original."""
+        return self.updates[name] if name is not None and name in self.updates else self.origin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever the chosen copy computes; in a mixed batch, each copy on its own rows of x [B, ...]."""
+        if self.rows is None:
+            return self.copy_of(self.active)(x)
+        if len(x) != len(self.rows):
+            raise ValueError(f"a mixed batch of {len(self.rows)} rows met an activation of shape {list(x.shape)}")
+        parts: dict[str | None, list[int]] = {}
+        for row, name in enumerate(self.rows):
+            parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
+        found = torch.cat([self.copy_of(name)(x[rows]) for name, rows in parts.items()])
+        order = [row for rows in parts.values() for row in rows]
+        return found[torch.tensor(order, device=found.device).argsort()]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the chosen copy, which models read for its dtype."""
+        return self.copy_of(self.active).weight  # type: ignore[return-value]
+
+    def drop(self, name: str) -> None:
+        """Forget the adapter's copy."""
+        if name in self.updates:
+            del self.updates[name]
+
+
+def is_packed(module: nn.Module) -> TypeGuard[Adapted]:
+    """Whether this module's matrix is in a packed storage."""
+    return isinstance(module, Adapted) and module.weight.plain is None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`, told by name: this file imports torch only."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -1,0 +1,59 @@
+"""The modules and parameters of a model by path, adapted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from reparam.core.base import Storage
+from reparam.sites.module import Adapted, Replaced, Shared, is_packed
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by path, not looking inside adapted or replaced ones: the cost does not grow with the adapters."""
+    yield from _below(model, "", {model})
+
+
+def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in parent.named_children():
+        if module not in seen and not isinstance(module, Shared):
+            seen.add(module)
+            yield path + name, module
+            if not isinstance(module, Adapted | Replaced):
+                yield from _below(module, f"{path}{name}.", seen)
+
+
+def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """For each of `names` that shares a parameter with modules outside of it: the paths of those."""
+    holders: dict[int, list[str]] = {}
+    for path, parameter in _held(model, ""):
+        holders.setdefault(id(parameter), []).append(path)
+    shared = [paths for paths in holders.values() if len(paths) > 1]
+    found: dict[str, list[str]] = {}
+    for name in names if shared else ():
+        for paths in shared:
+            outside = [path for path in paths if path != name and not path.startswith(name + ".")]
+            if outside and len(outside) < len(paths):
+                found.setdefault(name, []).extend(outside)
+    return found
+
+
+def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's parameters, each under the path of every module that holds it."""
+    if isinstance(module, Replaced):
+        yield from _held(module.origin, path)
+        return
+    own = [*module.weight.parameters()] if isinstance(module, Adapted) else [*module.parameters(recurse=False)]
+    if isinstance(module, Adapted) and isinstance(module.bias, nn.Parameter):
+        own.append(module.bias)
+    for parameter in own:
+        yield path, parameter
+    for name, child in () if isinstance(module, Adapted) else module._modules.items():
+        if child is not None and not isinstance(child, Shared):
+            yield from _held(child, f"{path}.{name}".lstrip("."))
+
+
+def packed_as(model: nn.Module) -> dict[str, Storage]:
+    """The storages of the matrices that are packed, by path."""
+    return {path: module.weight.storage for path, module in walk(model) if is_packed(module)}

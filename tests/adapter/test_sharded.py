@@ -1,0 +1,130 @@
+"""Two processes give the numbers of one, for every storage and method: with a half of every tensor each, or copies.
+
+FSDP2 shards what is packed as it is; DistributedDataParallel keeps copies of the model.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from cases import FAMILIES, FIRST, PACKED, base_of
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from toys import Nudge, registered
+
+import reparam
+from reparam.core.base import Method
+from reparam.sites.module import SHARED
+
+HERE = Path(__file__).parents[1]
+IDS = torch.randint(2, models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(7))
+METHODS: list[Method] = [case.values[0] for case in FIRST]
+STORED = [name for name in PACKED if name != "fixed16"]  # gloo cannot send the toy's 16-bit integers
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, whether or not several processes hold parts of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def step(model: Any, adapter: reparam.Adapter, ids: Tensor) -> dict[str, Tensor]:
+    """Output, loss and gradients, and the adapter after a step of an optimiser that was given all of the model."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    gradients = {name: whole(p.grad) for name, p, _ in adapter.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return {
+        "output": out.logits.detach().float(),
+        "loss": out.loss.detach(),
+        **{f"gradient of {name}": gradient for name, gradient in gradients.items()},
+        **{f"new {name}": whole(p.detach()) for name, p, _ in adapter.named_parameters()},
+    }
+
+
+def alone(storage: str, method: Method, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A step of one process on all rows; in bfloat16 with the adapter cast too, as the policy does at use."""
+    model, adapter = FAMILIES["llama"].adapted(method, storage, seed=1)
+    if dtype == torch.float32:
+        return step(model, adapter, IDS)
+    masters = {name: p.detach().clone() for name, p, _ in adapter.named_parameters()}
+    found = step(model.to(dtype), adapter, IDS)
+    gradients = {name: found[f"gradient of {name}"].float() for name in masters}
+    return found | {f"new {name}": masters[name] - 0.1 * gradients[name] for name in masters}
+
+
+def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) -> None:
+    """One step of this process on its half of the rows."""
+    rank = dist.get_rank()
+    expected = alone(storage, method, dtype)
+    expected["output"] = expected["output"].chunk(2)[rank]
+
+    model, adapter = FAMILIES["llama"].adapted(method, storage, seed=1)
+    before = base_of(model)
+    if sharded:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mp_policy=policy)
+        check_shares(model)
+        with pytest.raises(ValueError, match=r"parameters are sharded .*full_tensor"):
+            adapter.save("nowhere")
+    found = step(model if sharded else DistributedDataParallel(model), adapter, IDS.chunk(2)[rank])
+    dist.all_reduce(found["loss"])
+    found["loss"] /= 2
+
+    assert found.keys() == expected.keys()
+    small = 1e-5 if dtype == torch.float32 else 0.15  # two roundings to bfloat16 of what half cancels
+    many = 0.5 if dtype == torch.bfloat16 else small  # what all sites share: a sum over them, most of which cancels
+    least = {name: many if SHARED in name else small for name in expected}
+    wrong = {name: e for name in expected if (e := apart(found[name], expected[name])) > least[name]}
+    assert not wrong, f"{storage}, {method}, {dtype}, {sharded=}: {wrong}"
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    assert models.same({name: whole(tensor) for name, tensor in base_of(model).items()}, before)
+
+
+def check_shares(model: nn.Module) -> None:
+    """Each process holds about a half of everything that is frozen."""
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    held = [p for p in model.parameters() if isinstance(p, DTensor) and not p.requires_grad]
+    total, here = sum(p.nbytes for p in held), sum(p.to_local().nbytes for p in held)
+    assert 0.45 < here / total < 0.55
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The size of the difference over the size of what is expected."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def run() -> None:
+    """What each of the processes does."""
+    dist.init_process_group("gloo")
+    with registered(nudge=Nudge):
+        for storage in STORED:
+            for method in METHODS:
+                check(storage, method, torch.float32, sharded=False)
+                for dtype in (torch.float32, torch.bfloat16):
+                    check(storage, method, dtype, sharded=True)
+    if dist.get_rank() == 0:
+        print(f"{len(STORED)} storages, {len(METHODS)} methods")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    folders = [str(HERE / part) for part in ("", "helpers", "conformance", "adapter")]
+    script.write_text(f"import sys\nsys.path[:0] = {folders}\nimport conftest, test_sharded\ntest_sharded.run()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[:4000]
+    assert len(STORED) >= 4
+    assert result.stdout.strip() == f"{len(STORED)} storages, {len(METHODS)} methods"

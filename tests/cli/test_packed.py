@@ -1,0 +1,187 @@
+"""The command line over packed bases: quantize, train, generate, eval, merge, inspect; one sentence for a mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import reparam, train
+from transformers import AutoModelForCausalLM
+
+import reparam as library
+from reparam.sites.walk import packed_as
+
+
+@pytest.fixture(scope="module")
+def packed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("packed") / "model"
+    assert reparam("quantize", base, output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert train(base, rows, output, "--base.storage", "nf4") == 0
+    return output
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, in one line."""
+    out, err = capsys.readouterr()
+    return " ".join((out + err).split())
+
+
+def test_quantize_writes_a_model_and_says_what_it_takes(
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert reparam("quantize", base, tmp_path / "a", "--block", 32, "--no-double") == 0
+    assert "into nf4 (block=32, double=False)" in (said := told(capsys))
+    assert "5 bits an entry; left as they are: model.embed_tokens.weight" in said
+    assert reparam("inspect", tmp_path / "a", "--json") == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["settings"] == {"block": 32, "double": False}
+    assert report["bits for each entry"] == 5
+    assert reparam("inspect", tmp_path / "a") == 0
+    assert "packed 14 matrices into nf4" in told(capsys)
+    assert reparam("quantize", tmp_path / "a", tmp_path / "b", "--block", 32, "--no-double") == 0
+    assert "was packed already: written as it was" in told(capsys)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_the_bits_of_the_paper_are_what_inspect_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4.5 and 4.126953125, for matrices of whole blocks of statistics; the constant in them is 4 bytes a matrix."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "base")
+    from reparam.hf.models import load_base, save_model
+
+    for double, bits in ((False, 4.5), (True, 4.126953125 + 8 * 4 / 128**2)):
+        model = load_base(str(tmp_path / "base"), storage=library.NF4(double=double))
+        save_model(model, None, tmp_path / f"packed{double}")
+        assert reparam("inspect", tmp_path / f"packed{double}", "--json") == 0
+        (report,) = json.loads(capsys.readouterr().out)
+        assert report["bits for each entry"] == bits
+
+
+def test_a_packed_folder_trains_as_packing_on_load_does(
+    packed: Path,
+    trained: Path,
+    rows: str,
+    tmp_path: Path,
+) -> None:
+    assert train(str(packed), rows, tmp_path / "out") == 0
+    name = "adapter/adapter.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_the_resolved_configuration_reproduces_a_packed_run_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+    assert reparam("train", "-c", trained / "config.toml", "-o", tmp_path / "again") == 0
+    for name in ("adapter.safetensors", "adapter.json"):
+        assert (tmp_path / "again" / "adapter" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
+
+
+def test_the_adapter_remembers_how_its_base_was_packed(trained: Path) -> None:
+    from reparam.hf.open import open_model
+
+    (packing,) = json.loads((trained / "adapter/adapter.json").read_text())["base"]["packing"]
+    assert packing["storage"] == "nf4"
+    assert packing["settings"] == {"block": 64, "double": True}
+    model, _, _ = open_model(None, trained)
+    assert packed_as(model) == dict.fromkeys(packing["modules"], library.NF4())
+    model, _, _ = open_model(None, trained, storage="int8")
+    assert set(packed_as(model).values()) == {library.Int8()}
+    model, _, _ = open_model(None, trained, storage="dense")
+    assert packed_as(model) == {}
+
+
+def test_generate_and_eval_use_the_storage_of_the_training(
+    trained: Path,
+    rows: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert reparam("generate", "def f(a, b):", "-a", trained, "--max-new-tokens", 4) == 0
+    capsys.readouterr()
+    scores = {}
+    for storage in (None, "nf4", "dense"):
+        more = [] if storage is None else ["--storage", storage]
+        assert reparam("eval", rows, "-a", trained, "--json", *more) == 0
+        scores[storage] = json.loads(capsys.readouterr().out)["adapter"][0]["value"]
+    assert scores[None] == scores["nf4"] != scores["dense"]
+    figures = json.loads((trained / "figures.json").read_text())
+    assert figures["trained parameters"] > 0
+
+
+def test_merging_says_onto_what(
+    trained: Path,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert reparam("merge", tmp_path / "trained", "-a", trained) == 0
+    assert "in nf4, as the adapter was trained, unpacked; --onto original would add" in told(capsys)
+    assert reparam("merge", tmp_path / "original", "-a", trained, "--onto", "original") == 0
+    assert f"merged onto the weights in {base} as they are in its files" in told(capsys)
+    assert reparam("merge", tmp_path / "packed", "-a", trained, "--into", "nf4") == 0
+    assert "rounded to nf4 again" in told(capsys)
+    ids = torch.arange(5, 25)[None]
+    logits = {}
+    for name in ("trained", "original"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert packed_as(model) == {}
+        logits[name] = model(ids).logits
+    from reparam.hf.models import load_base
+    from reparam.hf.open import open_model
+
+    expected = open_model(None, trained)[0](ids).logits
+    assert float((logits["trained"] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert not torch.equal(logits["original"], logits["trained"])
+    assert len(packed_as(load_base(str(tmp_path / "packed")))) == 14
+
+
+MISTAKES = {
+    "block": (["quantize", "{base}", "{out}", "--block", "63"], "block=63: expected one of 32, 64, 128"),
+    "storage": (["quantize", "{base}", "{out}", "--storage", "nf5"], "unknown storage 'nf5' (did you mean 'nf4'?)"),
+    "nothing": (["quantize", "{base}", "{out}", "--storage", "dense"], "'dense' packs nothing; choose nf4 or int8"),
+    "itself": (["quantize", "{base}", "{base}"], "is the folder of the base model"),
+    "targets": (["quantize", "{base}", "{out}", "--targets", "q_prj"], "'q_prj' matches no module (did you mean"),
+    "twice": (["quantize", "{packed}", "{out}", "--storage", "int8"], "packing twice loses twice"),
+    "format": (["quantize", "{base}", "{out}", "--format", "gguf"], "format='gguf': expected 'reparam'"),
+    "onto": (["merge", "{out}", "-a", "{trained}", "--onto", "base"], "onto='base': expected one of trained, original"),
+    "both": (
+        ["merge", "{out}", "-a", "{trained}", "--onto", "original", "--into", "nf4"],
+        "--into writes the storage that the adapter was trained on",
+    ),
+    "into": (["merge", "{out}", "-a", "{trained}", "--into", "int8"], "into='int8' is for matrices that are in int8"),
+    "lost": (
+        ["merge", "{out}", "-a", "{trained}", "-b", "{packed}", "--onto", "original"],
+        "its matrices are packed, and what they were before is lost; give --base",
+    ),
+    "train": (
+        ["train", "--base.path", "{base}", "--data.train", "x", "--base.storage", "nf4", "--base.block", "0"],
+        "block=0: expected one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    mistake: str,
+    base: str,
+    packed: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, expected = MISTAKES[mistake]
+    places = {"base": base, "packed": packed, "trained": trained, "out": tmp_path / "out"}
+    assert reparam(*(argument.format(**places) for argument in arguments)) == 2
+    said = told(capsys)
+    assert expected in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()

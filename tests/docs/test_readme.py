@@ -1,0 +1,60 @@
+"""What the README and the embedded model promise a newcomer."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
+
+from reparam.cli import app
+from reparam.cli.config_options import ALIASES, with_options
+from reparam.data.encode import encode
+from reparam.data.rows import read_rows
+from reparam.evaluation.score import score_loss
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})  # the example is this repository's own
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
+
+
+def test_every_option_that_the_documents_print_exists() -> None:
+    def command(overrides: object = None) -> None: ...
+
+    known = {"--help"}
+    known |= {f"--{name.replace('__', '.', 1)}" for name in with_options(command).__signature__.parameters}  # type: ignore[attr-defined]
+    known |= {name for verb in get_command(app).commands.values() for option in verb.params for name in option.opts}  # type: ignore[attr-defined]
+    known |= {alias for aliases in ALIASES.values() for alias in aliases}
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"```\n(reparam .*?)```", document.read_text(), re.DOTALL):
+            words = shlex.split(block.replace("\\\n", " "), comments=True)
+            assert {w for w in words if w.startswith("-")} <= known, document
+
+
+def test_the_files_that_the_documents_name_are_there() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_embedded_model_scores_what_its_figures_say() -> None:
+    folder = ROOT / "assets" / "tiny-python"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    figures = json.loads((folder / "figures.json").read_text())
+    assert model.dtype == torch.bfloat16
+    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+    rows = read_rows(ROOT / "assets" / "tasks" / "reference" / "test.jsonl")[:8]
+    score = score_loss(model.float(), encode(rows, tokenizer, max_length=512), tokenizer)
+    assert 1.2 < score.value < 1.9, score  # prose it never saw; a damaged file gives 3 and more

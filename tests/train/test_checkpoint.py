@@ -1,0 +1,524 @@
+"""The commit protocol of checkpoints, and the state of training that they hold."""
+
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reparam.io.staged import DiskFull
+from reparam.train.checkpoint import RunLock, RunLocked, commit, newest, prune, verify
+from reparam.train.state import StateError, load_state, random_state, restore_optimizer, save_state, set_random_state
+
+
+def save(run: Path, step: int, size: int = 8) -> Path:
+    """Commit a checkpoint with two files, one of them in a folder."""
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_bytes(bytes([step % 256]) * size)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "state.json").write_text("{}")
+
+    return commit(run, step, write)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+# ---- commit, verify, newest
+
+
+def test_a_committed_checkpoint_is_intact_and_found(tmp_path):
+    path = save(tmp_path, 10)
+    assert path == tmp_path / "checkpoint-10"
+    assert verify(path) == []
+    assert newest(tmp_path).path == path
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 10
+    assert set(manifest["files"]) == {"weights", "sub/state.json"}
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    for step in (9, 100, 20):
+        save(tmp_path, step)
+    assert newest(tmp_path).path == tmp_path / "checkpoint-100"
+
+
+def test_no_folder_and_no_checkpoint(tmp_path):
+    assert newest(tmp_path / "none").path is None
+    (tmp_path / "checkpoint-best").mkdir()
+    assert newest(tmp_path) == newest(tmp_path / "none")
+
+
+def test_a_step_is_saved_again(tmp_path):
+    path = save(tmp_path, 5)
+    (path / "stray").write_text("left over")
+    save(tmp_path, 5, size=16)
+    assert sorted(os.listdir(path)) == ["manifest.json", "sub", "weights"]
+    assert verify(path) == []
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+def damage_truncate(path: Path) -> str:
+    os.truncate(path / "weights", 3)
+    return "weights has 3 bytes instead of 8"
+
+
+def damage_edit(path: Path) -> str:
+    (path / "weights").write_bytes(b"12345678")
+    return r"weights was changed after it was saved \(its SHA-256 differs\)"
+
+
+def damage_remove(path: Path) -> str:
+    (path / "sub" / "state.json").unlink()
+    return "sub/state.json is missing"
+
+
+def damage_uncommit(path: Path) -> str:
+    (path / "manifest.json").unlink()
+    return "manifest.json is missing: it was never committed"
+
+
+def damage_cut_manifest(path: Path) -> str:
+    os.truncate(path / "manifest.json", 20)
+    return r"manifest.json cannot be read \(JSONDecodeError.*\)"
+
+
+def damage_shape_of_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text("[1, 2]")
+    return r"manifest.json cannot be read \(TypeError.*\)"
+
+
+def damage_format(path: Path) -> str:
+    (path / "manifest.json").write_text('{"format": 7, "step": 20, "files": {}}')
+    return "manifest.json has format 7, and this version reads 1"
+
+
+def damage_escape(path: Path) -> str:
+    entry = {"size": 1, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 20, "files": {"../x": entry}}))
+    return r"manifest.json has a bad entry for '../x' \(.*leads out of the folder.*\)"
+
+
+def damage_rename(path: Path) -> str:
+    other = path.with_name("checkpoint-10")
+    (other / "manifest.json").write_bytes((path / "manifest.json").read_bytes())
+    os.rename(other, path.with_name("checkpoint-30"))
+    return "manifest.json is of step 20; weights was changed.*"
+
+
+DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, damage):
+    older = save(tmp_path, 5)
+    save(tmp_path, 10)
+    damaged = save(tmp_path, 20)
+    reason = damage(damaged)
+    found = newest(tmp_path)
+    if damage is damage_rename:  # 20 is intact, what is called 30 is not
+        assert found.path == damaged
+        damaged = tmp_path / "checkpoint-30"
+    else:
+        assert found.path == tmp_path / "checkpoint-10"
+    assert [path for path, _ in found.skipped] == [damaged]
+    assert re.fullmatch(reason, found.skipped[0][1])
+    assert verify(older) == []
+
+
+def test_everything_damaged(tmp_path):
+    for step in (1, 2):
+        damage_edit(save(tmp_path, step))
+    found = newest(tmp_path)
+    assert found.path is None
+    assert [path.name for path, _ in found.skipped] == ["checkpoint-2", "checkpoint-1"]
+
+
+def test_an_error_while_saving_leaves_the_older_one(tmp_path):
+    save(tmp_path, 1)
+
+    def fails(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        commit(tmp_path, 2, fails)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.fixture
+def small_files():
+    """A limit of 64 KiB on each file, which the system enforces as it does a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_left(tmp_path, small_files):
+    with pytest.raises(DiskFull, match="there is no older one"):
+        save(tmp_path, 1, size=1 << 17)
+    save(tmp_path, 2)
+    with pytest.raises(
+        DiskFull, match=r"checkpoint-3 .*File too large.*the old one, checkpoint-2, is intact"
+    ) as caught:
+        save(tmp_path, 3, size=1 << 17)
+    assert isinstance(caught.value.__cause__.__cause__, OSError)
+    assert caught.value.__cause__.__cause__.errno == errno.EFBIG
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert verify(tmp_path / "checkpoint-2") == []
+
+
+# ---- prune
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert sorted(path.name for path in prune(tmp_path, 2)) == ["checkpoint-1", "checkpoint-2"]
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-3"]
+
+
+def test_prune_never_deletes_the_newest_good_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    damage_edit(tmp_path / "checkpoint-4")
+    damage_truncate(tmp_path / "checkpoint-3")
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert newest(tmp_path).path == tmp_path / "checkpoint-2"
+
+
+def test_prune_without_a_good_one_deletes_nothing(tmp_path):
+    for step in (1, 2):
+        damage_edit(save(tmp_path, step))
+    assert prune(tmp_path, 1) == []
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_prune_spares_the_protected(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    prune(tmp_path, 1, protect=[tmp_path / "checkpoint-1"])
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+
+
+# ---- the lock
+
+
+HOLD = """
+import os, sys, time
+from reparam.train.checkpoint import RunLock
+with RunLock(sys.argv[1]):
+    worker = os.fork() if sys.argv[2] == "fork" else None
+    if worker == 0:  # the worker itself says who it is: what happens at a fork in a child has happened then
+        print(os.getpid(), flush=True)
+    if worker is None:
+        print(worker, flush=True)
+    time.sleep(30)
+"""
+
+
+def hold(run: Path, how: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(run), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    # A killed run's data loader workers, which were forked from it, must not keep the folder locked.
+    process = hold(tmp_path, "fork")
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(RunLocked, match=rf"is in use by process {process.pid} on "), RunLock(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # still there
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_lock_holds_within_one_process_and_can_be_entered_again(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    with lock:
+        with lock:
+            pass
+        with pytest.raises(RunLocked, match=f"process {os.getpid()} "), RunLock(tmp_path / "run"):
+            pass
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+BLOCKED = """
+import sys, time
+from pathlib import Path
+from reparam.train.checkpoint import RunLock, commit
+
+def write(folder):
+    (folder / "weights").write_bytes(bytes(1000))
+    print("half", flush=True)
+    time.sleep(30)
+
+with RunLock(sys.argv[1]):
+    commit(sys.argv[1], 2, write)
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_save(tmp_path):
+    save(tmp_path, 1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "half\n", process.communicate()[1]
+    process.kill()
+    process.communicate()
+    assert len(names(tmp_path)) == 3, "the half-written folder is gone before anybody could have cleared it"
+    assert newest(tmp_path).path == tmp_path / "checkpoint-1"
+    assert newest(tmp_path).skipped == []
+    with RunLock(tmp_path):
+        assert names(tmp_path) == [".lock", "checkpoint-1"]
+
+
+# ---- the state of training
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3, dtype=dtype)
+        self.b = nn.Linear(3, 1, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.dropout(self.a(x).relu(), 0.3)).square().sum()
+
+
+OPTIMIZERS = {
+    "AdamW": lambda net: torch.optim.AdamW(
+        [{"params": net.a.parameters(), "lr": 1e-2, "betas": (0.8, 0.95)}, {"params": net.b.parameters()}], lr=3e-3
+    ),
+    "AdamW amsgrad": lambda net: torch.optim.AdamW(net.parameters(), amsgrad=True, lr=torch.tensor(1e-2)),
+    "AdamW named": lambda net: torch.optim.AdamW(net.named_parameters()),
+    "SGD momentum": lambda net: torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9, nesterov=True),
+    "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=1e-2),
+    "Adafactor": lambda net: torch.optim.Adafactor(net.parameters(), beta2_decay=-0.7),
+    "Rprop": lambda net: torch.optim.Rprop(net.parameters()),
+    "Muon": lambda net: torch.optim.Muon([net.a.weight, net.b.weight]),
+}
+
+
+def step(net: Net, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = net(torch.randn(5, 4, dtype=net.a.weight.dtype))
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    return loss.detach()
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
+    rest = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, rest], [2])
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_training_goes_on_bit_for_bit(tmp_path, make):
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = make(net)
+    scheduler = schedule(optimizer)
+    for _ in range(3):
+        step(net, optimizer, scheduler)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    save_state(tmp_path, optimizer=optimizer, scheduler=scheduler, progress={"seen": 3})
+    straight = [step(net, optimizer, scheduler) for _ in range(3)]
+
+    torch.manual_seed(1)
+    again = Net()
+    other = make(again)
+    plan = schedule(other)
+    again.load_state_dict(weights)
+    state = load_state(tmp_path)
+    restore_optimizer(other, state.optimizer)
+    plan.load_state_dict(state.scheduler)
+    set_random_state(state.rng[0])
+    assert state.progress == {"seen": 3}
+    resumed = [step(again, other, plan) for _ in range(3)]
+
+    assert torch.equal(torch.stack(straight), torch.stack(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    groups = [({k: v for k, v in g.items() if k != "params"}) for o in (optimizer, other) for g in o.param_groups]
+    assert groups[: len(groups) // 2] == groups[len(groups) // 2 :]
+    assert [type(v) for g in groups[: len(groups) // 2] for v in g.values()] == [
+        type(v) for g in groups[len(groups) // 2 :] for v in g.values()
+    ]
+
+
+def test_a_state_of_another_dtype_than_its_parameter_is_not_cast(tmp_path):
+    # torch's load_state_dict casts it to the parameter's dtype.
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    third, packed = torch.full((3,), 1 / 3), torch.tensor([1, 200, 255], dtype=torch.uint8)
+    optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": third, "exp_avg_sq": packed}
+    scheduler = schedule(optimizer)
+    save_state(tmp_path, optimizer=optimizer, scheduler=scheduler, progress={})
+    fresh = torch.optim.AdamW([parameter])
+    restore_optimizer(fresh, load_state(tmp_path).optimizer)
+    assert fresh.state[parameter]["exp_avg"].dtype == torch.float32
+    assert torch.equal(fresh.state[parameter]["exp_avg"], third)
+    assert torch.equal(fresh.state[parameter]["exp_avg_sq"], packed)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    net = Net()
+    optimizer = OPTIMIZERS["AdamW"](net)
+    save_state(tmp_path, optimizer=optimizer, scheduler=schedule(optimizer), progress={})
+    with pytest.raises(StateError, match="not of this optimiser"):
+        restore_optimizer(torch.optim.AdamW(net.parameters()), load_state(tmp_path).optimizer)
+
+
+def test_every_generator_goes_on(tmp_path):
+    optimizer = torch.optim.SGD(Net().parameters())
+
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
+
+    draw()
+    save_state(tmp_path, optimizer=optimizer, scheduler=schedule(optimizer), progress={})
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert draw() != expected
+    set_random_state(load_state(tmp_path).rng[0])
+    assert draw() == expected
+
+
+def test_saving_draws_no_random_number(tmp_path):
+    optimizer = torch.optim.SGD(Net().parameters())
+    scheduler = schedule(optimizer)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    save_state(tmp_path, optimizer=optimizer, scheduler=scheduler, progress={})
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_the_loss_scaler_goes_on(tmp_path):
+    optimizer = torch.optim.SGD(Net().parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    save_state(tmp_path, optimizer=optimizer, scheduler=schedule(optimizer), progress={}, scaler=scaler)
+    assert load_state(tmp_path).scaler == scaler.state_dict()
+
+
+@pytest.mark.parametrize(
+    "missing", ["optimizer.json", "optimizer.safetensors", "scheduler.json", "rng.json", "rng.safetensors"]
+)
+def test_a_missing_file_is_refused_by_name(tmp_path, missing):
+    net = Net()
+    optimizer = OPTIMIZERS["AdamW"](net)
+    scheduler = schedule(optimizer)
+    step(net, optimizer, scheduler)
+    save_state(tmp_path, optimizer=optimizer, scheduler=scheduler, progress={})
+    (tmp_path / missing).unlink()
+    with pytest.raises(StateError, match=rf"lacks {missing}: without it training cannot continue"):
+        load_state(tmp_path)
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    optimizer = torch.optim.SGD(Net().parameters())
+    save_state(tmp_path, optimizer=optimizer, scheduler=schedule(optimizer), progress={})
+    os.truncate(tmp_path / "rng.safetensors", 100)
+    with pytest.raises(StateError, match=r"rng\.safetensors cannot be read"):
+        load_state(tmp_path)
+
+
+class Holder:
+    """Something with a state dict."""
+
+    def __init__(self, state: dict) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.state = state_dict
+
+
+def round_trip(folder: Path, state: dict) -> dict:
+    save_state(folder, optimizer=Holder(state), scheduler=Holder({}), progress={})
+    return load_state(folder).optimizer
+
+
+def test_types_come_back_as_they_were(tmp_path):
+    tree = {
+        "tuple": (0.9, (1, [2, ()])),
+        "keys": {0: "a", "0": "b", (1, 2): "c", None: "d"},
+        "floats": [1e-300, 0.1 + 0.2, float("inf"), -float("inf")],
+        "big": 1 << 70,
+        "$tensor": "not a tensor",
+        "flags": [True, None, 1],
+        "empty": [{}, [], ()],
+    }
+    back = round_trip(tmp_path, tree)
+    assert back == tree
+    assert repr(back) == repr(tree)
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    base = torch.arange(6.0)
+    shared = torch.ones(3, dtype=torch.bfloat16)
+    tree = {
+        "views": [base[:3], base[3:], base.view(2, 3).T, base],
+        "shared": [shared, shared],
+        "a": {"b": torch.tensor(1)},
+        "a/b": torch.tensor(2),
+        0: torch.tensor(True),
+        "0": torch.empty(0),
+    }
+    back = round_trip(tmp_path, tree)
+    for key in ("views", "shared"):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tree[key], back[key], strict=True))
+    assert back["shared"][0] is back["shared"][1]
+    assert (back["a"]["b"], back["a/b"]) == (1, 2)
+    assert back[0].item() is True
+    assert back["0"].shape == (0,)
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, np.float32(1)])
+def test_what_cannot_be_saved_is_named(tmp_path, value):
+    with pytest.raises(StateError, match=rf"optimizer state holds a {type(value).__name__} at x/1"):
+        round_trip(tmp_path, {"x": [0, value]})
+    assert not (tmp_path / "optimizer.json").exists()
+
+
+def test_a_tensor_subclass_is_named(tmp_path):
+    class Sharded(torch.Tensor):
+        pass
+
+    with pytest.raises(StateError, match="holds a Sharded at x: only plain tensors"):
+        round_trip(tmp_path, {"x": torch.ones(2).as_subclass(Sharded)})
+
+
+def test_random_state_is_plain_data():
+    state = random_state()
+    assert set(state) == {"python", "numpy", "torch", "cuda"}
+    assert isinstance(state["numpy"]["state"]["key"], list)
