@@ -20,7 +20,7 @@ FOREVER = 10**6
 
 
 def bound_step(model: nn.Module, adapter: reparam.Adapter, ids: torch.Tensor) -> m.Call:
-    """A whole training step of an optimiser that the adapter is bound to."""
+    """A whole training step of an optimizer that the adapter is bound to."""
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, foreach=True)
     adapter.bind(optimizer)
 

@@ -31,7 +31,7 @@ def contestants(base: nn.Module) -> tuple[dict[str, nn.Module], dict[str, int]]:
     for name, method in METHODS.items():
         adapter = reparam.attach(m.twin(base), method)
         if name != "full":
-            m.randomise(adapter.parameters())
+            m.randomize(adapter.parameters())
         models[name], trained[name] = adapter.model, sum(p.numel() for p in adapter.parameters())
     merged = m.with_reparam(copy.deepcopy(base))
     reparam.merge(merged)

@@ -24,7 +24,7 @@ import reparam
 def with_ours(model: nn.Module) -> nn.Module:
     """Our DoRA on all linear maps, with random factors and the magnitudes of the base."""
     adapter = reparam.attach(model, reparam.DoRA(r=m.RANK, alpha=2 * m.RANK))
-    m.randomise(p for name, p, _ in adapter.named_parameters() if not name.endswith("magnitude"))
+    m.randomize(p for name, p, _ in adapter.named_parameters() if not name.endswith("magnitude"))
     return model
 
 
@@ -32,7 +32,7 @@ def with_theirs(model: nn.Module) -> nn.Module:
     """The same from PEFT."""
     config = peft.LoraConfig(r=m.RANK, lora_alpha=2 * m.RANK, target_modules=list(m.LINEARS), use_dora=True)
     wrapped = peft.get_peft_model(model, config)
-    m.randomise(p for name, p in wrapped.named_parameters() if ".lora_A" in name or ".lora_B" in name)
+    m.randomize(p for name, p in wrapped.named_parameters() if ".lora_A" in name or ".lora_B" in name)
     return wrapped.train(model.training)
 
 

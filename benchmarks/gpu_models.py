@@ -81,7 +81,7 @@ def random(like: Tensor, device: torch.device) -> Tensor:
 
 
 def ours(model: nn.Module, *, budget: int | None = None, page: int = 1 << 20) -> torch.optim.Optimizer:
-    """Put our LoRA on the model; the optimiser has paged states of 8 bits."""
+    """Put our LoRA on the model; the optimizer has paged states of 8 bits."""
     adapter = reparam.attach(model, reparam.LoRA(r=R, alpha=ALPHA), targets="all-linear")
     return PagedAdamW(adapter.parameters(), lr=LR, bits=8, budget=budget, page=page)
 

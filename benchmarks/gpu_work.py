@@ -22,7 +22,7 @@ from reparam.kernels.nf4_reference import dequantize_reference, quantize_referen
 from reparam.kernels.nf4_tables import BLOCKS
 
 LIMIT = 48_000_000_000  # bytes: a card of 48 GB
-PAGED = 1 << 28  # bytes of optimiser states that the 65B run may hold on the device, of 1.6 GB
+PAGED = 1 << 28  # bytes of optimizer states that the 65B run may hold on the device, of 1.6 GB
 Line = tuple[str, str, str, str, str]  # measured, reparam, bitsandbytes, dense bfloat16, to reach
 
 
@@ -125,7 +125,7 @@ def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
         "ours": lambda: nf4.dequantize(codes, stats, block=64, count=n, dtype=w.dtype),
         "theirs": lambda: bnb.dequantize_4bit(their_codes, state),
     }
-    moved = {"packs": w.nbytes + codes.nbytes + absmax.nbytes, "unpacks, doubly quantised": w.nbytes + codes.nbytes}
+    moved = {"packs": w.nbytes + codes.nbytes + absmax.nbytes, "unpacks, doubly quantized": w.nbytes + codes.nbytes}
     lines = []
     for (what, size), work in zip(moved.items(), (packing, unpacking), strict=True):
         times = take_turns(work, device, rounds=2 if quick else 10)
@@ -225,7 +225,7 @@ def peak_of(step: m.Call, device: torch.device) -> int:
 
 
 def moved(optimizer: torch.optim.Optimizer, step: m.Call) -> int:
-    """Bytes of optimiser states that a step moves to the device and back."""
+    """Bytes of optimizer states that a step moves to the device and back."""
     before = optimizer.paging
     step()
     after = optimizer.paging

@@ -2,7 +2,7 @@
 
 The step is forward, backward and AdamW, 4 rows x 256 tokens, as in `train_step.py`; both adapters are on all linear
 maps. Its surplus does not depend on the batch: every matrix's map is drawn three times in a step, whatever the batch.
-Peak memory is what a step holds at most beyond the model, the adapter and the optimiser's states, by torch's count.
+Peak memory is what a step holds at most beyond the model, the adapter and the optimizer's states, by torch's count.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def steps(quick: bool) -> list[m.Row]:
         name = f"{space}, d = {d}"
         models[name] = m.twin(base)
         adapter = reparam.attach(models[name], Intrinsic(d=d, space=space), targets="all-linear")
-        m.randomise(adapter.parameters())
+        m.randomize(adapter.parameters())
     ids = torch.randint(0, base.config.vocab_size, (2, 16) if quick else (4, 256))
     work = {name: step_of(model, ids) for name, model in models.items()}
     times = m.interleave(work, rounds=2 if quick else 3)

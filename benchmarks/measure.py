@@ -127,7 +127,7 @@ def with_reparam(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Mo
     """Put our LoRA on all linear maps, once for each name, with random factors."""
     for name in names:
         adapter = reparam.attach(model, reparam.LoRA(r=RANK, alpha=2 * RANK), name=name)
-        randomise(adapter.parameters())
+        randomize(adapter.parameters())
     return model
 
 
@@ -138,12 +138,12 @@ def with_peft(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Modul
     wrapped = peft.get_peft_model(model, config, adapter_name=first)
     for name in others:
         wrapped.add_adapter(name, config)
-    randomise(p for name, p in wrapped.named_parameters() if ".lora_" in name)
+    randomize(p for name, p in wrapped.named_parameters() if ".lora_" in name)
     return wrapped.train(model.training)
 
 
 @torch.no_grad()
-def randomise(parameters: Iterable[Tensor]) -> None:
+def randomize(parameters: Iterable[Tensor]) -> None:
     """Small random numbers instead of zeros, so that nothing is found to be finished early."""
     for p in parameters:
         p.normal_(0, 0.02)

@@ -38,7 +38,7 @@ def update(size: float) -> Factors:
 def lost(weight: Weight, factors: Factors, rounding: str) -> tuple[float, float, float]:
     """Survival, noise, and the error of the effect."""
     old = weight.dense()
-    delta, written = factors.change(old), weight.rounded(factors, rounding).dense() - old
+    delta, written = factors.change(old), weight.requantize(factors, rounding).dense() - old
     x = factors.A.T @ torch.randn(RANK, 64)
     wrong = written - delta
     survival = float((written * delta).sum() / delta.square().sum())

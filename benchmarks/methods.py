@@ -94,7 +94,7 @@ def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encod
 
 
 def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, torch.optim.Optimizer]:
-    """A model that trains as the job says, and its optimiser, bound."""
+    """A model that trains as the job says, and its optimizer, bound."""
     model = copy.deepcopy(runs.base("nf4" if job.method.startswith("q") else "dense"))
     if job.method == "full":
         model.requires_grad_()

@@ -1,6 +1,6 @@
 """What a step of each method costs at the sizes of `methods.py`: CPU seconds side by side, and memory.
 
-One batch of `reference`, 8 rows of 128 tokens. Memory is what is held between steps (weights, adapters, optimiser's
+One batch of `reference`, 8 rows of 128 tokens. Memory is what is held between steps (weights, adapters, optimizer's
 states) and the most that one step holds beyond it, both by torch's count. AdaLoRA is measured at the two ends of its
 budget: with its first ranks, and with the final ones.
 """
@@ -23,7 +23,7 @@ KINDS = ("full", "lora", "lora_plus", "dora", "adalora", "adalora, final ranks",
 def contestant(
     kind: str, batch: dict[str, Tensor], steps: int
 ) -> tuple[measure.Call, nn.Module, torch.optim.Optimizer]:
-    """One optimiser step as a call, its model and its optimiser, with the optimiser's states made."""
+    """One optimizer step as a call, its model and its optimizer, with the optimizer's states made."""
     name, _, final = kind.partition(", ")
     total = 5 if final else 100 * steps
     model, _, optimizer = m.started(m.Job("reference", name, 1e-4, 0), total)
@@ -40,7 +40,7 @@ def contestant(
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers and optimiser's states, each memory once."""
+    """Bytes of parameters, buffers and optimizer's states, each memory once."""
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     tensors = [*model.parameters(), *model.buffers(), *states]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

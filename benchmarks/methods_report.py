@@ -196,8 +196,8 @@ def draw_scores(found: dict[str, Any], file: Path) -> None:
         for row, method in enumerate(methods):
             entry = found[task].get(method)
             if entry is not None:
-                colour = "tab:orange" if method.startswith("q") else "tab:gray" if method == "full" else "tab:blue"
-                axes.errorbar(entry[key]["mean"], row, xerr=entry[key]["half"], fmt="o", color=colour, capsize=3)
+                color = "tab:orange" if method.startswith("q") else "tab:gray" if method == "full" else "tab:blue"
+                axes.errorbar(entry[key]["mean"], row, xerr=entry[key]["half"], fmt="o", color=color, capsize=3)
         axes.set(title=task, xlabel=f"{UNITS[key]} on test (less is better)")
         axes.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
         axes.set_ylim(len(methods) - 0.5, -0.5)

@@ -42,7 +42,7 @@ def cost(*, quick: bool) -> None:
     models: dict[str, nn.Module] = {}
     for name, method in contestants().items():
         models[name] = m.twin(base)
-        m.randomise(reparam.attach(models[name], method).parameters())
+        m.randomize(reparam.attach(models[name], method).parameters())
     ids = torch.randint(0, base.config.vocab_size, (2, 16) if quick else (4, 256))
     steps = m.interleave({name: step_of(model, ids) for name, model in models.items()}, rounds=2 if quick else 8)
     found = {f"training step {ids.shape[0]} x {ids.shape[1]}": steps}
@@ -64,7 +64,7 @@ def merged(*, quick: bool) -> None:
         "static": METHODS["mixture"](n=4, r=m.RANK // 4, router="static"),
     }.items():
         models[name] = copy.deepcopy(base)  # merging writes to its matrices
-        m.randomise(reparam.attach(models[name], method).parameters())
+        m.randomize(reparam.attach(models[name], method).parameters())
         reparam.merge(models[name])
     found = {}
     for tokens, rounds in ((512, 10), (1, 100)):

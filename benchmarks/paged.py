@@ -61,7 +61,7 @@ def moved(optimizer: PagedAdamW, steps: int = 4) -> tuple[float, float]:
 
 
 def distance(make: Mapping[str, type | object], steps: int) -> dict[str, float]:
-    """Of each optimiser from the first, relative to how far that one has come."""
+    """Of each optimizer from the first, relative to how far that one has come."""
     ends = {}
     for name, cls in make.items():
         draw = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def main() -> None:
     cpu = m.interleave(calls, rounds=rounds)
 
     print(f"### Paged AdamW, {elements:,} elements in {len(factors(model))} tensors, pages of {page // 1024} KiB\n")
-    print("| optimiser | step over torch's | CPU over torch's | MB moved a step | least | resident bytes per element |")
+    print("| optimizer | step over torch's | CPU over torch's | MB moved a step | least | resident bytes per element |")
     print("|---|---|---|---|---|---|")
     for name, optimizer in contestants.items():
         ratios = f"{wall.over(name, 'torch.optim.AdamW'):.2f} | {cpu.over(name, 'torch.optim.AdamW'):.2f}"

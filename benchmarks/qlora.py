@@ -28,7 +28,7 @@ from reparam.kernels.nf4_tables import Statistics
 
 
 def kernels(*, quick: bool) -> list[m.Row]:
-    """Quantise from float32 and dequantise to bfloat16, plain and doubly quantised."""
+    """Quantize from float32 and dequantize to bfloat16, plain and doubly quantized."""
     side = 256 if quick else 4096
     w = torch.randn(side, side)
     half = w.bfloat16()
@@ -58,10 +58,10 @@ def kernels(*, quick: bool) -> list[m.Row]:
     size, over = f"{side} x {side}", times.over
     fresh, fresh_double = over("copy half", "unpack bnb"), over("copy half", "unpack double bnb")
     return [
-        _row(times, f"quantise {size} float32, over a copy of it", "pack", "copy", limit=1.0, goal=2.0),
-        _row(times, "the same, checked and doubly quantised", "pack double", "copy", limit=1.0),
-        m.Row("dequantise to bfloat16, over bitsandbytes", over("unpack", "unpack bnb"), 1.0, fresh, 0.4),
-        m.Row("the same, doubly quantised", over("unpack double", "unpack double bnb"), 1.0, fresh_double, 0.4),
+        _row(times, f"quantize {size} float32, over a copy of it", "pack", "copy", limit=1.0, goal=2.0),
+        _row(times, "the same, checked and doubly quantized", "pack double", "copy", limit=1.0),
+        m.Row("dequantize to bfloat16, over bitsandbytes", over("unpack", "unpack bnb"), 1.0, fresh, 0.4),
+        m.Row("the same, doubly quantized", over("unpack double", "unpack double bnb"), 1.0, fresh_double, 0.4),
         _row(times, "the same, over a copy of the result", "unpack double", "copy half", limit=1.0),
     ]
 
@@ -85,7 +85,7 @@ def _row(times: m.Times, what: str, name: str, other: str, *, limit: float, goal
 
 
 def with_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Its `Linear4bit` in the place of every linear map of the layers, doubly quantised."""
+    """Its `Linear4bit` in the place of every linear map of the layers, doubly quantized."""
     for name, module in list(model.named_modules()):
         if name.endswith(m.LINEARS):
             model.set_submodule(name, _linear4bit(module, torch.float32))

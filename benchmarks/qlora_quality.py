@@ -2,7 +2,7 @@
 
 Each seed draws the adapter's start and the order of the rows. The two runs of a seed differ in the storage of the base
 alone, so that their difference is paired; its 95 % interval is Student's over the seeds. The claim under test is the
-paper's (Dettmers et al. 2023, §4): training on NF4 with double quantisation loses nothing.
+paper's (Dettmers et al. 2023, §4): training on NF4 with double quantization loses nothing.
 
 A run whose figures are in the output folder already is not repeated.
 """
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds, steps = (2, 3) if given.quick else (given.seeds, -1)
     found = {storage: [bits(given.output, storage, seed, steps=steps) for seed in range(seeds)] for storage in STORAGES}
-    print("| bits per byte on `reference` | LoRA on float32 | QLoRA (NF4, double quantisation) | difference, 95 % |")
+    print("| bits per byte on `reference` | LoRA on float32 | QLoRA (NF4, double quantization) | difference, 95 % |")
     print("|---|---|---|---|")
     for key, what in (("base", "base"), ("", f"after training, {seeds} seeds")):
         for side in ("valid", "test"):

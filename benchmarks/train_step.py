@@ -4,7 +4,7 @@ The step is compared with what its FLOPs would take at the speed of the full fin
 torch's `FlopCounterMode` counts: all matrix products, and attention by torch's formula for flash attention (2 products
 forward, 5 backward, the causal mask ignored). Elementwise work is the same in both steps and counts no FLOPs, so that
 1 is not quite in reach; the second row leaves it out: it compares with the step of the frozen model (forward and the
-gradient of its input embeddings, no adapter), plus the factors' FLOPs at that step's speed. No optimiser there.
+gradient of its input embeddings, no adapter), plus the factors' FLOPs at that step's speed. No optimizer there.
 
 Bytes kept for backward: distinct storages of all tensors that autograd saves, parameters excluded.
 """

@@ -28,7 +28,7 @@ def folders(base: nn.Module, where: Path) -> list[str]:
     found = []
     for number in range(EXPERTS):
         adapter = reparam.attach(m.twin(base), reparam.LoRA(r=m.RANK, alpha=2 * m.RANK))
-        m.randomise(adapter.parameters())
+        m.randomize(adapter.parameters())
         adapter.save(where / str(number), format="peft")
         found.append(str(where / str(number)))
     return found
@@ -36,7 +36,7 @@ def folders(base: nn.Module, where: Path) -> list[str]:
 
 def ours(base: nn.Module, experts: list[str]) -> nn.Module:
     model = m.twin(base)
-    m.randomise(reparam.attach(model, METHODS["xlora"](experts=tuple(experts))).parameters())
+    m.randomize(reparam.attach(model, METHODS["xlora"](experts=tuple(experts))).parameters())
     return model.eval()
 
 
@@ -47,7 +47,7 @@ def theirs(base: nn.Module, experts: list[str]) -> nn.Module:
         adapters={str(number): folder for number, folder in enumerate(experts)},
     )
     model = peft.get_peft_model(m.twin(base), config)
-    m.randomise(p for name, p in model.named_parameters() if "internal_xlora_classifier" in name)
+    m.randomize(p for name, p in model.named_parameters() if "internal_xlora_classifier" in name)
     return model.eval()
 
 

@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python scripts/pretrain_tiny.py assets/tiny-python --tokens 12.5e6
 
 Model: Llama architecture, width 256, 6 layers, 4 query and 2 key-value heads, tied embeddings, 5.48 M parameters.
-Tokenizer: byte-level BPE, 4096 tokens, four of them for chats. Optimiser: Muon for the matrices, AdamW for embeddings
+Tokenizer: byte-level BPE, 4096 tokens, four of them for chats. Optimizer: Muon for the matrices, AdamW for embeddings
 and norms; learning rate constant, then linear to zero over the last 40 %. The weights are committed because the text
 differs between Python patch releases; `figures.json` beside them says which release, how many tokens and what came
 out. A run that was stopped continues from `OUT.partial`.

@@ -1,4 +1,4 @@
-"""reparam: adapt large models by reparameterising their weights.
+"""reparam: adapt large models by reparameterizing their weights.
 
 The interface, in six lines:
 
@@ -10,7 +10,7 @@ The interface, in six lines:
     reparam.merge(model)
 
 Packed bases: `reparam.pack(model, "nf4")`, or while transformers reads the model,
-`from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimiser states: `reparam.optim.PagedAdamW`.
+`from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimizer states: `reparam.optim.PagedAdamW`.
 """
 
 import importlib
@@ -75,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when first asked for: two that need transformers, which is told of them, and the optimisers."""
+    """What is imported when first asked for: two that need transformers, which is told of them, and the optimizers."""
     if name in ("Int8Config", "NF4Config"):
         return getattr(importlib.import_module("reparam.hf.quantizer"), name)
     if name == "optim":

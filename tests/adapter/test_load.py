@@ -154,7 +154,7 @@ def test_keeps_the_mode_of_the_model(training: bool, tmp_path: Path) -> None:
 
 
 def test_order_of_parameters_is_the_models(tmp_path: Path) -> None:
-    """An optimiser's state goes by position, so a file's order must not decide it."""
+    """An optimizer's state goes by position, so a file's order must not decide it."""
     model = llama()
     names = [name for name, _, _ in trained(model, modules_to_save=["model.norm"]).named_parameters()]
     for format in ("reparam", "peft"):

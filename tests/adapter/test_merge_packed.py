@@ -48,7 +48,7 @@ def kept(weight: nn.Module, merged: nn.Module, factors: Factors) -> float:
 def test_rounding_with_the_update_in_view_keeps_it(storage: Storage, size: float, gained: bool) -> None:
     weight = storage.pack(numbers(96, 256, seed=5))
     factors = update(96, 256, size=size, gained=gained)
-    merged = weight.rounded(factors, "aware")
+    merged = weight.requantize(factors, "aware")
     assert merged.storage == storage
     assert kept(weight, merged, factors) == pytest.approx(1, abs=0.03)
 
@@ -57,8 +57,8 @@ def test_rounding_to_the_nearest_loses_a_small_update_in_four_bits() -> None:
     """A change of 1 % of W: under 2 % of it survives, as the spec says, and nearly all with the other rounding."""
     weight = reparam.NF4().pack(numbers(512, 512, seed=5))
     factors = update(512, 512, size=0.01, rank=16)
-    assert kept(weight, weight.rounded(factors, "nearest"), factors) < 0.02
-    assert kept(weight, weight.rounded(factors, "aware"), factors) > 0.97
+    assert kept(weight, weight.requantize(factors, "nearest"), factors) < 0.02
+    assert kept(weight, weight.requantize(factors, "aware"), factors) > 0.97
 
 
 @every
@@ -71,7 +71,7 @@ def test_the_effect_is_kept_for_inputs_that_the_update_sees(storage: Storage) ->
     wanted = factors.change(old) @ x
 
     def missed(rounding: str) -> float:
-        found = (weight.rounded(factors, rounding).dense() - old) @ x
+        found = (weight.requantize(factors, rounding).dense() - old) @ x
         return float((found - wanted).norm() / wanted.norm())
 
     assert missed("aware") < 0.1
@@ -81,13 +81,13 @@ def test_the_effect_is_kept_for_inputs_that_the_update_sees(storage: Storage) ->
 @every
 def test_a_zero_update_changes_nothing(storage: Storage) -> None:
     weight = storage.pack(numbers(33, 65, seed=1))
-    same = weight.rounded(Factors(torch.zeros(2, 65), torch.zeros(33, 2)), "aware")
+    same = weight.requantize(Factors(torch.zeros(2, 65), torch.zeros(33, 2)), "aware")
     assert models.same(dict(same.state_dict()), dict(weight.state_dict()))
 
 
 def test_the_magnitudes_of_four_bits_stay_where_the_update_is_small() -> None:
     weight = reparam.NF4().pack(numbers(33, 65, seed=1))
-    moved = weight.rounded(update(33, 65, size=0.05), "aware")
+    moved = weight.requantize(update(33, 65, size=0.05), "aware")
     for name, tensor in weight.state_dict().items():
         assert torch.equal(moved.state_dict()[name], tensor) == (name != "codes")
 

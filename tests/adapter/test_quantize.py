@@ -41,7 +41,7 @@ def matrices(model: nn.Module) -> dict[str, Tensor]:
     return {
         path: module.weight.dense().clone()
         for path, module in model.named_modules()
-        if isinstance(module, Adapted) and module.weight.plain is None
+        if isinstance(module, Adapted) and module.weight.dense_or_none is None
     }
 
 
@@ -227,7 +227,7 @@ def test_the_dense_matrices_are_let_go(storage: Storage) -> None:
         if attached:
             trained(model, targets="all-linear")
         weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear | Linear)]
-        refs = [weakref.ref(w if isinstance(w, Tensor) else w.plain) for w in weights]
+        refs = [weakref.ref(w if isinstance(w, Tensor) else w.dense_or_none) for w in weights]
         assert len(refs) == 14
         del weights
         reparam.pack(model, storage)

@@ -253,7 +253,7 @@ def test_training_through_a_mixed_batch_is_refused() -> None:
 # ---- the bank
 
 
-def optimise(model: nn.Module, adapter: reparam.Adapter) -> None:
+def optimize(model: nn.Module, adapter: reparam.Adapter) -> None:
     reparam.select(model, adapter.name)
     adapter.requires_grad_()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
@@ -266,7 +266,7 @@ def overwrite(model: nn.Module, adapter: reparam.Adapter) -> None:
     model.load_state_dict(state, strict=False)
 
 
-@pytest.mark.parametrize("way", [optimise, overwrite])
+@pytest.mark.parametrize("way", [optimize, overwrite])
 def test_an_adapter_that_changed_is_written_again(way: Callable[[nn.Module, reparam.Adapter], None]) -> None:
     model = two()
     before = under(model, ["a", "b", None])
@@ -475,7 +475,7 @@ def test_every_site_has_one_bank_that_is_used_when_mixed_only() -> None:
     assert {module.active for module in state.sites.values()} == {"a"}
 
 
-def test_a_mixed_batch_sees_the_steps_of_a_fused_optimiser() -> None:
+def test_a_mixed_batch_sees_the_steps_of_a_fused_optimizer() -> None:
     """AdamW with fused=True changes parameters without raising their version counters."""
     model = two()
     adapter = reparam.adapters(model)["a"].requires_grad_()

@@ -37,7 +37,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def step(model: Any, adapter: reparam.Adapter, ids: Tensor) -> dict[str, Tensor]:
-    """Output, loss and gradients, and the adapter after a step of an optimiser that was given all of the model."""
+    """Output, loss and gradients, and the adapter after a step of an optimizer that was given all of the model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()

@@ -175,7 +175,7 @@ def test_rows_fit_in_128_tokens_of_the_embedded_model() -> None:
     assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) <= 128
 
 
-def test_the_notice_holds_the_licence_and_no_path_of_a_machine() -> None:
+def test_the_notice_holds_the_license_and_no_path_of_a_machine() -> None:
     text = (ROOT / "assets" / "NOTICE").read_text(encoding="utf-8")
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in text
     assert re.search(r"Copyright \(c\) 2001.*2023 Python Software Foundation", text)

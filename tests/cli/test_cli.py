@@ -136,7 +136,7 @@ MISTAKES = {
     "unknown method": (["train", "--base", "{base}", "--data", "{rows}", "--method", "lorra"], "'lora'"),
     "output is base": (["train", "--base", "{base}", "--data", "{rows}", "-o", "{base}"], "folder of the base model"),
     "config missing": (["train", "-c", "none.toml"], "no such file"),
-    "unknown optimiser": (["train", "--base", "{base}", "--data", "{rows}", "--optim", "adamx"], "adamx"),
+    "unknown optimizer": (["train", "--base", "{base}", "--data", "{rows}", "--optim", "adamx"], "adamx"),
     "adapter missing": (["generate", "x", "-a", "{rows}.d"], "no such folder"),
     "adapter is base": (["generate", "x", "-a", "{base}"], "adapter.json"),
     "neither": (["generate", "x"], "--base"),

@@ -46,7 +46,7 @@ def test_a_sum_is_exact_and_loads(
             library.load(model, parts / name)
             for module in library.adapters(model)["default"].modules.values():
                 factors = module.updates["default"].factors(module.weight)  # type: ignore[operator]
-                module.weight.plain.add_(w * factors.B @ factors.A)  # type: ignore[union-attr]
+                module.weight.dense_or_none.add_(w * factors.B @ factors.A)  # type: ignore[union-attr]
             library.remove(model, "default")
         assert (model(ids).logits - found).abs().max() < 1e-4
 

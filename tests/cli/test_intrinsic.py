@@ -98,7 +98,7 @@ def test_refusals(
     assert not (tmp_path / "out/runs").exists()
 
 
-def test_a_reference_that_learnt_no_answer_is_refused(
+def test_a_reference_that_learned_no_answer_is_refused(
     base: str,
     rows: str,
     tmp_path: Path,

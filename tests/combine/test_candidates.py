@@ -14,7 +14,7 @@ import reparam
 from reparam import DoRA, FormatError, LoRA
 from reparam.combine.blend import blend
 from reparam.combine.candidates import candidates
-from reparam.combine.operands import Summand
+from reparam.combine.operands import Operand
 
 WEIGHTS = torch.tensor([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -25,10 +25,10 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 
 
-def parts(make: Callable[[], Any], targets: list[str], **settings: Any) -> list[Summand]:
+def parts(make: Callable[[], Any], targets: list[str], **settings: Any) -> list[Operand]:
     methods = [LoRA(r=2, alpha=4), LoRA(r=2, alpha=1), LoRA(r=2, scaling="rslora")]
     return [
-        Summand(str(seed), trained(make(), seed=seed, targets=targets, **{"method": method, **settings}).record())
+        Operand(str(seed), trained(make(), seed=seed, targets=targets, **{"method": method, **settings}).record())
         for seed, method in enumerate(methods)
     ]
 
@@ -37,10 +37,10 @@ def parts(make: Callable[[], Any], targets: list[str], **settings: Any) -> list[
 @pytest.mark.parametrize("case", MODELS)
 def test_each_row_is_the_sum_that_is_written(case: str, space: str) -> None:
     make, targets = MODELS[case]
-    summands = parts(make, targets)
+    operands = parts(make, targets)
     model = make()
     before, base = frozen(model), logits(model)
-    with candidates(model, summands, space=space) as gates:
+    with candidates(model, operands, space=space) as gates:
         gates.rows = WEIGHTS
         found = logits(model)
         gates.rows = None
@@ -48,15 +48,15 @@ def test_each_row_is_the_sum_that_is_written(case: str, space: str) -> None:
     assert same(frozen(model), before)
     for row, weights in enumerate(WEIGHTS.tolist()):
         one = make()
-        blend([s.record for s in summands], weights, space=space).put(one)
+        blend([s.record for s in operands], weights, space=space).put(one)
         assert_equal_but_for_rounding(found[row], logits(one)[row])
         assert row == 1 or (found[row] - base[row]).abs().max() > 0.01
     assert torch.equal(found[1], base[1])
 
 
 def test_adapters_of_different_ranks_and_sites_in_delta() -> None:
-    one = Summand("one", trained(llama(), seed=1, method=LoRA(r=3)).record())
-    two = Summand("two", trained(llama(), seed=2, targets=["v_proj", "up_proj"]).record())
+    one = Operand("one", trained(llama(), seed=1, method=LoRA(r=3)).record())
+    two = Operand("two", trained(llama(), seed=2, targets=["v_proj", "up_proj"]).record())
     model = llama()
     with candidates(model, [one, two]) as gates:
         gates.rows = WEIGHTS[:, :2]
@@ -97,18 +97,18 @@ def test_what_cannot_be_searched() -> None:
     model = llama()
     good = parts(llama, ["q_proj"])
 
-    def refused(summands: list[Summand], message: str, space: str = "delta") -> None:
-        with pytest.raises(ValueError, match=message), candidates(model, summands, space=space):
+    def refused(operands: list[Operand], message: str, space: str = "delta") -> None:
+        with pytest.raises(ValueError, match=message), candidates(model, operands, space=space):
             pass
         assert not hasattr(model, "reparam_state")
 
     refused([], "no adapters are given")
     refused(good, "in delta and factor", space="ties")
-    refused([Summand("d", trained(llama(), method=DoRA(r=2)).record())], "its gain scales the frozen one too")
+    refused([Operand("d", trained(llama(), method=DoRA(r=2)).record())], "its gain scales the frozen one too")
     refused(parts(llama, ["q_proj"], modules_to_save=["lm_head"]), "trains lm_head whole")
     wide = trained(llama(hidden_size=64)).record()
-    refused([Summand("w", wide)], "other weights than those of the base")
-    bare = Summand("w", type(wide)(wide.method, wide.sites, wide.tensors))
+    refused([Operand("w", wide)], "other weights than those of the base")
+    bare = Operand("w", type(wide)(wide.method, wide.sites, wide.tensors))
     refused([bare], r"linear, 32 x 32, in the base, not 64 x 64")
     with candidates(model, good) as gates:
         gates.rows = WEIGHTS[:2].expand(2, 3)

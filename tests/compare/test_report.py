@@ -156,7 +156,7 @@ def test_a_telephone_scrolls_the_table_and_not_the_page(browser: Browser, file: 
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.querySelector('.scroll').scrollWidth") > 390
     ink, paper = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
-    dark = [sum(map(int, re.findall(r"\d+", colour)[:3])) < 384 for colour in (ink, paper)]
+    dark = [sum(map(int, re.findall(r"\d+", color)[:3])) < 384 for color in (ink, paper)]
     assert dark == [scheme == "light", scheme == "dark"]
     page.close()
 
@@ -165,8 +165,8 @@ def test_paper_gets_everything_in_black_on_white(browser: Browser, file: Path) -
     page = browser.new_page(viewport={"width": 720, "height": 1000}, color_scheme="dark")
     page.goto(file.as_uri())
     page.emulate_media(media="print", color_scheme="dark")
-    colours = "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
-    assert page.evaluate(colours) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+    colors = "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
+    assert page.evaluate(colors) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 720
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0

@@ -69,7 +69,7 @@ class One(nn.Module):
 def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam.Adapter]:
     """A model of one layer with a fresh adapter; skips the test where the update has no form for embeddings."""
     model = One(kind)
-    if why := method.why_not(targets.site_of("q_proj", model.q_proj)):
+    if why := method.unsupported_reason(targets.site_of("q_proj", model.q_proj)):
         pytest.skip(why)
     store(model, ["q_proj"], storage)
     try:
@@ -85,7 +85,7 @@ def attach(
 ) -> reparam.Adapter:
     """An adapter on linear maps, and on these embeddings where the method has a form for them."""
     places = [targets.site_of(path, model.get_submodule(path)) for path in targets.resolve(model, embeddings)]
-    if any(method.why_not(site) for site in places):
+    if any(method.unsupported_reason(site) for site in places):
         return reparam.attach(model, method, targets=linear, name=name)
     try:
         return reparam.attach(model, method, targets=[*linear, *embeddings], name=name)

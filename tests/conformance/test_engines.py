@@ -94,7 +94,7 @@ def test_checkpointed_gradients_are_the_plain_ones(family: Family, storage: str,
 @first
 @stored
 def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None:
-    """With our hooks on the optimiser that it is given."""
+    """With our hooks on the optimizer that it is given."""
     model, adapter = LLAMA.adapted(method, storage)
     before = base_of(model)
     start = {name: tensor.clone() for name, tensor in adapter.tensors().items()}

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 
 
 def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate: float = 1e-2) -> list[float]:
-    """Optimise with weight decay, handing the optimiser every parameter of the model; the losses."""
+    """Optimize with weight decay, handing the optimizer every parameter of the model; the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     adapter.bind(optimizer)
     model.train()

@@ -64,7 +64,7 @@ def test_shared_state_is_owned_once_by_the_root() -> None:
 def test_an_optimizer_without_the_shared_state_is_refused() -> None:
     _, adapter = LLAMA.adapted(Nudge())
     own = [p for name, p, _ in adapter.named_parameters() if name not in SHARED]
-    with pytest.raises(ValueError, match=r"2 parameters are not in the optimiser .*reparam_shared\.width32"):
+    with pytest.raises(ValueError, match=r"2 parameters are not in the optimizer .*reparam_shared\.width32"):
         adapter.bind(torch.optim.SGD(own, lr=1))
 
 

@@ -40,7 +40,7 @@ class Biased(nn.Module):
 
     def forward(self, b: Tensor) -> Tensor:
         (layer,) = self.parts
-        own, offset = layer.biases.get("one", b), layer.updates["one"].offset()
+        own, offset = layer.biases.get("one", b), layer.updates["one"].bias_delta()
         return own if offset is None else own + offset
 
 

@@ -87,7 +87,7 @@ class Nudge(Method):
         return NudgeUpdate(site, shared, self)
 
     def controller(self, updates: Mapping[str, Update]) -> "Counter":
-        """Counts optimiser steps."""
+        """Counts optimizer steps."""
         return Counter(updates)
 
 
@@ -129,7 +129,7 @@ class NudgeUpdate(Update):
 
 
 class Counter:
-    """How often the optimiser stepped, and that gradients were there before and parameters moved after."""
+    """How often the optimizer stepped, and that gradients were there before and parameters moved after."""
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
         self.updates = updates

@@ -90,7 +90,7 @@ def test_the_dense_storage_takes_a_parameter_over() -> None:
     assert weight.W is parameter
     assert not parameter.requires_grad
     assert weight.dense().data_ptr() == weight.tensor().data_ptr() == parameter.data_ptr()
-    assert weight.plain is parameter
+    assert weight.dense_or_none is parameter
 
 
 # ---- registries
@@ -302,7 +302,7 @@ def test_the_handle_knows_names_parameters_and_roles() -> None:
 
 def test_an_optimizer_that_would_train_less_is_refused() -> None:
     adapter = reparam.attach(models.llama(), reparam.LoRA(r=2), name="task")
-    with pytest.raises(ValueError, match=r"adapter 'task': 27 parameters are not in the optimiser \(first: model"):
+    with pytest.raises(ValueError, match=r"adapter 'task': 27 parameters are not in the optimizer \(first: model"):
         adapter.bind(torch.optim.SGD(adapter.parameters()[:1], lr=1))
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1)
     assert adapter.bind(optimizer) is adapter
@@ -312,7 +312,7 @@ def test_an_optimizer_that_would_train_less_is_refused() -> None:
 
 
 class Counted(Method):
-    """LoRA that counts what happens around optimiser steps."""
+    """LoRA that counts what happens around optimizer steps."""
 
     name = "counted"
 

@@ -144,8 +144,8 @@ def test_trainer_takes_the_batches_and_rows_never_reach_the_model(model, tmp_pat
 def shown(data: Encoded, *, terminal: bool, rows: int = 3, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    colours = "standard" if terminal else None
-    console = Console(file=file, force_terminal=terminal, color_system=colours, width=1000, legacy_windows=False)
+    colors = "standard" if terminal else None
+    console = Console(file=file, force_terminal=terminal, color_system=colors, width=1000, legacy_windows=False)
     console.print(preview(data, kit.make(), rows=rows))
     file.flush()
     return raw.getvalue().decode(encoding)
@@ -159,7 +159,7 @@ def test_preview_in_a_log_brackets_what_carries_loss():
     assert len(lines) == 5
 
 
-def test_preview_on_a_terminal_colours_what_carries_loss():
+def test_preview_on_a_terminal_colors_what_carries_loss():
     text = shown(encoded("the name"), terminal=True)
     assert "\x1b[2m<|user|>q<|end|><|assistant|>\x1b[0m\x1b[1;32mthe name<|end|>\x1b[0m" in text
     assert "⟦" not in text

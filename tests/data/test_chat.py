@@ -140,8 +140,8 @@ def test_token_across_the_beginning_of_an_answer_carries_loss_and_is_reported():
 def test_special_token_that_swallows_a_space_carries_no_loss(template):
     tokenizer = kit.make(template, swallows_space=True)
     example = encode([chat("u:q", "a:  b")], tokenizer, max_length=500)[0]
-    labelled = example["input_ids"][example["labels"] != IGNORED].tolist()
-    assert labelled == tokenizer.convert_tokens_to_ids(["b", kit.END])
+    labeled = example["input_ids"][example["labels"] != IGNORED].tolist()
+    assert labeled == tokenizer.convert_tokens_to_ids(["b", kit.END])
 
 
 def test_beginning_of_sequence_stands_once():

@@ -38,7 +38,7 @@ def problems(rows: list[Row], tokenizer: PreTrainedTokenizerFast, **options) -> 
     return caught.value.problems
 
 
-def spelt_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
+def spelled_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
     """Bytes that tokens stand for: in a byte-level vocabulary each character of a token is one byte."""
     special = set(tokenizer.added_tokens_decoder)
     return sum(len(tokenizer.convert_ids_to_tokens(i)) for i in ids if i not in special)
@@ -114,7 +114,7 @@ def test_byte_counts_of_ascii_are_those_of_the_predicted_tokens(content, max_len
     tokenizer = kit.make()
     encoded = encode([text(content)], tokenizer, max_length=max_length)
     for i in range(len(encoded)):
-        assert encoded.text_bytes[i] == spelt_bytes(tokenizer, encoded[i]["input_ids"].tolist()[1:])
+        assert encoded.text_bytes[i] == spelled_bytes(tokenizer, encoded[i]["input_ids"].tolist()[1:])
     assert encoded.report.text_bytes == encoded.text_bytes.sum()
 
 
@@ -125,7 +125,7 @@ def test_byte_counts_of_any_text(content, max_length, adds_bos):
     encoded = encode([text(content)], tokenizer, max_length=max_length)
     predicted = [token for example in encoded for token in example["input_ids"].tolist()[1:]]
     # a character of four bytes may be divided between the first token of a piece and the next
-    assert abs(encoded.report.text_bytes - spelt_bytes(tokenizer, predicted)) <= 3 * len(encoded)
+    assert abs(encoded.report.text_bytes - spelled_bytes(tokenizer, predicted)) <= 3 * len(encoded)
     whole = encode([text(content)], tokenizer, max_length=500)
     if adds_bos:
         assert whole.report.text_bytes == len(content.encode())

@@ -338,7 +338,7 @@ def test_a_damaged_packed_folder(
     [
         ({"block": 63}, "block=63"),
         ({"block": "64"}, "block: expected a whole number"),
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
         ({"storage": "nf5"}, "did you mean 'nf4'"),
         ({"storage": None}, "expected a storage by name"),
         ({"storage": "dense", "block": None, "double": None}, "unknown"),

@@ -13,7 +13,7 @@ from rich.console import Console
 import reparam
 from reparam.inspect import ranks
 from reparam.inspect.show import show
-from reparam.inspect.summary import summarise
+from reparam.inspect.summary import summarize
 
 PATTERN = {"q_proj": 1, r"1\.mlp\.up_proj": 7}
 
@@ -83,7 +83,7 @@ def test_sizes_and_directions_are_those_of_the_dense_change(method: Any, tmp_pat
     merged = load_base(str(tmp_path / "base"))
     reparam.load(merged, tmp_path / "adapter")
     reparam.merge(merged)
-    for site in summarise(tmp_path / "adapter", base).sites:
+    for site in summarize(tmp_path / "adapter", base).sites:
         w, new = (net.get_submodule(site.name).weight.detach().double() for net in (base, merged))
         assert site.change == pytest.approx(float((new - w).norm()), rel=1e-4)
         assert site.weight == pytest.approx(float(w.norm()), rel=1e-6)

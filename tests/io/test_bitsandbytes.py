@@ -344,7 +344,7 @@ def test_a_part_of_the_model_in_bitsandbytes(targets: list[str], tmp_path: Path)
 
 
 def write(dense: Path, folder: Path, *, nested: bool = True, holder: torch.dtype = torch.uint8) -> None:
-    """A folder that bitsandbytes quantised and wrote."""
+    """A folder that bitsandbytes quantized and wrote."""
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

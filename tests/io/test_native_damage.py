@@ -141,7 +141,7 @@ def at(config: Any, path: tuple[Any, ...]) -> Any:
 
 
 def test_every_single_edit_is_noticed(folder: Path) -> None:
-    """Each value in turn, each key taken out, and each pair of neighbours swapped."""
+    """Each value in turn, each key taken out, and each pair of neighbors swapped."""
     config = json.loads((folder / CONFIG).read_text())
     edits = []
     for path in leaves(config)[1:]:

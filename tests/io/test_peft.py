@@ -102,7 +102,7 @@ class Saved(NamedTuple):
     logits: Tensor
 
 
-def randomise(model: Any) -> Any:
+def randomize(model: Any) -> Any:
     """New values for everything that trains, so that no factor is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -115,7 +115,7 @@ def randomise(model: Any) -> Any:
 def save(make: Callable[[], Any], folder: Path, **config: Any) -> Saved:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = randomise(peft.get_peft_model(make(), peft.LoraConfig(**config)))
+        model = randomize(peft.get_peft_model(make(), peft.LoraConfig(**config)))
         model.save_pretrained(str(folder))
     return Saved(folder, make, logits(model).detach())
 
@@ -172,10 +172,10 @@ def test_comes_back_to_peft_unchanged(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_named_adapters_are_in_subfolders(tmp_path: Path) -> None:
-    model = randomise(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=PROJECTIONS), adapter_name="first"))
+    model = randomize(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=PROJECTIONS), adapter_name="first"))
     model.add_adapter("second", peft.LoraConfig(target_modules=["o_proj"], r=2))
     model.set_adapter("second")
-    randomise(model)
+    randomize(model)
     model.save_pretrained(str(tmp_path))
     found = llama()
     with pytest.raises(reparam.FormatError, match="subfolders: first, second"):
@@ -189,7 +189,7 @@ def test_named_adapters_are_in_subfolders(tmp_path: Path) -> None:
 def test_reads_what_transformers_saves_by_itself(tmp_path: Path) -> None:
     model = llama()
     model.add_adapter(peft.LoraConfig(target_modules=PROJECTIONS))
-    randomise(model).save_pretrained(str(tmp_path))
+    randomize(model).save_pretrained(str(tmp_path))
     found = llama()
     reparam.load(found, tmp_path)
     assert_equal_but_for_rounding(logits(found), logits(model))
@@ -200,7 +200,7 @@ def test_reads_a_converted_pissa_adapter(tmp_path: Path) -> None:
     model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, so that the initial state can be kept
     model.save_pretrained(str(tmp_path / "initial"))
     model.peft_config["default"].init_lora_weights = "pissa"
-    randomise(model).save_pretrained(str(tmp_path / "moved"))
+    randomize(model).save_pretrained(str(tmp_path / "moved"))
     expected = logits(model)
     with pytest.raises(reparam.FormatError, match=r"init_lora_weights = 'pissa': .*path_initial_model"):
         reparam.load(llama(), tmp_path / "moved")
@@ -255,7 +255,7 @@ def test_models_wrapped_for_a_task(task: str | None, tmp_path: Path) -> None:
     def make() -> Any:
         return llama() if task == "CAUSAL_LM" else build(LlamaModel, llama().config)
 
-    model = randomise(peft.get_peft_model(make(), peft.LoraConfig(target_modules=PROJECTIONS, task_type=task)))
+    model = randomize(peft.get_peft_model(make(), peft.LoraConfig(target_modules=PROJECTIONS, task_type=task)))
     model.save_pretrained(str(tmp_path))
     found = make()
     reparam.load(found, tmp_path)
@@ -263,7 +263,7 @@ def test_models_wrapped_for_a_task(task: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["eva", "Gaussian", False, None])
-def test_initialisations_that_leave_the_base_alone(init: object, tmp_path: Path) -> None:
+def test_initializations_that_leave_the_base_alone(init: object, tmp_path: Path) -> None:
     saved = save(llama, tmp_path, target_modules=PROJECTIONS)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, "init_lora_weights": init}))

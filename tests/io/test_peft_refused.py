@@ -58,15 +58,15 @@ def refused(folder: Path, *words: str, model: Any = None) -> str:
 
 def test_every_key_of_peft_is_known() -> None:
     """A key that a new release of PEFT adds fails here until somebody decides what it means."""
-    honoured = {field.name for field in dataclasses.fields(peft_config.Honoured)}
-    known = [*honoured, *peft_config.NEUTRAL, *peft_config.REFUSED]
+    honored = {field.name for field in dataclasses.fields(peft_config.Honored)}
+    known = [*honored, *peft_config.NEUTRAL, *peft_config.REFUSED]
     assert len(known) == len(set(known))
     assert set(known) == {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
 def test_defaults_are_pefts() -> None:
     theirs = peft.LoraConfig()
-    for field in dataclasses.fields(peft_config.Honoured):
+    for field in dataclasses.fields(peft_config.Honored):
         assert field.default == (getattr(theirs, field.name) or field.default), field.name
 
 

@@ -62,7 +62,7 @@ def numbers(kind: str, count: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def statistics(absmax: Tensor, how: str) -> Statistics:
-    """Plain magnitudes, doubly quantised ones, or such with a map that came from elsewhere."""
+    """Plain magnitudes, doubly quantized ones, or such with a map that came from elsewhere."""
     if how == "plain":
         return Statistics(absmax)
     stats = reference.compress(absmax)
@@ -86,7 +86,7 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(count=counts, block=blocks, seed=seeds, dtype=dtypes)
-def test_quantising_gives_the_bytes_of_the_reference(
+def test_quantizing_gives_the_bytes_of_the_reference(
     kind: str, count: int, block: int, seed: int, dtype: torch.dtype
 ) -> None:
     w = numbers(kind, count, seed, dtype)
@@ -98,7 +98,7 @@ def test_quantising_gives_the_bytes_of_the_reference(
 
 @pytest.mark.parametrize("how", ["plain", "double", "own map"])
 @given(count=counts, block=blocks, seed=seeds, dtype=dtypes, data=st.data())
-def test_dequantising_gives_the_bits_of_the_reference(
+def test_dequantizing_gives_the_bits_of_the_reference(
     how: str, count: int, block: int, seed: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """All of it, and any stretch that begins where a block does."""

@@ -58,7 +58,7 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_quantising_gives_the_bytes_of_the_reference(block: int, dtype: torch.dtype) -> None:
+def test_quantizing_gives_the_bytes_of_the_reference(block: int, dtype: torch.dtype) -> None:
     for count in COUNTS:
         w = random(count, dtype=dtype)
         codes, absmax = nf4_gpu.quantize(w, block)
@@ -68,7 +68,7 @@ def test_quantising_gives_the_bytes_of_the_reference(block: int, dtype: torch.dt
 
 
 @on_device
-def test_ties_go_to_the_lower_code_and_neighbours_do_not() -> None:
+def test_ties_go_to_the_lower_code_and_neighbors_do_not() -> None:
     """Each threshold and the two numbers beside it, in a block whose magnitude is 1."""
     near = [torch.nextafter(THRESHOLDS, torch.tensor(to)) for to in (-2.0, 2.0)]
     w = torch.cat([torch.ones(1), THRESHOLDS, *near]).to(DEVICE)
@@ -97,7 +97,7 @@ def test_blocks_of_zeros_and_at_the_ends_of_float32(scale: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_dequantising_gives_the_bits_of_the_reference(block: int, double: bool, dtype: torch.dtype) -> None:
+def test_dequantizing_gives_the_bits_of_the_reference(block: int, double: bool, dtype: torch.dtype) -> None:
     for count in COUNTS:
         codes, stats = stored(random(count), block, double=double)
         found = torch.full((count,), float("nan"), dtype=dtype, device=DEVICE)

@@ -322,7 +322,7 @@ def test_compiles_into_one_graph(tokens: int) -> None:
 
 def python(code: str) -> str:
     """What a fresh interpreter prints."""
-    # Machine code without optimisation, where it is compiled at all, is soon made.
+    # Machine code without optimization, where it is compiled at all, is soon made.
     env = {**os.environ, "NUMBA_OPT": "0"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
 

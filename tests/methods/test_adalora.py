@@ -1,4 +1,4 @@
-"""AdaLoRA: the schedule, the importance, the choice; ranks that shrink for real; any optimiser and loop; PEFT."""
+"""AdaLoRA: the schedule, the importance, the choice; ranks that shrink for real; any optimizer and loop; PEFT."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ def adapted(model: nn.Module | None = None, **settings: Any) -> tuple[Any, repar
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, *, seed: int = 0, micro: int = 1) -> float:
-    """One optimiser step on random rows, over several micro-batches."""
+    """One optimizer step on random rows, over several micro-batches."""
     draw = torch.Generator().manual_seed(seed)
     total = 0.0
     for _ in range(micro):
@@ -515,7 +515,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
 def test_the_number_of_steps_is_asked_for() -> None:
     _, adapter, _ = adapted(total_steps=None)
     optimizer = torch.optim.AdamW(adapter.parameters())
-    with pytest.raises(ValueError, match=r"the number of optimiser steps is not known.*total_steps=\.\.\."):
+    with pytest.raises(ValueError, match=r"the number of optimizer steps is not known.*total_steps=\.\.\."):
         adapter.bind(optimizer)
     with pytest.raises(ValueError, match="5 steps are too few for tinit=2 and tfinal=3"):
         adapter.bind(optimizer, total_steps=5)
@@ -556,9 +556,9 @@ def test_a_run_that_ends_early_says_so() -> None:
     assert f"ended after 4 of 10 steps, before the ranks were final: the budget was {budget}" in str(adapter.finish())
 
 
-def test_saving_what_no_optimiser_was_bound_to_warns(tmp_path: Path) -> None:
+def test_saving_what_no_optimizer_was_bound_to_warns(tmp_path: Path) -> None:
     _, adapter, _ = adapted()
-    with pytest.warns(UserWarning, match="no optimiser was bound"):
+    with pytest.warns(UserWarning, match="no optimizer was bound"):
         adapter.save(tmp_path / "a")
     fresh = models.llama()
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import reparam
 from reparam import BitFit, Bottleneck, Full
 from reparam.core.base import InputDependentError, Site
-from reparam.inspect.summary import summarise
+from reparam.inspect.summary import summarize
 from reparam.recipes.merge import merge_to
 from reparam.sites.module import Adapted
 
@@ -183,10 +183,10 @@ def test_biases_that_a_class_does_not_read_are_not_written(tmp_path: Path) -> No
 def test_bitfit_is_not_taken_for_an_adapter_that_does_nothing(tmp_path: Path) -> None:
     adapter = reparam.attach(models.gpt2(), BitFit())
     adapter.save(tmp_path / "fresh")
-    assert summarise(tmp_path / "fresh").idle
+    assert summarize(tmp_path / "fresh").idle
     move(adapter, 1)
     adapter.save(tmp_path / "moved")
-    found = summarise(tmp_path / "moved", models.gpt2())
+    found = summarize(tmp_path / "moved", models.gpt2())
     assert not found.idle
     assert all(site.change == 0 and site.offset > 0 for site in found.sites)
 
@@ -278,4 +278,4 @@ def test_settings_that_cannot_be_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"placement='x'.*activation='tanh'.*r=0.*scale=0") as caught:
         Bottleneck(r=0, placement="x", activation="tanh", scale=0)
     assert "houlsby, pfeiffer, parallel" in str(caught.value)
-    assert Bottleneck().why_not(Site("a", "vector", 3, 1)) is not None
+    assert Bottleneck().unsupported_reason(Site("a", "vector", 3, 1)) is not None

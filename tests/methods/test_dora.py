@@ -352,7 +352,7 @@ def anew(adapted: Linear) -> Tensor:
     """The same from a copy that has kept nothing."""
     twin = copy.deepcopy(adapted)
     update_of(twin).forget()
-    twin.weight.__dict__.pop("_squares", None)
+    twin.weight.__dict__.pop("_squared_norms", None)
     return measured(twin)
 
 
@@ -364,7 +364,7 @@ def sgd(adapted: Linear, optimizer: Any, **settings: Any) -> None:
 
 
 def write_base(adapted: Linear) -> None:
-    w = adapted.weight.plain
+    w = adapted.weight.dense_or_none
     assert w is not None
     w.mul_(torch.linspace(1, 2, w.shape[1]))
 
@@ -429,7 +429,7 @@ def test_what_inference_mode_measured_can_be_trained_on() -> None:
     assert update_of(adapted).magnitude.grad is not None
 
 
-def test_an_optimiser_that_writes_past_the_version_counters_is_noticed() -> None:
+def test_an_optimizer_that_writes_past_the_version_counters_is_noticed() -> None:
     """As fused ones do, and kernels of other libraries."""
     adapted = layer(random(6, 5, dtype=torch.float32))
 

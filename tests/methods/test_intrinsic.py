@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.core.registry import METHODS
-from reparam.inspect.summary import summarise
+from reparam.inspect.summary import summarize
 from reparam.io.record import FormatError
 from reparam.methods.intrinsic import Intrinsic
 from reparam.methods.intrinsic_update import Space, WeightUpdate
@@ -204,12 +204,12 @@ def test_a_file_is_described_without_its_base(tmp_path: Path) -> None:
     _, adapter = everything(Intrinsic(d=90, mode="said"))
     move(adapter, 1)
     adapter.save(tmp_path / "a")
-    found = summarise(tmp_path / "a", models.gpt2())
+    found = summarize(tmp_path / "a", models.gpt2())
     for site in found.sites:
         update = adapter.updates[site.name]
         assert isinstance(update, WeightUpdate)
         assert site.change == pytest.approx(float(update.moved().norm()), rel=1e-4)
-        offset = update.offset()
+        offset = update.bias_delta()
         assert site.offset == pytest.approx(0 if offset is None else float(offset.norm()), rel=1e-4)
     assert sum(site.offset > 0 for site in found.sites) > 3
 
@@ -232,9 +232,9 @@ def test_another_seed_or_order_of_wrapping() -> None:
 def test_biases_may_stay() -> None:
     model = models.gpt2()
     adapter = reparam.attach(model, Intrinsic(d=20, bias=False), targets="all-linear")
-    assert all(update.offset() is None for update in adapter.updates.values())
+    assert all(update.bias_delta() is None for update in adapter.updates.values())
     adapter = reparam.attach(models.gpt2(), Intrinsic(d=20), targets="all-linear")
-    assert all(update.offset() is not None for update in adapter.updates.values())
+    assert all(update.bias_delta() is not None for update in adapter.updates.values())
 
 
 def test_a_mixed_batch_with_biases_and_norms() -> None:

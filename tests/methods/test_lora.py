@@ -1,4 +1,4 @@
-"""LoRA: scales, patterns, initialisation, the invariants of its paper and of its code, and what it refuses."""
+"""LoRA: scales, patterns, initialization, the invariants of its paper and of its code, and what it refuses."""
 
 import math
 import shutil
@@ -199,7 +199,7 @@ def test_a_pattern_is_not_a_part_of_a_name() -> None:
         reparam.attach(models.llama(), reparam.LoRA(alpha_pattern={"k_projj": 2}))
 
 
-# ---- initialisation
+# ---- initialization
 
 
 @pytest.mark.parametrize(

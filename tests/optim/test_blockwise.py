@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reparam.optim.blockwise import codebook, dequantise, dynamic_map, quantise
+from reparam.optim.blockwise import codebook, dequantize, dynamic_map, quantize
 
 SIGNS = pytest.mark.parametrize("signed", [True, False])
 TINY = torch.finfo(torch.float32).tiny
@@ -50,7 +50,7 @@ def test_every_bucket_of_the_look_up_is_exact_at_its_ends_and_thresholds(signed:
     x = x[(x.abs() <= 1) & ((x >= 0) | signed)]
     x = torch.cat([x, torch.zeros(-len(x) % 255)]).view(-1, 255)
     block = torch.cat([x, torch.ones(len(x), 1)], dim=1)  # a one in each block makes its scale one
-    codes, scales = quantise(block, codebook(signed=signed))
+    codes, scales = quantize(block, codebook(signed=signed))
     assert torch.equal(scales, torch.ones_like(scales))
     expected = nearest(block.view(-1), levels)
     if not signed:
@@ -64,8 +64,8 @@ def test_rounding_errors_are_within_half_a_step_of_the_map(seed: int, exponent: 
     values = torch.randn(3, 256, generator=draw) * 2.0**exponent
     values = values if signed else values.square()
     book = codebook(signed=signed)
-    codes, scales = quantise(values, book)
-    back = dequantise(codes, scales, book)
+    codes, scales = quantize(values, book)
+    back = dequantize(codes, scales, book)
     assert torch.equal(scales, values.abs().amax(1, keepdim=True))
     # The largest gaps: from -1 to the lowest level, or within the top decade.
     gap = 0.0070313 if signed else 0.0035157
@@ -76,15 +76,15 @@ def test_rounding_errors_are_within_half_a_step_of_the_map(seed: int, exponent: 
 def test_zeros_stay_zeros_and_leave_no_nan() -> None:
     for signed in (True, False):
         book = codebook(signed=signed)
-        codes, scales = quantise(torch.zeros(2, 256), book)
-        assert torch.equal(dequantise(codes, scales, book), torch.zeros(2, 256))
+        codes, scales = quantize(torch.zeros(2, 256), book)
+        assert torch.equal(dequantize(codes, scales, book), torch.zeros(2, 256))
         assert torch.equal(scales, torch.full((2, 1), TINY))
 
 
 def test_subnormal_blocks_survive() -> None:
     book = codebook(signed=True)
     values = torch.full((1, 256), TINY / 8)
-    assert ((dequantise(*quantise(values, book), book) - values).abs() <= 0.0071 * TINY).all()
+    assert ((dequantize(*quantize(values, book), book) - values).abs() <= 0.0071 * TINY).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -92,6 +92,6 @@ def test_what_is_not_finite_spoils_its_own_block(bad: float) -> None:
     book = codebook(signed=True)
     values = torch.ones(3, 256)
     values[1, 7] = bad
-    back = dequantise(*quantise(values, book), book)
+    back = dequantize(*quantize(values, book), book)
     assert torch.equal(back[[0, 2]], values[[0, 2]])
     assert not torch.isfinite(back[1, 7])

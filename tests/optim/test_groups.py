@@ -289,7 +289,7 @@ def test_rates_may_be_tensors_and_other_groups_are_left_out() -> None:
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"] * 0.3)
     check_rates(optimizer.param_groups)
-    with pytest.raises(ValueError, match=r"none of the optimiser's groups is from lora_plus"):
+    with pytest.raises(ValueError, match=r"none of the optimizer's groups is from lora_plus"):
         check_rates(torch.optim.SGD([parameter(3)]).param_groups)
 
 

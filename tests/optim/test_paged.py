@@ -189,7 +189,7 @@ def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- as an optimiser of torch
+# ---- as an optimizer of torch
 
 
 def test_a_closure_computes_with_gradients() -> None:
@@ -319,11 +319,11 @@ def sgd() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (lambda: state(bits=8), "the saved state has 8 bits and this optimiser 32: set bits=8"),
-        (lambda: state(SIZES[:3]), r"the saved state has groups of \[3\] parameters, and this optimiser of \[7\]"),
+        (lambda: state(bits=8), "the saved state has 8 bits and this optimizer 32: set bits=8"),
+        (lambda: state(SIZES[:3]), r"the saved state has groups of \[3\] parameters, and this optimizer of \[7\]"),
         (
             lambda: state([*SIZES[:6], (1999,)]),
-            r"parameter 6: the saved exp_avg is float32 \[1999\], and this optimiser's is float32 \[2000\]",
+            r"parameter 6: the saved exp_avg is float32 \[1999\], and this optimizer's is float32 \[2000\]",
         ),
         (amsgrad, "amsgrad is not supported: leave it out"),
         (sgd, "parameter 0: the saved state holds momentum_buffer, and one of 32 bits holds exp_avg, exp_avg_sq, step"),
@@ -460,5 +460,5 @@ def test_parameters_on_two_devices() -> None:
     optimizer = PagedAdamW([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))])
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.zeros_like(p)
-    with pytest.raises(ValueError, match=re.escape("states are on cpu and a parameter is on meta: one optimiser for")):
+    with pytest.raises(ValueError, match=re.escape("states are on cpu and a parameter is on meta: one optimizer for")):
         optimizer.step()

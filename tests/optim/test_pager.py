@@ -153,7 +153,7 @@ def test_a_write_that_fails_is_an_error_then_and_ever_after(tmp_path: Path, limi
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     pager = Pager(SIZE, slots=1, device=CPU, folder=tmp_path / "missing")
-    with pytest.raises(OSError, match=r"cannot make the file for the optimiser's pages in .*missing"):
+    with pytest.raises(OSError, match=r"cannot make the file for the optimizer's pages in .*missing"):
         pager.grow(2)
 
 

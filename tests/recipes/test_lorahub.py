@@ -21,7 +21,7 @@ from reparam import DoRA, LoRA
 from reparam.adapter.attach import attach
 from reparam.combine.blend import read
 from reparam.combine.candidates import Gates, candidates
-from reparam.combine.operands import Summand
+from reparam.combine.operands import Operand
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import token_losses
@@ -65,7 +65,7 @@ def parts(base: str, few: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [str(folder / name) for name in "abc"]
 
 
-def summands(parts: list[str]) -> list[Summand]:
+def operands(parts: list[str]) -> list[Operand]:
     return [read(part) for part in parts]
 
 
@@ -79,7 +79,7 @@ def test_the_objective_is_the_mean_over_examples_for_any_batch(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
     encoded = encode(read_rows(few), tokenizer, max_length=64)
     points = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, -0.5, 1.0]], dtype=torch.float64)
-    with candidates(model, summands(parts)) as gates:
+    with candidates(model, operands(parts)) as gates:
         losses = Losses(model, encoded, tokenizer, gates, batch=batch)
         found = losses(points)
         assert losses.forwards == -(-len(points) * len(encoded) // batch)
@@ -135,7 +135,7 @@ def test_the_search_changes_no_bit_of_the_base_also_where_it_fails(
         raise ZeroDivisionError
 
     def run() -> None:
-        with candidates(model, summands(parts)) as gates:
+        with candidates(model, operands(parts)) as gates:
             broken(gates)
 
     with pytest.raises(ZeroDivisionError):

@@ -41,7 +41,7 @@ def test_grids_that_are_refused(text: str) -> None:
 
 @given(st.integers(1, 5000))
 def test_bisection_comes_close(at: int) -> None:
-    """d90 passes, what was tried below fails, and they are as near as the tolerance, or neighbours."""
+    """d90 passes, what was tried below fails, and they are as near as the tolerance, or neighbors."""
     curve = search(step(at), base=0.0, full=1.0, sizes=grid("1:5000", 1))  # type: ignore[arg-type]
     assert curve.d90 is not None
     assert curve.d90 >= at

@@ -17,7 +17,7 @@ import reparam
 from reparam.core.base import Factors, InputDependentError, Method, Site, Update, Weight
 from reparam.io.record import FormatError
 from reparam.sites.module import Adapted
-from reparam.sites.norm import Vector, why_not_vector
+from reparam.sites.norm import Vector, unsupported_norm
 from reparam.sites.targets import resolve
 
 
@@ -39,7 +39,7 @@ class ShiftUpdate(Update):
     def factors(self, weight: Weight) -> Factors:
         return Factors(self.a, self.b)
 
-    def offset(self) -> Tensor | None:
+    def bias_delta(self) -> Tensor | None:
         return self.shift
 
 
@@ -297,7 +297,7 @@ def test_what_is_no_norm_is_refused() -> None:
         (nn.LayerNorm(3, elementwise_affine=False), "no norm"),
         (nn.Bilinear(2, 2, 2), "no norm"),
     ):
-        assert why in (why_not_vector(module) or "")
+        assert why in (unsupported_norm(module) or "")
         with pytest.raises(ValueError, match=why):
             Vector.wrap(module)
 

@@ -1,4 +1,4 @@
-"""Our optimisers in a run: the same bits as torch's and as an interrupted run's, the counters shown, mistakes named."""
+"""Our optimizers in a run: the same bits as torch's and as an interrupted run's, the counters shown, mistakes named."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_without_pages_8_bits_are_the_same(common: dict[str, Any], tmp_path: Pat
 
 def test_bits_cannot_change_in_a_run(common: dict[str, Any], tmp_path: Path) -> None:
     go(common | PAGES, tmp_path / "run", optim__name="paged_adamw_32bit", stop=2)
-    with pytest.raises(ValueError, match="the saved state has 32 bits and this optimiser 8: set bits=32"):
+    with pytest.raises(ValueError, match="the saved state has 32 bits and this optimizer 8: set bits=32"):
         go(common | PAGES, tmp_path / "run", optim__name="paged_adamw_8bit")
 
 

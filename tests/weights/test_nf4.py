@@ -46,7 +46,7 @@ def indices(codes: Tensor, count: int) -> list[int]:
 
 
 def unpacked(w: Tensor, block: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`w` quantised with plain statistics and back, in its shape."""
+    """`w` quantized with plain statistics and back, in its shape."""
     codes, absmax = quantize(w, block)
     return dequantize(codes, Statistics(absmax), block=block, count=w.numel(), dtype=dtype).view(w.shape)
 
@@ -306,7 +306,7 @@ def test_numbers_at_the_end_of_float32_stay_finite(exponent: int, seed: int) -> 
     assert bool(((found - w).abs() <= torch.where(small, c, WORST * c + 2.0**-149)).all())
 
 
-# ---- double quantisation
+# ---- double quantization
 
 
 @given(
@@ -314,7 +314,7 @@ def test_numbers_at_the_end_of_float32_stay_finite(exponent: int, seed: int) -> 
     count=st.integers(1, 700),
     seed=seeds,
 )
-def test_a_doubly_quantised_magnitude_is_near_by_the_spread_of_its_block(
+def test_a_doubly_quantized_magnitude_is_near_by_the_spread_of_its_block(
     values: list[float], count: int, seed: int
 ) -> None:
     """Few different values, many, and values that are far apart."""

@@ -1,4 +1,4 @@
-"""The handle of one adapter on one model: what it trains, how it meets an optimiser, and how it is saved."""
+"""The handle of one adapter on one model: what it trains, how it meets an optimizer, and how it is saved."""
 
 from __future__ import annotations
 
@@ -85,19 +85,19 @@ class Adapter:
         return found() if found is not None else {}
 
     def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Adapter:
-        """Make whatever the method needs around a step happen at each `optimizer.step()`, of this optimiser only.
+        """Make whatever the method needs around a step happen at each `optimizer.step()`, of this optimizer only.
 
         `total_steps` is how many there will be, for a method with a schedule (AdaLoRA). Raises ValueError when such a
-        method is not told, or its schedule does not fit; and when the adapter is frozen or the optimiser does not hold
+        method is not told, or its schedule does not fit; and when the adapter is frozen or the optimizer does not hold
         all of its parameters: it would train less than it seems to.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p, _ in self.named_parameters() if id(p) not in held]
         frozen = [name for name, p, _ in self.named_parameters() if not p.requires_grad]
         if missing or frozen:
-            what, names = ("not in the optimiser", missing) if missing else ("frozen", frozen)
+            what, names = ("not in the optimizer", missing) if missing else ("frozen", frozen)
             raise ValueError(
-                f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimiser "
+                f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimizer "
                 f"from adapter.parameters() after adapter.requires_grad_()"
             )
         controller = self.controller
@@ -125,7 +125,7 @@ class Adapter:
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
         return Record(
-            method=self.method.trained(self.updates),
+            method=self.method.with_ranks_of(self.updates),
             sites=self.sites,
             tensors=self.tensors(),
             replaced=tuple(self.replaced),
@@ -147,7 +147,7 @@ class Adapter:
             )
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(
-                f"adapter {self.name!r}: {self.method.name} acts around the optimiser's steps, and no optimiser was "
+                f"adapter {self.name!r}: {self.method.name} acts around the optimizer's steps, and no optimizer was "
                 f"bound: call adapter.bind(optimizer) before training",
                 stacklevel=2,
             )

@@ -72,7 +72,7 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
     Raises ValueError for others that are named by their paths, and where none is left.
     """
     modules = dict(walk(model))
-    odd = {name: why for name in found if (why := method.why_not(targets_.site_of(name, modules[name])))}
+    odd = {name: why for name in found if (why := method.unsupported_reason(targets_.site_of(name, modules[name])))}
     paths = [target for target in wanted if target not in targets_.KEYWORDS]
     named = [name for name in targets_.resolve(model, paths) if name in odd] if odd and paths else []
     if named or len(odd) == len(found):
@@ -210,8 +210,8 @@ def _check_form(site: Site, update: Update, weight: Weight) -> None:
     if site.kind == "embedding":
         update.rows(torch.zeros(1, dtype=torch.int64, device=weight.device), weight)
     elif site.kind == "vector":
-        update.changed(weight)
-    if site.kind != "linear" and not site.bias and update.offset() is not None:
+        update.effective_weight(weight)
+    if site.kind != "linear" and not site.bias and update.bias_delta() is not None:
         raise ValueError(f"{site.name}: the update changes the bias, and this {site.kind} has none")
 
 
@@ -228,7 +228,7 @@ def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> No
         )
     for path in replaced:
         module = _at(model, path)
-        why = targets_.why_not_whole(module)
+        why = targets_.unsupported_whole(module)
         if why:
             raise ValueError(f"{path} cannot be trained whole: {why}; name the parts of it that can")
         inside = () if isinstance(module, Replaced) else module.named_modules()

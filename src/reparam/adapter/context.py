@@ -32,7 +32,7 @@ def context(
         prompt: how many of the tokens are the prompt, padding not counted, for gates of whole sequences. By default
             what comes before the first label, or in a forward with an empty cache all of it.
         experts: numbers of the experts that may be used; they share the others' part in proportion.
-        accumulation: how many forwards one optimiser step is made of, where each forward's loss is divided by that.
+        accumulation: how many forwards one optimizer step is made of, where each forward's loss is divided by that.
             Auxiliary losses are then divided as well. transformers' Trainer tells it to most models by itself.
 
     Raises ValueError where no mixture is on the model, and for tasks, experts or lengths that cannot be.

@@ -93,7 +93,7 @@ def _factors(folder: str, record: Record) -> dict[str, Factors]:
             factors = update.factors(weight)
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{folder}: {record.method.name} at {name} is no expert: {error}") from error
-        if factors.gain is not None or update.offset() is not None:
+        if factors.gain is not None or update.bias_delta() is not None:
             raise FormatError(
                 f"{folder}: {record.method.name} changes {name} by more than a low-rank matrix, which cannot be mixed "
                 f"with others; the experts of a mixture are LoRAs"

@@ -116,7 +116,7 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             f"{folder}: made for modules that this {type(model).__name__} lacks ({len(lost)}, first: {lost[0]})"
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
-    problems = [f"{name}: {why}" for name in record.sites if (why := targets.why_not(have[name]))]
+    problems = [f"{name}: {why}" for name in record.sites if (why := targets.unsupported_reason(have[name]))]
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
     for name, site in record.sites.items():

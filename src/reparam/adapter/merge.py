@@ -92,7 +92,7 @@ class MergeReport:
             if isinstance(module, Adapted) and path in undo.weights:
                 module.weight = undo.weights[path]
                 if path in undo.values:
-                    module.weight.plain.copy_(undo.values[path])  # type: ignore[union-attr]
+                    module.weight.dense_or_none.copy_(undo.values[path])  # type: ignore[union-attr]
                 if path in undo.biases:
                     module.bias.copy_(undo.biases[path])  # type: ignore[union-attr]
                 elif module.bias is not None:
@@ -179,7 +179,7 @@ def merge(
 def _merge_bias(module: Adapted, name: str) -> bool:
     """Write the bias that the adapter uses over the frozen one. Whether there was none, and is one now."""
     own = module.biases.get(name, module.bias)
-    offset = module.updates[name].offset()  # type: ignore[operator]
+    offset = module.updates[name].bias_delta()  # type: ignore[operator]
     if offset is not None:
         own = offset if own is None else own.to(torch.promote_types(own.dtype, offset.dtype)) + offset
     if own is None or own is module.bias:
@@ -193,7 +193,7 @@ def _merge_bias(module: Adapted, name: str) -> bool:
 
 def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
     """The merged weight, dense, and what became of the update. A plain `weight` is overwritten and returned."""
-    plain = weight.plain
+    plain = weight.dense_or_none
     shape = weight.out_features, weight.in_features
     out = torch.empty(shape, dtype=weight.dtype, device=weight.device) if plain is None else plain.detach()
     dtype = torch.promote_types(out.dtype, torch.float32)
@@ -234,7 +234,7 @@ def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) ->
     found = {}
     for path, module in adapter.modules.items():
         factors = module.updates[adapter.name].factors(module.weight)  # type: ignore[operator]
-        merged = module.weight.rounded(factors, rounding)
+        merged = module.weight.requantize(factors, rounding)
         found[path] = merged, measured(path, module.weight, merged, factors)
     share = survival([site for _, site in found.values()])[into]
     if share < LEAST and not force:
@@ -294,7 +294,7 @@ def _keep(model: nn.Module, state: State, name: str) -> _Undo:
         name,
         {**state.sites, **state.replaced, **({SHARED: getattr(model, SHARED)} if hasattr(model, SHARED) else {})},
         {path: module.weight for path, module in adapter.modules.items()},
-        {p: m.weight.plain.clone() for p, m in adapter.modules.items() if m.weight.plain is not None},
+        {p: m.weight.dense_or_none.clone() for p, m in adapter.modules.items() if m.weight.dense_or_none is not None},
         {path: module.bias.clone() for path, module in adapter.modules.items() if module.bias is not None},
         {path: holder.origin for path, holder in adapter.replaced.items()},
     )

@@ -80,7 +80,7 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
     for path in names:
         module = _repacked(path, model.get_submodule(path), chosen)
         sites.append(_site(path, module.weight))
-        if module.weight.plain is not None and not module.updates:
+        if module.weight.dense_or_none is not None and not module.updates:
             model.set_submodule(path, module.restore())
         else:
             model.set_submodule(path, module)
@@ -155,7 +155,7 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
         holder = module.origin if isinstance(module, Replaced) else module
         own = holder.named_parameters(recurse=holder is not module)
         if isinstance(module, Adapted):
-            own = iter([] if module.weight.plain is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
+            own = iter([] if module.weight.dense_or_none is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
         for name, tensor in own:
             key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
             if tensor.ndim >= 2 and key not in seen:

@@ -140,7 +140,7 @@ class State:
             bank: Bank = module.updates[BANK]  # type: ignore[assignment]
             update: Update | None = adapter.modules.get(path) and module.updates[adapter.name]  # type: ignore[assignment]
             own = module.biases[adapter.name] - module.bias if adapter.name in module.biases else None
-            offset = None if update is None else update.offset()
+            offset = None if update is None else update.bias_delta()
             added = own if offset is None else offset if own is None else own + offset
             bank.write(slot, None if update is None else update.factors(module.weight), added)
 

@@ -52,10 +52,10 @@ ALIASES = {
 }
 TITLES = {
     "base": "The frozen model  [base]",
-    "data": "What is learnt  [data]",
+    "data": "What is learned  [data]",
     "adapter": "Where the method goes  [adapter]",
     "method": "The method and its settings  [method]",
-    "optim": "How it is optimised  [optim]",
+    "optim": "How it is optimized  [optim]",
     "run": "How long, how large, and where results go  [run]",
 }
 

@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Adapt large models by reparameterising their weights: train a small piece, prove it, fold it back.\n\n"
+    help="Adapt large models by reparameterizing their weights: train a small piece, prove it, fold it back.\n\n"
     "Start with [bold]reparam demo[/bold], then [bold]reparam train --base.path MODEL --data.train rows.jsonl[/bold].",
 )
 console = Console()

@@ -2,7 +2,7 @@
 
     space="delta"    ΔW = Σ w_i ΔW_i, exactly: the factors side by side, with the scales in them
     space="factor"   ΔW = (Σ w_i s_i B_i) (Σ w_i A_i), as LoraHub's code has it (arXiv 2307.13269): quadratic in w, and
-                     meaningful where the A_i come from one initialisation
+                     meaningful where the A_i come from one initialization
     space="ties"     trim, elect a sign, average (arXiv 2306.01708)
     space="dare"     drop at random, rescale, add up (arXiv 2311.03099)
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.load import place
 from reparam.combine.lowrank import dare, factored, reduced, stacked, summed, ties
-from reparam.combine.operands import Summand, check, check_factors, check_identity, factors_of, frozen, sites_of
+from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, frozen, sites_of
 from reparam.core.base import Factors, Site, Weight
 from reparam.core.checks import finite, whole
 from reparam.io import files
@@ -85,9 +85,9 @@ class Blend:
         return place(model, self.record, Path(f"blend {name!r}"), name=name, activate=activate)
 
 
-def read(folder: str | Path) -> Summand:
+def read(folder: str | Path) -> Operand:
     """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
-    return Summand(str(folder), files.read(folder))
+    return Operand(str(folder), files.read(folder))
 
 
 @torch.no_grad()
@@ -117,19 +117,19 @@ def blend(
     with a gain or biases and no base.
     """
     _check_settings(len(adapters), weights, space=space, rank=rank, density=density)
-    summands = [Summand(f"adapter {i + 1}", a) if isinstance(a, Record) else read(a) for i, a in enumerate(adapters)]
-    if len(summands) > 1 or weights[0] != 1 or rank is not None or space in DENSE:
-        check(summands, base)
+    operands = [Operand(f"adapter {i + 1}", a) if isinstance(a, Record) else read(a) for i, a in enumerate(adapters)]
+    if len(operands) > 1 or weights[0] != 1 or rank is not None or space in DENSE:
+        check(operands, base)
     if space == "factor":
-        check_factors(summands)
-    used = [(summand, w) for summand, w in zip(summands, weights, strict=True) if w]
+        check_factors(operands)
+    used = [(operand, w) for operand, w in zip(operands, weights, strict=True) if w]
     if [w for _, w in used] == [1] and rank is None and space not in DENSE:
         return Blend(used[0][0].record, (), space)
-    for summand, _ in used:
-        check_identity(summand, base)
+    for operand, _ in used:
+        check_identity(operand, base)
 
     rule = _Rule(space, rank, density, seed)
-    sites, found, tensors = sites_of(summands), [], {}
+    sites, found, tensors = sites_of(operands), [], {}
     for name, site in sites.items():
         here = [(s, w) for s, w in used if name in s.record.sites]
         weight = None if base is None else frozen(base, site)
@@ -142,7 +142,7 @@ def blend(
     most = max(ranks.values())
     differing = patterns.exactly({name: r for name, r in ranks.items() if r != most})
     method = LoRA(r=most, alpha=float(most), scaling="none", rank_pattern=differing)
-    bases = [record.base for _, record in summands if record.base is not None]
+    bases = [record.base for _, record in operands if record.base is not None]
     told = max(bases, key=lambda b: bool(b.digests)) if bases else None
     return Blend(Record(method, sites, tensors, base=told), tuple(found), space)
 
@@ -179,11 +179,11 @@ class _Rule:
 
 
 def _biases(
-    used: Sequence[tuple[Summand, float]], sites: Mapping[str, Site], base: nn.Module | None
+    used: Sequence[tuple[Operand, float]], sites: Mapping[str, Site], base: nn.Module | None
 ) -> dict[str, Tensor]:
     """b₀ + Σ w_i (b_i − b₀) [O] by name, of all sites that have one, where any adapter trained biases."""
     keys = [f"{name}.bias" for name in sites]
-    if base is None or not any(key in summand.record.tensors for summand, _ in used for key in keys):
+    if base is None or not any(key in operand.record.tensors for operand, _ in used for key in keys):
         return {}
     found = {}
     for key, tensor in base_tensors(base):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from reparam.adapter.attach import install, remove
 from reparam.adapter.selection import state_of
 from reparam.combine.lowrank import stacked
-from reparam.combine.operands import Summand, check, check_factors, check_identity, factors_of, sites_of
+from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, sites_of
 from reparam.core.base import Factors, Method, Site, Update, Weight
 from reparam.io.record import FormatError
 from reparam.sites import targets
@@ -41,7 +41,7 @@ class Gates:
 
 
 @contextmanager
-def candidates(model: nn.Module, summands: Sequence[Summand], *, space: str = "delta") -> Iterator[Gates]:
+def candidates(model: nn.Module, operands: Sequence[Operand], *, space: str = "delta") -> Iterator[Gates]:
     """Put the adapters on `model` together, for as long as the `with` lasts; set `rows` of what it gives.
 
     The model is as it was before, its adapters and the choice among them included, also after an exception. Raises
@@ -50,24 +50,24 @@ def candidates(model: nn.Module, summands: Sequence[Summand], *, space: str = "d
     """
     if space not in ("delta", "factor"):
         raise ValueError(f"space={space!r}: weights can be searched for in delta and factor")
-    if not summands:
+    if not operands:
         raise ValueError("no adapters are given")
-    check(summands, model)
-    for label, record in summands:
+    check(operands, model)
+    for label, record in operands:
         biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
         if biases:
             raise FormatError(f"{label}: it trains {biases[0]} too; a search is over low-rank changes alone")
     if space == "factor":
-        check_factors(summands)
+        check_factors(operands)
     parts: dict[str, list[tuple[int, Factors]]] = {}
-    for name in sites_of(summands):
-        owners = [(i, s) for i, s in enumerate(summands) if name in s.record.sites]
+    for name in sites_of(operands):
+        owners = [(i, s) for i, s in enumerate(operands) if name in s.record.sites]
         parts[name] = [(i, factors_of(s.label, s.record, name)) for i, s in owners]
-    for summand in summands:
-        check_identity(summand, None)
+    for operand in operands:
+        check_identity(operand, None)
     have = dict(walk(model))
-    _check_model(have, sites_of(summands))
-    gates = Gates(len(summands))
+    _check_model(have, sites_of(operands))
+    gates = Gates(len(operands))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     install(model, _Together(parts, gates, space), names=list(parts), replaced=[], name=NAME, bias=False)
     try:
@@ -82,7 +82,7 @@ def candidates(model: nn.Module, summands: Sequence[Summand], *, space: str = "d
 def _check_model(have: dict[str, nn.Module], sites: dict[str, Site]) -> None:
     for name, site in sites.items():
         expected = site.kind, site.out_features, site.in_features
-        problem = "is not in the base" if name not in have else targets.why_not(have[name])
+        problem = "is not in the base" if name not in have else targets.unsupported_reason(have[name])
         if problem is None and (found := targets.sizes(have[name])) != expected:
             problem = f"is {found[0]}, {found[1]} x {found[2]}, in the base, not {expected[1]} x {expected[2]}"
         if problem:

@@ -1,4 +1,4 @@
-"""Saved adapters as summands: checked against each other and the base, and their changes as factors in float64."""
+"""Saved adapters as operands: checked against each other and the base, and their changes as factors in float64."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from reparam.sites.module import Adapted, is_conv1d
 from reparam.weights.dense import DenseWeight
 
 
-class Summand(NamedTuple):
+class Operand(NamedTuple):
     """A saved adapter with a name for messages: its folder, as a rule."""
 
     label: str
     record: Record
 
 
-def sites_of(summands: Sequence[Summand]) -> dict[str, Site]:
+def sites_of(operands: Sequence[Operand]) -> dict[str, Site]:
     """All sites that any of them changes. Raises FormatError where they differ about one, naming both."""
     found: dict[str, Site] = {}
     told: dict[str, str] = {}
-    for label, record in summands:
+    for label, record in operands:
         for name, site in record.sites.items():
             if name not in found:
                 found[name], told[name] = site, label
@@ -42,11 +42,11 @@ def sites_of(summands: Sequence[Summand]) -> dict[str, Site]:
     return found
 
 
-def check(summands: Sequence[Summand], base: nn.Module | None) -> None:
+def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
     """Raise FormatError where they cannot be summed whatever the weights are: see `blend`."""
-    first: Summand | None = None
+    first: Operand | None = None
     digests = None if base is None else fingerprint(base)
-    for label, record in summands:
+    for label, record in operands:
         if record.replaced:
             raise FormatError(
                 f"{label}: it trains {listed(record.replaced)} whole, which is its task's own and no change that could "
@@ -71,13 +71,13 @@ def check(summands: Sequence[Summand], base: nn.Module | None) -> None:
             raise FormatError(f"{label}: trained on other weights than those of the base that is given")
         if own and first is not None and not agree(first.record.base.digests, own):  # type: ignore[union-attr]
             raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
-        first = first or (Summand(label, record) if own else None)
-    sites_of(summands)
+        first = first or (Operand(label, record) if own else None)
+    sites_of(operands)
 
 
-def check_factors(summands: Sequence[Summand]) -> None:
+def check_factors(operands: Sequence[Operand]) -> None:
     """Raise FormatError unless A and B can be added apart: the same sites, and the same ranks there."""
-    (one, first), *rest = summands
+    (one, first), *rest = operands
     for label, record in rest:
         apart = sorted(first.sites.keys() ^ record.sites.keys())
         if apart:
@@ -86,8 +86,8 @@ def check_factors(summands: Sequence[Summand]) -> None:
                 f"such adapters"
             )
     for name in first.sites:
-        shapes = [list(factors_of(label, record, name).A.shape) for label, record in summands]
-        for shape, (label, _) in zip(shapes, summands, strict=True):
+        shapes = [list(factors_of(label, record, name).A.shape) for label, record in operands]
+        for shape, (label, _) in zip(shapes, operands, strict=True):
             if shape != shapes[0]:
                 raise FormatError(
                     f"{name}: A is {shapes[0]} in {one} and {shape} in {label}; space='delta' adds adapters of "
@@ -96,14 +96,14 @@ def check_factors(summands: Sequence[Summand]) -> None:
 
 
 @torch.no_grad()
-def check_identity(summand: Summand, base: nn.Module | None) -> None:
+def check_identity(operand: Operand, base: nn.Module | None) -> None:
     """Raise RuntimeError unless the factors of the smallest site compute what the adapter does there."""
-    label, record = summand
+    label, record = operand
     site = min(record.sites.values(), key=lambda s: s.out_features * s.in_features)
     weight = nothing(site) if base is None else frozen(base, site)
     update, factors = _update(label, record, site.name, weight), factors_of(label, record, site.name, weight)
     if site.kind == "vector":
-        found, expected = update.changed(weight), factors.apply(weight.tensor())
+        found, expected = update.effective_weight(weight), factors.apply(weight.tensor())
     elif site.kind == "embedding":
         ids = torch.arange(min(4, site.out_features))
         found = update.rows(ids, weight)
@@ -148,7 +148,7 @@ def _update(label: str, record: Record, name: str, frozen: Weight) -> Update:
         update.factors(frozen)
     except (InputDependentError, ValueError, RuntimeError) as error:
         raise FormatError(f"{label}: {record.method.name} at {name} cannot be summed: {error}") from error
-    if update.offset() is not None:
+    if update.bias_delta() is not None:
         raise FormatError(f"{label}: {record.method.name} changes the bias of {name}, and sums are of matrices")
     return update
 

@@ -1,7 +1,7 @@
 """A search for a few numbers without gradients, within a box and a budget, by libraries that are kept for that.
 
     cobyla    linear models on a simplex (Powell 1994; SciPy). One point at a time, each chosen by all before it, which
-              makes the most of few. What LoraHub's own optimiser, Nevergrad's NGOpt, resolves to at the paper's sizes.
+              makes the most of few. What LoraHub's own optimizer, Nevergrad's NGOpt, resolves to at the paper's sizes.
     cma       samples of a Gaussian that adapts (CMA-ES, Hansen 2016, arXiv 1604.00772; pycma). A generation of points
               at a time, which `f` can compute together: more points, and far fewer calls.
 

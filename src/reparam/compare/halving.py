@@ -9,7 +9,7 @@ used for nothing else, and is judged by the loss on the tuning rows (smoother th
   nobody beats with as few trained parameters is not hopeless, however large its loss: the Pareto front of loss and
   parameters goes on too, and so does the reference.
 
-Short runs favour high rates and methods that start fast. `keep = 1` stops no contestant.
+Short runs favor high rates and methods that start fast. `keep = 1` stops no contestant.
 """
 
 from __future__ import annotations

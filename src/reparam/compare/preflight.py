@@ -18,7 +18,7 @@ METRICS = {"exact": "exact match", "loss": "loss per token", "bits": "bits per b
 _METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
 
 
-def census(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
+def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
     """Trained parameters by contestant, and what was warned of, in sentences.
 
     The base is loaded once for each storage, and every contestant is put on it.

@@ -26,7 +26,7 @@ from rich.console import Console
 from reparam.compare.data import Sides, sides
 from reparam.compare.halving import better_half, hopeless
 from reparam.compare.plan import Contestant, Plan
-from reparam.compare.preflight import census, metric_of, steps_of
+from reparam.compare.preflight import metric_of, preflight, steps_of
 from reparam.compare.results import Findings
 from reparam.compare.serving import Serving, serving
 from reparam.compare.trial import Outcome, Trial, done, trial
@@ -76,7 +76,7 @@ class _Comparison:
             first.data, plan.compare.test, folder / "data", rows=plan.compare.rows, seed=self.seed
         )
         self.metric = metric_of(plan.compare.metric, self.sides.kind)
-        self.parameters, self.notes = census(plan, self.sides)
+        self.parameters, self.notes = preflight(plan, self.sides)
         self.steps = steps_of(plan, self.sides, folder / "runs")
         self.stamp = f"{self.sides.stamp()} {_base_stamp(first.base.path)}"
         self.deadline = math.inf if plan.compare.minutes is None else time.monotonic() + 60 * plan.compare.minutes

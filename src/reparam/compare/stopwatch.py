@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from reparam.train.show import Show
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints lines of its own otherwise
-PROFILED = 1  # the second step: the optimiser's states are there, and shapes are what they stay
+PROFILED = 1  # the second step: the optimizer's states are there, and shapes are what they stay
 
 
 class Quiet(Show):
@@ -31,9 +31,9 @@ class Quiet(Show):
 
 
 class Stopwatch(TrainerCallback):
-    """Times each step from its first forward to the end of the optimiser's, evaluations left out.
+    """Times each step from its first forward to the end of the optimizer's, evaluations left out.
 
-    Memory is torch's count of bytes: on a CPU what is held between steps (weights, adapter, optimiser's states) and the
+    Memory is torch's count of bytes: on a CPU what is held between steps (weights, adapter, optimizer's states) and the
     most that one step, which is profiled and not timed, holds beyond it; on a GPU the allocator's peak.
     """
 
@@ -82,7 +82,7 @@ class Stopwatch(TrainerCallback):
 
 
 def held_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Bytes of parameters, buffers, gradients and optimiser's states, each memory once."""
+    """Bytes of parameters, buffers, gradients and optimizer's states, each memory once."""
     states = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
     tensors = [t for state in states.values() for t in state.values() if isinstance(t, Tensor)]
     tensors += [t for p in model.parameters() for t in (p, p.grad) if t is not None]

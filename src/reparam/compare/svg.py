@@ -1,6 +1,6 @@
-"""Plots as SVG text: small, without a library, in the colours of the page they stand in.
+"""Plots as SVG text: small, without a library, in the colors of the page they stand in.
 
-Sizes are in units of the drawing; 460 wide, so that text stays readable on a telephone. Colours are classes, which the
+Sizes are in units of the drawing; 460 wide, so that text stays readable on a telephone. Colors are classes, which the
 page's style sheet defines for light, dark and paper.
 """
 

@@ -4,7 +4,7 @@
                                                      leaves them; result.json last
 
 The digest is over the settings and the content of data and base, so that a changed plan repeats only what changed. A
-run that was interrupted goes on from its checkpoint. A run whose loss or gradient is not finite, or that learnt
+run that was interrupted goes on from its checkpoint. A run whose loss or gradient is not finite, or that learned
 nothing, has failed: that is a result too.
 """
 

@@ -65,7 +65,7 @@ class Weight(nn.Module):
         raise NotImplementedError
 
     @property
-    def plain(self) -> Tensor | None:
+    def dense_or_none(self) -> Tensor | None:
         """The stored matrix [O, I] itself, where there is one that may be written to; None for a packed storage."""
         return None
 
@@ -87,14 +87,14 @@ class Weight(nn.Module):
 
     def tensor(self) -> Tensor:
         """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
-        return self.dense().to(self.dtype) if self.plain is None else self.plain
+        return self.dense().to(self.dtype) if self.dense_or_none is None else self.dense_or_none
 
-    def squares(self, dim: int) -> Tensor:
+    def squared_norms(self, dim: int) -> Tensor:
         """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
 
         Kept until W changes, but not in a compiled graph, which cannot tell. W is read in blocks of rows.
         """
-        kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squares", {})
+        kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squared_norms", {})
         eager = not torch.compiler.is_compiling()
         now = stamp(self) if eager else None
         if now is not None and dim in kept and kept[dim][0] == now:
@@ -111,13 +111,13 @@ class Weight(nn.Module):
         size = max(1, _BLOCK // self.in_features)
         for start in range(0, self.out_features, size):
             rows = slice(start, start + size)
-            yield rows, self.dense(rows) if self.plain is None else self.plain.detach()[rows]
+            yield rows, self.dense(rows) if self.dense_or_none is None else self.dense_or_none.detach()[rows]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.__dict__.pop("_squares", None)  # a move through 16 bits and back can end at the same address
+        self.__dict__.pop("_squared_norms", None)  # a move through 16 bits and back can end at the same address
         return super()._apply(fn, recurse)
 
-    def rounded(self, factors: Factors, rounding: str) -> Weight:
+    def requantize(self, factors: Factors, rounding: str) -> Weight:
         """W' in the same format; `rounding` is "nearest", or "aware", which keeps the update's effect where it can.
 
         Raises ValueError where the format has no such operation.
@@ -179,7 +179,7 @@ class Update(nn.Module):
     """The trainable part of one site. It decides itself when the frozen map is applied.
 
     `roles` gives every parameter its part ("in": what meets the input first, "out": what makes the output, "core",
-    "gain", "route"). Optimiser groups, weight decay and files go by roles, never by parts of names.
+    "gain", "route"). Optimizer groups, weight decay and files go by roles, never by parts of names.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -192,11 +192,11 @@ class Update(nn.Module):
         """The normal form, differentiable in the parameters. Raises `InputDependentError` where there is none."""
         raise NotImplementedError
 
-    def offset(self) -> Tensor | None:
+    def bias_delta(self) -> Tensor | None:
         """The change of the bias [O], differentiable, or None. `forward` adds it, to the bias that it is given."""
         return None
 
-    def changed(self, weight: Weight) -> Tensor:
+    def effective_weight(self, weight: Weight) -> Tensor:
         """W' [O, I] in float32 or more, differentiable. Sites that are vectors compute with it."""
         w = weight.tensor()
         return self.factors(weight).apply(w.to(torch.promote_types(w.dtype, torch.float32)))
@@ -235,7 +235,7 @@ class Method:
         """The targets where none are given."""
         return ("all-linear",)
 
-    def why_not(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
         return None
 
@@ -255,10 +255,10 @@ class Method:
         raise NotImplementedError
 
     def controller(self, updates: Mapping[str, Update]) -> Controller | None:
-        """What must happen around an optimiser step, for all updates by site, or None."""
+        """What must happen around an optimizer step, for all updates by site, or None."""
         return None
 
-    def trained(self, updates: Mapping[str, Update]) -> Self:
+    def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """The configuration that builds updates of these shapes: itself, unless training made them smaller."""
         return self
 

@@ -1,4 +1,4 @@
-"""What a method does around an optimiser step."""
+"""What a method does around an optimizer step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Controller(Protocol):
-    """What must happen around an optimiser step, and the state that a checkpoint needs for it."""
+    """What must happen around an optimizer step, and the state that a checkpoint needs for it."""
 
     def plan(self, total_steps: int | None) -> None:
         """Called before the first step, with their number if it is known. Raises ValueError where it will not do."""
@@ -17,7 +17,7 @@ class Controller(Protocol):
         """Called with the gradients in place."""
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Called after the parameters have moved, with the optimiser that moved them."""
+        """Called after the parameters have moved, with the optimizer that moved them."""
 
     def finish(self) -> str | None:
         """Called at the end of training. A sentence for the user, where it ended before its time, or None."""

@@ -1,4 +1,4 @@
-"""Parameters that become smaller in training, and optimiser states that follow them."""
+"""Parameters that become smaller in training, and optimizer states that follow them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Cuts = Mapping[nn.Parameter, tuple[int, Tensor]]
 
 
 @runtime_checkable
-class Narrows(Protocol):
-    """An optimiser whose states are not tensors beside the parameters, and which can narrow them itself."""
+class Shrinks(Protocol):
+    """An optimizer whose states are not tensors beside the parameters, and which can narrow them itself."""
 
-    def narrowing(self, cuts: Cuts) -> contextlib.AbstractContextManager[None]:
+    def shrinking(self, cuts: Cuts) -> contextlib.AbstractContextManager[None]:
         """Within it the parameters become smaller; after it the states are those of what is left."""
 
 
-def cannot_narrow(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> bool:
+def cannot_shrink(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> bool:
     """Whether the states of these parameters are anything but scalars and tensors of their parameter's shape."""
-    if isinstance(optimizer, Narrows):
+    if isinstance(optimizer, Shrinks):
         return False
     states = ((p, value) for p in parameters for value in optimizer.state.get(p, {}).values())
     return any(isinstance(value, Tensor) and value.ndim and value.shape != p.shape for p, value in states)
 
 
-def narrow(cuts: Cuts, optimizer: torch.optim.Optimizer | None = None) -> None:
+def shrink(cuts: Cuts, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Keep these parts of the parameters, which stay the same objects, and of their states. Gradients are dropped."""
-    own = optimizer.narrowing(cuts) if isinstance(optimizer, Narrows) else contextlib.nullcontext()
+    own = optimizer.shrinking(cuts) if isinstance(optimizer, Shrinks) else contextlib.nullcontext()
     with own, torch.no_grad():
         for parameter, (dim, index) in cuts.items():
             parameter.grad = None
@@ -40,7 +40,7 @@ def narrow(cuts: Cuts, optimizer: torch.optim.Optimizer | None = None) -> None:
             # makes a new one when the dtype changes.
             parameter.data = kept.to(torch.float16 if kept.dtype != torch.float16 else torch.float32)
             parameter.data = kept
-    if optimizer is None or isinstance(optimizer, Narrows):
+    if optimizer is None or isinstance(optimizer, Shrinks):
         return
     for parameter, (dim, index) in cuts.items():
         state = optimizer.state.get(parameter, {})

@@ -27,13 +27,13 @@ def stamp(module: nn.Module) -> Stamp | None:
 
 
 class Steps:
-    """How many optimiser steps this process has made. Fused kernels write to parameters past their version counters."""
+    """How many optimizer steps this process has made. Fused kernels write to parameters past their version counters."""
 
     count = 0
 
     @classmethod
     def note(cls, *_: object) -> None:
-        """Called after each step of any optimiser."""
+        """Called after each step of any optimizer."""
         cls.count += 1
 
 

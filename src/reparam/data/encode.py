@@ -1,6 +1,6 @@
 """From rows to a dataset of token ids and labels.
 
-Which tokens carry loss is decided in `data.tokenise`; here rows get the length they may have. Chats and completions
+Which tokens carry loss is decided in `data.tokenize`; here rows get the length they may have. Chats and completions
 longer than `max_length` lose their end. A text row becomes consecutive pieces that together are the row; the first
 token of a piece has nothing before it and is not predicted. Whatever would train nothing is refused.
 """
@@ -19,12 +19,12 @@ from reparam.data.chat import Span
 from reparam.data.findings import Findings
 from reparam.data.rows import DataError, Row
 from reparam.data.tasks import task_numbers
-from reparam.data.tokenise import LossOn, Tokeniser, Tokens
+from reparam.data.tokenize import LossOn, Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 1024  # rows tokenised at once: enough for speed, and their offsets take little memory
+BATCH = 1024  # rows tokenized at once: enough for speed, and their offsets take little memory
 SHORTEST = 3  # the least max_length with which every piece of a text predicts a token
 
 
@@ -37,7 +37,7 @@ def encode(
     vocab_size: int | None = None,
     tasks: Sequence[str] = (),
 ) -> Encoded:
-    """Tokenise rows and mark the tokens that carry loss.
+    """Tokenize rows and mark the tokens that carry loss.
 
     `max_length` is in tokens. `loss_on="all"` puts loss on prompts as well; text rows have it everywhere either way.
     `vocab_size` is the number of embeddings of the model. With `tasks`, each row names one of them in its column
@@ -51,11 +51,11 @@ def encode(
     if problems := _obstacles(rows, tokenizer, max_length=max_length, loss_on=loss_on):
         raise DataError(problems)
     findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size)
-    tokenise = Tokeniser(tokenizer, findings, loss_on=loss_on)
+    tokenize = Tokenizer(tokenizer, findings, loss_on=loss_on)
     numbers = {id(row): number for row, number in zip(rows, task_numbers(rows, tasks), strict=True)} if tasks else {}
     store = _Store(findings, max_length=max_length, tasks=numbers)
     for start in range(0, len(rows), BATCH):
-        for row, tokens in tokenise(rows[start : start + BATCH]):
+        for row, tokens in tokenize(rows[start : start + BATCH]):
             store.add(row, tokens)
     findings.raise_problems()
     return store.encoded(len(rows))
@@ -83,7 +83,7 @@ def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_l
 
 
 class _Store:
-    """Takes tokenised rows and holds their examples flat: Python lists would take ten times the memory."""
+    """Takes tokenized rows and holds their examples flat: Python lists would take ten times the memory."""
 
     def __init__(self, findings: Findings, *, max_length: int, tasks: Mapping[int, int]) -> None:
         self._findings = findings

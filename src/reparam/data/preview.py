@@ -37,12 +37,12 @@ class Preview:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a legend, then a heading and the tokens of each row."""
-        colour = console.is_terminal and console.color_system is not None
-        opening, closing = ("", "") if colour else ("[[", "]]") if options.ascii_only else ("⟦", "⟧")
+        color = console.is_terminal and console.color_system is not None
+        opening, closing = ("", "") if color else ("[[", "]]") if options.ascii_only else ("⟦", "⟧")
         yield Text.assemble(
-            (f"{opening}tokens that carry loss{closing}", LOSS if colour else ""),
+            (f"{opening}tokens that carry loss{closing}", LOSS if color else ""),
             " ",
-            ("tokens that are only read", NO_LOSS if colour else ""),
+            ("tokens that are only read", NO_LOSS if color else ""),
         )
         for index in range(self._rows):
             runs = list(self._runs(index))
@@ -53,14 +53,14 @@ class Preview:
             body = Text()
             for carries, _, content in runs:
                 shown = visible(_shortened(content), ascii_only=options.ascii_only)
-                if colour:
+                if color:
                     body.append(shown, LOSS if carries else NO_LOSS)
                 else:
                     body.append(f"{opening}{shown}{closing}" if carries else shown)
             yield body
 
     def _runs(self, index: int) -> Iterator[tuple[bool, int, str]]:
-        """Runs of neighbouring tokens, with and without loss in turn: (carries loss, tokens, text)."""
+        """Runs of neighboring tokens, with and without loss in turn: (carries loss, tokens, text)."""
         example = self._encoded[index]
         pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)
         for carries, run in groupby(pairs, key=lambda pair: pair[0] == pair[1]):

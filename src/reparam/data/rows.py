@@ -115,7 +115,7 @@ def _content(path: Path) -> bytes:
 
 
 def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, Any] | None:
-    """The object on one line, or None if the line is blank. `offset` is where the line begins in the file."""
+    """The object on one line, or None if the line is blank. `bias_delta` is where the line begins in the file."""
     if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError([f"{source}: the file is UTF-16; save it as UTF-8"])
     try:

@@ -99,9 +99,9 @@ def score_answers(answers: Sequence[Answer]) -> Score:
     """Share of exact matches, with Wilson's interval."""
     n, right = len(answers), sum(answer.right for answer in answers)
     p, z = right / n, 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Score("exact match", p, max(0.0, centre - half), min(1.0, centre + half), n, larger_is_better=True)
+    return Score("exact match", p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
 
 
 def answer(

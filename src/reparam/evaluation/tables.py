@@ -18,11 +18,11 @@ def scores_table(
         table.add_column(column)
     for old, new in zip(before, after, strict=True):
         better = (new.value > old.value) == old.larger_is_better and new.value != old.value
-        colour = "green" if better else "red"
+        color = "green" if better else "red"
         table.add_row(
             f"{old.name} {'↑' if old.larger_is_better else '↓'}",
             f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
-            f"[{colour}]{new.value:.3f}[/{colour}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
+            f"[{color}]{new.value:.3f}[/{color}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
             str(new.rows),
         )
     return table

@@ -120,7 +120,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
     for path, module in sites.items():
         assert isinstance(module, Adapted)
-        if module.weight.plain is not None:
+        if module.weight.dense_or_none is not None:
             found |= {f"{path}.{name}": tensor.detach() for name, tensor in module.stock().items()}
             continue
         found |= LAYOUTS[module.weight.storage.name].state_of(module.weight, path)

@@ -37,7 +37,7 @@ def load_base(
 
     With a `storage`, the matrices that `targets` names are packed while they are read, as `reparam.pack` would do it
     afterwards. A folder that is packed already, by `save_model` or in NF4 by bitsandbytes (which is not needed for it),
-    is read as it is, without quantising anything anew.
+    is read as it is, without quantizing anything anew.
 
     Weights are read from safetensors only, and no code of the repository is run. Raises BaseError, in one sentence,
     for a folder that does not exist or holds no such model, for one that is packed in another way than is asked for,

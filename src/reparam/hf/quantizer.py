@@ -1,4 +1,4 @@
-"""The quantiser that transformers calls: packing while a model is read, files of packed models, training under Trainer.
+"""The quantizer that transformers calls: packing while a model is read, files of packed models, training under Trainer.
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=reparam.NF4Config())
     model.hf_quantizer.report
@@ -55,7 +55,7 @@ class Quantizer(HfQuantizer):
         """True."""
         return True
 
-    # Trainer refuses a quantised model that is no PEFT model unless this is true: it stands for "has parameters that
+    # Trainer refuses a quantized model that is no PEFT model unless this is true: it stands for "has parameters that
     # train without PEFT", which our adapters are, and not for training the packed weights.
     @property
     def is_qat_trainable(self) -> bool:
@@ -210,7 +210,7 @@ class _Read(ConversionOps):
         self.dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: Any) -> Self:
-        return type(self)(self.quantizer)  # transformers copies one for each weight; the quantiser is one
+        return type(self)(self.quantizer)  # transformers copies one for each weight; the quantizer is one
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Put the packed weight into the model, and give transformers nothing to put there."""
@@ -229,7 +229,7 @@ class _Read(ConversionOps):
 
     def _put(self, model: Any, path: str, parts: Mapping[str, Tensor]) -> None:
         module = model.get_submodule(path)
-        why = targets_.why_not(module)
+        why = targets_.unsupported_reason(module)
         if why:
             raise FormatError(f"{path}: is packed in the files, and {why}")
         layout = LAYOUTS[self.quantizer.quantization_config.storage.name]

@@ -6,7 +6,7 @@
 directions of W itself hold, and what random ones do. The paper's adapter of GPT-3 (48th layer, W_q, r = 4) has
 |ΔW| = 6.91 against 0.32 in its own directions, 21.67 in W's leading ones and 0.02 in random ones: 21.5 times.
 
-W is applied to r vectors, and never unpacked as a whole. Its leading directions are found by the randomised range
+W is applied to r vectors, and never unpacked as a whole. Its leading directions are found by the randomized range
 finder of `operators.py`, so that `top` is at most the true value; `random` is the root of the expected square,
 r |W| / √(O I).
 """
@@ -53,7 +53,7 @@ def amplification(change: Spectrum, weight: Weight) -> Amplification | None:
         return None
     frozen = of_weight(weight)
     own = change.u[:, :r].T @ frozen.times(change.vh[:r].T)
-    size = float(weight.squares(1).sum().sqrt())
+    size = float(weight.squared_norms(1).sum().sqrt())
     rows, columns = frozen.shape
     top = leading(frozen, r)[1]
     return Amplification(

@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reparam.adapter.merge import SiteMerge
+from reparam.evaluation.png import write_png
 from reparam.inspect.amplification import Amplification
 from reparam.inspect.ranks import place, rank_map, short
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
 from reparam.inspect.survival import KINDS
-from reparam.io.png import write_png
 
 SHADES = "viridis"
 _COLUMNS = 4
@@ -37,9 +37,9 @@ def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
     shades = matplotlib.colormaps[SHADES]
     for axes, (name, lines) in zip(panels.flat, zip(short(tuple(groups)), groups.values(), strict=True), strict=False):
         for layer, seen in lines:
-            colour = "0.5" if layer < 0 else shades(0.9 * layer / max(1, highest))
+            color = "0.5" if layer < 0 else shades(0.9 * layer / max(1, highest))
             values = seen.values[: seen.rank]
-            axes.plot(range(1, 1 + len(values)), values, color=colour, marker=".", linewidth=1)
+            axes.plot(range(1, 1 + len(values)), values, color=color, marker=".", linewidth=1)
         axes.set_title(name, fontsize=9)
         _plain(axes)
     for axes in panels.flat[len(groups) :]:
@@ -70,11 +70,11 @@ def amplification(found: Mapping[str, Amplification], file: Path) -> None:
         "own": ("W in ΔW's directions", "tab:blue", "o"),
         "random": ("W in random directions", "0.7", "x"),
     }
-    for number, (key, (label, colour, marker)) in enumerate(series.items()):
+    for number, (key, (label, color, marker)) in enumerate(series.items()):
         beside = 0.15 * (number - 1.5)
         points = [(names.index(place(path)[2]) + beside, getattr(seen, key)) for path, seen in found.items()]
         x, y = zip(*points, strict=True)
-        axes.scatter(x, y, color=colour, marker=marker, label=label, s=22, alpha=0.7)
+        axes.scatter(x, y, color=color, marker=marker, label=label, s=22, alpha=0.7)
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), short(tuple(names)), rotation=45, ha="right")
     factors = [seen.factor for seen in found.values() if seen.factor is not None]

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from reparam.core.base import Factors, Weight
+from reparam.evaluation.png import write_png
 from reparam.inspect.ranks import place
-from reparam.io.png import write_png
 
 Axis = Literal["output", "input"]
 Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # rows, and W and W' there

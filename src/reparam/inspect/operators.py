@@ -1,6 +1,6 @@
 """Matrices as operators: W, ΔW and their largest singular values, a block of rows of W at a time, in float64.
 
-A randomised range finder (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1) applies the matrix
+A randomized range finder (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1) applies the matrix
 to a few random vectors, and again to what came out, so that the leading directions come to the front:
 
     Q = orth(D G);  then, some times,  Q = orth(D orth(Dᵀ Q));        D ≈ Q (Qᵀ D)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from reparam.io.png import write_png
+from reparam.evaluation.png import write_png
 
 MAP = "Blues"
 _READABLE = 40  # layers up to which each cell of the PNG has its number in it

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import told
 from reparam.data.batches import Collator, Encoded, padding_id
-from reparam.io.png import write_png
+from reparam.evaluation.png import write_png
 from reparam.methods.mixture.update import MixtureUpdate
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from reparam.hf.models import load_base, vocabulary
 from reparam.hf.open import open_model
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
-from reparam.inspect.summary import SiteSummary, Summary, summarise
+from reparam.inspect.summary import SiteSummary, Summary, summarize
 from reparam.io.files import adapter_folder
 
 
@@ -51,7 +51,7 @@ def show(
         _show_model(folder, console, json=json)
         return
     model = load_base(base) if base else None
-    summary = summarise(adapter_folder(folder), model)
+    summary = summarize(adapter_folder(folder), model)
     seen = closely.look(asked, adapter_folder(folder), base, model)
     if plot is not None:
         _plot(summary, plot)

@@ -69,7 +69,7 @@ class Summary:
         return not self.replaced and all(site.change == site.offset == 0 for site in self.sites)
 
 
-def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
+def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
     """Read an adapter, this project's or PEFT's, and describe it. `model` is its base, plain, or None.
 
     Raises FormatError for a folder that holds no whole adapter.
@@ -79,7 +79,7 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
     own = dict(base_tensors(model)) if model is not None else {}
     sites = []
     for name, site in record.sites.items():
-        sites.append(_summarise_site(record, name, site, frozen_weight(model, own, site)))
+        sites.append(_summarize_site(record, name, site, frozen_weight(model, own, site)))
     return Summary(
         folder=str(folder),
         format=files.format_of(folder),
@@ -94,12 +94,12 @@ def summarise(folder: str | Path, model: nn.Module | None = None) -> Summary:
 
 
 @torch.no_grad()
-def _summarise_site(record: Record, name: str, site: Site, weight: Weight | None) -> SiteSummary:
+def _summarize_site(record: Record, name: str, site: Site, weight: Weight | None) -> SiteSummary:
     shape = site.out_features, site.in_features
     known = weight if weight is not None else DenseWeight(torch.zeros(1, 1).expand(shape))
-    norm = None if weight is None else float(weight.squares(1).sum().sqrt())
+    norm = None if weight is None else float(weight.squared_norms(1).sum().sqrt())
     update = stand_alone(record, name, known)
-    offset = 0.0 if (moved := update.offset()) is None else float(moved.norm())
+    offset = 0.0 if (moved := update.bias_delta()) is None else float(moved.norm())
     try:
         factors = update.factors(known)
     except InputDependentError:

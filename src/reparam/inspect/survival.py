@@ -45,7 +45,7 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
         packed = storage.pack(w)
         factors = stand_alone(record, name, packed).factors(packed)
         for rounding in ROUNDINGS:
-            merged = packed.rounded(factors, rounding)
+            merged = packed.requantize(factors, rounding)
             found[f"{kind} {rounding}"] = measured(name, packed, merged, factors)
     return {kind: found[kind] for kind in KINDS if kind in found}
 

@@ -3,13 +3,13 @@
 | key | dtype, shape |
 |---|---|
 | `<p>.weight` | uint8 [⌈n/2⌉, 1], or another dtype whose entries are the same bytes |
-| `<p>.weight.absmax` | float32 [N], or uint8 [N] where it is doubly quantised ("nested") |
+| `<p>.weight.absmax` | float32 [N], or uint8 [N] where it is doubly quantized ("nested") |
 | `<p>.weight.quant_map` | float32 [16], the levels |
 | `<p>.weight.nested_absmax` | float32 [M], nested only |
 | `<p>.weight.nested_quant_map` | float32 [256], nested only |
 | `<p>.weight.quant_state.bitsandbytes__nf4` | uint8: JSON with block sizes, dtype, shape and mean |
 
-Nothing is quantised anew; what bitsandbytes would read as something else, or not at all, is refused. The library itself
+Nothing is quantized anew; what bitsandbytes would read as something else, or not at all, is refused. The library itself
 is not needed. Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
 """
 
@@ -87,7 +87,7 @@ def weight_from(state: Mapping[str, Tensor], path: str) -> NF4Weight:
     start = f"{path}.weight"
     parts = {key[len(path) + 1 :]: value for key, value in state.items() if key == start or key.startswith(start + ".")}
     if FP4 in parts:
-        raise FormatError(f"{start}: is FP4 of bitsandbytes; only NF4 is read. Quantise the original model instead")
+        raise FormatError(f"{start}: is FP4 of bitsandbytes; only NF4 is read. Quantize the original model instead")
     held = _json(parts.get(STATE), start)
     nested = held.nested_offset is not None
     wanted = (*PLAIN, *NESTED) if nested else PLAIN

@@ -23,7 +23,7 @@ from torch import Tensor
 from reparam.core.base import Site
 from reparam.io import peft_adalora as adalora
 from reparam.io.native import FLOATS, pack_tensors, parse_tensors, read_bytes, read_json
-from reparam.io.peft_config import Honoured, parse
+from reparam.io.peft_config import Honored, parse
 from reparam.io.record import Base, FormatError, Record, listed
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.dora import DoRA
@@ -41,7 +41,7 @@ MAGNITUDE = ".lora_magnitude_vector"  # DoRA's, [O]
 
 
 def read(folder: Path) -> Record:
-    """The adapter that PEFT saved in `folder`. Raises FormatError, naming the key, for what cannot be honoured."""
+    """The adapter that PEFT saved in `folder`. Raises FormatError, naming the key, for what cannot be honored."""
     file = folder / CONFIG
     values = read_json(file)
     own: adalora.Settings | None = None
@@ -194,7 +194,7 @@ def _number(value: float) -> float:
 
 
 def _sort(
-    raw: dict[str, Tensor], config: Honoured, file: Path
+    raw: dict[str, Tensor], config: Honored, file: Path
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor], list[str]]:
     """Our tensors, the kinds of their sites, tensors of the base, and modules replaced whole, from PEFT's keys."""
     tensors: dict[str, Tensor] = {}
@@ -240,7 +240,7 @@ def _sort(
     return tensors, kinds, frozen, replaced
 
 
-def _saved_module(path: str, config: Honoured) -> str | None:
+def _saved_module(path: str, config: Honored) -> str | None:
     """The outermost module around this tensor that is trained whole."""
     parts = path.split(".")
     return next((m for i in range(1, len(parts)) if config.whole(m := ".".join(parts[:i]))), None)
@@ -276,7 +276,7 @@ def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path, *, lea
     return sites
 
 
-def _method(config: Honoured, sites: Iterable[str], file: Path) -> LoRA:
+def _method(config: Honored, sites: Iterable[str], file: Path) -> LoRA:
     def used(patterns: dict[str, Any] | None) -> dict[str, Any]:
         """PEFT leaves patterns that match nothing in the file; here they would be an error."""
         return {p: v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in sites)}

@@ -1,6 +1,6 @@
-"""What each key of PEFT's `adapter_config.json` (LoraConfig of PEFT 0.21) means here: honoured, or refused by name.
+"""What each key of PEFT's `adapter_config.json` (LoraConfig of PEFT 0.21) means here: honored, or refused by name.
 
-A key that changes what a trained adapter computes is in `Honoured` or in `REFUSED`; `NEUTRAL` are the keys that do not.
+A key that changes what a trained adapter computes is in `Honored` or in `REFUSED`; `NEUTRAL` are the keys that do not.
 A key in none of them comes from another release: it is refused unless its value is empty.
 """
 
@@ -19,7 +19,7 @@ NEUTRAL = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "runtime_config",
     # told by the base: a Conv1D's matrix is [I, O]
     "fan_in_fan_out",
-    # how training began, for the initialisations that leave the base alone
+    # how training began, for the initializations that leave the base alone
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     # without effect unless a refused key is set
     "megatron_core", "qalora_group_size",
@@ -46,12 +46,12 @@ OTHERS = {  # what to do instead
     "XLORA": "; its experts are adapters of their own, over which a new router trains: --method xlora --method.experts",
     "POLY": "; train it here with --method poly, for one split",
 }
-# Initialisations that change A and B only. Others move the base too, and PEFT does so again when it loads the file.
+# Initializations that change A and B only. Others move the base too, and PEFT does so again when it loads the file.
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
-class Honoured:
+class Honored:
     """The keys that are read, with PEFT's defaults."""
 
     r: int = 8
@@ -92,14 +92,14 @@ class Honoured:
         return path.endswith(tuple(self.modules_to_save or ()))
 
 
-def parse(config: dict[str, Any], file: Path) -> Honoured:
-    """The keys that count. Raises FormatError that names each key which cannot be honoured."""
+def parse(config: dict[str, Any], file: Path) -> Honored:
+    """The keys that count. Raises FormatError that names each key which cannot be honored."""
     if config.get("peft_type") != "LORA":
         instead = OTHERS.get(str(config.get("peft_type")), "")
         raise FormatError(
             f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA and ADALORA are{instead}"
         )
-    fields = {field.name for field in dataclasses.fields(Honoured)}
+    fields = {field.name for field in dataclasses.fields(Honored)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
     problems += [
         f"{key} = {value!r}: unknown (peft_version {config.get('peft_version')!r}); take it out of the file if it does "
@@ -116,7 +116,7 @@ def parse(config: dict[str, Any], file: Path) -> Honoured:
         )
     if problems:
         raise FormatError(f"{file}: " + "; ".join(problems))
-    found = decode(Honoured, {key: value for key, value in config.items() if key in fields}, file)
+    found = decode(Honored, {key: value for key, value in config.items() if key in fields}, file)
     if found.bias == "all":
         raise FormatError(
             f"{file}: bias = 'all': biases outside the sites are not read, only 'none' and 'lora_only' are"
@@ -125,7 +125,7 @@ def parse(config: dict[str, Any], file: Path) -> Honoured:
     return found
 
 
-def _check_patterns(config: Honoured, file: Path) -> None:
+def _check_patterns(config: Honored, file: Path) -> None:
     expressions = {
         key: list(getattr(config, key) or ()) for key in ("rank_pattern", "alpha_pattern", "modules_to_save")
     }

@@ -32,7 +32,7 @@ def decode(cls: type[T], value: object, where: object) -> T:
     Understands str, int, float, bool, None, Literal, unions, lists, tuples, dictionaries and dataclasses; an unknown
     key is an error, a missing one too unless it has a default. `where` starts the message.
 
-    >>> from reparam.base import Site
+    >>> from reparam.core.base import Site
     >>> decode(Site, {"name": "a", "kind": "linear", "out_features": 2, "in_features": "x"}, "file.json")
     Traceback (most recent call last):
     reparam.io.record.FormatError: file.json: in_features: expected a whole number, found 'x'

@@ -1,4 +1,4 @@
-"""The fast Walsh-Hadamard transform over the last dimension: unnormalised, in natural (Sylvester) order.
+"""The fast Walsh-Hadamard transform over the last dimension: unnormalized, in natural (Sylvester) order.
 
     H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]],  y = H x        H = Hᵀ, H H = n I
 

@@ -6,7 +6,7 @@ tie going to the lower code. Two codes share a byte, the first in the high half;
 
     ŵ = CODE[index] · c
 
-Double quantisation stores c itself in eight bits: less the mean of all c, in blocks of 256, coded by a signed dynamic
+Double quantization stores c itself in eight bits: less the mean of all c, in blocks of 256, coded by a signed dynamic
 map with a scale for each block. Bytes, statistics and order of operations are those of bitsandbytes 0.50 on CUDA,
 except that a block of zeros gets the code of zero, as on its CPU.
 
@@ -65,7 +65,7 @@ def dequantize(
 
 
 def compress(absmax: Tensor) -> Statistics:
-    """Double quantisation of magnitudes, float32 [N]: eight bits each, and float32 for every 256.
+    """Double quantization of magnitudes, float32 [N]: eight bits each, and float32 for every 256.
 
     >>> stats = compress(torch.tensor([0.5, 1.0]))
     >>> stats.absmax.tolist(), stats.offset.tolist()

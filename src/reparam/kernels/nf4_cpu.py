@@ -1,6 +1,6 @@
 """NF4 on a CPU, compiled by numba. The references are in `nf4`, and the bytes are theirs.
 
-Whole blocks go through vectors that are written for LLVM here, because its own vectoriser cannot see a table in a
+Whole blocks go through vectors that are written for LLVM here, because its own vectorizer cannot see a table in a
 register: sixteen levels of 32 bits fill one register of AVX-512, and one of its instructions looks sixteen codes up at
 once. On other processors the same code looks them up one by one; all else is plain vector arithmetic, which LLVM splits
 into whatever the processor has. The last block, if it is short, goes through the reference. What is left is reading and

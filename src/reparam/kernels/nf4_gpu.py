@@ -1,6 +1,6 @@
-"""NF4 on a GPU, in Triton: quantise, dequantise, and the product with a few rows. The references are in `nf4`.
+"""NF4 on a GPU, in Triton: quantize, dequantize, and the product with a few rows. The references are in `nf4`.
 
-Quantising and dequantising give the reference's bytes: the reciprocal of a magnitude is IEEE's (`div_rn`; `/` is an
+Quantizing and dequantizing give the reference's bytes: the reciprocal of a magnitude is IEEE's (`div_rn`; `/` is an
 approximation in Triton), and products are not fused with the sum after them. `matvec` reads the codes once and never
 writes the matrix, for decoding one or a few tokens, where reading the weights is what takes the time. Products with
 more rows unpack the matrix and leave the rest to cuBLAS.
@@ -152,7 +152,7 @@ def _levels(codes, code, byte, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _magnitude(absmax, nested, offset, map, block, mask):  # type: ignore[no-untyped-def]
-    """The magnitudes of these blocks, doubly quantised where there is `nested`."""
+    """The magnitudes of these blocks, doubly quantized where there is `nested`."""
     c = tl.load(absmax + block, mask=mask, other=0)
     if nested is not None:
         c = tl.load(map + c.to(tl.int32)) * tl.load(nested + block // 256, mask=mask, other=0) + tl.load(offset)

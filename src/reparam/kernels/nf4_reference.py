@@ -21,7 +21,7 @@ def nearest(scaled: Tensor) -> Tensor:
 
 
 def compress(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = nearest) -> Statistics:
-    """Double quantisation of float32 absmax [N] (§3 "Double Quantization")."""
+    """Double quantization of float32 absmax [N] (§3 "Double Quantization")."""
     offset = absmax.double().mean().float()  # a sum in float32 would depend on the number of threads
     rest = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = rest.abs().amax(1)  # [M]

@@ -1,4 +1,4 @@
-"""The constants of NF4 and of its double quantisation, and the shape of its statistics; for the reference and kernels.
+"""The constants of NF4 and of its double quantization, and the shape of its statistics; for the reference and kernels.
 
 How the tables come about is tested, not computed here: the levels are quantiles of the normal distribution (Dettmers et
 al. 2023, §3), the dynamic map has 2^e values for each power of ten from 10^-6 to 1.
@@ -49,7 +49,7 @@ DYNAMIC = torch.tensor([-v for v in reversed(_positive[:-1])] + [0.0] + _positiv
 
 
 class Statistics(NamedTuple):
-    """The largest magnitude of each block: float32 [N] alone, or doubly quantised."""
+    """The largest magnitude of each block: float32 [N] alone, or doubly quantized."""
 
     absmax: Tensor  # [N] float32, or uint8
     nested: Tensor | None = None  # [M] float32: the scale of each 256

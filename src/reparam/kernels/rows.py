@@ -76,7 +76,7 @@ def backend() -> str:
 def update_by_row_(
     y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
 ) -> None:
-    """The reference with static shapes, without a synchronisation: factors gathered for each row, two batched products.
+    """The reference with static shapes, without a synchronization: factors gathered for each row, two batched products.
 
     For accelerators and traced graphs; on a CPU copying factors for each row costs more than the products.
     """

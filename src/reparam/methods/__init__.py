@@ -1,4 +1,4 @@
-"""Methods: one file for each parameterisation of a change. Every file in this folder is imported with it."""
+"""Methods: one file for each parameterization of a change. Every file in this folder is imported with it."""
 
 import importlib
 import pkgutil

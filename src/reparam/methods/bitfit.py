@@ -25,7 +25,7 @@ from reparam.core.registry import method
 class BitFit(Method):
     """Configuration of BitFit.
 
-    >>> BitFit().why_not(Site("q_proj", "linear", 8, 8))
+    >>> BitFit().unsupported_reason(Site("q_proj", "linear", 8, 8))
     'it has no bias; with create (--method.create) bitfit gives linear maps one'
     """
 
@@ -39,7 +39,7 @@ class BitFit(Method):
         """Whatever has a bias."""
         return ("everything",)
 
-    def why_not(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         """Only what has a bias, or can be given one."""
         if site.bias or (self.create and site.kind == "linear"):
             return None
@@ -70,6 +70,6 @@ class BitFitUpdate(Update):
         """None of the matrix changes: rank 0."""
         return Factors(self.delta.new_zeros(0, weight.in_features), self.delta.new_zeros(weight.out_features, 0))
 
-    def offset(self) -> Tensor:
+    def bias_delta(self) -> Tensor:
         """δ."""
         return self.delta

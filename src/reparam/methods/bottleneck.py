@@ -82,7 +82,7 @@ class Bottleneck(Method):
         """The linear maps that end the sub-layers of the placement, as they are called in most models."""
         return PLACEMENTS[self.placement]
 
-    def why_not(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         """Only linear maps."""
         return None if site.kind == "linear" else "a bottleneck goes after, or beside, a linear map"
 

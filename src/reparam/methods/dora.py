@@ -85,7 +85,7 @@ class DoRA(LoRA):
     def over(self, low_rank: Update | None, site: Site, weight: Weight) -> DoRAUpdate:
         """Magnitudes of the base over any fresh update of low rank. Raises ValueError where a norm is not finite."""
         dim = 1 if self.norm_axis == "output" else 0
-        magnitude = weight.squares(dim).sqrt().float()
+        magnitude = weight.squared_norms(dim).sqrt().float()
         if not magnitude.is_meta and not magnitude.isfinite().all():
             raise ValueError(f"DoRA: {site.name}: the norm of {int((~magnitude.isfinite()).sum())} rows is not finite")
         return DoRAUpdate(low_rank, magnitude, dim=dim, exact=self.gradient == "exact")
@@ -169,7 +169,7 @@ class DoRAUpdate(Update):
             A, B, _ = self._low_rank_factors(weight)
         if self.dim == 1:
             return Factors(A, gain[:, None] * B, gain)
-        W = weight.dense() if weight.plain is None else weight.plain
+        W = weight.dense() if weight.dense_or_none is None else weight.dense_or_none
         change = W.to(gain.dtype) * (gain - 1) + B @ (A * gain)  # [O, I]
         return of_matrix(change)
 
@@ -202,7 +202,7 @@ class DoRAUpdate(Update):
     def _gain(self, weight: Weight) -> tuple[Tensor, bool]:
         """g [L], differentiable, and whether it can be divided out again."""
         if torch.compiler.is_compiling():
-            norm, dead = self._measured(weight, weight.squares(self.dim), grad=self.exact)
+            norm, dead = self._measured(weight, weight.squared_norms(self.dim), grad=self.exact)
             return torch.where(dead, 1, self.magnitude / norm), False
         kept = self._norms(weight)
         if not torch.is_grad_enabled():
@@ -212,7 +212,7 @@ class DoRAUpdate(Update):
         return gain if kept.dead is None else torch.where(kept.dead, 1, gain), kept.invertible
 
     def _norms(self, weight: Weight) -> _Norms:
-        squares, now, kept = weight.squares(self.dim), stamp(self), self._kept
+        squares, now, kept = weight.squared_norms(self.dim), stamp(self), self._kept
         if kept is not None and kept.squares is squares and kept.stamp == now and kept.steps == Steps.count:
             return kept
         with torch.inference_mode(False), torch.no_grad():

@@ -64,7 +64,7 @@ class FullUpdate(Update):
         """W' - W, and an identity."""
         return of_matrix(self.matrix - _stored(weight).to(self.matrix.dtype))
 
-    def changed(self, weight: Weight) -> Tensor:
+    def effective_weight(self, weight: Weight) -> Tensor:
         """W' itself."""
         return self.matrix
 
@@ -85,7 +85,7 @@ def of_matrix(change: Tensor) -> Factors:
 
 def _stored(weight: Weight) -> Tensor:
     """W [O, I] in float32 or more; it may be the stored tensor itself."""
-    if weight.plain is None:
+    if weight.dense_or_none is None:
         return weight.dense()
-    w = weight.plain.detach()
+    w = weight.dense_or_none.detach()
     return w.to(torch.promote_types(w.dtype, torch.float32))

@@ -129,9 +129,9 @@ class Intrinsic(Method):
         moves = self.bias and (site.bias or site.name in self.biased)
         return {**found, f"{site.name}.bias": rows} if moves else found
 
-    def trained(self, updates: Mapping[str, Update]) -> Self:
+    def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """The configuration with the names of the sites whose biases move."""
-        biased = tuple(name for name, update in updates.items() if update.offset() is not None)
+        biased = tuple(name for name, update in updates.items() if update.bias_delta() is not None)
         return dataclasses.replace(self, biased=biased)
 
     def _factors(self, site: Site) -> bool:

@@ -62,13 +62,13 @@ class _Update(Update):
         """λ P θ [D] of the weight."""
         return self.owner[0].moved(self.move)
 
-    def offset(self) -> Tensor | None:
+    def bias_delta(self) -> Tensor | None:
         """λ P θ [O] of the bias."""
         return None if self.bias is None else self.owner[0].moved(self.bias)
 
     def changed_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias with its change, in its dtype."""
-        offset = self.offset()
+        offset = self.bias_delta()
         return bias if bias is None or offset is None else (bias + offset).to(bias.dtype)
 
 
@@ -79,7 +79,7 @@ class WeightUpdate(_Update):
         """x [..., I] -> x (W + ΔW)ᵀ + bias [..., O]."""
         dtype = _compute_dtype(x)
         rows = x.reshape(-1, x.shape[-1])
-        plain = weight.plain
+        plain = weight.dense_or_none
         once = plain is not None and plain.dtype in (torch.float32, torch.float64) and dtype == plain.dtype
         bias = self.changed_bias(bias)
         y = None if once else weight(rows, bias)

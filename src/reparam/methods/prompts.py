@@ -34,7 +34,7 @@ class Prompting(Method):
         if not whole(self.tokens, 1):
             raise ValueError(f"{self.name}: tokens={self.tokens!r}: expected a whole number of at least 1")
 
-    def why_not(self, site: Site) -> str:
+    def unsupported_reason(self, site: Site) -> str:
         """Nothing is a site of it."""
         return f"{self.name} adds positions and changes no weight; use reparam.prompts.attach, or reparam train"
 

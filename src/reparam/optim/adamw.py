@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from reparam.optim.blockwise import BLOCK, codebook, dequantise, quantise
+from reparam.optim.blockwise import BLOCK, codebook, dequantize, quantize
 from reparam.optim.flat import Field
 
 
@@ -49,11 +49,11 @@ class Blockwise:
     def read(self, fields: list[Tensor]) -> tuple[Tensor, Tensor]:
         """New tensors."""
         m, v, m_scale, v_scale = fields
-        return dequantise(m, m_scale, self.signed), dequantise(v, v_scale, self.unsigned)
+        return dequantize(m, m_scale, self.signed), dequantize(v, v_scale, self.unsigned)
 
     def write(self, fields: list[Tensor], m: Tensor, v: Tensor) -> None:
         """Round to the nearest levels."""
-        new = *quantise(m.view(-1, BLOCK), self.signed), *quantise(v.view(-1, BLOCK), self.unsigned)
+        new = *quantize(m.view(-1, BLOCK), self.signed), *quantize(v.view(-1, BLOCK), self.unsigned)
         for field, value in zip(fields, (new[0], new[2], new[1], new[3]), strict=True):
             field.copy_(value)
 
@@ -117,10 +117,10 @@ def narrowed(state: Mapping[str, Tensor], dim: int, index: Tensor, *, bits: int)
         book = codebook(signed=name == "exp_avg")
         rest = len(scales) * BLOCK - codes.numel()
         blocks = nn.functional.pad(codes.flatten(), (0, rest)).view(-1, BLOCK)
-        values = dequantise(blocks, scales[:, None], book).flatten()[: codes.numel()].view(codes.shape)
+        values = dequantize(blocks, scales[:, None], book).flatten()[: codes.numel()].view(codes.shape)
         left = values.index_select(dim, index)
         padded = nn.functional.pad(left.flatten(), (0, -left.numel() % BLOCK)).view(-1, BLOCK)
-        new, new_scales = quantise(padded, book)
+        new, new_scales = quantize(padded, book)
         found[name] = new.flatten()[: left.numel()].view(left.shape)
         found[f"{name}_scale"] = new_scales.flatten()
     return found

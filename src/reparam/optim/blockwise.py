@@ -67,13 +67,13 @@ def codebook(*, signed: bool, device: torch.device | str = "cpu") -> Codebook:
     return Codebook(levels.to(device), lowest.to(device, torch.uint8), threshold.to(device))
 
 
-def quantise(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, 256] and scales float32 [N, 1] of values float32 [N, 256].
 
     A block's scale is its largest magnitude, at least 1.2e-38. Values that are not finite spoil their own
     block.
 
-    >>> codes, scales = quantise(torch.linspace(-1, 3, 256)[None], codebook(signed=True))
+    >>> codes, scales = quantize(torch.linspace(-1, 3, 256)[None], codebook(signed=True))
     >>> scales.item(), codes[0, 255].item()
     (3.0, 255)
     """
@@ -85,11 +85,11 @@ def quantise(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     return codes.view_as(values), scales
 
 
-def dequantise(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
     """Values float32 [N, 256] of codes [N, 256] and scales [N, 1].
 
     >>> book = codebook(signed=False)
-    >>> dequantise(torch.tensor([[0, 255]], dtype=torch.uint8), torch.tensor([[2.0]]), book)
+    >>> dequantize(torch.tensor([[0, 255]], dtype=torch.uint8), torch.tensor([[2.0]]), book)
     tensor([[0., 2.]])
     """
     return book.levels.index_select(0, codes.reshape(-1).int()).view(codes.shape).mul_(scales)

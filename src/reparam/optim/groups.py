@@ -41,10 +41,10 @@ def lora_plus(
     weight_decay: float = 0.0,
     no_decay: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimiser: each parameter in one of them, in upstream's order, none of them empty.
+    """Parameter groups for any optimizer: each parameter in one of them, in upstream's order, none of them empty.
 
     "in" has the rate `lr`: A, cores, routers, matrices of modules that train whole. "out" has `lr · ratio`: B, and by
-    default vectors. "embedding" has `embedding_lr`: whatever is at an embedding. Beside what optimisers read, a group
+    default vectors. "embedding" has `embedding_lr`: whatever is at an embedding. Beside what optimizers read, a group
     has a `name` and `multiple`, its rate as a multiple of `lr`, which `check_rates` goes by. Decoupled weight decay
     is in proportion to a group's rate, so that B's is `ratio` times A's.
 
@@ -110,7 +110,7 @@ def lora_plus(
 
 
 def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check that the rates of an optimiser's groups still stand in the proportions that `lora_plus` gave them.
+    """Check that the rates of an optimizer's groups still stand in the proportions that `lora_plus` gave them.
 
     Schedules that multiply keep them, at any step; whatever sets a rate as such does not. Groups from elsewhere are
     left out. Rates may be tensors; the relative tolerance is 1e-5.
@@ -128,7 +128,7 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
     """
     own = [group for group in groups if "multiple" in group]
     if not own:
-        raise ValueError("LoRA+: none of the optimiser's groups is from lora_plus(...): make the optimiser from those")
+        raise ValueError("LoRA+: none of the optimizer's groups is from lora_plus(...): make the optimizer from those")
     most = max(own, key=lambda group: group["multiple"])
     unit = float(most["lr"]) / most["multiple"]
     wrong = [

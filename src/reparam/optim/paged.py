@@ -84,7 +84,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @property
     def paging(self) -> Paging:
-        """What the pager has done since the optimiser was made or loaded."""
+        """What the pager has done since the optimizer was made or loaded."""
         return self._pager.paging if self._pager is not None else Paging()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -164,13 +164,13 @@ class PagedAdamW(torch.optim.Optimizer):
         """Continue from a state dict, bit for bit; budget and page may be others. Counters begin again.
 
         Raises:
-            ValueError: it is of other parameters, of other bits, or of another optimiser; nothing is changed then.
+            ValueError: it is of other parameters, of other bits, or of another optimizer; nothing is changed then.
             OSError: the pages do not fit on the disk, or it fails.
         """
         groups, saved = self.param_groups, state_dict["param_groups"]
         there, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
         if there != here:
-            raise ValueError(f"the saved state has groups of {there} parameters, and this optimiser of {here}")
+            raise ValueError(f"the saved state has groups of {there} parameters, and this optimizer of {here}")
         for group in saved:
             check_group({**group, "params": []})
         ids = [i for group in saved for i in group["params"]]
@@ -185,7 +185,7 @@ class PagedAdamW(torch.optim.Optimizer):
             self._fill(states)
 
     @contextlib.contextmanager
-    def narrowing(self, cuts: Cuts) -> Iterator[None]:
+    def shrinking(self, cuts: Cuts) -> Iterator[None]:
         """Within it parameters become smaller; see `reparam.core.shrink`. Moments of 8 bits are rounded anew."""
         saved, parameters = self.state_dict(), [p for group in self.param_groups for p in group["params"]]
         yield
@@ -216,7 +216,7 @@ class PagedAdamW(torch.optim.Optimizer):
         elsewhere = [p.device for p in parameters if p.device != self._pager.device]
         if elsewhere:
             raise ValueError(
-                f"states are on {self._pager.device} and a parameter is on {elsewhere[0]}: one optimiser for each "
+                f"states are on {self._pager.device} and a parameter is on {elsewhere[0]}: one optimizer for each "
                 "device; after moving parameters, load the state dict again"
             )
         self._pager.grow(self._flat.pages)
@@ -260,16 +260,16 @@ class PagedAdamW(torch.optim.Optimizer):
         own = self._flat.empty(parameter)
         other = 8 if self.bits == 32 else 32
         if state.keys() == {"step", *(field.name for field in FIELDS[other])}:
-            raise ValueError(f"the saved state has {other} bits and this optimiser {self.bits}: set bits={other}")
+            raise ValueError(f"the saved state has {other} bits and this optimizer {self.bits}: set bits={other}")
         if state.keys() != {"step", *own}:
             raise ValueError(
                 f"parameter {number}: the saved state holds {', '.join(sorted(state))}, and one of {self.bits} bits "
-                f"holds {', '.join(sorted({'step', *own}))}: it is of another optimiser"
+                f"holds {', '.join(sorted({'step', *own}))}: it is of another optimizer"
             )
         for name, tensor in own.items():
             if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"parameter {number}: the saved {name} is {kind_of(state[name])}, and this optimiser's is "
+                    f"parameter {number}: the saved {name} is {kind_of(state[name])}, and this optimizer's is "
                     f"{kind_of(tensor)}: it was saved with another model"
                 )
 

@@ -88,7 +88,7 @@ class FileStore:
     def _refused(self, verb: str, error: OSError, then: str = "") -> OSError:
         return OSError(
             error.errno,
-            f"cannot {verb} the file for the optimiser's pages in {self.folder} ({error.strerror or error}): free some "
+            f"cannot {verb} the file for the optimizer's pages in {self.folder} ({error.strerror or error}): free some "
             f"space there, choose another folder, or raise the budget{then}",
         )
 

@@ -1,6 +1,6 @@
 """LoraHub: weights for finished adapters from a few examples of a new task (Huang et al. 2023, arXiv 2307.13269).
 
-    minimise over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
+    minimize over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
 
 The search sees values alone (`reparam.combine.search`); base and adapters are never changed. The candidates of a
 generation are rows of one batch (`reparam.combine.candidates`). The result is an ordinary adapter of the best weights
@@ -107,7 +107,7 @@ class Losses:
 def objective(
     losses: Callable[[Tensor], Tensor], *, l1: float = 0.05, l1_reduction: str = "mean"
 ) -> Callable[[Tensor], list[float]]:
-    """What is minimised: points [K, N] -> losses + l1 · the mean (or the sum) of |w|, K numbers.
+    """What is minimized: points [K, N] -> losses + l1 · the mean (or the sum) of |w|, K numbers.
 
     Raises ValueError for an l1 that is negative or not finite, and an unknown reduction.
     """
@@ -152,7 +152,7 @@ def search_to(
     """
     folders = folders_of(adapters, output)
     check(len(folders), bound=bound, budget=budget, optimizer=optimizer)
-    summands = [read(folder) for folder in folders]
+    operands = [read(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)
     assert first is not None
     remove(model, first.name)
@@ -162,8 +162,8 @@ def search_to(
     if valid is not None:
         held_out = encode(read_rows(valid), tokenizer, max_length=max_length, vocab_size=size)
     model.eval()
-    n = len(summands)
-    with candidates(model, summands, space=space) as gates:
+    n = len(operands)
+    with candidates(model, operands, space=space) as gates:
         losses = Losses(model, encoded, tokenizer, gates, batch=batch)
         progress = _Progress(objective(losses, l1=l1, l1_reduction=l1_reduction), losses, budget)
         with Live(progress.table(), console=console, auto_refresh=False) as live:
@@ -172,7 +172,7 @@ def search_to(
             )
         forwards = losses.forwards
         lines = _compared(found, folders, losses, held_out, tokenizer)
-    made = blend([s.record for s in summands], found.weights, space=space, rank=rank, base=model)
+    made = blend([s.record for s in operands], found.weights, space=space, rank=rank, base=model)
     write(made, output, folders, found.weights, format=format, console=console)
     hub = Hub(found, lines, made, forwards)
     console.print(_lines_table(hub))

@@ -20,7 +20,7 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
     save_model(model, tokenizer, output, format=format)
     if model.hf_quantizer.pre_quantized:  # type: ignore[union-attr]
-        console.print(f"{base.path} was packed already: written as it was, nothing was quantised anew", soft_wrap=True)
+        console.print(f"{base.path} was packed already: written as it was, nothing was quantized anew", soft_wrap=True)
     for report in reports(model):
         console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"packed model   {output}", highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from reparam.io.png import write_png
+from reparam.evaluation.png import write_png
 from reparam.recipes.subspace import Curve
 
 
@@ -21,7 +21,7 @@ def plot(curve: Curve, metric: str, file: Path) -> None:
         axes.plot(*zip(*pairs, strict=True), linestyle="none", marker=".", alpha=0.5, label="one map")
     axes.axhline(curve.full, color="black", linewidth=1, label="full fine-tuning")
     axes.axhline(curve.threshold, color="black", linewidth=1, linestyle="--", label=f"{curve.share:g} of it")
-    axes.axhline(curve.base, color="grey", linewidth=1, linestyle=":", label="without training")
+    axes.axhline(curve.base, color="gray", linewidth=1, linestyle=":", label="without training")
     if curve.d90 is not None:
         axes.axvline(curve.d90, color="tab:red", linewidth=1, label=f"d90 = {curve.d90}")
     axes.set(xscale="log", xlabel="dimensions d", ylabel=metric)

@@ -19,7 +19,7 @@ class Embedding(Adapted):
     @classmethod
     def wrap(cls, module: nn.Module) -> Self:
         """Take over an `nn.Embedding`, sharing its parameter. Raises ValueError where a lookup is not the whole map."""
-        problem = why_not_embedding(module)
+        problem = unsupported_embedding(module)
         if problem:
             raise ValueError(problem)
         return cls(module, DenseWeight(module.weight))  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ class Embedding(Adapted):
         return {"weight": self.weight.tensor()}
 
 
-def why_not_embedding(module: nn.Module) -> str | None:
+def unsupported_embedding(module: nn.Module) -> str | None:
     """Why `Embedding` cannot stand in for this module, or None."""
     kind = type(module).__name__
     if not isinstance(module, nn.Embedding):

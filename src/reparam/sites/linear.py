@@ -25,7 +25,7 @@ class Linear(Adapted):
 
         Nothing is copied, and the base computes what it did before, to the bit. Raises ValueError for anything else.
         """
-        problem = why_not_linear(module)
+        problem = unsupported_linear(module)
         if problem:
             raise ValueError(problem)
         matrix: nn.Parameter = module.weight  # type: ignore[assignment]
@@ -58,7 +58,7 @@ class Linear(Adapted):
         return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"
 
 
-def why_not_linear(module: nn.Module) -> str | None:
+def unsupported_linear(module: nn.Module) -> str | None:
     """Why `Linear` cannot stand in for this module, or None."""
     kind = type(module).__name__
     if "forward" in vars(module):

@@ -67,7 +67,7 @@ class Adapted(nn.Module):
 
     def restore(self) -> nn.Module:
         """The module as it was before, holding the current frozen weight and bias; if that is packed, a bare one."""
-        if self.weight.plain is None:
+        if self.weight.dense_or_none is None:
             return type(self)(self.origin[0], self.weight, self.bias).train(self.training)
         module = self.origin[0]
         matrix = self.stock()["weight"]
@@ -78,7 +78,7 @@ class Adapted(nn.Module):
     def repack(self, weight: Weight) -> None:
         """Hold the same matrix in another storage; the dense one is let go, here and in what was here before."""
         self.weight = weight
-        if weight.plain is None:
+        if weight.dense_or_none is None:
             shape = weight.out_features, weight.in_features
             self.origin[0].weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
@@ -134,7 +134,7 @@ class Replaced(nn.Module):
 
 def is_packed(module: nn.Module) -> TypeGuard[Adapted]:
     """Whether this module's matrix is in a packed storage."""
-    return isinstance(module, Adapted) and module.weight.plain is None
+    return isinstance(module, Adapted) and module.weight.dense_or_none is None
 
 
 def is_conv1d(module: nn.Module) -> bool:

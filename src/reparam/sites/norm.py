@@ -30,7 +30,7 @@ class Vector(Adapted):
 
         Raises ValueError for anything else.
         """
-        problem = why_not_vector(module)
+        problem = unsupported_norm(module)
         if problem:
             raise ValueError(problem)
         column = nn.Parameter(module.weight.detach().unsqueeze(1), requires_grad=False)  # type: ignore[operator]
@@ -44,11 +44,11 @@ class Vector(Adapted):
         update: Update = self.updates[name]  # type: ignore[assignment]
         if isinstance(update, Bank):
             return self._mixed(update, x, *rest)
-        bias, offset = self.bias_of(name), update.offset()
+        bias, offset = self.bias_of(name), update.bias_delta()
         if offset is not None:
             assert bias is not None, "attach refuses a change of a bias that is not there"
             bias = (bias + offset).to(bias.dtype)
-        return self._computed(update.changed(self.weight), bias, x, *rest)
+        return self._computed(update.effective_weight(self.weight), bias, x, *rest)
 
     def stock(self) -> dict[str, Tensor]:
         """`weight` [n] and, where there is one, `bias`."""
@@ -83,10 +83,10 @@ def is_vector(module: nn.Module) -> bool:
     """Whether this is a place of kind "vector": a norm, as a rule."""
     if isinstance(module, Adapted | Replaced):
         return isinstance(module, Vector)
-    return why_not_vector(module) is None
+    return unsupported_norm(module) is None
 
 
-def why_not_vector(module: nn.Module) -> str | None:
+def unsupported_norm(module: nn.Module) -> str | None:
     """Why `Vector` cannot stand in for this module, or None."""
     kind = type(module).__name__
     own = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
-from reparam.sites.embedding import Embedding, why_not_embedding
-from reparam.sites.linear import Linear, why_not_linear
+from reparam.sites.embedding import Embedding, unsupported_embedding
+from reparam.sites.linear import Linear, unsupported_linear
 from reparam.sites.module import Adapted, Replaced, is_conv1d
 from reparam.sites.norm import Vector, is_vector
 from reparam.sites.walk import tied, walk
@@ -34,7 +34,9 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
-    linear = {name: why_not(m) for name, m in modules.items() if isinstance(m, Linear | nn.Linear) or is_conv1d(m)}
+    linear = {
+        name: unsupported_reason(m) for name, m in modules.items() if isinstance(m, Linear | nn.Linear) or is_conv1d(m)
+    }
     linear |= fused(modules)
     problems: list[str] = []
     found: set[str] = set()
@@ -53,7 +55,7 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
             names = _matching(target[3:], modules, problems)
         else:
             names = [name for name in modules if name == target or name.endswith("." + target)]
-            problems += [f"{name}: {why}" for name in names if (why := why_not(modules[name]))]
+            problems += [f"{name}: {why}" for name in names if (why := unsupported_reason(modules[name]))]
         if not names:
             problems.append(_nothing(target, modules))
         found |= set(names)
@@ -89,12 +91,12 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether an update can go on this module, and it is no vector: those are named, or "everything"."""
-    return why_not(module) is None and not is_vector(module)
+    return unsupported_reason(module) is None and not is_vector(module)
 
 
 def _everything(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str]]:
     """Every site of a model, and what trains nowhere then, with the reason."""
-    names = [name for name, module in modules.items() if why_not(module) is None]
+    names = [name for name, module in modules.items() if unsupported_reason(module) is None]
     missed = {}
     for name, others in tied(model, names).items():
         missed[name] = f"it shares its weight with {', '.join(others)}: reparam.untie(model), or base.untie, ends that"
@@ -123,21 +125,21 @@ def ending(model: nn.Module, end: str) -> list[str]:
     return found
 
 
-def why_not(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Why no update can go on this module, or None."""
     if isinstance(module, Adapted):
         return None
     if isinstance(module, Replaced):
         return f"{', '.join(module.updates)} trains this module whole, so that no update of it can be added"
     if isinstance(module, nn.Embedding):
-        return why_not_embedding(module)
-    why = why_not_linear(module)
+        return unsupported_embedding(module)
+    why = unsupported_linear(module)
     if why is None or is_vector(module):
         return None
     return f"{why}; adapters go on linear maps, embeddings and norms"
 
 
-def why_not_whole(module: nn.Module) -> str | None:
+def unsupported_whole(module: nn.Module) -> str | None:
     """Why `Replaced` cannot stand in for this module, or None: it hands on one input, and no attributes."""
     if isinstance(module, Adapted | Replaced):
         return None

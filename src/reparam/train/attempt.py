@@ -11,7 +11,7 @@ import torch
 
 from reparam.train.config import Config
 from reparam.train.job import Result
-from reparam.train.run import NothingLearnt, train
+from reparam.train.run import NothingLearned, train
 from reparam.train.show import Show
 
 
@@ -27,7 +27,7 @@ class Stopped(Exception):  # noqa: N818  (reads as what happened)
 
 
 def attempt(config: Config, *, show: Show, keep_adapter: bool) -> Result | str:
-    """What a run produced; or why it failed: a number that is not finite, nothing learnt, no memory.
+    """What a run produced; or why it failed: a number that is not finite, nothing learned, no memory.
 
     Checkpoints are removed at its end, and the adapter unless it is to be kept. Raises Stopped after a signal, with
     the checkpoint in its place, and ValueError for what the user can mend.
@@ -37,7 +37,7 @@ def attempt(config: Config, *, show: Show, keep_adapter: bool) -> Result | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of many runs, each would repeat what was said once
             found = train(config, show=show)
-    except (FloatingPointError, NothingLearnt, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, NothingLearned, torch.OutOfMemoryError) as error:
         found = str(error).split("\n")[0]
     else:
         if found.signal is not None:

@@ -43,7 +43,7 @@ def commit(run_folder: str | os.PathLike[str], step: int, write: Callable[[Path]
 
     Args:
         run_folder: made if it is missing.
-        step: number of optimiser steps done.
+        step: number of optimizer steps done.
         write: writes everything but the manifest into the empty folder that it is given.
 
     Returns the checkpoint's folder.

@@ -27,7 +27,7 @@ from reparam.core.base import Method, Storage
 from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, find_method, find_storage
 
-# Names that users have for LoRA+, which is a rule of optimisation and no method.
+# Names that users have for LoRA+, which is a rule of optimization and no method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
 
@@ -53,7 +53,7 @@ class BaseConfig:
     block: int = 64
     """NF4: entries that share one magnitude."""
     double: bool = True
-    """NF4: keep the magnitudes in 8 bits too (double quantisation)."""
+    """NF4: keep the magnitudes in 8 bits too (double quantization)."""
     packed: tuple[str, ...] = ("all-linear",)
     """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
 
@@ -69,7 +69,7 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learnt, and what it is judged on."""
+    """What is learned, and what it is judged on."""
 
     train: str = ""
     """JSONL file of rows with messages, prompt and completion, or text."""
@@ -100,10 +100,10 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How it is optimised; names and meanings are those of transformers' TrainingArguments."""
+    """How it is optimized; names and meanings are those of transformers' TrainingArguments."""
 
     name: str = "adamw_torch"
-    """Optimiser; paged_adamw_32bit, paged_adamw_8bit and adamw_8bit are reparam's own."""
+    """Optimizer; paged_adamw_32bit, paged_adamw_8bit and adamw_8bit are reparam's own."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: str = "cosine"
@@ -115,9 +115,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Largest norm of the gradient; larger ones are scaled down."""
     budget: int | str = "512MiB"
-    """Most memory for a paged optimiser's states on the device: bytes, or 64MiB, 2GiB; the rest is paged out."""
+    """Most memory for a paged optimizer's states on the device: bytes, or 64MiB, 2GiB; the rest is paged out."""
     page: int | str = "1MiB"
-    """How much a paged optimiser moves at a time."""
+    """How much a paged optimizer moves at a time."""
     lora_plus: float | None = None
     """LoRA+: the rate of B, as a multiple of the learning rate; 16 is usual, and what --method lora++ stands for."""
     lora_plus_embedding: float = 1e-6
@@ -135,11 +135,11 @@ class RunConfig:
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int = -1
-    """Optimiser steps; when above 0 it counts instead of epochs."""
+    """Optimizer steps; when above 0 it counts instead of epochs."""
     batch_size: int = 8
     """Rows in one forward, on each device."""
     accumulation: int = 1
-    """Forwards in one optimiser step."""
+    """Forwards in one optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of forward and backward; bfloat16 is autocast over whatever dtype the base has."""
     gradient_checkpointing: bool = False

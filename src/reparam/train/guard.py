@@ -82,7 +82,7 @@ class Finite:
         Args:
             what: "loss", "penalty", "gradient".
             value: of the last micro-batch, or of all of them with `whole_step`.
-            step: the optimiser step that is being computed, from 1.
+            step: the optimizer step that is being computed, from 1.
             of: number of micro-batches in the step.
             whole_step: whether every row of the step can be the cause.
         """

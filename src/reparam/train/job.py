@@ -43,4 +43,4 @@ class Result:
     signal: int | None = None
     """The signal that ended the run early, after a checkpoint; there are no scores then."""
     paging: Paging | None = None
-    """What the optimiser's pager did, if it is one of ours."""
+    """What the optimizer's pager did, if it is one of ours."""

@@ -1,6 +1,6 @@
-"""The optimiser of a run: ours by its name, whatever transformers has by any other; and LoRA+'s groups for any of them.
+"""The optimizer of a run: ours by its name, whatever transformers has by any other; and LoRA+'s groups for any of them.
 
-transformers knows our names as those of bitsandbytes' optimisers; ours stand in their place and need nothing installed.
+transformers knows our names as those of bitsandbytes' optimizers; ours stand in their place and need nothing installed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rates:
 
 
 def check(optim: OptimConfig) -> None:
-    """Raise ConfigError for a name that nobody knows, and for settings that our optimisers would refuse."""
+    """Raise ConfigError for a name that nobody knows, and for settings that our optimizers would refuse."""
     kinds = (("name", optim.name, OptimizerNames), ("schedule", optim.schedule, SchedulerType))
     for key, value, known in kinds:
         names = [member.value for member in known]
@@ -96,12 +96,12 @@ def groups(
 
 
 def install(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
-    """Let the Trainer make our optimiser if its name is one of ours, over LoRA+'s groups if that is on.
+    """Let the Trainer make our optimizer if its name is one of ours, over LoRA+'s groups if that is on.
 
     Otherwise over those that it makes, which are two: weight decay is not for biases and norms; LoRA+ divides these
     two further. Pages of a CPU go to a file in the run folder. Returns the rates of LoRA+'s groups.
 
-    Raises ConfigError when transformers' optimiser of this name chooses its groups itself.
+    Raises ConfigError when transformers' optimizer of this name chooses its groups itself.
     """
     model = adapter.model
     if optim.name in BITS:
@@ -115,7 +115,7 @@ def install(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rat
     cls, arguments = own or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)  # type: ignore[arg-type]
     if is_optimizer_factory(cls) or arguments.keys() & {"params", "model", "optimizer_dict"}:
         raise ConfigError(f"optim.lora_plus: {optim.name} chooses its groups itself; use adamw_torch, or leave it out")
-    # The Trainer takes "params" for groups that replace its own, as it does for optimisers that come with theirs.
+    # The Trainer takes "params" for groups that replace its own, as it does for optimizers that come with theirs.
     trainer.optimizer_cls_and_kwargs = (cls, {**arguments, "params": made})
     rates = tuple(
         Rates(g["name"], g["lr"], g["multiple"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in made
@@ -182,7 +182,7 @@ def settings(optim: OptimConfig, *, folder: str | os.PathLike[str] | None) -> di
 
 
 def paging(optimizer: object) -> Paging | None:
-    """What our optimiser's pager has done, also through accelerate's wrapper; None for other optimisers."""
+    """What our optimizer's pager has done, also through accelerate's wrapper; None for other optimizers."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.paging if isinstance(inner, PagedAdamW) else None
 

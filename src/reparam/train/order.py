@@ -49,7 +49,7 @@ def unsupported(args: TrainingArguments) -> list[str]:
     """Return what in the arguments would make a resumed run another run, or lose a checkpoint, each with the reason."""
     refused = {
         "push_to_hub": (args.push_to_hub, "push the result after training"),
-        "save_only_model": (args.save_only_model, "a checkpoint without optimiser state cannot be resumed"),
+        "save_only_model": (args.save_only_model, "a checkpoint without optimizer state cannot be resumed"),
         "ignore_data_skip": (args.ignore_data_skip, "a resumed run would see the same rows again"),
         "auto_find_batch_size": (args.auto_find_batch_size, "a resumed run could get another batch size; set one"),
         "enable_jit_checkpoint": (args.enable_jit_checkpoint, "SIGTERM leads to a checkpoint without it"),
@@ -63,7 +63,7 @@ def unsupported(args: TrainingArguments) -> list[str]:
         ),
         "save_total_limit=1 with metric_for_best_model": (
             args.save_total_limit == 1 and args.metric_for_best_model is not None,
-            "the newest checkpoint would be deleted in favour of the best one; use 2",
+            "the newest checkpoint would be deleted in favor of the best one; use 2",
         ),
     }
     return [f"{name}: {why}" for name, (given, why) in refused.items() if given]

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 CHECK = "__proof"  # the name under which the saved adapter is read back
 
 
-class NothingLearnt(RuntimeError):  # noqa: N818  (reads as what happened)
+class NothingLearned(RuntimeError):  # noqa: N818  (reads as what happened)
     """The trained adapter does not change the model's outputs, or was not saved as it was trained."""
 
 
@@ -111,7 +111,7 @@ def prepare(config: Config) -> Job:
 def prove(job: Job, folder: Path) -> float:
     """Read the saved adapter back; the largest change of a logit that it makes on a held-out batch.
 
-    Raises NothingLearnt when that is zero, or when the saved adapter computes something else than the trained one.
+    Raises NothingLearned when that is zero, or when the saved adapter computes something else than the trained one.
     """
     examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
     batch = Collator(padding_id(job.tokenizer))(examples)
@@ -127,9 +127,9 @@ def prove(job: Job, folder: Path) -> float:
                 logits[name] = job.model(**inputs).logits.float()
     difference = float((logits[CHECK] - logits[None]).abs().max())
     if not torch.equal(logits[CHECK], logits[job.adapter.name]):
-        raise NothingLearnt(f"{folder}: the saved adapter, read back, gives other outputs than the trained one")
+        raise NothingLearned(f"{folder}: the saved adapter, read back, gives other outputs than the trained one")
     if difference == 0:
-        raise NothingLearnt(
+        raise NothingLearned(
             f"{folder}: the trained adapter does not change a single output on held-out rows; train longer, raise the "
             f"learning rate, or check that the targets are used by the model"
         )
@@ -207,7 +207,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
 
 
 class _Bind(TrainerCallback):
-    """Hands the optimiser, once the Trainer has made it, to the adapter."""
+    """Hands the optimizer, once the Trainer has made it, to the adapter."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter

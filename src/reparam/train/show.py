@@ -130,12 +130,12 @@ def rates_table(rates: Sequence[Rates]) -> Table:
 
 
 def paging_line(paging: Paging) -> str:
-    """What the optimiser's pager did."""
+    """What the optimizer's pager did."""
     here, total, read, written = (
         f"{count / 2**20:.2f} MiB" for count in (paging.peak_resident, paging.total, paging.bytes_in, paging.bytes_out)
     )
     return (
-        f"optimiser      at most {here} of {total} of states resident; {read} read and {written} written, "
+        f"optimizer      at most {here} of {total} of states resident; {read} read and {written} written, "
         f"{paging.faults:,} pages waited for, {paging.prefetched:,} fetched ahead, {paging.evictions:,} evicted"
     )
 

@@ -1,4 +1,4 @@
-"""The state of training beside the trained weights, in safetensors and JSON: optimiser, scheduler, random generators.
+"""The state of training beside the trained weights, in safetensors and JSON: optimizer, scheduler, random generators.
 
 A state dict is a tree of dicts, lists, tuples, numbers, text and tensors. Each is stored as `<name>.json`, the tree
 with a reference in place of each tensor, and `<name>.safetensors`, the tensors, if there are any. Types come back as
@@ -34,7 +34,7 @@ _PARTS = ("optimizer", "scheduler", "rng", "progress")
 
 
 class Stateful(Protocol):
-    """An optimiser, a scheduler, a loss scaler."""
+    """An optimizer, a scheduler, a loss scaler."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that it needs to continue."""
@@ -111,15 +111,15 @@ def load_state(folder: str | os.PathLike[str]) -> State:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimiser a saved state, bit for bit.
+    """Give an optimizer a saved state, bit for bit.
 
     Raises:
-        StateError: it was saved by an optimiser with other parameters.
+        StateError: it was saved by an optimizer with other parameters.
     """
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise StateError(f"the saved state is not of this optimiser: {error}") from error
+        raise StateError(f"the saved state is not of this optimizer: {error}") from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, saved in state["state"].items():
         if not isinstance(index, int):

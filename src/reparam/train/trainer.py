@@ -112,7 +112,7 @@ class Trainer(transformers.Trainer):
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed shard the optimiser, which these checkpoints cannot hold: use DDP")
+            raise ValueError("FSDP and DeepSpeed shard the optimizer, which these checkpoints cannot hold: use DDP")
         assert args.output_dir is not None  # transformers has a default
         self.run_folder = Path(args.output_dir)
         self.lock = RunLock(self.run_folder)

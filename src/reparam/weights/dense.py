@@ -37,7 +37,7 @@ class DenseWeight(Weight):
         return Dense()
 
     @property
-    def plain(self) -> Tensor:
+    def dense_or_none(self) -> Tensor:
         """W itself."""
         return self.W
 

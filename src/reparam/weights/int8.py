@@ -32,7 +32,7 @@ class Int8(Storage):
     """
 
     def pack(self, w: Tensor) -> Int8Weight:
-        """Quantise `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
+        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
         check_packable(w, self.name)
         wide = w.detach().float()
         absmax = wide.abs().amax(1)  # [O]
@@ -64,7 +64,7 @@ class Int8Weight(PackedWeight):
         """Rows of W in float32."""
         return _values(self.codes[rows], floats(self.absmax)[rows])
 
-    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
         """One step of each row's scale up and down."""
         codes, step = self.codes[rows], (floats(self.absmax)[rows] / LEVELS)[:, None]
         return torch.where(codes < LEVELS, step, 0), torch.where(codes > -LEVELS, -step, 0)

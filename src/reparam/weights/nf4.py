@@ -1,7 +1,7 @@
-"""NF4 with double quantisation: 4.127 bits an entry (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, §3).
+"""NF4 with double quantization: 4.127 bits an entry (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, §3).
 
 The arithmetic is in `kernels/nf4.py`; this is the module that holds the result. Bits an entry, in blocks of 64:
-4 + 32/64 = 4.5 plain, 4 + 8/64 + 32/(64 · 256) = 4.126953125 doubly quantised.
+4 + 32/64 = 4.5 plain, 4 + 8/64 + 32/(64 · 256) = 4.126953125 doubly quantized.
 
 Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
 """
@@ -48,7 +48,7 @@ class NF4(Storage):
             raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
 
     def pack(self, w: Tensor) -> NF4Weight:
-        """Quantise `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
+        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
         check_packable(w, self.name)
         codes, absmax = quantize(w, self.block)
         stats = compress(absmax) if self.double else Statistics(absmax)
@@ -76,12 +76,12 @@ class NF4Weight(PackedWeight):
 
     @property
     def storage(self) -> NF4:
-        """Its block size, and whether magnitudes are doubly quantised."""
+        """Its block size, and whether magnitudes are doubly quantized."""
         return NF4(self.block, self.nested is not None)
 
     @property
     def statistics(self) -> Statistics:
-        """The magnitudes as float32 or doubly quantised; views."""
+        """The magnitudes as float32 or doubly quantized; views."""
         if self.nested is None:
             return Statistics(floats(self.absmax))
         assert self.offset is not None
@@ -113,7 +113,7 @@ class NF4Weight(PackedWeight):
         stop = max(start, stop)
         return _rows(self.codes, self.statistics, self.block, self.in_features, start, stop, torch.float32)
 
-    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The gaps to the levels above and below, times the block's magnitude."""
         start, stop, _ = rows.indices(self.out_features)
         size = self.in_features

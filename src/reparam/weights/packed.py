@@ -45,7 +45,7 @@ class PackedWeight(Weight):
         """O and I."""
         return self.out_features, self.in_features
 
-    def neighbours(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
         """How entries of these rows [rows, I] change when their code is one higher, and one lower; 0 at the ends."""
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class PackedWeight(Weight):
         """The same statistics with each code moved by so many levels, int8 [O, I]."""
         raise NotImplementedError
 
-    def rounded(self, factors: Factors, rounding: str) -> Weight:
+    def requantize(self, factors: Factors, rounding: str) -> Weight:
         """W' in the same format. Raises ValueError for an unknown rounding.
 
         "nearest" packs W' anew. "aware" begins there, or at the nearest codes with the magnitudes as they are, which
@@ -77,7 +77,7 @@ class PackedWeight(Weight):
         for start in range(0, self.out_features, size):
             rows = slice(start, start + size)
             basis = F.normalize(wanted[rows] - old[rows], dim=1).unsqueeze(2) if shared is None else shared
-            steps[rows] = moves(wanted[rows] - near.dense(rows), *near.neighbours(rows), basis)
+            steps[rows] = moves(wanted[rows] - near.dense(rows), *near.neighbors(rows), basis)
         return near.moved(steps)
 
 

@@ -5,7 +5,7 @@ the update is gone. To move fewer entries by a whole gap, in the right places, k
 ΔW x, which only sees the part of x in the rows of ΔW. So, from the nearest codes on, for each row, with an orthonormal
 basis V [I, R] of where the update lives, codes are moved by one level until Vᵀ of what was written equals Vᵀ of the row
 of W'. Those come first that gain most for the square of their step, since the square is the noise that is added
-elsewhere; it spreads over all I directions, like the error that quantising made in the first place.
+elsewhere; it spreads over all I directions, like the error that quantizing made in the first place.
 
 Scales are not touched. Shapes: O out_features, I in_features, R rank.
 """

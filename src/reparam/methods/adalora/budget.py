@@ -8,14 +8,14 @@ The paper's appendix has t - tinit - tfinal in the numerator, which begins above
 and the released code has the form above. When it is time to mask (every `delta_t` steps, and from T - tfinal on), the
 b(t) components of the highest importance keep their λ and all others have theirs set to zero; until the end of the fall
 they can win it back. From T - tfinal on the choice stands, and what lost is dropped: smaller parameters, smaller
-optimiser states, the same function. With tfinal = 0 that happens after the last step.
+optimizer states, the same function. With tfinal = 0 that happens after the last step.
 
 The importance of a component is that of λ, plus the means over its column of P and its row of Q. That of a number w is
 Ī Ū, from its sensitivity I = |w ∂L/∂w|, both means exponential and from zero:
 
     Ī <- β₁ Ī + (1 - β₁) I        Ū <- β₂ Ū + (1 - β₂) |I - Ī|
 
-The gradient is the one that the optimiser sees, the orthogonality term's included. That term is added to the gradients
+The gradient is the one that the optimizer sees, the orthogonality term's included. That term is added to the gradients
 of P and Q just before the step, so that the loss that a loop reports is the task's, and after any clipping.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reparam.core.shrink import cannot_narrow, narrow
+from reparam.core.shrink import cannot_shrink, shrink
 from reparam.methods.adalora.update import SVDUpdate
 
 
@@ -101,7 +101,7 @@ class Rules:
 
 
 class Budget:
-    """Moves the budget of one adapter around the steps of its optimiser. A `Controller`."""
+    """Moves the budget of one adapter around the steps of its optimizer. A `Controller`."""
 
     def __init__(self, rules: Rules, updates: Mapping[str, SVDUpdate]) -> None:
         self.rules = rules
@@ -130,7 +130,7 @@ class Budget:
         own = self.rules.total_steps
         if own is None and total_steps is None and self.plan_ is None:
             raise ValueError(
-                "AdaLoRA: the number of optimiser steps is not known, and the budget falls over them: call "
+                "AdaLoRA: the number of optimizer steps is not known, and the budget falls over them: call "
                 "adapter.bind(optimizer, total_steps=...), or set AdaLoRA(total_steps=...)"
             )
         if own is not None and total_steps is not None and own != total_steps:
@@ -189,7 +189,7 @@ class Budget:
                 self._drop(self.places, None)
             return None
         if self.plan_ is None or self.step == 0:
-            return "AdaLoRA: no step was made through a bound optimiser, so that the ranks are those of the start"
+            return "AdaLoRA: no step was made through a bound optimizer, so that the ranks are those of the start"
         budget = self.plan_.budget(self.step - 1, self.first, self.last)
         return (
             f"AdaLoRA: the run ended after {self.step} of {self.plan_.total} steps, before the ranks were final: the "
@@ -289,18 +289,18 @@ class Budget:
             update.E.masked_fill_(~has, 0)
 
     def _drop(self, places: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """Hold what has a place alone, in the optimiser too; nothing changes where an optimiser's states cannot follow.
+        """Hold what has a place alone, in the optimizer too; nothing changes where an optimizer's states cannot follow.
 
         Several processes keep all, masked: their gradients are exchanged in buckets of fixed sizes.
         """
-        if optimizer is not None and (_processes() > 1 or cannot_narrow(optimizer, self._parameters())):
+        if optimizer is not None and (_processes() > 1 or cannot_shrink(optimizer, self._parameters())):
             return
         kept = [has.nonzero().flatten() for has in places]
         for statistics in (self.mean, self.deviation):
             for number, tensor in enumerate(statistics):
                 statistics[number] = tensor.index_select(1 if number % 3 == 2 else 0, kept[number // 3])
         lost = [(u, i) for u, i in zip(self.updates.values(), kept, strict=True) if len(i) < len(u.E)]
-        narrow({parameter: (dim, index) for update, index in lost for parameter, dim in update.parts()}, optimizer)
+        shrink({parameter: (dim, index) for update, index in lost for parameter, dim in update.parts()}, optimizer)
         if self.places is not None:
             self.places = []
 

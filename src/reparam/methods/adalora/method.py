@@ -4,7 +4,7 @@
 
 A component is a column of P, a λ and a row of Q. During training the budget, the number of components of all sites
 together, falls from `init_r` a site to `target_r`; those of the lowest importance lose it to the others, so that sites
-end with different ranks, zero among them. `budget.py` says when and which. It is driven by the optimiser that the
+end with different ranks, zero among them. `budget.py` says when and which. It is driven by the optimizer that the
 adapter is bound to, whatever the training loop, and at its end the components that are left are all that is kept.
 
 In files and here Q is called A, P is B and λ is E, as in the released code and in PEFT. The scale is that code's,
@@ -64,7 +64,7 @@ class AdaLoRA(Method):
     dropout: float = 0.0
     """Probability with which an element of the branch's input is zeroed in training. Embeddings have none."""
     total_steps: int | None = None
-    """Number of optimiser steps of the run. `reparam train` knows it; in your own loop, give it here or to bind."""
+    """Number of optimizer steps of the run. `reparam train` knows it; in your own loop, give it here or to bind."""
     tinit: int | None = None
     """Steps before the budget begins to fall; by default a sixth of all."""
     tfinal: int | None = None
@@ -78,7 +78,7 @@ class AdaLoRA(Method):
     beta2: float = 0.85
     """Decay of their mean deviation."""
     score: str = "after"
-    """Importance from the weights after the optimiser's step, as in the released code, or before, as in the paper."""
+    """Importance from the weights after the optimizer's step, as in the released code, or before, as in the paper."""
     orth_weight: float = 0.1
     """Weight of the term that keeps P and Q orthogonal. The paper uses 0.1 to 0.5, PEFT 0.5."""
     orth_form: str = "reference"
@@ -158,7 +158,7 @@ class AdaLoRA(Method):
         """What moves the budget."""
         return Budget(self.rules, {name: components(update) for name, update in updates.items()})
 
-    def trained(self, updates: Mapping[str, Update]) -> Self:
+    def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """With the ranks that the sites have now."""
         ranks = {name: len(components(update).E) for name, update in updates.items()}
         if all(self.rank(name) == rank for name, rank in ranks.items()):

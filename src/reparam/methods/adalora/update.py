@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Factors, Role, Update, Weight
-from reparam.core.shrink import narrow
+from reparam.core.shrink import shrink
 from reparam.methods.dora import DoRAUpdate
 from reparam.methods.lora import LoRAUpdate
 
@@ -36,7 +36,7 @@ class SVDUpdate(LoRAUpdate):
         saved = tensors.get("E")
         if saved is not None and saved.ndim == 1 and len(saved) < len(self.E):
             index = torch.arange(len(saved), device=self.E.device)
-            narrow({parameter: (dim, index) for parameter, dim in self.parts()})
+            shrink({parameter: (dim, index) for parameter, dim in self.parts()})
 
     def parts(self) -> tuple[tuple[nn.Parameter, int], ...]:
         """Each parameter, and which of its dimensions counts components."""

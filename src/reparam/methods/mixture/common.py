@@ -51,7 +51,7 @@ class Forward:
     labels: Tensor | None = None
     experts: Tensor | None = None
     share: Tensor | float = 1.0
-    """Factor of auxiliary losses: the part that this forward's loss has in the optimiser's step."""
+    """Factor of auxiliary losses: the part that this forward's loss has in the optimizer's step."""
     hidden: Tensor | None = None
     """[B, L, H], the base's last hidden states."""
     kept: dict[str, Choice] | None = None
@@ -295,7 +295,7 @@ def key(scope: str) -> str:
 
 
 def _share(labels: Any, items: Any, accumulation: int) -> Tensor | float:
-    """The part of an optimiser's step that this forward is: by its tokens with loss where transformers counts them."""
+    """The part of an optimizer's step that this forward is: by its tokens with loss where transformers counts them."""
     if items is None or not isinstance(labels, Tensor):
         return 1 / accumulation
     return labels[..., 1:].ne(-100).sum() / items

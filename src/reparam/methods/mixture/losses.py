@@ -72,7 +72,7 @@ def router_z(logits: Tensor, valid: Tensor | None = None) -> Tensor:
 def contrastive(outputs: Tensor, expert: Tensor, size: Tensor, *, temperature: float = 0.1) -> Tensor:
     """InfoNCE over experts' outputs: those of one expert attract, those of others repel. Reconstructed (MoELoRA).
 
-    For a pair a of a token and an expert, with z its normalised output, P(a) the other pairs of that expert and D(a)
+    For a pair a of a token and an expert, with z its normalized output, P(a) the other pairs of that expert and D(a)
     all other pairs: −mean over b in P(a) of log [exp(z_a·z_b / τ) / Σ over c in D(a) of exp(z_a·z_c / τ)]. The mean is
     over the pairs for which P(a) is not empty and there is a pair of another expert. Its least value is not 0: it is
     log(m − 1) for m pairs of each expert.

@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
     logits: Tensor
     p: Tensor
-    """Probabilities, or normalised sigmoids; they sum to 1."""
+    """Probabilities, or normalized sigmoids; they sum to 1."""
     weights: Tensor
     """What the experts' outputs are multiplied by; 0 where an expert is not used."""
     chosen: Tensor | None
@@ -62,7 +62,7 @@ def choose(
     `allowed` [N] bool leaves experts out, and the others share their part in proportion. `sample` is for "sigmoid".
     """
     if select == "sigmoid":
-        p = sigmoid_normalised(logits, temperature=temperature, allowed=allowed, sample=sample)
+        p = sigmoid_normalized(logits, temperature=temperature, allowed=allowed, sample=sample)
         return Choice(logits, p, p, None)
     p = softmax(logits, temperature=temperature, allowed=allowed)
     if select == "softmax":
@@ -84,7 +84,7 @@ def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None 
     return torch.softmax(z if allowed is None else z.masked_fill(~allowed, -torch.inf), -1)
 
 
-def sigmoid_normalised(
+def sigmoid_normalized(
     logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None, sample: bool = False
 ) -> Tensor:
     """σ(z) / Σ σ(z); with `sample`, σ((z + log u − log(1 − u)) / τ) for σ(z), with u uniform in (0, 1)."""

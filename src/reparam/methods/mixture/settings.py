@@ -74,7 +74,7 @@ class Settings(Method):
     pool: str = "prompt"
     """What a router of sequences looks at: the prompt alone, or all, which leaks what comes later in a causal model."""
     select: str = "softmax"
-    """How weights follow from logits: softmax, sigmoid (normalised), or top_k."""
+    """How weights follow from logits: softmax, sigmoid (normalized), or top_k."""
     temperature: float = 1.0
     """Divisor of the logits."""
     k: int = 1
@@ -92,7 +92,7 @@ class Settings(Method):
     contrastive_temperature: float = 0.1
     """Divisor of the cosines in the contrastive loss."""
     contrastive_warmup: float = 0.1
-    """Share of the optimiser's steps that the contrastive loss is off for, where their number is known."""
+    """Share of the optimizer's steps that the contrastive loss is off for, where their number is known."""
     contrastive_pairs: int = 256
     """Most pairs of a token and an expert that the contrastive loss compares, at a site."""
     seed: int = 0

@@ -1,6 +1,6 @@
 """The contrastive loss waits until experts have outputs to compare: its gradient grows as 1 / |B|, and B is 0 at first.
 
-It is off for the first part of the steps of an optimiser whose number of steps is known, and on otherwise.
+It is off for the first part of the steps of an optimizer whose number of steps is known, and on otherwise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token ids of rows, and which of them carry loss. By kind of row:
 
 - chat: the answers, each with the token that ends its turn (`train.chat` finds them in the rendered text).
-- completion: the completion and the end token. Prompt and completion are tokenised apart, so no token spans the
+- completion: the completion and the end token. Prompt and completion are tokenized apart, so no token spans the
   boundary, and the ids of the prompt are those that generation will see.
 - text: everything, with the end token.
 """
@@ -24,7 +24,7 @@ LossOn = Literal["answers", "all"]
 
 
 class Tokens(NamedTuple):
-    """One tokenised row."""
+    """One tokenized row."""
 
     ids: list[int]
     spans: list[Span]
@@ -33,8 +33,8 @@ class Tokens(NamedTuple):
     """Of a text row: where each token ends, in characters of the text. Else empty."""
 
 
-class Tokeniser:
-    """Tokenises rows in batches. Needs a fast tokenizer, and a chat template where there are chats.
+class Tokenizer:
+    """Tokenizes rows in batches. Needs a fast tokenizer, and a chat template where there are chats.
 
     Tokens that the tokenizer puts before a text (the beginning of a sequence) go before completions and texts, and its
     end token behind them, once: not where the row spells them out. A chat has those that its template writes.
@@ -54,10 +54,10 @@ class Tokeniser:
     def __call__(self, rows: Sequence[Row]) -> list[tuple[Row, Tokens]]:
         """The rows in their order, without those that the findings now refuse."""
         done: dict[int, Tokens] = {}  # by position in `rows`
-        for kind, tokenise in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
+        for kind, tokenize in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
             chosen = [i for i, row in enumerate(rows) if row.kind == kind]
             if chosen:
-                done |= {chosen[i]: tokens for i, tokens in tokenise([rows[i] for i in chosen])}
+                done |= {chosen[i]: tokens for i, tokens in tokenize([rows[i] for i in chosen])}
         return [(rows[i], done[i]) for i in sorted(done)]
 
     def _ids_and_offsets(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
@@ -83,7 +83,7 @@ class Tokeniser:
         for i, row in enumerate(rows):
             self._look_at(row, *(message["content"] for message in row.messages))
             if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages):
-                self._findings.warn(row, "an answer is empty, so only its end token is learnt")
+                self._findings.warn(row, "an answer is empty, so only its end token is learned")
             try:
                 chats[i] = self._template.render(row.messages, loss_on=self._loss_on)
             except ValueError as error:
@@ -100,7 +100,7 @@ class Tokeniser:
         for i, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
             self._look_at(row, row.prompt, row.completion)
             if not completion:
-                self._findings.warn(row, "an answer is empty, so only its end token is learnt")
+                self._findings.warn(row, "an answer is empty, so only its end token is learned")
             ids = [*self._before(prompt), *prompt]
             first = 0 if self._loss_on == "all" else len(ids)
             ids += [*completion, *self._after(row, completion)]
