@@ -2,18 +2,32 @@
 PYTHON ?= python3
 export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
 
-.PHONY: demo test lint
+.PHONY: demo test quick full lint format
 demo: .venv/installed
 	.venv/bin/reparam demo
 
+# What CI runs.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
+	$(PYTEST)
+
+# While working: no command line, no trainer, no product of everything with everything.
+quick: .venv/installed
+	$(PYTEST) tests/test_architecture.py tests/core tests/sites tests/weights tests/data tests/io tests/combine tests/optim
+
+# Every product whole.
+full: .venv/installed
+	REPARAM_TESTS=full $(PYTEST)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

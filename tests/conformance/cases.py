@@ -5,6 +5,7 @@ their input are always met.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,10 @@ PACKED: dict[str, Storage] = {
     for index, settings in enumerate(cls.examples)
 }
 KINDS = ("linear", "bias", "conv1d", "embedding")
+FULL = os.environ.get("REPARAM_TESTS") == "full"
+"""Whether the suite takes every product whole."""
+SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in PACKED if name != "dense"))]
+"""Kind of layer and storage, for tests that need not meet the whole product."""
 
 
 class One(nn.Module):

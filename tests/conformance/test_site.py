@@ -1,22 +1,23 @@
 """One site: every setting of every method, on every storage, on every kind of layer.
 
+The oracle and the differences meet the whole product; the other tests meet every method on every kind of layer, and on
+one quantized storage, unless `REPARAM_TESTS=full` is set (`make full`).
+
 The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `factors.apply(W)`, in float64.
 """
 
 import pytest
 import torch
-from cases import KINDS, PACKED, SETTINGS, One, error, has_factors, move, one, starts_exactly
+from cases import FULL, KINDS, PACKED, SAMPLE, SETTINGS, One, error, has_factors, move, one, starts_exactly
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from reparam.core.base import Method, Update, Weight
 from reparam.sites.module import Adapted
 
-pytestmark = [
-    pytest.mark.parametrize("method", SETTINGS),
-    pytest.mark.parametrize("storage", PACKED),
-    pytest.mark.parametrize("kind", KINDS),
-]
+pytestmark = pytest.mark.parametrize("method", SETTINGS)
+everywhere = pytest.mark.parametrize(("kind", "storage"), [(kind, storage) for storage in PACKED for kind in KINDS])
+sampled = everywhere if FULL else pytest.mark.parametrize(("kind", "storage"), SAMPLE)
 
 
 class Changed(nn.Module):
@@ -68,6 +69,7 @@ def gradients(module: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> t
     return y, list(torch.autograd.grad((y * weights).sum(), [*wanted, *parameters]))
 
 
+@sampled
 def test_a_fresh_adapter_changes_nothing(kind: str, storage: str, method: Method) -> None:
     """Bit for bit, where the factors say that nothing is added."""
     model, adapter = one(kind, method, storage)
@@ -80,6 +82,7 @@ def test_a_fresh_adapter_changes_nothing(kind: str, storage: str, method: Method
         assert torch.equal(y, base)
 
 
+@everywhere
 def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
     if not has_factors(adapter):
@@ -97,6 +100,7 @@ def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage
     assert error(y, model(x)) > 1e-3  # the update does something here
 
 
+@everywhere
 def test_gradients_are_those_of_differences(kind: str, storage: str, method: Method) -> None:
     """Also for an update that no one matrix stands for."""
     model, adapter = one(kind, method, storage)
@@ -110,6 +114,7 @@ def test_gradients_are_those_of_differences(kind: str, storage: str, method: Met
     assert torch.autograd.gradcheck(lambda *_: model(x), wanted, fast_mode=True)
 
 
+@sampled
 def test_every_parameter_has_a_gradient_away_from_the_start(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
     model.train()
@@ -119,6 +124,7 @@ def test_every_parameter_has_a_gradient_away_from_the_start(kind: str, storage: 
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+@sampled
 def test_any_leading_shape_gives_the_rows_of_the_flat_batch(kind: str, storage: str, method: Method) -> None:
     if getattr(method, "router", "") == "sequence":
         pytest.skip("what an output depends on is the whole row that its input is in")
@@ -135,6 +141,7 @@ def test_any_leading_shape_gives_the_rows_of_the_flat_batch(kind: str, storage: 
             assert error(y.reshape(-1, width), model(flat)) < 1e-6
 
 
+@sampled
 def test_a_batch_that_is_not_contiguous_gives_the_same(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
     move(adapter, 4)
@@ -147,6 +154,7 @@ def test_a_batch_that_is_not_contiguous_gives_the_same(kind: str, storage: str, 
         assert max(error(f, g) for f, g in zip(found, expected, strict=True)) < 1e-5
 
 
+@sampled
 def test_the_input_is_not_written_to(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
     move(adapter, 5)
@@ -156,6 +164,7 @@ def test_the_input_is_not_written_to(kind: str, storage: str, method: Method) ->
     assert torch.equal(x, before)
 
 
+@sampled
 def test_roles_name_every_parameter(kind: str, storage: str, method: Method) -> None:
     _, adapter = one(kind, method, storage)
     for update in adapter.updates.values():
@@ -164,6 +173,7 @@ def test_roles_name_every_parameter(kind: str, storage: str, method: Method) -> 
         assert all(p.dtype == torch.float32 for p in update.parameters())
 
 
+@sampled
 def test_the_update_holds_none_of_the_base(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
     base = {p.data_ptr() for p in model.q_proj.weight.parameters()}

@@ -1,0 +1,196 @@
+"""The shape of the source in figures: `python scripts/house.py [checkout] [--times]`.
+
+Counts files and lines, the longest file and function, rooms (folders and loose files), circles and arrows that run
+upward among the imports (those for annotations too), and questions outside `methods/` about which method it is.
+With `--times` also the tests that pytest collects and the CPU seconds of `--help`, which need the checkout's own
+environment: run it with that Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOMS = (
+    *("core", "kernels", "data", "weights", "methods", "optim", "sites", "io", "adapter", "hf", "combine"),
+    *("evaluation", "train", "inspect", "compare", "recipes", "cli"),
+)
+Graph = dict[str, set[str]]
+
+
+def imports(tree: ast.AST, source: Path) -> set[str]:
+    """Dotted names of the package's own files that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                path = source / f"{node.module}.{alias.name}".replace(".", "/")
+                is_file = path.with_suffix(".py").exists() or path.is_dir()
+                found.add(f"{node.module}.{alias.name}" if is_file else node.module)
+    return {name for name in found if name.startswith("reparam.")}
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """Groups of two or more nodes that reach each other (Tarjan)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in graph.get(node, ()):
+            if other not in number:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], number[other])
+        if low[node] == number[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def levels(graph: Graph) -> int:
+    """The number of levels of a graph without circles: the longest chain of nodes."""
+    depth: dict[str, int] = {}
+
+    def of(node: str) -> int:
+        if node not in depth:
+            depth[node] = 0  # a circle ends here
+            depth[node] = 1 + max((of(other) for other in graph.get(node, ())), default=0)
+        return depth[node]
+
+    return max(of(node) for node in graph)
+
+
+def questions(trees: dict[str, ast.AST]) -> list[str]:
+    """Places outside `methods/` that ask isinstance of a class that is defined there."""
+    classes = {
+        node.name
+        for file, tree in trees.items()
+        if file.startswith("methods/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree) if not file.startswith("methods/") else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                if asked & classes:
+                    found.append(f"{file}:{node.lineno}")
+    return found
+
+
+def cpu_seconds(command: list[str], times: int = 3) -> float:
+    """The median CPU time of a command and its children."""
+    found = []
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(found)
+
+
+def timed(root: Path) -> Iterator[tuple[str, object]]:
+    """What takes this checkout's environment to know."""
+    os.environ["PYTHONPATH"] = str(root / "src")
+    listed = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--co",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(root / "tests"),
+            str(root / "src"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+    ).stdout
+    counted = re.search(r"^(\d+)(?:/\d+)? tests? collected", listed, re.MULTILINE)
+    yield "tests", counted[1] if counted else sum("::" in line for line in listed.splitlines())
+    main = "import sys; sys.argv[0] = 'reparam'; from reparam.cli import main; main()"
+    yield "CPU seconds of --help", f"{cpu_seconds([sys.executable, '-c', main, '--help']):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).parents[1])
+    parser.add_argument("--times", action="store_true", help="also count tests and time --help")
+    options = parser.parse_args()
+    source = options.checkout.resolve() / "src"
+    package = source / "reparam"
+    texts = {p.relative_to(package).as_posix(): p.read_text() for p in sorted(package.rglob("*.py"))}
+    trees: dict[str, ast.AST] = {file: ast.parse(text) for file, text in texts.items()}
+    sizes = {file: len(text.splitlines()) for file, text in texts.items()}
+    functions = {
+        f"{file}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    loose = sorted(file for file in texts if "/" not in file and file not in ("__init__.py", "__main__.py"))
+    graph: Graph = {
+        "reparam." + file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): imports(tree, source)
+        for file, tree in trees.items()
+        if file != "__init__.py"
+    }
+    rooms: Graph = {}
+    for name, others in graph.items():
+        own = name.split(".")[1]
+        rooms.setdefault(own, set()).update({other.split(".")[1] for other in others} - {own})
+    upward = [
+        f"{room} -> {other}"
+        for room, others in rooms.items()
+        for other in others
+        if room in ROOMS and other in ROOMS and ROOMS.index(other) > ROOMS.index(room)
+    ]
+    file, function = max(sizes, key=lambda f: sizes[f]), max(functions, key=lambda f: functions[f])
+    asked = questions(trees)
+    figures: list[tuple[str, object]] = [
+        ("files", len(texts)),
+        ("lines", sum(sizes.values())),
+        ("longest file", f"{file}, {sizes[file]}"),
+        ("longest function", f"{function}, {functions[function]}"),
+        ("rooms (folders and loose files)", len(rooms)),
+        ("loose files", f"{len(loose)}: {', '.join(loose)}" if loose else 0),
+        ("arrows between rooms", sum(len(others) for others in rooms.values())),
+        ("levels of rooms", levels(rooms)),
+        ("circles between files", len(circles(graph))),
+        ("circles between rooms", len(circles(rooms))),
+        ("arrows that run upward", f"{len(upward)}: {', '.join(upward)}" if upward else 0),
+        ("isinstance of a method outside methods/", len(asked)),
+    ]
+    if options.times:
+        figures += timed(options.checkout.resolve())
+    width = max(len(name) for name, _ in figures)
+    for name, value in figures:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()
