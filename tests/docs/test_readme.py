@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
+import reparam
 from reparam.cli import app
 from reparam.cli.config_options import ALIASES, with_options
+from reparam.core.registry import METHODS
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import score_loss
@@ -28,6 +30,36 @@ def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})  # the example is this repository's own
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
+
+
+DOCUMENTS = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_code_in_the_documents_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page from its first block to its last, with a model, an optimizer, and finished adapters in `out`."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("assets/tiny-python", dtype=torch.float32)
+    for folder in ("a", "b", "first"):
+        made = reparam.attach(model, reparam.LoRA(r=2))
+        for update in made.updates.values():
+            torch.nn.init.normal_(update.B)  # type: ignore[arg-type]
+        made.save(f"out/{folder}")
+        reparam.remove(model, "default")
+    names = {
+        "reparam": reparam,
+        "model": model,
+        "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1),
+        "input_ids": torch.randint(2, 90, (3, 5)),
+    }
+    methods = dict(METHODS)
+    try:
+        for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+            exec(compile(code, document.name, "exec"), names)  # this repository's own
+    finally:
+        METHODS.clear()
+        METHODS.update(methods)
 
 
 def test_every_option_that_the_documents_print_exists() -> None:
