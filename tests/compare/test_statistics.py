@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reparam.compare.halving import better_half, hopeless
+from reparam.compare.halving import better_half, stopped_early
 from reparam.compare.pareto import front
 from reparam.compare.statistics import interval, paired, student
 
@@ -84,8 +84,8 @@ def test_the_better_half_of_the_rates_goes_on() -> None:
 def test_contestants_are_stopped_that_are_behind_and_not_smaller() -> None:
     losses = {"lora": 2.0, "best": 1.0, "tiny": 9.0, "fat": 3.0, "failed": math.inf}
     parameters = {"lora": 10, "best": 20, "tiny": 1, "fat": 50, "failed": 0}
-    stopped = hopeless(losses, parameters, reference="lora", keep=0.2, least=1)
+    stopped = stopped_early(losses, parameters, reference="lora", keep=0.2, least=1)
     assert set(stopped) == {"fat", "failed"}
     assert "place 4 of 5" in stopped["fat"] or "place 3 of 5" in stopped["fat"]
-    assert hopeless(losses, parameters, reference="lora", keep=1.0, least=1) == {}
-    assert hopeless(losses, parameters, reference="lora", keep=0.2, least=5) == {}
+    assert stopped_early(losses, parameters, reference="lora", keep=1.0, least=1) == {}
+    assert stopped_early(losses, parameters, reference="lora", keep=0.2, least=5) == {}

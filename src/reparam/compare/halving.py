@@ -5,9 +5,8 @@ shortest first. At a rung every contestant that is left runs at each of its rate
 used for nothing else, and is judged by the loss on the tuning rows (smoother than counting right answers).
 
 - Of each contestant's rates the better half goes on, rounded up; after the last rung the best one is its rate.
-- Of the contestants the better share `keep` goes on, by the loss at the best rate, but never fewer than `least`. What
-  nobody beats with as few trained parameters is not hopeless, however large its loss: the Pareto front of loss and
-  parameters goes on too, and so does the reference.
+- Of the contestants the better share `keep` goes on, by the loss at the best rate, but never fewer than `least`. A
+  contestant on the loss/parameter Pareto front is never stopped early, and neither is the reference.
 
 Short runs favor high rates and methods that start fast. `keep = 1` stops no contestant.
 """
@@ -31,7 +30,7 @@ def better_half(losses: Mapping[float, float]) -> list[float]:
     return (finite or order)[: math.ceil(len(losses) / 2)]
 
 
-def hopeless(
+def stopped_early(
     losses: Mapping[str, float], parameters: Mapping[str, int], *, reference: str, keep: float, least: int
 ) -> dict[str, str]:
     """The contestants that are stopped after a rung, and for each a sentence that says why.

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from reparam.compare.data import Sides, sides
-from reparam.compare.halving import better_half, hopeless
+from reparam.compare.halving import better_half, stopped_early
 from reparam.compare.plan import Contestant, Plan
 from reparam.compare.preflight import metric_of, preflight, steps_of
 from reparam.compare.results import Findings
@@ -133,7 +133,7 @@ class _Comparison:
                 )
                 break
             best = {label: min(by_rate.values()) for label, by_rate in losses.items()}
-            stopped = hopeless(
+            stopped = stopped_early(
                 best, self.parameters, reference=self.plan.reference, keep=compare.keep, least=compare.least
             )
             self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}

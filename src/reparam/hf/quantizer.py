@@ -52,18 +52,18 @@ class Quantizer(HfQuantizer):
     # Packed weights are frozen and x goes through them differentiably: adapters on top of them train.
     @property
     def is_trainable(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     # Trainer refuses a quantized model that is no PEFT model unless this is true: it stands for "has parameters that
     # train without PEFT", which our adapters are, and not for training the packed weights.
     @property
     def is_qat_trainable(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     def is_serializable(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     @property

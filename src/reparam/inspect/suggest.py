@@ -23,7 +23,7 @@ class SiteSuggestion:
     rank: int
     """0 drops the site."""
     saved: int
-    """Bytes."""
+    """Bytes of tensors that the site would no longer need."""
     lost: float
     """Share of the site's own |ΔW|² that goes."""
     of_all: float

@@ -26,7 +26,7 @@ class BitFit(Method):
     """Configuration of BitFit.
 
     >>> BitFit().unsupported_reason(Site("q_proj", "linear", 8, 8))
-    'it has no bias; with create (--method.create) bitfit gives linear maps one'
+    'this layer has no bias; pass --method.create to add one'
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"create": True},)
@@ -44,7 +44,7 @@ class BitFit(Method):
         if site.bias or (self.create and site.kind == "linear"):
             return None
         if site.kind == "linear":
-            return "it has no bias; with create (--method.create) bitfit gives linear maps one"
+            return "this layer has no bias; pass --method.create to add one"
         return f"this {site.kind} has no bias"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> BitFitUpdate:

@@ -28,10 +28,10 @@ class Warmup:
         self._decide()
 
     def before_step(self) -> None:
-        """Nothing."""
+        """Do nothing: only finished steps count."""
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Count."""
+        """Count the step, and switch the loss on when its time has come."""
         self.steps += 1
         self._decide()
 
@@ -42,11 +42,11 @@ class Warmup:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The count."""
+        """The number of optimizer steps made so far, under "steps"."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The count."""
+        """Continue from `state_dict`."""
         self.steps = state["steps"]
         self._decide()
 
