@@ -1,7 +1,7 @@
 """What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one.
 
-A toy storage and a toy method are among them, so that packed weights, gains, shared state and updates that depend on
-their input are always met.
+A toy storage, a toy method and a toy kind of site are among them, so that packed weights, gains, shared state, updates
+that depend on their input, and modules that are no `nn.Linear` are always met.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Fixed16, Nudge
+from toys import Fixed16, Nudge, Product
 from transformers.pytorch_utils import Conv1D
 
 import reparam
@@ -34,7 +34,7 @@ PACKED: dict[str, Storage] = {
     for name, cls in {**STORAGES, "fixed16": Fixed16}.items()
     for index, settings in enumerate(cls.examples)
 }
-KINDS = ("linear", "bias", "conv1d", "embedding")
+KINDS = ("linear", "bias", "conv1d", "embedding", "product")
 FULL = os.environ.get("REPARAM_TESTS") == "full"
 """Whether the suite takes every product whole."""
 SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in PACKED if name != "dense"))]
@@ -53,6 +53,7 @@ class One(nn.Module):
                 "bias": lambda: nn.Linear(12, 20),
                 "conv1d": lambda: Conv1D(20, 12),
                 "embedding": lambda: nn.Embedding(20, 12),
+                "product": lambda: Product(12, 20),
             }[kind]()
             if kind == "conv1d":
                 nn.init.normal_(self.q_proj.bias)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A storage and a method made for the tests, each as anybody would write one: one class, registered by its name.
+"""A storage, a method and a kind of site made for the tests, each as anybody would write one, registered by its name.
 
 They use what LoRA and the dense storage do not: packed integers with statistics that `.to(bfloat16)` must not reach,
 state common to all sites, a controller, a penalty, a saved buffer, and (on request) an update that depends on its
@@ -8,7 +8,7 @@ input. `registered` puts one into its registry for the length of a test.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
 from reparam.core.registry import METHODS, STORAGES
+from reparam.sites.kinds import KINDS
+from reparam.sites.module import Adapted
+from reparam.weights.dense import DenseWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +164,70 @@ class Counter:
         self.steps = state["steps"]
 
 
+class Product(nn.Module):
+    """A linear map that is no `nn.Linear`: x [..., I] -> x Wᵀ [..., O]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product alone."""
+        return x @ self.weight.T
+
+
+class ProductSite(Adapted):
+    """The kind of site that a `Product` is."""
+
+    plural = "products"
+    is_map = True
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A `Product`."""
+        return isinstance(module, Product)
+
+    @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """It is something else, or has no rows."""
+        if not isinstance(module, Product):
+            return f"{type(module).__name__} is not a product"
+        return None if len(module.weight) else "a product without rows"
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> Site:
+        """The sizes of its matrix."""
+        return Site(name, cls.kind, *module.weight.shape)  # type: ignore[misc]
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> Self:
+        """Share its parameter."""
+        return cls(module, DenseWeight(module.weight))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base map, or the active update's."""
+        if self.active is None:
+            return self.weight(x)
+        return self.updates[self.active](x, self.weight)
+
+    def stock(self) -> dict[str, Tensor]:
+        """`weight`."""
+        return {"weight": self.weight.tensor()}
+
+
 @contextlib.contextmanager
 def registered(**classes: type) -> Iterator[None]:
-    """Have these storages and methods in their registries, under the names given."""
-    homes = {name: STORAGES if issubclass(cls, Storage) else METHODS for name, cls in classes.items()}
+    """Have these storages, methods and kinds of sites in their registries, under the names given."""
+    homes: dict[str, dict[str, Any]] = {
+        name: STORAGES if issubclass(cls, Storage) else METHODS if issubclass(cls, Method) else KINDS
+        for name, cls in classes.items()
+    }
     for name, cls in classes.items():
         assert name not in homes[name], f"{name} is registered already"
-        homes[name][name] = cls  # type: ignore[index]
-        cls.name = name  # type: ignore[attr-defined]
+        homes[name][name] = cls
+        setattr(cls, "kind" if issubclass(cls, Adapted) else "name", name)
     try:
         yield
     finally:
         for name in classes:
-            del homes[name][name]  # type: ignore[attr-defined]
+            del homes[name][name]

@@ -193,7 +193,7 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
         (lambda c: c["sites"][SITE].update(shape=[32, "32"]), "shape[1]"),
         (lambda c: c["sites"][SITE].update(shape=[33, 32]), f"{SITE} was a linear of 33 x 32"),
         (lambda c: c["sites"][SITE].update(kind="embedding"), f"{SITE} was a embedding"),
-        (lambda c: c["sites"][SITE].update(kind="conv"), "kind: expected one of 'linear', 'embedding'"),
+        (lambda c: c["sites"][SITE].update(kind="conv"), "kind: expected one of 'embedding', 'linear', 'vector'"),
         (lambda c: c["sites"].update({"": c["sites"][SITE]}), "the model itself"),
         (lambda c: c["sites"].update({"model.nowhere": c["sites"][SITE]}), "model.nowhere"),
         (lambda c: c["sites"].update({"re:.*": c["sites"][SITE]}), "re:.*"),

@@ -17,7 +17,7 @@ import reparam
 from reparam.core.base import Factors, InputDependentError, Method, Site, Update, Weight
 from reparam.io.record import FormatError
 from reparam.sites.module import Adapted
-from reparam.sites.norm import Vector, unsupported_norm
+from reparam.sites.norm import Norm
 from reparam.sites.targets import resolve
 
 
@@ -297,9 +297,9 @@ def test_what_is_no_norm_is_refused() -> None:
         (nn.LayerNorm(3, elementwise_affine=False), "no norm"),
         (nn.Bilinear(2, 2, 2), "no norm"),
     ):
-        assert why in (unsupported_norm(module) or "")
+        assert why in (Norm.unsupported_reason(module) or "")
         with pytest.raises(ValueError, match=why):
-            Vector.wrap(module)
+            Norm.wrap(module)
 
 
 def test_packing_refuses_vectors() -> None:

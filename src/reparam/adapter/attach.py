@@ -14,7 +14,7 @@ import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.selection import Selection, State, state_of
-from reparam.core.base import Method, Site, Update, Weight
+from reparam.core.base import Method, Update
 from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
@@ -173,7 +173,7 @@ def install(
         holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
         for path in names:
-            _check_form(sites[path], updates[path], modules[path].weight)
+            _check_form(path, updates[path], modules[path])
         if check is not None:
             biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
             check(saved(updates, biases, copies, shared))
@@ -202,17 +202,14 @@ def install(
 
 
 @torch.no_grad()
-def _check_form(site: Site, update: Update, weight: Weight) -> None:
-    """Raise InputDependentError for an update without rows on an embedding, or without factors on a vector.
+def _check_form(path: str, update: Update, module: Adapted) -> None:
+    """Raise InputDependentError for an update without the form that the site computes with, rows on an embedding say.
 
     Raises ValueError for a change of the bias where no bias can be.
     """
-    if site.kind == "embedding":
-        update.rows(torch.zeros(1, dtype=torch.int64, device=weight.device), weight)
-    elif site.kind == "vector":
-        update.effective_weight(weight)
-    if site.kind != "linear" and not site.bias and update.bias_delta() is not None:
-        raise ValueError(f"{site.name}: the update changes the bias, and this {site.kind} has none")
+    module.check_update(update)
+    if module.bias is None and not module.can_add_bias and update.bias_delta() is not None:
+        raise ValueError(f"{path}: the update changes the bias, and this {module.kind} has none")
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:

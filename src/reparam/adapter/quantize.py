@@ -13,7 +13,6 @@ from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.norm import is_vector
 from reparam.sites.walk import packed_as, tied, walk
 
 
@@ -138,7 +137,8 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     problems = []
     for path, others in tied(model, names).items():
         problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
-    problems += [f"{path} is a vector, not a matrix" for path in names if is_vector(model.get_submodule(path))]
+    vectors = [path for path in names if not targets_.is_matrix(model.get_submodule(path))]
+    problems += [f"{path} is a vector, not a matrix" for path in vectors]
     held = packed_as(model)
     dense = STORAGES["dense"]
     for path in names if not isinstance(storage, dense) else ():

@@ -22,7 +22,7 @@ from reparam.core.controller import Controller
 from reparam.core.versions import Stamp, stamp
 
 Role = Literal["in", "out", "core", "gain", "route"]
-Kind = Literal["linear", "embedding", "vector"]
+Kind = str  # the name of a kind of site, such as "linear"; `sites.kinds` registers them
 _BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
 
 

@@ -23,6 +23,7 @@ from reparam.core.base import Kind, Method, Site
 from reparam.core.registry import find_method
 from reparam.io.plain import decode
 from reparam.io.record import Base, FormatError, Record, listed
+from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -94,6 +95,14 @@ def read(folder: Path) -> Record:
             f"the setting in Python and save the adapter again"
         )
     config = decode(_Config, values, file)
+    kinds = ", ".join(repr(kind) for kind in KINDS)
+    odd = [
+        f"sites[{name!r}].kind: expected one of {kinds}, found {site.kind!r}"
+        for name, site in config.sites.items()
+        if site.kind not in KINDS
+    ]
+    if odd:
+        raise FormatError(f"{file}: {listed(odd)}")
     if config.weights.file != WEIGHTS:  # never a path to follow
         raise FormatError(f"{file}: weights.file: expected {WEIGHTS!r}, found {config.weights.file!r}")
     weights = read_bytes(folder / WEIGHTS)

@@ -270,7 +270,7 @@ def _sites(tensors: dict[str, Tensor], kinds: dict[str, str], file: Path, *, lea
         elif a.dtype not in FLOATS or b.dtype not in FLOATS:
             problems.append(f"{PREFIX}{name}: lora_A is {a.dtype}, lora_B is {b.dtype}")
         else:
-            sites[name] = Site(name, kind, b.shape[0], a.shape[1])  # type: ignore[arg-type]
+            sites[name] = Site(name, kind, b.shape[0], a.shape[1])
     if problems:
         raise FormatError(f"{file}: {listed(problems)}")
     return sites

@@ -6,28 +6,68 @@ module that was here before, with new values (`merge.py`).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Self
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from reparam.core.base import Update, Weight
+from reparam.core.base import Site, Update, Weight
+from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, is_conv1d
 from reparam.weights.dense import DenseWeight
 
 
+@kind("linear")
 class Linear(Adapted):
     """x [..., I] -> x W'ᵀ + bias [..., O]."""
 
-    @classmethod
-    def wrap(cls, module: nn.Module) -> Self:
-        """Take over an `nn.Linear` or GPT-2's `Conv1D`, whose [I, O] matrix is transposed here, once, as a view.
+    plural = "linear maps"
+    is_map = True
+    can_add_bias = True
 
-        Nothing is copied, and the base computes what it did before, to the bit. Raises ValueError for anything else.
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """An `nn.Linear` or GPT-2's `Conv1D`."""
+        return isinstance(module, nn.Linear) or is_conv1d(module)
+
+    @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """It is another module, or one that computes something else, or one whose weight is read without a call."""
+        name = type(module).__name__
+        if "forward" in vars(module):
+            return f"{name} has a forward of its own set on it (by a device map or a hook); load the model without that"
+        if is_conv1d(module):
+            return None
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return (
+                "nn.MultiheadAttention reads the weight of its out_proj without calling it, so an update would do "
+                "nothing"
+            )
+        if not isinstance(module, nn.Linear):
+            return f"{name} is not a linear map"
+        if type(module).forward is not nn.Linear.forward:
+            return f"{name} overrides nn.Linear.forward, which an update would bypass"
+        return None
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> Site:
+        """Its matrix is [O, I], a `Conv1D`'s [I, O]."""
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        transposed, bias = is_conv1d(module), module.bias is not None
+        sizes = (columns, rows) if transposed else (rows, columns)
+        return Site(name, cls.kind, *sizes, transposed=transposed, bias=bias)
+
+    def site(self, name: str) -> Site:
+        """This place; it is transposed where a `Conv1D` was."""
+        return dataclasses.replace(super().site(name), transposed=is_conv1d(self.origin[0]))
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> Self:
+        """Take over the parameters; the [I, O] matrix of a `Conv1D` is transposed here, once, as a view.
+
+        Nothing is copied, and the base computes what it did before, to the bit.
         """
-        problem = unsupported_linear(module)
-        if problem:
-            raise ValueError(problem)
         matrix: nn.Parameter = module.weight  # type: ignore[assignment]
         if is_conv1d(module):
             matrix = nn.Parameter(matrix.detach().t(), requires_grad=False)
@@ -56,21 +96,3 @@ class Linear(Adapted):
         """Sizes, how the matrix is stored, and the active adapter."""
         weight = self.weight
         return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"
-
-
-def unsupported_linear(module: nn.Module) -> str | None:
-    """Why `Linear` cannot stand in for this module, or None."""
-    kind = type(module).__name__
-    if "forward" in vars(module):
-        return f"{kind} has a forward of its own set on it (by a device map or a hook); load the model without that"
-    if is_conv1d(module):
-        return None
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return (
-            "nn.MultiheadAttention reads the weight of its out_proj without calling it, so an update would do nothing"
-        )
-    if not isinstance(module, nn.Linear):
-        return f"{kind} is not a linear map"
-    if type(module).forward is not nn.Linear.forward:
-        return f"{kind} overrides nn.Linear.forward, which an update would bypass"
-    return None

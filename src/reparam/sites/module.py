@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,23 @@ from reparam.core.base import Kind, Site, Update, Weight
 
 
 class Adapted(nn.Module):
-    """What linear maps and embeddings have in common: the frozen weight, the updates by adapter name, the choice."""
+    """A module at a site: the frozen weight, the updates by adapter name, and the choice among them.
+
+    A subclass is one kind of site, registered with `@kind("name")`. It says which modules it stands in for (`claims`,
+    `unsupported_reason`, `describe`), takes one over (`adopt`), and implements `forward` and `stock`.
+    """
+
+    kind: ClassVar[Kind]
+    plural: ClassVar[str]
+    """What messages call modules of this kind."""
+    is_map: ClassVar[bool] = False
+    """Whether "all-linear", "attention" and "mlp" mean modules of this kind."""
+    is_matrix: ClassVar[bool] = True
+    """Whether regular expressions and the settings of PEFT's files mean it too, and a storage can pack it."""
+    stands_for: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """The parameters of the module that the site adapts; others of three dimensions are reported as missed."""
+    can_add_bias: ClassVar[bool] = False
+    """Whether an update may give a bias to a site that has none."""
 
     def __init__(self, origin: nn.Module, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -24,12 +40,40 @@ class Adapted(nn.Module):
         self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
         self.train(origin.training)
 
-    kind: Kind = "linear"
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """Whether this module is of this kind, supported or not. No two kinds may claim one module."""
+        raise NotImplementedError
+
+    @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """Why this kind cannot stand in for the module, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> Site:
+        """The site that a supported module would be, under its path in the model."""
+        raise NotImplementedError
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> Self:
+        """The adapted form of a supported module. Nothing is copied."""
+        raise NotImplementedError
+
+    @classmethod
+    def wrap(cls, module: nn.Module) -> Self:
+        """The adapted form of a module. Raises ValueError where this kind cannot stand in for it."""
+        problem = cls.unsupported_reason(module)
+        if problem:
+            raise ValueError(problem)
+        return cls.adopt(module)
 
     def site(self, name: str) -> Site:
         """This place, under its path in the model."""
-        sizes = self.weight.out_features, self.weight.in_features
-        return Site(name, self.kind, *sizes, transposed=is_conv1d(self.origin[0]), bias=self.bias is not None)
+        return Site(name, self.kind, self.weight.out_features, self.weight.in_features, bias=self.bias is not None)
+
+    def check_update(self, update: Update) -> None:
+        """Raise InputDependentError for an update without the form that this kind computes with; by default, none."""
 
     def add(self, name: str, update: Update, *, bias: bool = False) -> None:
         """Hold `update` under the adapter's name; with `bias`, also a copy of the bias to train, in float32 or more."""

@@ -13,28 +13,47 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from reparam.core.base import Kind, Update
+from reparam.core.base import Site, Update
 from reparam.sites.bank import Bank
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.kinds import kind
+from reparam.sites.module import Adapted
 from reparam.weights.dense import DenseWeight
 
 
-class Vector(Adapted):
+@kind("vector")
+class Norm(Adapted):
     """x [..., n] -> what the module computes with its own, or the active update's, weight and bias."""
 
-    kind: Kind = "vector"
+    plural = "norms"
+    is_matrix = False
 
     @classmethod
-    def wrap(cls, module: nn.Module) -> Self:
-        """Take over a module whose parameters are a weight [n] and, maybe, a bias [n]. Nothing is copied.
+    def claims(cls, module: nn.Module) -> bool:
+        """A module whose parameters are a weight [n] and, maybe, a bias [n], and that holds nothing else."""
+        return _parameters_problem(module) is None
 
-        Raises ValueError for anything else.
-        """
-        problem = unsupported_norm(module)
-        if problem:
-            raise ValueError(problem)
+    @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """It has other parameters, modules or buffers, or a forward that a hook set on it."""
+        if "forward" in vars(module) and cls.claims(module):
+            name = type(module).__name__
+            return f"{name} has a forward of its own set on it (by a device map or a hook); load the model without that"
+        return _parameters_problem(module)
+
+    @classmethod
+    def describe(cls, name: str, module: nn.Module) -> Site:
+        """One column: O = n, I = 1."""
+        return Site(name, cls.kind, len(module.weight), 1, bias=getattr(module, "bias", None) is not None)  # type: ignore[arg-type]
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> Self:
+        """Take over the weight [n] and, where there is one, the bias [n]."""
         column = nn.Parameter(module.weight.detach().unsqueeze(1), requires_grad=False)  # type: ignore[operator]
         return cls(module, DenseWeight(column), getattr(module, "bias", None))
+
+    def check_update(self, update: Update) -> None:
+        """The update must have an effective weight."""
+        update.effective_weight(self.weight)
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         """The module with its frozen tensors, or with the active update's; `rest` is handed on (a gate, say)."""
@@ -79,21 +98,12 @@ class Vector(Adapted):
         return y
 
 
-def is_vector(module: nn.Module) -> bool:
-    """Whether this is a place of kind "vector": a norm, as a rule."""
-    if isinstance(module, Adapted | Replaced):
-        return isinstance(module, Vector)
-    return unsupported_norm(module) is None
-
-
-def unsupported_norm(module: nn.Module) -> str | None:
-    """Why `Vector` cannot stand in for this module, or None."""
-    kind = type(module).__name__
+def _parameters_problem(module: nn.Module) -> str | None:
+    """Why what the module holds is not what a norm holds, or None."""
+    name = type(module).__name__
     own = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
     if own not in ({"weight": 1}, {"weight": 1, "bias": 1}):
-        return f"{kind} is no norm: its parameters are not one weight [n] and, maybe, one bias [n]"
+        return f"{name} is no norm: its parameters are not one weight [n] and, maybe, one bias [n]"
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
-        return f"{kind} has modules or buffers of its own"
-    if "forward" in vars(module):
-        return f"{kind} has a forward of its own set on it (by a device map or a hook); load the model without that"
+        return f"{name} has modules or buffers of its own"
     return None

@@ -12,10 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
-from reparam.sites.embedding import Embedding, unsupported_embedding
-from reparam.sites.linear import Linear, unsupported_linear
-from reparam.sites.module import Adapted, Replaced, is_conv1d
-from reparam.sites.norm import Vector, is_vector
+from reparam.sites.kinds import KINDS, kind_of
+from reparam.sites.module import Adapted, Replaced
 from reparam.sites.walk import tied, walk
 
 Targets = str | Iterable[str]
@@ -34,9 +32,7 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
-    linear = {
-        name: unsupported_reason(m) for name, m in modules.items() if isinstance(m, Linear | nn.Linear) or is_conv1d(m)
-    }
+    linear = {name: unsupported_reason(m) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
     linear |= fused(modules)
     problems: list[str] = []
     found: set[str] = set()
@@ -75,8 +71,14 @@ def fused(modules: Mapping[str, nn.Module]) -> dict[str, str]:
         for path, module in modules.items()
         if not isinstance(module, Adapted | Replaced | nn.Bilinear | _ConvNd)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not _held_by_site(module, name)
     }
+
+
+def _held_by_site(module: nn.Module, name: str) -> bool:
+    """Whether the site that this module is, or would be, stands for its parameter `name`."""
+    cls = kind_of(module)
+    return cls is not None and name in cls.stands_for
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
@@ -90,8 +92,9 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether an update can go on this module, and it is no vector: those are named, or "everything"."""
-    return unsupported_reason(module) is None and not is_vector(module)
+    """Whether an update can go on this module, and it is no norm: those are named, or "everything"."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_matrix and unsupported_reason(module) is None
 
 
 def _everything(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str]]:
@@ -131,12 +134,11 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return None
     if isinstance(module, Replaced):
         return f"{', '.join(module.updates)} trains this module whole, so that no update of it can be added"
-    if isinstance(module, nn.Embedding):
-        return unsupported_embedding(module)
-    why = unsupported_linear(module)
-    if why is None or is_vector(module):
-        return None
-    return f"{why}; adapters go on linear maps, embeddings and norms"
+    kind = kind_of(module)
+    if kind is None:
+        *most, last = (cls.plural for cls in KINDS.values())
+        return f"{type(module).__name__} is not a linear map; adapters go on {', '.join(most)} and {last}"
+    return kind.unsupported_reason(module)
 
 
 def unsupported_whole(module: nn.Module) -> str | None:
@@ -173,23 +175,20 @@ def wrap(module: nn.Module) -> Adapted:
     """The adapted form of a module that `resolve` allowed."""
     if isinstance(module, Adapted):
         return module
-    if isinstance(module, nn.Embedding):
-        return Embedding.wrap(module)
-    return Vector.wrap(module) if is_vector(module) else Linear.wrap(module)
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(unsupported_reason(module))
+    return kind.wrap(module)
 
 
 def site_of(path: str, module: nn.Module) -> Site:
     """The site that a module which `resolve` allowed is, or would be."""
     if isinstance(module, Adapted):
         return module.site(path)
-    rows, *columns = module.weight.shape  # type: ignore[misc]
-    bias, column = getattr(module, "bias", None) is not None, columns[0] if columns else 1
-    if isinstance(module, nn.Embedding):
-        return Site(path, "embedding", rows, column)
-    if is_vector(module):
-        return Site(path, "vector", rows, column, bias=bias)
-    transposed = is_conv1d(module)
-    return Site(path, "linear", *((column, rows) if transposed else (rows, column)), transposed=transposed, bias=bias)
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(f"{path}: {unsupported_reason(module)}")
+    return kind.describe(path, module)
 
 
 def sizes(module: nn.Module) -> tuple[str, int, int]:
