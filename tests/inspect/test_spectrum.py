@@ -25,7 +25,7 @@ from reparam.inspect.operators import EXTRA, leading, of_change, of_weight
 from reparam.inspect.similarity import overlap, similarity
 from reparam.inspect.spectrum import effective_rank, spectra, spectrum, weights
 from reparam.inspect.suggest import suggest
-from reparam.inspect.survival import KINDS, overall, survivals
+from reparam.inspect.survival import kinds, overall, survivals
 from reparam.io.record import Record
 from reparam.weights.dense import DenseWeight
 from reparam.weights.nf4 import NF4
@@ -235,7 +235,7 @@ def test_survival_is_what_merging_reports(method: Any, tmp_path: Path) -> None:
     record = adapter.record()
     found = {name: survivals(record, name, w) for name, w in weights(record, load_base(base)).items() if w is not None}
     assert found.keys() == record.sites.keys()
-    for kind in KINDS:
+    for kind in kinds():
         name, _, rounding = kind.partition(" ")
         model = load_base(base, dtype=name if not rounding else "auto")
         if rounding:
@@ -246,7 +246,7 @@ def test_survival_is_what_merging_reports(method: Any, tmp_path: Path) -> None:
             assert found[site.name][kind].survival == pytest.approx(site.survival, abs=2e-3), kind
             assert found[site.name][kind].change == pytest.approx(site.change, rel=1e-3)
     total = overall(list(found.values()))
-    assert list(total) == list(KINDS)
+    assert list(total) == kinds()
     assert total["nf4 aware"] > total["nf4 nearest"]
 
 
@@ -299,7 +299,7 @@ def test_what_is_shown_is_in_the_json_and_drawn(method: Any, tmp_path: Path) -> 
     first = found["deep"][0]
     assert first["spectrum"]["values"] == sorted(first["spectrum"]["values"], reverse=True)
     assert first["amplification"]["factor"] > 0
-    assert list(first["survival"]) == list(KINDS)
+    assert list(first["survival"]) == kinds()
     assert found["survival"]["bfloat16"] == pytest.approx(1, abs=0.01)
     assert found["similarity"][0]["left"][-1][-1] == pytest.approx(1)
     assert f"OUTPUT --bytes {found['suggestion']['bytes']}" in text

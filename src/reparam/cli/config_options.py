@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from reparam.core.registry import METHODS
-from reparam.train.config import SECTIONS, documentation
+from reparam.train.config import SECTIONS, described, documentation
 
 # The names that PEFT's, TRL's and transformers' own scripts have for the same things.
 ALIASES = {
@@ -85,9 +85,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 def _keys() -> dict[str, tuple[str, object]]:
     """Every dotted key with its description and default; a method's setting has the first method's."""
     found: dict[str, tuple[str, object]] = {}
-    for section, cls in SECTIONS.items():
-        for field in dataclasses.fields(cls):
-            found[f"{section}.{field.name}"] = (documentation(cls)[field.name], field.default)
+    for section in SECTIONS:
+        found |= {f"{section}.{name}": text for name, text in described(section).items()}
         if section == "adapter":
             found["method.name"] = (f"One of {', '.join(METHODS)}.", "lora")
             for method in METHODS.values():

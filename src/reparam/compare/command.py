@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from reparam.train.base import BaseConfig
 from reparam.train.config import SECTIONS, Config, resolve
 
 
@@ -20,12 +21,19 @@ def command(config: Config) -> str:
     )
     words = ["reparam", "train", *_option("method.name", config.method.name)]
     for section in [*SECTIONS, "method"]:
-        own, usual = getattr(config, section), getattr(defaults, section)
-        for field in dataclasses.fields(own):
-            value = getattr(own, field.name)
-            if value != getattr(usual, field.name):
-                words += _option(f"{section}.{field.name}", value)
+        own, usual = getattr(config, section), _values(getattr(defaults, section))
+        if section == "base":  # the defaults of its storage, which is named where it is not the usual one
+            usual = BaseConfig(storage=own.storage).table() | {"storage": usual["storage"]}
+        for name, value in _values(own).items():
+            if value != usual[name]:
+                words += _option(f"{section}.{name}", value)
     return shlex.join(words)
+
+
+def _values(section: Any) -> dict[str, Any]:
+    if isinstance(section, BaseConfig):
+        return section.table()
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
 
 def _option(key: str, value: Any) -> list[str]:

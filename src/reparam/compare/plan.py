@@ -17,10 +17,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from reparam.core.checks import nearest
-from reparam.core.registry import METHODS
+from reparam.core.registry import METHODS, STORAGES, find_method
+from reparam.train.base import KEYS
 from reparam.train.config import LORA_PLUS, SECTIONS, Config, ConfigError, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")
@@ -110,7 +112,7 @@ class Plan:
 
     def config(self, contestant: Contestant, more: Mapping[str, Any]) -> Config:
         """A training run of the contestant, with `more` settings on top."""
-        return _resolved({**self.common, **contestant.settings, **more})
+        return _resolved(self.common, {**contestant.settings, **more})
 
 
 def read(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
@@ -142,13 +144,15 @@ def read(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
         raise ConfigError(where + "; ".join(dict.fromkeys(problems)))
     output = str(common.pop("run.output", "out/compare"))
     resolved = _resolved(common)  # so that values have their types, wherever they came from
-    common = {key: value for key in common if (value := _at(resolved, key)) is not None}
+    common = {key: value for key in common if (value := _at(resolved, key, common[key])) is not None}
     known = dataclasses.replace(known, methods=tuple(entries))
     return Plan(known, common, tuple(contestants), reference, tuple(dict.fromkeys(notes)), output)
 
 
-def _at(config: Config, key: str) -> Any:
+def _at(config: Config, key: str, given: Any) -> Any:
     section, _, name = key.partition(".")
+    if section == "base" and name not in KEYS:  # of a storage that only some contestants have, it is as it was given
+        return config.base.settings.get(name, given)
     return getattr(getattr(config, section), name)
 
 
@@ -203,8 +207,9 @@ def _contestants(
     rest = {key: value for key, value in entry.items() if key not in OWN}
     name = str(rest.pop("name"))
     plus = name.lower() in LORA_PLUS
-    method = METHODS.get("lora" if plus else name)
-    if method is None:
+    try:
+        method = find_method("lora" if plus else name)
+    except ValueError:
         problems.append(f"compare.methods: unknown method {name!r}{nearest(name, METHODS)}")
         return []
     settings: dict[str, Any] = {"method.name": name}
@@ -271,7 +276,7 @@ def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> lis
         return [str(error)]
     for contestant in contestants:
         try:
-            _resolved({**common, **contestant.settings})
+            _resolved(common, contestant.settings)
         except ConfigError as error:
             problems.append(f"{contestant.label}: {error}")
     labels = [contestant.label for contestant in contestants]
@@ -296,7 +301,12 @@ def _reference(wanted: str, contestants: Sequence[Contestant], problems: list[st
     return next(iter([*plain, *labels]), "")
 
 
-def _resolved(settings: Mapping[str, Any]) -> Config:
+def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """The configuration with `own` settings over the common ones, of which those of other storages do not count."""
+    name = str({**common, **own}.get("base.storage", "dense"))
+    fields = {storage: {f"base.{f.name}" for f in dataclasses.fields(cls)} for storage, cls in STORAGES.items()}
+    foreign = {key for keys in fields.values() for key in keys} - fields.get(name, set())
+    fitting = {key: value for key, value in common.items() if key not in foreign}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="method.name .* is taken for LoRA")  # the report shows the settings
-        return resolve(None, settings)
+        return resolve(None, {**fitting, **own})

@@ -1,8 +1,15 @@
-"""Methods and storages by name: where each is registered, and how it is found."""
+"""Methods and storages by name: where each is registered, and how it is found.
+
+An installed package adds its own with an entry point in the group `reparam.methods` or `reparam.storages`: the name of
+the method or storage, and the module (or the class in it) whose import registers it. They are imported when a name is
+looked up that is not registered.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from reparam.core.base import Method, Storage
@@ -47,6 +54,8 @@ def method(name: str) -> Callable[[_M], _M]:
 def find_method(name: str) -> type[Method]:
     """The method registered under `name`. Raises ValueError that lists the names and the nearest one."""
     if name not in METHODS:
+        load_installed("reparam.methods")
+    if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}: the methods are {', '.join(METHODS)}")
     return METHODS[name]
 
@@ -54,5 +63,30 @@ def find_method(name: str) -> type[Method]:
 def find_storage(name: str) -> type[Storage]:
     """The storage registered under `name`. Raises ValueError that lists the names and the nearest one."""
     if name not in STORAGES:
+        load_installed("reparam.storages")
+    if name not in STORAGES:
         raise ValueError(f"unknown storage {name!r}{nearest(name, STORAGES)}: the storages are {', '.join(STORAGES)}")
     return STORAGES[name]
+
+
+_loaded: set[tuple[str, str, str]] = set()
+
+
+def load_installed(group: str) -> None:
+    """Import what installed packages register in this group of entry points, each once.
+
+    One that cannot be imported is a warning that names its package.
+    """
+    for entry in entry_points(group=group):
+        key = (group, entry.name, entry.value)
+        if key in _loaded:
+            continue
+        _loaded.add(key)
+        try:
+            entry.load()
+        except Exception as error:  # a package of somebody else may fail in any way
+            package = entry.dist.name if entry.dist is not None else entry.value
+            warnings.warn(
+                f"the package {package} could not register {entry.name!r} ({group}): {type(error).__name__}: {error}",
+                stacklevel=3,
+            )

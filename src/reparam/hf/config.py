@@ -3,7 +3,8 @@
     {"quant_method": "reparam", "storage": "nf4", "block": 64, "double": true, "targets": ["all-linear"]}
 
 The tensors of NF4 are those of bitsandbytes (`io/bitsandbytes.py`), so that only this entry differs between a folder of
-ours and one that transformers reads with bitsandbytes; those of int8 are in `io/int8.py`.
+ours and one that transformers reads with bitsandbytes; those of int8 are in `io/int8.py`, of any
+other storage in `io/layouts.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from reparam.core.base import Storage
-from reparam.core.registry import find_storage
-from reparam.io import bitsandbytes, int8
+from reparam.core.registry import STORAGES, find_storage
+from reparam.io.layouts import layout_of
 from reparam.io.plain import decode
 from reparam.io.record import FormatError, listed
 from reparam.sites import targets as targets_
@@ -30,8 +31,6 @@ from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4
 
 METHOD = "reparam"
-LAYOUTS: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8}
-"""How the tensors of a storage are named and checked in files, by its name."""
 
 
 @register_quantization_config(METHOD)
@@ -86,11 +85,13 @@ class Int8Config(PackConfig):
 
 
 def config_for(storage: Storage, targets: targets_.Targets) -> PackConfig:
-    """The configuration for a storage. Raises ValueError for one whose tensors have no layout in files."""
-    kinds = {"nf4": NF4Config, "int8": Int8Config}
-    if storage.name not in kinds:
-        raise ValueError(f"{storage.name} is not packed by transformers; the storages for it are {', '.join(kinds)}")
-    return kinds[storage.name](**storage.settings(), targets=targets)
+    """The configuration for a storage. Raises ValueError for the dense one, which packs nothing."""
+    if storage.name == "dense":
+        packed = ", ".join(name for name in STORAGES if name != "dense")
+        raise ValueError(f"dense is not packed by transformers; the storages for it are {packed}")
+    if isinstance(storage, NF4):
+        return NF4Config(storage.block, double=storage.double, targets=targets)
+    return Int8Config(targets=targets) if isinstance(storage, Int8) else PackConfig(storage, targets)
 
 
 def config_of(model: nn.Module) -> PackConfig:
@@ -123,7 +124,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         if module.weight.dense_or_none is not None:
             found |= {f"{path}.{name}": tensor.detach() for name, tensor in module.stock().items()}
             continue
-        found |= LAYOUTS[module.weight.storage.name].state_of(module.weight, path)
+        found |= layout_of(module.weight.storage).state_of(module.weight, path)
         if module.bias is not None:
             found[f"{path}.bias"] = module.bias.detach()
     return found

@@ -22,7 +22,8 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from reparam.adapter.quantize import PackedSite, PackReport, pack
 from reparam.core.base import Weight
-from reparam.hf.config import LAYOUTS, METHOD, Int8Config, NF4Config, PackConfig, config_of, tensors_of
+from reparam.hf.config import METHOD, Int8Config, NF4Config, PackConfig, config_of, tensors_of
+from reparam.io.layouts import keys_in_files, layout_of
 from reparam.io.mapped import Mapped
 from reparam.io.record import FormatError, listed
 from reparam.sites import targets as targets_
@@ -90,8 +91,8 @@ class Quantizer(HfQuantizer):
         """For packed files: what gathers the tensors of each weight and makes one of them."""
         if not self.pre_quantized:
             return []
-        keys = dict.fromkeys(key for layout in LAYOUTS.values() for key in layout.KEYS)
-        return [WeightConverter(list(keys), "weight", [_Read(self)])]
+        keys = keys_in_files(self.quantization_config.storage)
+        return [WeightConverter(keys, "weight", [_Read(self)])]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for the tensors of packed weights, which keep theirs; `_Read` is told what was asked for."""
@@ -232,11 +233,14 @@ class _Read(ConversionOps):
         why = targets_.unsupported_reason(module)
         if why:
             raise FormatError(f"{path}: is packed in the files, and {why}")
-        layout = LAYOUTS[self.quantizer.quantization_config.storage.name]
-        weight = layout.weight_from({f"{path}.{key}": tensor for key, tensor in parts.items()}, path).to(self.dtype)
+        layout = layout_of(self.quantizer.quantization_config.storage)
         _, *sizes = targets_.sizes(module)
-        if [*weight.shape] != sizes:
-            raise FormatError(f"{path}.weight is {list(weight.shape)}, and the model's is {sizes}")
+        state = {f"{path}.{key}": tensor for key, tensor in parts.items()}
+        weight = layout.weight_from(state, path, (sizes[0], sizes[1])).to(self.dtype)
+        if [weight.out_features, weight.in_features] != sizes:
+            raise FormatError(
+                f"{path}.weight is {[weight.out_features, weight.in_features]}, and the model's is {sizes}"
+            )
         self.quantizer.put(model, path, weight, sum(tensor.nbytes for tensor in parts.values()))
 
     @property

@@ -17,7 +17,6 @@ from reparam.inspect.amplification import Amplification
 from reparam.inspect.ranks import place, rank_map, short
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
-from reparam.inspect.survival import KINDS
 
 SHADES = "viridis"
 _COLUMNS = 4
@@ -86,7 +85,7 @@ def amplification(found: Mapping[str, Amplification], file: Path) -> None:
 
 def survival(sites: Sequence[Mapping[str, SiteMerge]], total: Mapping[str, float], file: Path) -> None:
     """Draw the share of ΔW that each storage would keep: a point for each site, a bar for all of them."""
-    kinds = [kind for kind in KINDS if kind in total]
+    kinds = list(total)
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(kinds)), layout="constrained", dpi=120)
     axes = figure.subplots()
     for y, kind in enumerate(kinds):

@@ -3,7 +3,7 @@
     ⟨written - W, ΔW⟩ / ⟨ΔW, ΔW⟩        as `merge` reports it; 1 is everything
 
 For each site and storage W is first put into that storage, as a base that is loaded in it is, and ΔW is then folded
-in: in bfloat16 and float16 by one rounding, in int8 and NF4 by `nearest` or by `aware` (`weights/rounding.py`). One
+in: in bfloat16 and float16 by one rounding, in packed storages by `nearest` or by `aware` (`weights/rounding.py`). One
 site at a time; nothing is kept.
 """
 
@@ -15,25 +15,28 @@ import torch
 
 from reparam.adapter.merge import SiteMerge, fold, measured
 from reparam.core.base import Weight
+from reparam.core.registry import STORAGES
 from reparam.inspect.summary import stand_alone
 from reparam.io.record import Record
 from reparam.weights.dense import DenseWeight
-from reparam.weights.int8 import Int8
-from reparam.weights.nf4 import NF4
 from reparam.weights.packed import ROUNDINGS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKED = {"int8": Int8(), "nf4": NF4()}
-KINDS = (*DTYPES, *(f"{name} {rounding}" for name in PACKED for rounding in reversed(ROUNDINGS)))
-"""What `survivals` tells of: bfloat16, float16, int8 nearest, int8 aware, nf4 nearest, nf4 aware."""
+
+
+def kinds() -> list[str]:
+    """What `survivals` tells of: bfloat16, float16, then each packed storage by each rounding, as in "int8 nearest"."""
+    packed = [name for name in STORAGES if name != "dense"]
+    return [*DTYPES, *(f"{name} {rounding}" for name in packed for rounding in reversed(ROUNDINGS))]
 
 
 @torch.no_grad()
 def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]:
-    """What merging one site of a saved adapter into `weight`, its frozen matrix, would keep, by `KINDS`.
+    """What merging one site of a saved adapter into `weight`, its frozen matrix, would keep, by `kinds`.
 
     Storages that cannot hold the matrix are left out: float16 where an entry is too large, packed ones for embeddings
-    and vectors, which are not packed. Raises InputDependentError for an update that cannot be merged.
+    and vectors, which are not packed, and those that a merge cannot write. Raises InputDependentError for an update
+    that cannot be merged.
     """
     w = weight.dense()
     found = {}
@@ -41,19 +44,20 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
         copy = DenseWeight(w.to(dtype, copy=True))
         if bool(copy.W.isfinite().all()):
             found[kind] = fold(name, copy, stand_alone(record, name, copy).factors(copy))[1]
-    for kind, storage in PACKED.items() if record.sites[name].kind == "linear" else ():
+    storages = {kind: cls() for kind, cls in STORAGES.items() if kind != "dense"}
+    for kind, storage in storages.items() if record.sites[name].kind == "linear" else ():
         packed = storage.pack(w)
         factors = stand_alone(record, name, packed).factors(packed)
-        for rounding in ROUNDINGS:
+        for rounding in ROUNDINGS if type(packed).requantize is not Weight.requantize else ():
             merged = packed.requantize(factors, rounding)
             found[f"{kind} {rounding}"] = measured(name, packed, merged, factors)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+    return {kind: found[kind] for kind in kinds() if kind in found}
 
 
 def overall(sites: Sequence[Mapping[str, SiteMerge]]) -> dict[str, float]:
-    """The share of ΔW that would survive over all sites that have one in a storage, by `KINDS`."""
+    """The share of ΔW that would survive over all sites that have one in a storage, by `kinds`."""
     found = {}
-    for kind in KINDS:
+    for kind in kinds():
         here = [site[kind] for site in sites if kind in site]
         total = sum(site.change**2 for site in here)
         if here:

@@ -11,7 +11,6 @@ from reparam.inspect.amplification import Amplification
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
 from reparam.inspect.suggest import Suggestion
-from reparam.inspect.survival import KINDS
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -59,7 +58,7 @@ def amplification(found: Mapping[str, Amplification]) -> Table:
 
 def survival(found: Mapping[str, Mapping[str, SiteMerge]], total: Mapping[str, float]) -> Table:
     """The share of ΔW that a merge into each storage would keep, by site and over all."""
-    kinds = [kind for kind in KINDS if kind in total]
+    kinds = list(total)
     table, begin = _table(
         "share of ΔW that a merge keeps", found, [SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
     )

@@ -23,9 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
-from reparam.core.base import Method, Storage
+from reparam.core.base import Method
 from reparam.core.checks import nearest
-from reparam.core.registry import METHODS, find_method, find_storage
+from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
+from reparam.train.base import KEYS, split
+from reparam.train.base import BaseConfig as BaseConfig
 
 # Names that users have for LoRA+, which is a rule of optimization and no method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
@@ -34,37 +36,6 @@ USUAL_RATIO = 16
 
 class ConfigError(ValueError):
     """The configuration is not usable; the message names the key, the file it came from and what was expected."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseConfig:
-    """The frozen model."""
-
-    path: str = ""
-    """Folder or hub id of the base model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the base's weights; auto is what the files hold. Adapters train in float32 in any case."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    untie: bool = False
-    """Give the output head its own copy of a tied embedding, so that either can be a target."""
-    storage: str = "dense"
-    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are packed while the model is read."""
-    block: int = 64
-    """NF4: entries that share one magnitude."""
-    double: bool = True
-    """NF4: keep the magnitudes in 8 bits too (double quantization)."""
-    packed: tuple[str, ...] = ("all-linear",)
-    """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
-
-    def __post_init__(self) -> None:
-        self.packing()
-
-    def packing(self) -> Storage | None:
-        """The storage with its settings; None for dense. Raises ValueError for what does not exist or cannot be."""
-        cls = find_storage(self.storage)
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(cls)}
-        return cls(**own) if self.storage != "dense" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +178,8 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     ]
     parts: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
-        parts[section] = build(cls, tables.get(section, {}), section, problems)
+        table = tables.get(section, {})
+        parts[section] = _base(table, problems) if section == "base" else build(cls, table, section, problems)
     settings = dict(tables.get("method", {}))
     settings.setdefault("seed", parts["run"].seed if parts["run"] else 0)
     try:
@@ -224,9 +196,25 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as TOML; `resolve` on it gives an equal one."""
-    tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS}
+    tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
+    tables = {"base": config.base.table(), **tables}
     tables["method"] = {"name": config.method.name, **config.method.settings()}
     return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
+
+
+def described(section: str) -> dict[str, tuple[str, object]]:
+    """The keys of a section with description and default; of [base] also the settings of all storages."""
+    cls = SECTIONS[section]
+    found = {field.name: (documentation(cls)[field.name], field.default) for field in dataclasses.fields(cls)}
+    if section == "base":
+        for group in ("reparam.storages", "reparam.methods"):
+            load_installed(group)
+        found = {key: found[key] for key in KEYS}
+        for name, storage in STORAGES.items():
+            for field in dataclasses.fields(storage):
+                text = f"{name}: {documentation(storage).get(field.name, '')}"
+                found.setdefault(field.name, (text, field.default))
+    return found
 
 
 def documentation(cls: type) -> dict[str, str]:
@@ -296,6 +284,20 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
             given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
             problems.append(f"{place}: {detail['msg'].removeprefix('Value error, ')}{given}")
         return None
+
+
+def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
+    """The section [base] with the settings of its storage, or None after adding to `problems`."""
+    before = len(problems)
+    common, settings = split(table, problems)
+    chosen = None
+    if len(problems) == before:
+        chosen = build(find_storage(str(common.get("storage", "dense"))), settings, "base", problems)
+    if chosen is None:  # the rest is judged all the same, so that one problem hides no other
+        build(BaseConfig, {key: value for key, value in common.items() if key != "storage"}, "base", problems)
+        return None
+    made: BaseConfig | None = build(BaseConfig, common | {"settings": chosen.settings()}, "base", problems)
+    return made
 
 
 def _plain(value: Any, annotation: str) -> Any:

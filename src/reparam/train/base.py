@@ -1,0 +1,82 @@
+"""The section [base] of the configuration: the frozen model, and how its matrices are stored.
+
+Beside the keys of `BaseConfig` it has the settings of the chosen storage, whatever storage it is, so that a new storage
+needs nothing here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import reparam.weights  # noqa: F401  (fills its registry)
+from reparam.core.base import Storage
+from reparam.core.checks import nearest
+from reparam.core.registry import STORAGES, find_storage
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The frozen model."""
+
+    path: str = ""
+    """Folder or hub id of the base model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the base's weights; auto is what the files hold. Adapters train in float32 in any case."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    untie: bool = False
+    """Give the output head its own copy of a tied embedding, so that either can be a target."""
+    storage: str = "dense"
+    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are packed while the model is read."""
+    packed: tuple[str, ...] = ("all-linear",)
+    """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The storage's own settings; each is a key of [base] in files and options."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", find_storage(self.storage)(**self.settings).settings())
+
+    def packing(self) -> Storage | None:
+        """The storage with its settings; None for dense. Raises ValueError for what does not exist or cannot be."""
+        return find_storage(self.storage)(**self.settings) if self.storage != "dense" else None
+
+    def table(self) -> dict[str, Any]:
+        """The section as it stands in files, the storage's settings beside the other keys."""
+        own = dataclasses.asdict(self)
+        return own | own.pop("settings")
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(BaseConfig) if field.name != "settings")
+"""The keys of [base], whatever the storage."""
+
+
+def split(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of [base] whatever the storage, and the settings of the chosen one; `problems` gets what is neither.
+
+    A setting of another storage at its default is left out, because it asks for nothing.
+    """
+    common = {key: value for key, value in table.items() if key in KEYS}
+    settings = {}
+    name = str(table.get("storage", "dense"))
+    try:
+        known = [field.name for field in dataclasses.fields(find_storage(name))]
+    except ValueError as error:
+        problems.append(f"base.storage: {error}")
+        del common["storage"]
+        known = [field.name for cls in STORAGES.values() for field in dataclasses.fields(cls)]
+    for key in table.keys() - KEYS:
+        owners = {
+            name: field for name, cls in STORAGES.items() for field in dataclasses.fields(cls) if field.name == key
+        }
+        if key in known:
+            settings[key] = table[key]
+        elif not owners:
+            problems.append(f"unknown key base.{key}{nearest(key, [*KEYS, *known])}")
+        elif all(str(table[key]).lower() != str(field.default).lower() for field in owners.values()):
+            problems.append(
+                f"base.{key} is a setting of the storage {' and '.join(owners)}, and base.storage is {name}"
+            )
+    return common, settings
