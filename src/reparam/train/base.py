@@ -33,7 +33,7 @@ class BaseConfig:
     packed: tuple[str, ...] = ("all-linear",)
     """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
 
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """The storage's own settings; each is a key of [base] in files and options."""
 
     def __post_init__(self) -> None:
