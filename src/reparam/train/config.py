@@ -6,12 +6,9 @@ method needs nothing here.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 import math
-import textwrap
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -227,26 +224,6 @@ def dump(config: Config) -> str:
     tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS}
     tables["method"] = {"name": config.method.name, **config.method.settings()}
     return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
-
-
-def documentation(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, by field."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            found |= _documented(base)
-    return found
-
-
-def _documented(cls: type) -> dict[str, str]:
-    """The docstrings under the fields that one class adds."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[ast.unparse(field.target)] = str(text.value.value)
-    return found
 
 
 def read_tables(file: Path) -> dict[str, dict[str, Any]]:
