@@ -1,29 +1,39 @@
 """The command line: verbs, their options and exit codes. What they do is elsewhere.
 
 Exit codes: 0 done, 2 usage or configuration, 1 failure at run time, 130 and 143 after SIGINT and SIGTERM.
+Importing this imports nothing else, so that `main` can say what is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import typer
-from rich.console import Console
+EXTRA = {"accelerate", "cma", "jinja2", "matplotlib", "pydantic", "rich", "scipy", "tomli_w", "transformers", "typer"}
 
-import reparam.cli.run  # the order of `--help`
 
-# isort: split
-import reparam.cli.adapters
-import reparam.cli.compare
-import reparam.cli.models
-import reparam.cli.study  # noqa: F401
-from reparam.cli.options import app
+def main() -> None:
+    """Run the command line, with one sentence and an exit code for every failure."""
+    try:
+        code = _run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        print(f"The command line needs {package}: run  pip install 'reparam[cli]'", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)
 
-UsageProblem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
+
+def __getattr__(name: str) -> Any:
+    """The application, imported when it is first asked for."""
+    if name == "app":
+        return importlib.import_module("reparam.cli.options").app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextlib.contextmanager
@@ -37,26 +47,28 @@ def _plain_warnings() -> Iterator[None]:
         warnings.showwarning = shown
 
 
-def main() -> None:
-    """Run the command line, with one sentence and an exit code for every failure."""
+def _run() -> int:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+    from reparam.cli.options import app
+
+    usage_problem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
     errors = Console(stderr=True)
     try:
         with _plain_warnings():
             code = app(standalone_mode=False)
-    except UsageProblem as error:
+    except usage_problem as error:
         error.show()
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         errors.print("interrupted")
         code = 130
     except (OSError, RuntimeError, FloatingPointError) as error:
-        errors.print(f"[bold red]failed:[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = 1
     except ValueError as error:
-        errors.print(f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = 2
-    raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def _escaped(error: BaseException) -> str:
-    return str(error).replace("[", r"\[")
+    return code if isinstance(code, int) else 0

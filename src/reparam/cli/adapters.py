@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import Base, Dtype, TaskName, app, console
+from reparam.cli.options import Base, Dtype, TaskName, console
 
 
-@app.command()
 def merge(
     output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Folder of the adapter.")],
@@ -23,7 +22,7 @@ def merge(
         str | None, typer.Option(help="nf4 or int8: write the storage of the base again, and lose part of the update.")
     ] = None,
     rounding: Annotated[str, typer.Option(help="With --into: aware of the update, or nearest.")] = "aware",
-    force: Annotated[bool, typer.Option(help="Write it however little of the update survives.")] = False,
+    force: Annotated[bool, typer.Option(help="Merge even if less than 90 % of the update survives rounding.")] = False,
     task: TaskName = None,
 ) -> None:
     """Fold an adapter into its base and write a plain model that stock tools load.
@@ -46,7 +45,6 @@ def merge(
     )
 
 
-@app.command()
 def compose(
     adapters: Annotated[list[str], typer.Argument(help="Folders of adapters on one base, ours, PEFT's or of runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the adapter that is their sum.")],
@@ -129,7 +127,6 @@ def compose(
     )
 
 
-@app.command()
 def compress(
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter, ours, PEFT's or of a run.")],
     output: Annotated[Path, typer.Argument(help="New folder for the smaller adapter.")],
@@ -171,7 +168,6 @@ def compress(
     )
 
 
-@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from reparam.cli.config_options import with_options
-from reparam.cli.options import app, console
+from reparam.cli.options import console
 
 
-@app.command()
 @with_options
 def compare(
     plan: Annotated[Path | None, typer.Argument(help="TOML file of the comparison; options come on top.")] = None,

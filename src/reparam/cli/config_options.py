@@ -9,9 +9,15 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
-from reparam.core.registry import METHODS
-from reparam.train.config import SECTIONS, described, documentation
+from reparam.cli.help import heading, row
+from reparam.core.base import Storage
+from reparam.core.documentation import documentation
+from reparam.core.registry import METHODS, find_method
+from reparam.train.config import SECTIONS, fields_of
 
 # The names that PEFT's, TRL's and transformers' own scripts have for the same things.
 ALIASES = {
@@ -60,50 +66,120 @@ TITLES = {
 }
 
 
+# What `--help` shows; the others work too, and `--help-all` shows them.
+USUAL = (
+    "base.path",
+    "base.storage",
+    "data.train",
+    "data.valid",
+    "data.max_length",
+    "adapter.targets",
+    "method.name",
+    "method.r",
+    "method.alpha",
+    "optim.learning_rate",
+    "run.output",
+    "run.epochs",
+    "run.max_steps",
+    "run.batch_size",
+    "run.seed",
+)
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose parameter `overrides` is a dictionary one option for each key of the configuration."""
-    options = {key: _option(key, *described) for key, described in _keys().items()}
-    names = {key.replace(".", "__"): key for key in options}
+    """Give a command whose parameter `overrides` is a dictionary one option for each key of the configuration.
+
+    And `--help-all`, which shows every key, and `--help-method NAME`, which shows one method's settings.
+    """
+    keys = _keys()
+    names = {key.replace(".", "__"): key for key in keys}
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
         overrides = {names[n]: v for n, v in values.items() if n in names and v is not None}
-        command(**{n: v for n, v in values.items() if n not in names}, overrides=overrides)
+        own = {n: v for n, v in values.items() if n not in names and n not in HELPS}
+        command(**own, overrides=overrides)
 
+    def help_all(ctx: typer.Context, asked: bool) -> None:
+        if asked:
+            for parameter in ctx.command.params:
+                if parameter.name in names:
+                    key = names[parameter.name]
+                    parameter.hidden, parameter.help = False, _help(*keys[key], key)  # type: ignore[attr-defined]
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+
+    shown = typer.Option("--help-all", callback=help_all, is_eager=True, help="Show every option and exit.")
+    method = typer.Option(
+        "--help-method",
+        "--help.method",
+        callback=_help_method,
+        is_eager=True,
+        metavar="NAME",
+        help="Show the settings of one method, with its defaults, and exit.",
+    )
+    made = {name: (None, _option(key, *keys[key])) for name, key in names.items()}
+    helps = {"help_all": (False, Annotated[bool, shown]), "help_method": (None, Annotated[str | None, method])}
     own = inspect.signature(command, eval_str=True).parameters.values()
-    made = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=options[key])
-        for name, key in names.items()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "overrides"]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in (helps | made).items()
     ]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "overrides"] + made
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapped.__wrapped__  # typer would read the signature underneath
     return wrapped
 
 
-def _keys() -> dict[str, tuple[str, object]]:
-    """Every dotted key with its description and default; a method's setting has the first method's."""
-    found: dict[str, tuple[str, object]] = {}
-    for section in SECTIONS:
-        found |= {f"{section}.{name}": text for name, text in described(section).items()}
+HELPS = ("help_all", "help_method")
+
+
+def _help_method(ctx: typer.Context, name: str | None) -> None:
+    """Print a method's own settings."""
+    if name is None:
+        return
+    method = find_method(name)
+    console = Console(highlight=False)
+    console.print(Text(" ".join((inspect.getdoc(method) or name).split("\n\n")[0].split())))
+    console.print(heading(f"Settings of {name}  [method]"))
+    for field in dataclasses.fields(method):
+        key = f"method.{field.name}"
+        first = f"--{key} / --no-{key}" if isinstance(field.default, bool) else f"--{key}"
+        for part in row(", ".join([first, *ALIASES.get(key, [])]), Text.from_markup(_help(method, field, key))):
+            console.print(part)
+    raise typer.Exit
+
+
+def _keys() -> dict[str, tuple[type, dataclasses.Field[Any] | None]]:
+    """Every dotted key with its class and field; a method's setting has the first method's."""
+    found: dict[str, tuple[type, dataclasses.Field[Any] | None]] = {}
+    for section, cls in SECTIONS.items():
+        found |= {f"{section}.{name}": pair for name, pair in fields_of(section).items()}
         if section == "adapter":
-            found["method.name"] = (f"One of {', '.join(METHODS)}.", "lora")
+            found["method.name"] = (cls, None)
             for method in METHODS.values():
                 for field in dataclasses.fields(method):
-                    text = documentation(method).get(field.name, "")
-                    found.setdefault(f"method.{field.name}", (text, field.default))
+                    found.setdefault(f"method.{field.name}", (method, field))
     return found
 
 
-def _option(key: str, text: str, default: object) -> Any:
-    section = key.partition(".")[0]
+def _help(cls: type, field: dataclasses.Field[Any] | None, key: str) -> str:
+    """What a key means, and its default, as markup."""
+    if field is None:
+        return f"One of {', '.join(METHODS)}. [dim](default: lora)[/dim]"
+    text, default = " ".join(documentation(cls).get(field.name, "").split()), field.default
+    text = f"{cls.name}: {text}" if issubclass(cls, Storage) else text
     plain = default is None or default is dataclasses.MISSING or default in ("", ())
-    shown = default if not isinstance(default, tuple) else ",".join(default)
-    note = "" if plain else f" [dim](default: {shown})[/dim]"
+    shown = default if not isinstance(default, tuple) else ",".join(map(str, default))
+    return escape(text) + ("" if plain else f" [dim](default: {escape(str(shown))})[/dim]")
+
+
+def _option(key: str, cls: type, field: dataclasses.Field[Any] | None) -> Any:
+    usual = key in USUAL
+    settings: dict[str, Any] = {"hidden": not usual, "rich_help_panel": TITLES[key.partition(".")[0]]}
+    settings["help"] = _help(cls, field, key) if usual else ""
     names = [f"--{key}", *ALIASES.get(key, [])]
-    if isinstance(default, bool):
-        option = typer.Option(f"--{key}/--no-{key}", *names[1:], help=text + note, rich_help_panel=TITLES[section])
-        return Annotated[bool | None, option]
-    option = typer.Option(*names, help=text + note, rich_help_panel=TITLES[section], metavar="", show_default=False)
-    return Annotated[str | None, option]
+    if field is not None and isinstance(field.default, bool):
+        return Annotated[bool | None, typer.Option(f"--{key}/--no-{key}", *names[1:], **settings)]
+    return Annotated[str | None, typer.Option(*names, metavar="", show_default=False, **settings)]

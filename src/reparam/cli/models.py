@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import Dtype, app, console
-from reparam.train.config import resolve
+from reparam.cli.options import Dtype, console
 
 
-@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Model to pack: a folder or a hub id.")],
     output: Annotated[Path, typer.Argument(help="New folder for the packed model.")],
@@ -27,6 +25,7 @@ def quantize(
     [bold]reparam quantize ./model ./model-nf4[/bold]
     """
     from reparam.recipes.quantize import quantize_to
+    from reparam.train.config import resolve
 
     settings = {"path": model, "dtype": dtype, "storage": storage, "block": block, "double": double, "packed": targets}
     config = resolve(None, {f"base.{key}": value for key, value in settings.items()})

@@ -1,21 +1,119 @@
-"""The application, its console, and the options that several verbs have."""
+"""The application, which imports a verb when it is called, its console, and the options that several verbs have."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command as as_command
+
+from reparam.cli.help import Verb, described, heading, row, write
+
+# In the order of `--help`: the file and the function in it, and one line.
+VERBS = {
+    "train": ("train.train", "Train an adapter on JSONL rows and score it."),
+    "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
+    "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
+    "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
+    "merge": ("adapters.merge", "Fold an adapter into its base and write a plain model."),
+    "compose": ("adapters.compose", "Add adapters up, with weights, into one adapter."),
+    "compress": ("adapters.compress", "Make a finished adapter smaller without its data."),
+    "inspect": ("adapters.inspect", "Show what an adapter or a packed model holds."),
+    "compare": ("compare.compare", "Compare methods on your own task and report which is best."),
+    "quantize": ("models.quantize", "Pack a model so that it loads in a quarter of the memory."),
+    "intrinsic": ("study.intrinsic", "Measure how many dimensions a task takes."),
+}
+
+
+class _Loaded(MutableMapping[str, Any]):
+    """The commands by name; each is imported when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            file, _, function = VERBS[name][0].partition(".")
+            one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+            one.command(name, cls=Verb)(getattr(importlib.import_module(f"reparam.cli.{file}"), function))
+            self._made[name] = as_command(one)
+        return self._made[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+
+class Verbs(TyperGroup):
+    """All verbs. Help and completion show their names and one line each; only the verb that runs is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Loaded()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the help."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A verb's name and line, without its options; `resolve_command` gives the verb itself."""
+        return TyperCommand(cmd_name, help=VERBS[cmd_name][1]) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that is called, imported now."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, self.commands[name] if name in VERBS else command, rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write what the program is for, its verbs, and its options."""
+        parts = [*described(self, ctx), heading("Verbs")]
+        parts += [Text.assemble("  ", (f"{name:<11}", "bold cyan"), line) for name, (_, line) in VERBS.items()]
+        parts.append(heading("Options"))
+        for parameter in self.get_params(ctx):
+            names, text = parameter.get_help_record(ctx) or ("", "")
+            parts += row(names, Text(text)) if names else []
+        write(formatter, parts)
+
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Adapt large models by reparameterizing their weights: train a small piece, prove it, fold it back.\n\n"
     "Start with [bold]reparam demo[/bold], then [bold]reparam train --base.path MODEL --data.train rows.jsonl[/bold].",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"reparam {sys.modules['reparam'].__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 console = Console()
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[

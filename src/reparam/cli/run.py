@@ -1,40 +1,15 @@
-"""Verbs that run a model: train, generate, eval, demo."""
+"""Verbs that run a model: generate, eval, demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from reparam.cli.config_options import with_options
-from reparam.cli.options import AdapterFolder, Base, ConfigFile, Dtype, StorageName, TaskName, app, console
-from reparam.train.config import resolve
+from reparam.cli.options import AdapterFolder, Base, Dtype, StorageName, TaskName, console
 
 
-@app.command()
-@with_options
-def train(
-    config: ConfigFile = None,
-    overrides: Any = None,
-) -> None:
-    """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.
-
-    Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
-    Loss is on the answers only. A second call with the same output folder continues from its newest checkpoint.
-
-    [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
-    """
-    from reparam.train.run import train as run
-    from reparam.train.show import Show
-
-    result = run(resolve(config, overrides), show=Show(console))
-    if result.signal is not None:
-        console.print(f"stopped by a signal; the same command continues from the checkpoint in {result.folder}")
-        raise typer.Exit(128 + result.signal)
-
-
-@app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to answer or continue; without it, a chat starts.")] = None,
     base: Base = None,
@@ -46,7 +21,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     task: TaskName = None,
 ) -> None:
-    """Chat with, or complete by, a base model with an adapter on it.
+    """Generate text with a base model and, optionally, an adapter.
 
     [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
     """
@@ -59,7 +34,6 @@ def generate(
         chat.loop(console, compare=compare)
 
 
-@app.command("eval")
 def evaluate(
     data: Annotated[Path, typer.Argument(help="JSONL file of held-out rows.")],
     base: Base = None,
@@ -80,7 +54,6 @@ def evaluate(
     found.show(console, json=json)
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
         "out/demo"

@@ -7,12 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from reparam.cli.config_options import with_options
-from reparam.cli.options import ConfigFile, app, console
+from reparam.cli.options import ConfigFile, console
 from reparam.core.checks import numbers
 from reparam.train.config import ConfigError, resolve
 
 
-@app.command()
 @with_options
 def intrinsic(
     config: ConfigFile = None,

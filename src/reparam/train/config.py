@@ -6,12 +6,9 @@ method needs nothing here.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 import math
-import textwrap
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -202,38 +199,17 @@ def dump(config: Config) -> str:
     return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
 
 
-def described(section: str) -> dict[str, tuple[str, object]]:
-    """The keys of a section with description and default; of [base] also the settings of all storages."""
+def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
+    """The keys of a section, each with its class and field; of [base] also the settings of all storages."""
     cls = SECTIONS[section]
-    found = {field.name: (documentation(cls)[field.name], field.default) for field in dataclasses.fields(cls)}
+    found: dict[str, tuple[type, dataclasses.Field[Any]]] = {f.name: (cls, f) for f in dataclasses.fields(cls)}
     if section == "base":
         for group in ("reparam.storages", "reparam.methods"):
             load_installed(group)
         found = {key: found[key] for key in KEYS}
-        for name, storage in STORAGES.items():
+        for storage in STORAGES.values():
             for field in dataclasses.fields(storage):
-                text = f"{name}: {documentation(storage).get(field.name, '')}"
-                found.setdefault(field.name, (text, field.default))
-    return found
-
-
-def documentation(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, by field."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            found |= _documented(base)
-    return found
-
-
-def _documented(cls: type) -> dict[str, str]:
-    """The docstrings under the fields that one class adds."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[ast.unparse(field.target)] = str(text.value.value)
+                found.setdefault(field.name, (storage, field))
     return found
 
 

@@ -1,0 +1,66 @@
+"""What `--help` prints: each option's names on lines of their own, never cut, and what it does under them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
+from typer.core import TyperCommand
+
+INDENT, DEEPER = (0, 0, 0, 2), (0, 0, 0, 8)
+
+
+class Verb(TyperCommand):
+    """A command whose help shows every name whole at any width."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, description and options, by panel."""
+        panels: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(parameter)
+        parts = described(self, ctx)
+        for title, parameters in panels.items():
+            rows = [line for parameter in parameters for line in _lines(parameter, ctx)]
+            parts += [heading(title), *rows] if rows else []
+        write(formatter, parts)
+
+
+def described(command: Any, ctx: Any) -> list[RenderableType]:
+    """The usage line and the paragraphs of a command's description."""
+    paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
+    found: list[RenderableType] = [Text(command.get_usage(ctx), "bold")]
+    for paragraph in paragraphs:
+        found += ["", Text.from_markup(paragraph)]
+    return found
+
+
+def heading(title: str) -> RenderableType:
+    """The line above a group of options."""
+    return Text(f"\n{title}", "bold yellow")
+
+
+def row(names: str, text: Text) -> list[RenderableType]:
+    """Names and, under them, what they do."""
+    return [Padding(Text(names.strip(), "bold cyan"), INDENT), Padding(text, DEEPER)]
+
+
+def write(formatter: Any, parts: list[RenderableType]) -> None:
+    """Put rendered lines into click's formatter, which prints them."""
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    formatter.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+
+
+def _lines(parameter: Any, ctx: Any) -> list[RenderableType]:
+    record = parameter.get_help_record(ctx)  # None where it is hidden
+    if record is None:
+        return []
+    text = parameter.help or ""
+    more = record[1].removeprefix(text).replace("\\[", "[")
+    return row(record[0], Text.from_markup(text + escape(more)))
