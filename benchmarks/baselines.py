@@ -12,7 +12,7 @@ import measure as m
 from torch import nn
 
 import reparam
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.hf import prompts
 from reparam.methods.prompts import Prefix, Prompt
 

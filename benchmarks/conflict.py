@@ -31,7 +31,7 @@ from torch import nn
 
 import reparam
 from reparam.adapter.context import tasks_of
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.core.registry import METHODS
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode

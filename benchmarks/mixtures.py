@@ -14,7 +14,7 @@ from torch import nn
 from train_step import step_of
 
 import reparam
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.core.registry import METHODS
 
 EXPERTS = (1, 4, 8, 16)

@@ -123,6 +123,51 @@ def test_there_are_no_circles() -> None:
     assert circles == []
 
 
+ASKS_FOR_CLASSES = {"adapter/context.py", "hf/prompts.py", "io/peft.py", "train/model.py"}  # to become questions
+
+
+def asked_for(tree: ast.AST, classes: set[str]) -> set[str]:
+    """The classes of methods that a file asks for: by isinstance, issubclass, a comparison of types, or a pattern."""
+    names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparam.methods")
+        for alias in node.names
+        if alias.name in classes
+    }
+
+    def within(part: ast.AST) -> set[str]:
+        found = {names[n.id] for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in names}
+        return found | {n.attr for n in ast.walk(part) if isinstance(n, ast.Attribute) and n.attr in classes}
+
+    def calls(part: ast.AST, *functions: str) -> bool:
+        return isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id in functions
+
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and calls(node, "isinstance", "issubclass"):
+            found |= within(node.args[1])
+        elif isinstance(node, ast.Compare) and any(calls(part, "type") for part in (node.left, *node.comparators)):
+            found |= within(node)
+        elif isinstance(node, ast.MatchClass):
+            found |= within(node.cls)
+    return found
+
+
+def test_nobody_asks_for_the_class_of_a_method() -> None:
+    """What others need to know of a method is a question with a default, in `core/method.py` or of an `Update`."""
+    classes = {
+        node.name
+        for file, tree in FILES.items()
+        if room(file) == "methods"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"LoRA", "LoRAUpdate", "Mixture", "Prompting"} <= classes
+    asking = {file for file, tree in FILES.items() if room(file) != "methods" and asked_for(tree, classes)}
+    assert asking == ASKS_FOR_CLASSES
+
+
 def test_the_library_needs_torch_and_safetensors_alone() -> None:
     wrong = []
     for file in FILES:
@@ -184,3 +229,17 @@ def test_a_wrong_arrow_is_seen() -> None:
     )
     assert imported(tree) == {"typing", "reparam.adapter.adapter", "reparam.adapter.merge", "numba.core"}
     assert room("weights/dense.py") == room("reparam.weights.dense") == "weights"
+
+
+def test_a_class_that_is_asked_for_is_seen() -> None:
+    start = "from reparam.methods.lora import LoRA as Plain, seeded\nimport reparam.methods.dora\n"
+    for line in (
+        "isinstance(a, int | Plain)",
+        "issubclass(a, (Plain, int))",
+        "type(a) is Plain",
+        "type(a) in (int, Plain)",
+        "isinstance(a, reparam.methods.lora.LoRA)",
+        "match a:\n    case Plain(): pass",
+    ):
+        assert asked_for(ast.parse(start + line), {"LoRA"}) == {"LoRA"}
+    assert not asked_for(ast.parse(start + "isinstance(Plain(), int) or seeded(0, type(a))"), {"LoRA"})

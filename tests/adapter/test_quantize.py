@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import reparam
 from reparam import NF4, Int8, LoRA
-from reparam.core.base import Factors, Method, Role, Site, Storage, Update, Weight
+from reparam.core.base import Factors, Role, Site, Storage, Update, Weight
+from reparam.core.method import Method
 from reparam.sites.embedding import Embedding
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.linear import Linear

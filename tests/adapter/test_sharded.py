@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import Nudge, registered
 
 import reparam
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.sites.module import SHARED
 
 HERE = Path(__file__).parents[1]

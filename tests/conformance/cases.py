@@ -18,7 +18,8 @@ from toys import Fixed16, Nudge, Product
 from transformers.pytorch_utils import Conv1D
 
 import reparam
-from reparam.core.base import InputDependentError, Method, Storage
+from reparam.core.base import InputDependentError, Storage
+from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES
 from reparam.sites import targets
 

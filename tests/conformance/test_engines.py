@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import reparam
-from reparam.core.base import Method
+from reparam.core.method import Method
 
 LLAMA = FAMILIES["llama"]
 whole = pytest.mark.parametrize(("family", "storage", "method"), CASES)

@@ -13,11 +13,14 @@ import torch
 from cases import FAMILIES, error, move
 from models import IDS, logits
 from torch import Tensor, nn
-from toys import Counter, Nudge, registered
+from toys import Counter, Nudge, Pair, registered
 
 import reparam
+from reparam.combine.compress import compress
 from reparam.core.base import InputDependentError
 from reparam.core.registry import METHODS, method
+from reparam.inspect.spectrum import spectra
+from reparam.io import files
 from reparam.io.record import FormatError
 
 LLAMA = FAMILIES["llama"]
@@ -170,6 +173,38 @@ def test_an_update_that_depends_on_its_input_is_used_alone(tmp_path: Path) -> No
     other = LLAMA.make()
     reparam.load(other, tmp_path / "a")
     assert torch.equal(logits(other), y)
+
+
+def test_commands_that_are_for_other_methods_refuse_it_in_a_sentence(tmp_path: Path) -> None:
+    model, adapter = LLAMA.adapted(Nudge(), seed=1)
+    adapter.save(tmp_path / "a")
+    with pytest.raises(FormatError, match="nudge has no components that could be dropped one by one; lora, dora, ada"):
+        compress(tmp_path / "a", rank=1)
+    with pytest.raises(ValueError, match=r"\(nudge\) is no mixture of low-rank experts"):
+        reparam.split(model, "one")
+    assert all(update.expert_choice() is None for update in adapter.updates.values())
+    found = spectra(files.read(tmp_path / "a"), LLAMA.make())
+    assert {seen.kind for seen in found.values()} == {"leading"}
+
+
+def test_one_with_components_is_compressed(tmp_path: Path) -> None:
+    """It answers the questions, and nobody knows its class."""
+    with registered(pair=Pair):
+        _, adapter = LLAMA.adapted(Pair(4), seed=1)
+        adapter.save(tmp_path / "a")
+        before = {name: update.factors(adapter.modules[name].weight) for name, update in adapter.updates.items()}
+        found = compress(tmp_path / "a", rank=2)
+        assert found.record.method == Pair(2)
+        other = LLAMA.make()
+        smaller = found.put(other)
+        for site in found.sites:
+            kept = smaller.updates[site.name].factors(smaller.modules[site.name].weight)
+            full = before[site.name]
+            assert kept.A.shape[0] == 2 < full.A.shape[0]
+            assert float((full.B @ full.A - kept.B @ kept.A).norm()) == pytest.approx(site.lost, rel=1e-4)
+        other_method = LLAMA.adapted(Nudge(), seed=1)[1].record()
+        with pytest.raises(FormatError, match="lora, dora, adalora, pair have"):
+            compress(other_method, rank=1)
 
 
 def test_registering_lasts_as_long_as_the_test_and_names_are_unique() -> None:

@@ -12,7 +12,8 @@ from cases import FULL, KINDS, PACKED, SAMPLE, SETTINGS, One, error, has_factors
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from reparam.core.base import Method, Update, Weight
+from reparam.core.base import Update, Weight
+from reparam.core.method import Method
 from reparam.sites.module import Adapted
 
 pytestmark = pytest.mark.parametrize("method", SETTINGS)

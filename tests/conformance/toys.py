@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
+from reparam.core.base import Factors, InputDependentError, Role, Site, Storage, Update, Weight
+from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import Adapted
@@ -129,6 +130,52 @@ class NudgeUpdate(Update):
     def penalty(self) -> Tensor | None:
         """The price of b."""
         return self.method.price * self.b.square().sum() if self.method.price else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair(Method):
+    """W' = W + right · left, of the same rank at every site: its components can be dropped."""
+
+    has_components: ClassVar[bool] = True
+
+    rank: int = 2
+    """Of every site."""
+
+    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
+        """Zeros on the side of the output."""
+        return PairUpdate(site, self.rank)
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        """The one rank that all have."""
+        (rank,) = set(ranks.values())
+        return dataclasses.replace(self, rank=rank)
+
+
+class PairUpdate(Update):
+    """One site of `Pair`."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"left": "in", "right": "out"}
+
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(rank, site.in_features))  # [R, I]
+        self.right = nn.Parameter(torch.zeros(site.out_features, rank))  # [O, R]
+
+    def factors(self, weight: Weight) -> Factors:
+        """Both as they are."""
+        return Factors(self.left, self.right)
+
+    def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """x W'ᵀ + bias."""
+        return weight(x, bias) + F.linear(F.linear(x, self.left.to(x.dtype)), self.right.to(x.dtype))
+
+    def low_rank_part(self) -> tuple[Update, str]:
+        """All of it."""
+        return self, ""
+
+    def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
+        """The values go to the right."""
+        return {"left": vh, "right": u * s}
 
 
 class Counter:

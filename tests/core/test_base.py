@@ -14,8 +14,9 @@ from models import IDS, logits
 from torch import Tensor, nn
 
 import reparam
-from reparam.core.base import Factors, Method, Site, Storage, Update, Weight
+from reparam.core.base import Factors, Site, Storage, Update, Weight
 from reparam.core.checks import nearest
+from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage
 from reparam.sites.bank import Bank, Routing
 from reparam.sites.embedding import Embedding

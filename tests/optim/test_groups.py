@@ -27,7 +27,8 @@ from transformers import get_scheduler
 import reparam
 from reparam import LoRA
 from reparam.cli import main
-from reparam.core.base import Method, Site
+from reparam.core.base import Site
+from reparam.core.method import Method
 from reparam.core.registry import METHODS
 from reparam.optim import PagedAdamW, check_rates, lora_plus
 from reparam.train.config import ConfigError, OptimConfig, dump, resolve

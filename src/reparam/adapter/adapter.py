@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reparam.core.base import Method, Role, Site, Storage, Update
+from reparam.core.base import Role, Site, Storage, Update
 from reparam.core.controller import Controller
+from reparam.core.method import Method
 from reparam.io import files
 from reparam.io.record import Base, Packing, Record
 from reparam.sites.fingerprint import fingerprint

@@ -14,7 +14,8 @@ import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.selection import Selection, State, state_of
-from reparam.core.base import Method, Update
+from reparam.core.base import Update
+from reparam.core.method import Method
 from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from reparam.core.base import Factors, Method
+from reparam.core.base import Factors
+from reparam.core.method import Method
 from reparam.io import files
 from reparam.io.record import FormatError, Record, listed
-from reparam.methods.mixture import Mixture
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.weights.dense import DenseWeight
 
@@ -26,10 +25,11 @@ def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Me
     adapter, for adapters that are no low-rank change, go on different sites or on sites that are not allowed, and for
     one that was trained on another base.
     """
-    if not isinstance(method, Mixture) or not method.experts or method.ranks:
+    folders = method.expert_folders
+    if not folders:
         return method, {}
-    _check_apart(method.experts)
-    records = {folder: files.read(files.adapter_folder(folder)) for folder in method.experts}
+    _check_apart(folders)
+    records = {folder: files.read(files.adapter_folder(folder)) for folder in folders}
     _check(model, records, names)
     parts = {folder: _factors(folder, record) for folder, record in records.items()}
     first = next(iter(records.values()))
@@ -40,8 +40,7 @@ def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Me
         ranks[site] = tuple(len(factors.A) for factors in found)
         tensors[f"{site}.A"] = torch.cat([factors.A for factors in found])
         tensors[f"{site}.B"] = torch.cat([factors.B for factors in found], 1)
-    told = dataclasses.replace(method, n=len(records), experts=_called(method.experts), ranks=ranks)
-    return told, tensors
+    return method.with_experts(_called(folders), ranks), tensors
 
 
 def _check_apart(folders: Sequence[str]) -> None:

@@ -23,7 +23,8 @@ from reparam.adapter.attach import install, remove
 from reparam.adapter.selection import state_of
 from reparam.combine.lowrank import stacked
 from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, sites_of
-from reparam.core.base import Factors, Method, Site, Update, Weight
+from reparam.core.base import Factors, Site, Update, Weight
+from reparam.core.method import Method
 from reparam.io.record import FormatError
 from reparam.sites import targets
 from reparam.sites.walk import walk

@@ -18,13 +18,10 @@ from torch import Tensor
 
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
-from reparam.core.base import Method, Site
+from reparam.core.base import Site, Update
+from reparam.core.method import Method
+from reparam.core.registry import METHODS
 from reparam.io.record import FormatError, Record
-from reparam.methods.adalora.method import AdaLoRA
-from reparam.methods.dora import DoRA, DoRAUpdate
-from reparam.methods.lora import LoRA, LoRAUpdate
-
-METHODS = (LoRA, DoRA, AdaLoRA)
 
 
 class Part(NamedTuple):
@@ -54,13 +51,14 @@ class Part(NamedTuple):
 @torch.no_grad()
 def parts_of(record: Record, label: str) -> dict[str, Part]:
     """The low-rank changes of an adapter, without gains. Raises FormatError, with the `label`, where there are none."""
-    if type(record.method) not in METHODS:
+    if not record.method.has_components:
         raise FormatError(
             f"{label}: {record.method.name} has no components that could be dropped one by one; "
-            f"{', '.join(method.name for method in METHODS)} have. reparam compose --rank makes a LoRA of others"
+            f"{', '.join(name for name, method in METHODS.items() if method.has_components)} have. "
+            f"reparam compose --rank makes a LoRA of others"
         )
-    if isinstance(record.method, DoRA) and record.method.magnitude_only:
-        raise FormatError(f"{label}: it trains magnitudes alone, and nothing in it has a rank")
+    if reason := record.method.no_components_reason():
+        raise FormatError(f"{label}: {reason}")
     parts = {name: _part(record, site, label) for name, site in record.sites.items()}
     if not any(float(part.values.sum()) for part in parts.values()):
         raise FormatError(f"{label}: it changes nothing: B A is zero at every site")
@@ -72,12 +70,11 @@ def held(record: Record) -> int:
     return sum(tensor.nbytes for tensor in record.tensors.values())
 
 
-def bare(method: Method, site: Site) -> tuple[LoRAUpdate, str]:
+def bare(method: Method, site: Site) -> tuple[Update, str]:
     """A fresh update of low rank at this site, without magnitudes, and what its tensors' names begin with."""
-    update = method.build(site, nothing(site), None)
-    inner = update.low_rank if isinstance(update, DoRAUpdate) else update
-    assert isinstance(inner, LoRAUpdate)
-    return inner, f"{site.name}.{'low_rank.' if inner is not update else ''}"
+    part = method.build(site, nothing(site), None).low_rank_part()
+    assert part is not None, f"{method.name} has components, and its update has no low_rank_part"
+    return part[0], f"{site.name}.{part[1]}"
 
 
 def _part(record: Record, site: Site, label: str) -> Part:
@@ -94,7 +91,7 @@ def _part(record: Record, site: Site, label: str) -> Part:
     stored = len(factors.A)
     cost = sum(tensor.nbytes for tensor in own.values()) // stored if stored else 0
     fixed = any(f"{site.name}.{key}" in record.tensors for key in ("bias", "magnitude"))
-    least = 1 if fixed and isinstance(record.method, LoRA) else 0
+    least = 1 if fixed and record.method.drops_empty_sites else 0
     return Part(site, *singular(factors), stored, cost, least)
 
 

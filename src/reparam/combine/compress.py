@@ -28,13 +28,10 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.load import place
 from reparam.combine.components import Part, bare, by_bytes, by_energy, held, parts_of
-from reparam.core.base import Method
 from reparam.core.checks import finite, whole
+from reparam.core.method import Method
 from reparam.io import files
 from reparam.io.record import Record, listed
-from reparam.methods import patterns
-from reparam.methods.adalora.method import AdaLoRA
-from reparam.methods.lora import LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +137,10 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
     }
     if not any(ranks.values()):
         raise ValueError("compress: nothing would be left of the adapter; allow more")
-    method = _with_ranks(record.method, ranks)
-    stays = {name: site for name, site in record.sites.items() if ranks[name] or isinstance(method, AdaLoRA)}
-    tensors = {
-        key: tensor for key, tensor in record.tensors.items() if key.rpartition(".")[0] not in _owners(record, ranks)
-    }
+    method = record.method.with_ranks(ranks)
+    stays = {name: site for name, site in record.sites.items() if ranks[name] or not method.drops_empty_sites}
+    gone = tuple(f"{name}." for name in record.sites if name not in stays)
+    tensors = {key: tensor for key, tensor in record.tensors.items() if not key.startswith(gone)}
     found = []
     for name, part in parts.items():
         rank = ranks[name]
@@ -157,40 +153,11 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
     return Compression(small, tuple(found), held(record))
 
 
-def _owners(record: Record, ranks: Mapping[str, int]) -> set[str]:
-    """What the tensors of dropped sites are called up to the last dot."""
-    gone = {name for name in record.sites if not ranks[name] and isinstance(record.method, LoRA)}
-    return gone | {f"{name}.low_rank" for name in gone}
-
-
-def _with_ranks(method: Method, ranks: Mapping[str, int]) -> Method:
-    """The method with these ranks; sites of rank 0 are no sites of a LoRA any more."""
-    if isinstance(method, AdaLoRA):
-        same = all(method.rank(name) == rank for name, rank in ranks.items())
-        return method if same else dataclasses.replace(method, rank_pattern=patterns.exactly(ranks))
-    assert isinstance(method, LoRA)
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    if all(method.at(name)[0] == rank for name, rank in ranks.items()):
-        return method
-    most = max(kept.values())
-    alphas = {name: method.at(name)[1] for name in kept}
-    return dataclasses.replace(
-        method,
-        r=most,
-        rank_pattern=patterns.exactly({name: rank for name, rank in kept.items() if rank != most}),
-        alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != method.alpha}),
-    )
-
-
 def _tensors(record: Record, method: Method, part: Part, rank: int) -> dict[str, Tensor]:
     """The factors of one site by their names in files, in the dtype that they had."""
     update, start = bare(method, part.site)
     u, s, vh = part.u[:, :rank], part.values[:rank], part.vh[:rank]
-    if isinstance(method, AdaLoRA):
-        found = {"A": vh, "B": u, "E": s / update.scale}
-    else:
-        root = s.sqrt()
-        found = {"A": root[:, None] * vh, "B": u * root / update.scale}
+    found = update.from_svd(u, s, vh)
     return {start + key: t.to(record.tensors[start + key].dtype).contiguous() for key, t in found.items()}
 
 

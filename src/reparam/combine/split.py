@@ -13,7 +13,6 @@ from reparam.adapter.context import context
 from reparam.adapter.selection import state_of
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA
-from reparam.methods.mixture import Mixture
 from reparam.sites.module import SHARED
 
 
@@ -31,11 +30,12 @@ def split(model: nn.Module, name: str) -> dict[str, Adapter]:
     state.check(name)
     adapter = state.adapters[name]
     method = adapter.method
-    if not isinstance(method, Mixture) or method.kind == "vectors":
+    tasks = method.low_rank_tasks
+    if tasks is None:
         raise ValueError(f"split: {name!r} ({method.name}) is no mixture of low-rank experts")
     if adapter.replaced or any(key.endswith(".bias") for key in adapter.tensors() if not key.startswith(SHARED)):
         raise ValueError(f"split: {name!r} also trains biases or whole modules, which are not the tasks' own")
-    names = {task: f"{name}-{re.sub(r'[^A-Za-z0-9_-]', '_', task)}" for task in method.tasks}
+    names = {task: f"{name}-{re.sub(r'[^A-Za-z0-9_-]', '_', task)}" for task in tasks}
     changes = {}
     for task, called in names.items():
         check_name(model, called)

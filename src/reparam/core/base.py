@@ -1,7 +1,7 @@
-"""The nouns everything else is written in: a frozen weight, a trainable update, the method that makes updates.
+"""The nouns everything else is written in: a frozen weight, a site, and the trainable update that goes on it.
 
 A linear map W [O, I] stays frozen (`Weight`, packed by a `Storage`); an `Update` owns the few parameters that change
-it; a `Method` is the configuration that builds one update for each `Site`. What can be merged reduces to `Factors`:
+it. A `Method` (`core/method.py`) builds one update for each `Site`. What can be merged reduces to `Factors`:
 
     W' = diag(gain) · W + B · A
 
@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from reparam.core.controller import Controller
 from reparam.core.versions import Stamp, stamp
 
 Role = Literal["in", "out", "core", "gain", "route"]
@@ -175,6 +174,31 @@ class InputDependentError(ValueError):
     """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
 
 
+class ExpertChoice(Protocol):
+    """How the update of one site divides its input among experts. What sites decide together has one `scope`."""
+
+    @property
+    def scope(self) -> str:
+        """Path of the module, layer or block whose sites decide together; "" for the whole model."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this site is the first of its scope, which decides for the others."""
+
+    @property
+    def experts(self) -> int:
+        """N, their number."""
+
+    def decided(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        """What the update decides for its input x [..., I] in the current forward, token by token without padding.
+
+        That is where an expert counts as selected, bool, and its probability, both [T, N]; None where it is not asked.
+        """
+
+    def products(self) -> Tensor:
+        """The inner products of the experts' changes, [N, N], in float64."""
+
+
 class Update(nn.Module):
     """The trainable part of one site. It decides itself when the frozen map is applied.
 
@@ -216,52 +240,17 @@ class Update(nn.Module):
         """An extra loss (a scalar), or None."""
         return None
 
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """Configuration and factory in one; a frozen dataclass whose `__post_init__` refuses bad values.
-
-    A subclass is registered with `@method("name")`, lists in `examples` the settings that the conformance suite
-    builds, and implements `build`.
-    """
-
-    name: ClassVar[str]
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    biases: ClassVar[bool] = False
-    """Whether the biases of its sites train as they are, whatever `attach` is told."""
-
-    @property
-    def default_targets(self) -> tuple[str, ...]:
-        """The targets where none are given."""
-        return ("all-linear",)
-
-    def unsupported_reason(self, site: Site) -> str | None:
-        """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
+    def low_rank_part(self) -> tuple[Update, str] | None:
+        """The update inside that is a plain change B A, and what the names of its tensors begin with here; or None."""
         return None
 
-    def shared(self, sites: list[Site]) -> nn.Module | None:
-        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None.
+    def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
+        """Its parameters by name with which its change is U diag(s) Vh: u [O, R], s [R], vh [R, I].
 
-        The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
-        never as a submodule of its own.
-
-        If it has a `before_forward(model, args, kwargs)`, that is a forward pre-hook of the model while the adapter is
-        selected.
+        Asked of a `low_rank_part`.
         """
-        return None
-
-    def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """A fresh update for one site. It changes nothing yet: its output equals the base's."""
         raise NotImplementedError
 
-    def controller(self, updates: Mapping[str, Update]) -> Controller | None:
-        """What must happen around an optimizer step, for all updates by site, or None."""
+    def expert_choice(self) -> ExpertChoice | None:
+        """How it divides its input among experts; None for an update without experts."""
         return None
-
-    def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
-        """The configuration that builds updates of these shapes: itself, unless training made them smaller."""
-        return self
-
-    def settings(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `METHODS[name](**settings)` gives an equal method."""
-        return dataclasses.asdict(self)

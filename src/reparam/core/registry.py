@@ -12,8 +12,9 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from reparam.core.base import Method, Storage
+from reparam.core.base import Storage
 from reparam.core.checks import nearest
+from reparam.core.method import Method
 
 STORAGES: dict[str, type[Storage]] = {}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import Choice, Selection, State, state_of
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft import CONFIG, WEIGHTS
 from reparam.io.record import FormatError

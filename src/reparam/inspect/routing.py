@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import told
+from reparam.core.base import ExpertChoice, Weight
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.evaluation.png import write_png
-from reparam.methods.mixture.update import MixtureUpdate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,12 +52,13 @@ def routing(
 
     Raises ValueError where the adapter is no mixture.
     """
-    updates = {path: u for path, u in adapter.updates.items() if isinstance(u, MixtureUpdate)}
-    if not updates:
+    asked = {path: update.expert_choice() for path, update in adapter.updates.items()}
+    sites = {path: site for path, site in asked.items() if site is not None}
+    if not sites:
         raise ValueError(f"adapter {adapter.name!r} ({adapter.method.name}) is no mixture, so that nothing is routed")
-    leaders = {path: u for path, u in updates.items() if u.leads}
-    found = {path: _Counts(update.method.n) for path, update in leaders.items()}
-    hooks = [update.register_forward_hook(_noting(found[path])) for path, update in leaders.items()]
+    leaders = {path: site for path, site in sites.items() if site.leads}
+    found = {path: _Counts(site.experts) for path, site in leaders.items()}
+    hooks = [adapter.updates[path].register_forward_hook(_noting(found[path], site)) for path, site in leaders.items()]
     model = adapter.model
     device, training = next(model.parameters()).device, model.training
     collate = Collator(padding_id(tokenizer))
@@ -72,8 +73,8 @@ def routing(
             hook.remove()
         model.train(training)
     return tuple(
-        found[path].summary(update.scope or "model", [u for u in updates.values() if u.scope == update.scope])
-        for path, update in leaders.items()
+        found[path].summary(leader.scope or "model", [site for site in sites.values() if site.scope == leader.scope])
+        for path, leader in leaders.items()
     )
 
 
@@ -114,10 +115,10 @@ class _Counts:
         self.entropy += float(torch.special.entr(p.double()).sum())
         self.tokens += len(p)
 
-    def summary(self, scope: str, updates: list[MixtureUpdate]) -> RouterUse:
+    def summary(self, scope: str, sites: list[ExpertChoice]) -> RouterUse:
         """The shares."""
         n, tokens = len(self.p), max(self.tokens, 1.0)
-        likeness = [_redundancy(update) for update in updates] if n > 1 else []
+        likeness = [_redundancy(site) for site in sites] if n > 1 else []
         return RouterUse(
             scope,
             tuple((self.used / self.used.sum().clamp(min=1)).tolist()),
@@ -127,44 +128,21 @@ class _Counts:
         )
 
 
-def _noting(counts: _Counts) -> Any:
-    """A forward hook of an update that adds up its choice for the valid tokens."""
+def _noting(counts: _Counts, site: ExpertChoice) -> Any:
+    """A forward hook of a site's update that adds up what it decides for the valid tokens."""
 
-    def note(update: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(update, MixtureUpdate)
-        now = update.common.now
-        if update.common.silent:
-            return
-        x, weight, lead = args[0], args[1], output.shape[:-1]
-        choice = update.choice(weight(x) if update.method.route_on == "activation" else x)
-        valid = now.valid(lead)
-        keep = slice(None) if valid is None else valid.reshape(-1)
-        used, p = (
-            now.spread(part, lead).expand(*lead, -1).reshape(-1, part.shape[-1])[keep]
-            for part in (choice.counted, choice.p)
-        )
-        counts.add(used, p)
+    def note(update: nn.Module, args: tuple[Tensor, Weight], output: Tensor) -> None:
+        decided = site.decided(args[0], args[1])
+        if decided is not None:
+            counts.add(*decided)
 
     return note
 
 
-def _redundancy(update: MixtureUpdate) -> float:
-    """Mean cosine of two experts' changes; of low-rank ones from [R, R] products alone."""
-    inner = _inner(update)
+def _redundancy(site: ExpertChoice) -> float:
+    """Mean cosine of two experts' changes."""
+    inner = site.products()
     norms = inner.diagonal().clamp(min=1e-30).sqrt()
     cosines = inner / norms / norms[:, None]
     n = len(inner)
     return float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
-
-
-def _inner(update: MixtureUpdate) -> Tensor:
-    """Inner products of the experts' changes, [N, N]."""
-    n = update.method.n
-    if update.method.kind == "vectors":
-        moved = update.vectors.double() - 1
-        return moved @ moved.t()
-    A, B = update.A.double(), update.B.double()
-    A = A.repeat(n, 1) if update.method.kind == "shared_a" else A
-    products = (B.t() @ B) * (A @ A.t())  # [R, R]
-    owner = torch.nn.functional.one_hot(update.slots, n).double()
-    return owner.t() @ products @ owner

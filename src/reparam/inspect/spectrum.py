@@ -24,7 +24,6 @@ from reparam.core.base import Factors, InputDependentError, Weight
 from reparam.inspect.operators import leading, of_change
 from reparam.inspect.summary import frozen_weight, stand_alone
 from reparam.io.record import Record
-from reparam.methods.dora import DoRAUpdate
 from reparam.sites.fingerprint import base_tensors
 
 LEADING = 32
@@ -99,9 +98,10 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
     try:
         factors = update.factors(known)
         if factors.gain is not None and weight is None:
-            if not isinstance(update, DoRAUpdate) or update.low_rank is None:
+            part = update.low_rank_part()
+            if part is None:
                 return None
-            kind, factors = "low-rank part", update.low_rank.factors(known)
+            kind, factors = "low-rank part", part[0].factors(known)
     except InputDependentError:
         return None
     factors = Factors(*(None if part is None else part.detach().double() for part in factors))  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from reparam.core.base import InputDependentError, Site, Update, Weight
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
-from reparam.methods.dora import DoRA
 from reparam.sites.fingerprint import base_tensors
 from reparam.sites.module import SHARED, is_packed
 from reparam.weights.dense import DenseWeight
@@ -111,7 +110,7 @@ def _summarize_site(record: Record, name: str, site: Site, weight: Weight | None
     else:
         squares = [factors.change(block.float(), rows).double().square().sum() for rows, block in weight.blocks()]
         change = float(torch.stack(squares).sum().sqrt())
-    axis: Axis = "input" if isinstance(record.method, DoRA) and record.method.norm_axis == "input" else "output"
+    axis: Axis = record.method.magnitude_axis or "output"
     directions = None if weight is None or site.kind == "vector" else of_update(weight, factors, axis=axis)
     return SiteSummary(name, shape, len(factors.A), change, norm, directions, offset)
 

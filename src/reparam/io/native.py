@@ -19,7 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from reparam.core.base import Kind, Method, Site
+from reparam.core.base import Kind, Site
+from reparam.core.method import Method
 from reparam.core.registry import find_method
 from reparam.io.plain import decode
 from reparam.io.record import Base, FormatError, Record, listed

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from reparam.core.base import Method, Site
+from reparam.core.base import Site
+from reparam.core.method import Method
 
 
 class FormatError(ValueError):

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reparam.core.base import Factors, Method, Role, Site, Update, Weight
+from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.method import Method
 from reparam.core.registry import method
 
 

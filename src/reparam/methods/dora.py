@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from reparam.methods.lora import LoRA
 
 GRADIENTS = ("detached", "exact")
 AXES = ("output", "input")
+_INNER = "low_rank."  # the names of the update underneath begin with this
 _LEAST = 1e-3
 """Below this share of the terms' sizes, their sum is measured directly; in 16 bits, below 16 roundings."""
 _INVERTIBLE = 2.0**-10
@@ -74,9 +75,17 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = wrong_words(self, {"gradient": GRADIENTS, "norm_axis": AXES})
-        if problems:
+        if problems := wrong_words(self, {"gradient": GRADIENTS, "norm_axis": AXES}):
             raise ValueError("DoRA: " + "; ".join(problems))
+
+    def no_components_reason(self) -> str | None:
+        """Magnitudes alone have none."""
+        return "it trains magnitudes alone, and nothing in it has a rank" if self.magnitude_only else None
+
+    @property
+    def magnitude_axis(self) -> Literal["output", "input"]:
+        """As `norm_axis` says."""
+        return "input" if self.norm_axis == "input" else "output"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> DoRAUpdate:  # type: ignore[override]
         """Magnitudes over LoRA's fresh update."""
@@ -113,7 +122,7 @@ class DoRAUpdate(Update):
         self.low_rank = low_rank
         self.magnitude = nn.Parameter(magnitude)  # [L]
         inner: Mapping[str, Role] = {} if low_rank is None else low_rank.roles
-        self.roles = {**{f"low_rank.{name}": role for name, role in inner.items()}, "magnitude": "gain"}  # type: ignore[misc]
+        self.roles = {**{_INNER + name: role for name, role in inner.items()}, "magnitude": "gain"}  # type: ignore[misc]
         self.dim = dim
         self.exact = exact
         self._kept: _Norms | None = None
@@ -176,8 +185,12 @@ class DoRAUpdate(Update):
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """As the update underneath does."""
         if self.low_rank is not None:
-            prefix = "low_rank."
-            self.low_rank.fit({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            self.low_rank.fit({k.removeprefix(_INNER): t for k, t in tensors.items() if k.startswith(_INNER)})
+
+    def low_rank_part(self) -> tuple[Update, str] | None:
+        """That of the update underneath."""
+        part = None if self.low_rank is None else self.low_rank.low_rank_part()
+        return None if part is None else (part[0], _INNER + part[1])
 
     def forget(self) -> None:
         """Measure anew at the next use."""
@@ -246,8 +259,7 @@ def _rows(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
     a, b = A.double(), B.double()
     cross = 2 * (product.t() * b).sum(1)
     own = (b @ (a @ a.t()) * b).sum(1)
-    total, near = _sum(squares, cross, own, weight)
-    ids = near.nonzero().flatten() if near is not None else near
+    total, ids = _sum(squares, cross, own, weight)
     if ids is None or not len(ids):
         return total
     size = max(1, (1 << 18) // weight.in_features)
@@ -263,8 +275,7 @@ def _columns(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
     a, b = A.double(), B.double()
     cross = 2 * (product.double() * a).sum(0)
     own = ((b.t() @ b) @ a * a).sum(0)
-    total, near = _sum(squares, cross, own, weight)
-    ids = near.nonzero().flatten() if near is not None else near
+    total, ids = _sum(squares, cross, own, weight)
     if ids is None or not len(ids):
         return total
     direct = torch.zeros_like(total[ids])
@@ -274,12 +285,12 @@ def _columns(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
 
 
 def _sum(squares: Tensor, cross: Tensor, own: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """The three terms together, and where they cancel; a compiled graph cannot branch on that, and stops there."""
+    """The three terms together, and the places where they cancel; a compiled graph cannot branch on that, and stops."""
     total = squares + cross + own
     least = max(_LEAST, 16 * torch.finfo(weight.dtype).eps)
     near = total < least * (squares + cross.abs() + own)
     if not torch.compiler.is_compiling():
-        return total, near
+        return total, near.nonzero().flatten()
     torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; this needs the model uncompiled")
     return total, None
 

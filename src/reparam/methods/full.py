@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, Method, Role, Site, Update, Weight
+from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.method import Method
 from reparam.core.registry import method
 
 

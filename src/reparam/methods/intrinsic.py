@@ -32,8 +32,9 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from reparam.core.base import Method, Site, Update, Weight
+from reparam.core.base import Site, Update, Weight
 from reparam.core.checks import whole, wrong_words
+from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.kernels.fastfood_tables import VERSION
 from reparam.methods.intrinsic_update import FactorUpdate, Move, Space, WeightUpdate
@@ -128,6 +129,18 @@ class Intrinsic(Method):
         found = {f"{site.name}.weight": weight}
         moves = self.bias and (site.bias or site.name in self.biased)
         return {**found, f"{site.name}.bias": rows} if moves else found
+
+    def subspace(self) -> Self:
+        """Its d is free."""
+        return self
+
+    def with_dimensions(self, d: int, draw: int = 0) -> Self:
+        """With this d. Another draw has another seed."""
+        return dataclasses.replace(self, d=d, seed=self.seed + draw)
+
+    def moved(self, site: Site) -> int:
+        """The numbers of its weight and, maybe, its bias."""
+        return sum(self.sizes(site).values())
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """The configuration with the names of the sites whose biases move."""

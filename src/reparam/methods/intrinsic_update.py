@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Update, Weight
 from reparam.methods.full import of_matrix
+from reparam.methods.lora import compute_dtype
 from reparam.methods.projections import Projection
 
 
@@ -77,7 +78,7 @@ class WeightUpdate(_Update):
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x (W + ΔW)ᵀ + bias [..., O]."""
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         rows = x.reshape(-1, x.shape[-1])
         plain = weight.dense_or_none
         once = plain is not None and plain.dtype in (torch.float32, torch.float64) and dtype == plain.dtype
@@ -112,7 +113,7 @@ class FactorUpdate(_Update):
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias + (x Aᵀ) Bᵀ [..., O]."""
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         A, B, _ = self.factors(weight)
         rows = x.reshape(-1, x.shape[-1])
         y = weight(rows, self.changed_bias(bias)).addmm_(F.linear(rows.to(dtype), A.to(dtype)), B.to(dtype).t())
@@ -168,8 +169,3 @@ def _changed(moved: Tensor, scale: Tensor | None, frozen: Tensor | None) -> Tens
     """W + λ P θ [O, I]."""
     moved = moved if scale is None else scale * moved
     return moved if frozen is None else frozen + moved.to(frozen.dtype)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

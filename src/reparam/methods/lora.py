@@ -16,14 +16,15 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, Method, Role, Site, Update, Weight
+from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import whole, wrong_words
+from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.methods import patterns
 
@@ -43,6 +44,7 @@ class LoRA(Method):
     2.0
     """
 
+    has_components: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"r": 4, "alpha": 8},
         {"r": 1, "alpha": 2.0, "scaling": "alpha", "init": "gaussian"},
@@ -99,6 +101,20 @@ class LoRA(Method):
         """Rank and alpha of the site with this path."""
         return patterns.first(self.rank_pattern, name, self.r), patterns.first(self.alpha_pattern, name, self.alpha)
 
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        """With these ranks, and the alphas that the sites have; sites of rank 0 are no sites any more."""
+        kept = {name: rank for name, rank in ranks.items() if rank}
+        if all(self.at(name)[0] == rank for name, rank in ranks.items()):
+            return self
+        most = max(kept.values())
+        alphas = {name: self.at(name)[1] for name in kept}
+        return dataclasses.replace(
+            self,
+            r=most,
+            rank_pattern=patterns.exactly({name: rank for name, rank in kept.items() if rank != most}),
+            alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != self.alpha}),
+        )
+
     def shared(self, sites: list[Site]) -> None:
         """Refuse patterns that match no site; warn where the rank is no longer low."""
         for field in ("rank_pattern", "alpha_pattern"):
@@ -152,7 +168,7 @@ class LoRAUpdate(Update):
         rows = x.reshape(-1, x.shape[-1])  # [N, I]: two dimensions, so that addmm needs no view of its target
         A: Tensor = self.A
         B_t = self.B.t()
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         if dtype is not A.dtype:
             A, B_t = A.to(dtype), B_t.to(dtype)
         if self.dropout and self.training:
@@ -172,6 +188,15 @@ class LoRAUpdate(Update):
     def factors(self, weight: Weight) -> Factors:
         """A, and s · B."""
         return Factors(self.A, self.scale * self.B)
+
+    def low_rank_part(self) -> tuple[Update, str]:
+        """All of it."""
+        return self, ""
+
+    def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
+        """A = sqrt(s) Vh and B = U sqrt(s) / scale."""
+        root = s.sqrt()
+        return {"A": root[:, None] * vh, "B": u * root / self.scale}
 
 
 class _Down(torch.autograd.Function):
@@ -203,6 +228,7 @@ class _Down(torch.autograd.Function):
         return g_x, g_h_t @ x if ctx.needs_input_grad[1] else None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that masters are cast to for an input x: autocast's, or x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reparam.core.base import Method, Site
+from reparam.core.base import Site
 from reparam.core.checks import whole
+from reparam.core.method import Method
 from reparam.core.registry import method
 
 

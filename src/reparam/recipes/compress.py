@@ -12,7 +12,6 @@ from reparam.combine.compress import Compression, compress
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.io import files
-from reparam.methods.dora import DoRA
 
 SHOWN = 12  # sites in the table: those that lost most
 
@@ -51,9 +50,8 @@ def compress_to(
 
 def _print(found: Compression, console: Console) -> None:
     changed = [site for site in found.sites if site.rank != site.before]
-    method = found.record.method
-    gained = isinstance(method, DoRA) or bool(getattr(method, "magnitude", False))
-    what = "B A, which the magnitudes scale," if gained else "the change ΔW"
+    scaled = found.record.method.magnitude_axis is not None
+    what = "B A, which the magnitudes scale," if scaled else "the change ΔW"
     if not changed:
         console.print("every site keeps its rank: a copy of the adapter, bit for bit")
         return

@@ -24,11 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reparam.core.base import Method
 from reparam.core.checks import finite, whole
+from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
 from reparam.io.staged import digest, write_file
-from reparam.methods.intrinsic import Intrinsic
 from reparam.recipes.subspace import Curve, Point, lora_rank, search
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
@@ -85,17 +84,18 @@ class Outcome:
 
 
 def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
-    """Find d90, write the curve, and print it. `config.method` is the `Intrinsic` whose d is varied.
+    """Find d90, write the curve, and print it. `config.method` has the `subspace` whose d is varied.
 
     Raises ValueError for what the user can mend, among it a reference of which a share means nothing, before any
     subspace run; RuntimeError where every reference run failed.
     """
-    if not isinstance(config.method, Intrinsic):
+    subspace = config.method.subspace()
+    if subspace is None:
         raise ConfigError(f"method.name {config.method.name!r}: d90 is measured with the method 'intrinsic'")
-    least = dataclasses.replace(config, method=dataclasses.replace(config.method, d=plan.sizes[0]))
+    least = dataclasses.replace(config, method=subspace.with_dimensions(plan.sizes[0]))
     job = prepare(least)  # all refusals that need the model, before anything is trained
     metric = _metric(plan.metric, job)
-    total = sum(sum(config.method.sizes(site).values()) for site in job.adapter.sites.values())
+    total = sum(subspace.moved(site) for site in job.adapter.sites.values())
     if plan.sizes[-1] > total:
         raise ValueError(f"--grid goes up to {plan.sizes[-1]}, and only {total} numbers move; lower its end")
     sites = job.adapter.sites
@@ -108,7 +108,7 @@ def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
     try:
         base, full = runs.reference(plan)
         curve = search(
-            lambda d: runs.point(d, plan),
+            lambda d: runs.point(subspace, d, plan),
             base=max(base, plan.chance) if metric == "exact" else base,
             full=full,
             sizes=plan.sizes,
@@ -155,14 +155,12 @@ class Runs:
             raise RuntimeError(f"full fine-tuning failed at every rate: {found[-1]['failed']}; try lower --full-rates")
         return float(good[0]["base"]), max(float(result["value"]) for result in good)
 
-    def point(self, d: int, plan: Plan) -> Point:
+    def point(self, subspace: Subspace, d: int, plan: Plan) -> Point:
         """What d dimensions reach."""
-        method = self.config.method
-        assert isinstance(method, Intrinsic)
 
         def value(rate: float, number: int) -> float | None:
-            own = dataclasses.replace(method, d=d, seed=method.seed + number)
-            found: float | None = self.run(f"{method.mode}-{d}", own, rate, number)["value"]
+            own = subspace.with_dimensions(d, number)
+            found: float | None = self.run(f"{subspace.mode}-{d}", own, rate, number)["value"]
             return found
 
         first = {rate: value(rate, 0) for rate in (scaled(rate, d) for rate in plan.rates)}

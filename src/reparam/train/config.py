@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
-from reparam.core.base import Method
 from reparam.core.checks import nearest
+from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.train.base import KEYS, split
 from reparam.train.base import BaseConfig as BaseConfig

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import attach, untie
-from reparam.core.base import Method
+from reparam.core.method import Method
 from reparam.data.rows import Row
 from reparam.data.tasks import task_names
 from reparam.hf import prompts
 from reparam.hf.models import load_base
-from reparam.methods.mixture.method import Mixture
 from reparam.methods.prompts import Prompting
 from reparam.train.config import AdapterConfig, BaseConfig, Config, ConfigError
 
@@ -43,9 +41,10 @@ def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...
     Methods that do not go by tasks are given back with no names, and so is one where all rows have one task. Raises
     DataError for rows without a task.
     """
-    if not isinstance(method, Mixture) or not method.goes_by_tasks:
+    known = method.known_tasks
+    if known is None:
         return method, ()
-    if len(method.tasks) > 1:
-        return method, method.tasks
+    if len(known) > 1:
+        return method, known
     names = task_names(rows)
-    return (dataclasses.replace(method, tasks=names), names) if len(names) > 1 else (method, ())
+    return (method.with_tasks(names), names) if len(names) > 1 else (method, ())

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
-from reparam.core.base import Method, Site, Update, Weight
+from reparam.core.base import Site, Update, Weight
 from reparam.core.checks import finite, whole, wrong_words
+from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.methods import patterns
 from reparam.methods.adalora.budget import Budget, Plan, Rules
@@ -49,6 +50,8 @@ class AdaLoRA(Method):
     ValueError: AdaLoRA: target_r=12 is above init_r=8: the budget can only fall
     """
 
+    has_components: ClassVar[bool] = True
+    drops_empty_sites: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"init_r": 4, "target_r": 2, "alpha": 64, "total_steps": 4, "tinit": 0, "tfinal": 2},
         {"init_r": 3, "target_r": 3, "alpha": 120, "total_steps": 3, "dropout": 0.1, "orth_form": "paper"},
@@ -139,6 +142,11 @@ class AdaLoRA(Method):
         """Rank of the site with this path when it is built."""
         return patterns.first(self.rank_pattern, name, self.init_r)
 
+    @property
+    def magnitude_axis(self) -> Literal["output"] | None:
+        """DoRA's default, where magnitudes train."""
+        return "output" if self.magnitude else None
+
     def shared(self, sites: list[Site]) -> None:
         """Refuse patterns that match no site."""
         patterns.check_used("rank_pattern", self.rank_pattern, [site.name for site in sites], method="AdaLoRA")
@@ -160,7 +168,10 @@ class AdaLoRA(Method):
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """With the ranks that the sites have now."""
-        ranks = {name: len(components(update).E) for name, update in updates.items()}
+        return self.with_ranks({name: len(components(update).E) for name, update in updates.items()})
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        """With a pattern for each site, unless they have these ranks already."""
         if all(self.rank(name) == rank for name, rank in ranks.items()):
             return self
         return dataclasses.replace(self, rank_pattern=patterns.exactly(ranks))

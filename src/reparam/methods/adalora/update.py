@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from reparam.core.base import Factors, Role, Update, Weight
 from reparam.core.shrink import shrink
-from reparam.methods.dora import DoRAUpdate
 from reparam.methods.lora import LoRAUpdate
 
 
@@ -31,6 +30,10 @@ class SVDUpdate(LoRAUpdate):
         """Q, and s · P Λ."""
         return Factors(self.A, self.scale * self.B * self.E)
 
+    def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
+        """Q = Vh, P = U and Λ = s / scale, so that P and Q are orthogonal."""
+        return {"A": vh, "B": u, "E": s / self.scale}
+
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Have the rank that these tensors have, if it is a lower one."""
         saved = tensors.get("E")
@@ -45,6 +48,7 @@ class SVDUpdate(LoRAUpdate):
 
 def components(update: Update) -> SVDUpdate:
     """The components of one site, under magnitudes or without."""
-    found = update.low_rank if isinstance(update, DoRAUpdate) else update
-    assert isinstance(found, SVDUpdate)
-    return found
+    part = update.low_rank_part()
+    assert part is not None
+    assert isinstance(part[0], SVDUpdate)
+    return part[0]

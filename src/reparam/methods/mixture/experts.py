@@ -62,3 +62,21 @@ def some_outputs(
         experts.append(torch.full((len(tokens),), i, device=x.device))
         sizes.append(chosen.detach().float().norm(dim=-1))
     return torch.cat(outputs), torch.cat(experts), torch.cat(sizes)
+
+
+def products(A: Tensor, B: Tensor, slots: Tensor, n: int) -> Tensor:
+    """Inner products of the experts' changes B_i A_i, [N, N] in float64, from [R, R] products alone.
+
+    A [R, I], or one A [r, I] for all.
+    """
+    a, b = A.double(), B.double()
+    a = a.repeat(n, 1) if len(a) < len(slots) else a
+    product = (b.t() @ b) * (a @ a.t())  # [R, R]
+    owner = F.one_hot(slots, n).double()
+    return owner.t() @ product @ owner
+
+
+def products_of_vectors(vectors: Tensor) -> Tensor:
+    """Inner products of the experts' changes l_i − 1 of an activation, [N, N] in float64; vectors [N, O]."""
+    moved = vectors.double() - 1
+    return moved @ moved.t()

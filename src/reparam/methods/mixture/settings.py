@@ -6,9 +6,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Self
 
-from reparam.core.base import Method, Site
+from reparam.core.base import Site
 from reparam.core.checks import nearest, whole, wrong_words
+from reparam.core.method import Method
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA
 from reparam.methods.mixture.select import GATES, SELECTS
@@ -180,6 +182,29 @@ class Settings(Method):
     def goes_by_tasks(self) -> bool:
         """Whether forwards have to say tasks, where there are several."""
         return self.router.startswith("task") or self.blc_alpha != 0
+
+    @property
+    def known_tasks(self) -> tuple[str, ...] | None:
+        """Its `tasks`, where it goes by them."""
+        return self.tasks if self.goes_by_tasks else None
+
+    def with_tasks(self, names: tuple[str, ...]) -> Self:
+        """With these `tasks`."""
+        return dataclasses.replace(self, tasks=names)
+
+    @property
+    def low_rank_tasks(self) -> tuple[str, ...] | None:
+        """Its `tasks`, unless its experts are vectors."""
+        return None if self.kind == "vectors" else self.tasks
+
+    @property
+    def expert_folders(self) -> tuple[str, ...]:
+        """Its `experts`, while their ranks are not known."""
+        return () if self.ranks else self.experts
+
+    def with_experts(self, names: tuple[str, ...], ranks: Mapping[str, tuple[int, ...]]) -> Self:
+        """With these `experts` and their `ranks`."""
+        return dataclasses.replace(self, n=len(names), experts=names, ranks=ranks)
 
     @property
     def each(self) -> int:

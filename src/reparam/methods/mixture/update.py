@@ -10,13 +10,14 @@ Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, InputDependentError, Role, Site, Update, Weight
+from reparam.methods.lora import compute_dtype
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import attached
 from reparam.methods.mixture.common import Common, Forward, key
@@ -74,7 +75,7 @@ class MixtureUpdate(Update):
         routes = () if router is None else router.named_parameters()
         self.roles = {**own, **{f"router.{name}": "route" for name, _ in routes}}  # type: ignore[misc]
         self.site, self.method, self.ranks, self.scale = site.name, method, ranks, scale
-        self.scope, self.leads = scope, leads
+        self.scope, self.leads, self.experts = scope, leads, method.n
         self.owner = (common,)
         reads = (router if router is not None else common.routers[key(scope)]).reads
         self.reads: Reads = reads  # type: ignore[assignment]
@@ -117,7 +118,7 @@ class MixtureUpdate(Update):
     def _low_rank(self, rows: Tensor, g: Tensor, choice: Choice, weight: Weight, bias: Tensor | None) -> Tensor:
         """rows [T, I], weights [T, N] or [1, N] -> [T, O]."""
         method = self.method
-        dtype = _compute_dtype(rows)
+        dtype = compute_dtype(rows)
         A, B = self.A, self.B
         if A.dtype is not dtype:
             A, B = A.to(dtype), B.to(dtype)
@@ -259,7 +260,7 @@ class MixtureUpdate(Update):
         """Gates [N] that hold for every input. Raises InputDependentError, naming the router."""
         common, method = self.common, self.method
         router: Router = self.router if self.router is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
-        part = next(iter(self._tensors()))
+        part = self.vectors if method.kind == "vectors" else self.A
         if method.n == 1 and method.gate != "one":
             return part.new_ones(1)
         if router.reads == "nothing":
@@ -284,8 +285,29 @@ class MixtureUpdate(Update):
         )
         return chosen.weights.to(part.dtype)
 
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.PARTS if hasattr(self, name)]
+    # ---- as `core.base.ExpertChoice`
+
+    def expert_choice(self) -> Self:
+        """Itself."""
+        return self
+
+    def decided(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor] | None:
+        """Where an expert counts as selected, and its probability, of the valid tokens of x [..., I]: both [T, N]."""
+        now, lead = self.common.now, x.shape[:-1]
+        if self.common.silent:
+            return None
+        choice = self.choice(weight(x) if self.method.route_on == "activation" else x)
+        valid = now.valid(lead)
+        keep = slice(None) if valid is None else valid.reshape(-1)
+        told = choice.counted, choice.p
+        counted, p = (now.spread(g, lead).expand(*lead, -1).reshape(-1, self.experts)[keep] for g in told)
+        return counted, p
+
+    def products(self) -> Tensor:
+        """Inner products of the experts' changes, [N, N]."""
+        if self.method.kind == "vectors":
+            return experts.products_of_vectors(self.vectors)
+        return experts.products(self.A, self.B, self.slots, self.method.n)
 
 
 WHOLE = ("nothing", "tasks", "hidden")
@@ -293,8 +315,3 @@ WHOLE = ("nothing", "tasks", "hidden")
 SPARSE_TOKENS = 64
 SPARSE_RANKS = 64
 """From how many tokens, and idle ranks, on each expert runs over its own tokens alone."""
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
