@@ -229,6 +229,8 @@ class Method:
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     biases: ClassVar[bool] = False
     """Whether the biases of its sites train as they are, whatever `attach` is told."""
+    changes_weights: ClassVar[bool] = True
+    """Whether it goes on sites. If not, `reparam.adapter.without_sites` says how it is put on a model."""
 
     @property
     def default_targets(self) -> tuple[str, ...]:
