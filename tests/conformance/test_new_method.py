@@ -151,6 +151,19 @@ def test_it_goes_through_peft_once_it_registers_a_format(tmp_path: Path, monkeyp
     assert {file.name for file in (tmp_path / "a").iterdir()} == {CONFIG, WEIGHTS}
 
 
+def test_a_format_of_an_installed_package_reads_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to import the package first."""
+    monkeypatch.setattr(peft_formats, "FORMATS", dict(peft_formats.FORMATS))
+    _, adapter = LLAMA.adapted(Nudge(strength=0.5))
+    with monkeypatch.context() as there:
+        there.setattr(peft_formats, "FORMATS", {**peft_formats.FORMATS, Nudge: NudgeFormat()})
+        adapter.save(tmp_path / "a", format="peft")
+    with pytest.raises(FormatError, match="peft_type 'NUDGE' is not read, only LORA and ADALORA are"):
+        reparam.load(LLAMA.make(), tmp_path / "a")
+    monkeypatch.setattr(peft_formats, "load_installed", lambda group: peft_format(Nudge)(NudgeFormat))
+    assert reparam.load(LLAMA.make(), tmp_path / "a").method == Nudge(strength=0.5)
+
+
 def test_two_of_them_have_shared_state_of_their_own() -> None:
     """In a mixed batch too; and removing one leaves the other's."""
     model, _ = LLAMA.adapted(Nudge(), seed=1)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from reparam.core.base import Method, Site
+from reparam.core.registry import load_installed
 from reparam.io.native import parse_tensors, read_bytes
 from reparam.io.peft_config import OTHERS
 from reparam.io.record import FormatError, Record, listed
@@ -109,8 +110,11 @@ def writer_of(method: Method) -> PeftFormat[Any]:
 
 
 def reader_of(folder: Folder) -> PeftFormat[Any]:
-    """The format of this folder. Raises FormatError where no format reads it."""
-    found = next((one for one in reversed(FORMATS.values()) if one.reads(folder.settings)), None)
+    """The format of this folder, from an installed package too. Raises FormatError where no format reads it."""
+    found = _registered_reader(folder)
+    if found is None:
+        load_installed("reparam.methods")
+        found = _registered_reader(folder)
     if found is None:
         peft_type = folder.settings.get("peft_type")
         known = " and ".join(dict.fromkeys(one.peft_type for one in FORMATS.values()))
@@ -118,3 +122,7 @@ def reader_of(folder: Folder) -> PeftFormat[Any]:
             f"{folder.config}: peft_type {peft_type!r} is not read, only {known} are{OTHERS.get(str(peft_type), '')}"
         )
     return found
+
+
+def _registered_reader(folder: Folder) -> PeftFormat[Any] | None:
+    return next((one for one in reversed(FORMATS.values()) if one.reads(folder.settings)), None)
