@@ -6,6 +6,7 @@ its input.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -17,11 +18,12 @@ from toys import Counter, Nudge, Pair, registered
 
 import reparam
 from reparam.combine.compress import compress
-from reparam.core.base import InputDependentError
+from reparam.core.base import InputDependentError, Site
 from reparam.core.registry import METHODS, method
 from reparam.inspect.spectrum import spectra
-from reparam.io import files
-from reparam.io.record import FormatError
+from reparam.io import files, peft_formats
+from reparam.io.peft_formats import CONFIG, PREFIX, WEIGHTS, Folder, PeftFormat, peft_format
+from reparam.io.record import FormatError, Record
 
 LLAMA = FAMILIES["llama"]
 SHARED = {"reparam_shared.width32", "reparam_shared.width48"}
@@ -88,6 +90,80 @@ def test_it_is_saved_whole_and_loaded(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in again.parameters())
     with pytest.raises(FormatError, match="PEFT has no equal of the method 'nudge'"):
         adapter.save(tmp_path / "b", format="peft")
+
+
+def test_peft_refuses_it_in_one_sentence(tmp_path: Path) -> None:
+    _, adapter = LLAMA.adapted(Nudge())
+    with pytest.raises(FormatError) as caught:
+        adapter.save(tmp_path / "a", format="peft")
+    assert str(caught.value) == "PEFT has no equal of the method 'nudge'; save with format='reparam'"
+    assert not (tmp_path / "a").exists()
+
+
+class Doubled(reparam.LoRA):
+    """LoRA by another name."""
+
+
+def test_a_format_is_for_one_method_and_no_subclass(tmp_path: Path) -> None:
+    """A subclass may compute anything, so that it is refused until it registers a format of its own."""
+    _, adapter = LLAMA.adapted(Doubled(r=2))
+    with pytest.raises(FormatError, match="PEFT has no equal of the method 'lora'"):
+        adapter.save(tmp_path / "a", format="peft")
+    with pytest.raises(AssertionError, match="two formats are registered for LoRA"):
+        peft_format(reparam.LoRA)(NudgeFormat)
+
+
+class NudgeFormat(PeftFormat[Nudge]):
+    """As if PEFT had a type of adapters that are nudges."""
+
+    peft_type = "NUDGE"
+
+    def read(self, folder: Folder) -> Record:
+        """The settings and the tensors."""
+        sites = {name: Site(name, **site) for name, site in folder.settings["sites"].items()}
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in folder.tensors().items()}
+        shared = {f"reparam_shared.{key}": torch.tensor(value) for key, value in folder.settings["common"].items()}
+        return Record(Nudge(strength=folder.settings["strength"]), sites, tensors | shared)
+
+    def settings(self, method: Nudge, record: Record) -> dict[str, Any]:
+        """The strength, the sites, and what they share."""
+        return {
+            "peft_type": self.peft_type,
+            "strength": method.strength,
+            "common": {key.split(".")[1]: record.tensors[key].tolist() for key in SHARED},
+            "sites": {
+                name: {"kind": s.kind, "out_features": s.out_features, "in_features": s.in_features}
+                for name, s in record.sites.items()
+            },
+        }
+
+    def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
+        """All of a site's."""
+        return {f".{key}": record.tensors[f"{name}.{key}"] for key in ("a", "b", "gain", "steps")}
+
+
+def test_it_goes_through_peft_once_it_registers_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_formats, "FORMATS", dict(peft_formats.FORMATS))
+    peft_format(Nudge)(NudgeFormat)
+    model, adapter = LLAMA.adapted(Nudge(strength=0.5))
+    adapter.save(tmp_path / "a", format="peft")
+    other = LLAMA.make()
+    assert reparam.load(other, tmp_path / "a").method == Nudge(strength=0.5)
+    assert torch.equal(logits(other), logits(model))
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {CONFIG, WEIGHTS}
+
+
+def test_a_format_of_an_installed_package_reads_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to import the package first."""
+    monkeypatch.setattr(peft_formats, "FORMATS", dict(peft_formats.FORMATS))
+    _, adapter = LLAMA.adapted(Nudge(strength=0.5))
+    with monkeypatch.context() as there:
+        there.setattr(peft_formats, "FORMATS", {**peft_formats.FORMATS, Nudge: NudgeFormat()})
+        adapter.save(tmp_path / "a", format="peft")
+    with pytest.raises(FormatError, match="peft_type 'NUDGE' is not read, only LORA and ADALORA are"):
+        reparam.load(LLAMA.make(), tmp_path / "a")
+    monkeypatch.setattr(peft_formats, "load_installed", lambda group: peft_format(Nudge)(NudgeFormat))
+    assert reparam.load(LLAMA.make(), tmp_path / "a").method == Nudge(strength=0.5)
 
 
 def test_two_of_them_have_shared_state_of_their_own() -> None:

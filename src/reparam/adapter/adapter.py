@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ class Adapter:
     It is made by `attach` or `load`. `parameters()` is everything that it trains and nothing else.
     """
 
+    removable: ClassVar[bool] = True
+    """Whether `remove` can take it off the model."""
+
     def __init__(self, name: str, method: Method, model: nn.Module) -> None:
         self.name = name
         self.method = method
@@ -36,6 +40,16 @@ class Adapter:
         self.shared: nn.Module | None = None
         self.controller: Controller | None = None
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def positions(self) -> int:
+        """How many positions of the model's context it takes from every text."""
+        return 0
+
+    @property
+    def context(self) -> int | None:
+        """How many positions the model has for everything, as far as its configuration says."""
+        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
 
     @property
     def updates(self) -> dict[str, Update]:

@@ -9,7 +9,6 @@ from reparam.adapter.attach import remove
 from reparam.compare.data import Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
-from reparam.hf.prompts import Prompts
 from reparam.train.config import ConfigError
 from reparam.train.model import attached, by_task, loaded
 from reparam.train.run import prepare
@@ -46,10 +45,10 @@ def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
             for message in {str(w.message) for w in warned if issubclass(w.category, UserWarning)}:
                 warned_of.setdefault(message, []).append(label)
             found[label] = sum(parameter.numel() for parameter in adapter.parameters())
-            if isinstance(adapter, Prompts):  # there is no way back from it
-                model = loaded(base)
-            else:
+            if adapter.removable:
                 remove(model, adapter.name)
+            else:
+                model = loaded(base)
     if problems:
         raise ConfigError("; ".join(problems))
     return found, [f"{', '.join(labels)}: {message}." for message, labels in warned_of.items()]

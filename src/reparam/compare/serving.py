@@ -13,7 +13,6 @@ from torch import nn
 
 from reparam.adapter.merge import merge
 from reparam.hf.open import open_model
-from reparam.hf.prompts import Prompts
 from reparam.io.staged import write_file
 from reparam.train.config import BaseConfig
 from reparam.train.model import loaded
@@ -49,10 +48,8 @@ def serving(run: Path, base: BaseConfig) -> Serving:
     base_seconds, seconds = _in_turns(plain, model)
     merged_seconds, merged = None, "yes"
     try:
-        if isinstance(adapter, Prompts):
-            raise ValueError(f"{adapter.method.name} adds positions and changes no weight")
         report = merge(model)
-    except ValueError as error:  # no one matrix stands for the update, or it would not be finite
+    except ValueError as error:  # there is no one matrix for the update, or it would not be finite
         merged = f"no: {str(error).split(chr(10))[0]}"
     else:
         share = min(report.survival().values(), default=1.0)

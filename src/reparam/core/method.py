@@ -42,6 +42,8 @@ class Method:
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     biases: ClassVar[bool] = False
     """Whether the biases of its sites train as they are, whatever `attach` is told."""
+    changes_weights: ClassVar[bool] = True
+    """Whether it goes on sites. If not, `reparam.adapter.without_sites` says how it is put on a model."""
     has_components: ClassVar[bool] = False
     """Whether its changes are sums of components that can be dropped one by one. It then has `with_ranks`, and its
     updates have a `low_rank_part`."""

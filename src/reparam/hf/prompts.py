@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import Choice, Selection, State, state_of
+from reparam.adapter.without_sites import fill_from, put_on, read_back
 from reparam.core.method import Method
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
-from reparam.io.peft import CONFIG, WEIGHTS
+from reparam.io.peft_formats import CONFIG, WEIGHTS
 from reparam.io.record import FormatError
 from reparam.io.staged import staged_folder
 from reparam.methods.prompts import Prefix, Prompt, Prompting
@@ -33,15 +34,16 @@ class Prompts(Adapter):
     """The handle of positions that train: `parameters()` are theirs, `model` is PEFT's."""
 
     method: Prompting
+    removable = False
 
     def __init__(self, name: str, method: Prompting, model: Any) -> None:
         super().__init__(name, method, model)
         self.shared = model.prompt_encoder[name]
 
     @property
-    def context(self) -> int | None:
-        """How many positions the model has for everything, as far as its configuration says."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+    def positions(self) -> int:
+        """As many as it trains."""
+        return self.method.tokens
 
     def save(self, folder: str | Path, *, format: str = "peft") -> None:
         """Write PEFT's folder, in one step or not at all. Raises ValueError where a number is not finite."""
@@ -133,6 +135,21 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", activat
     if activate:
         state_of(made).select(name)
     return adapter
+
+
+@put_on.register
+def _(method: Prompting, model: nn.Module) -> Prompts:
+    return attach(model, method)
+
+
+@read_back.register
+def _(adapter: Prompts, folder: Path, *, name: str) -> Prompts:
+    return load(adapter.model, folder, name=name, activate=False)
+
+
+@fill_from.register
+def _(adapter: Prompts, folder: Path) -> None:
+    adapter.fill(folder)
 
 
 def kind_of(folder: Path) -> Prompting | None:

@@ -1,4 +1,4 @@
-"""What PEFT's AdaLoRA files have that its LoRA files have not.
+"""AdaLoRA in PEFT's files.
 
 Keys are `.lora_A` [R, I], `.lora_B` [O, R] and `.lora_E` [R, 1], without `.weight`; R is the rank that the site ended
 with, and may be 0. `rank_pattern` tells for each of the `init_r` components of a site whether it was kept. The scale is
@@ -14,6 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from reparam.core.base import Site
+from reparam.io import peft_lora
+from reparam.io.peft_config import parse
+from reparam.io.peft_factors import sites_of, sort
+from reparam.io.peft_formats import PREFIX, Folder, PeftFormat, peft_format
 from reparam.io.plain import decode
 from reparam.io.record import FormatError, Record, listed
 from reparam.methods import patterns
@@ -40,7 +45,68 @@ class Settings:
     rank_pattern: dict[str, list[bool]] | None = None
 
 
-def as_lora(config: dict[str, Any], file: Path) -> tuple[Settings, dict[str, Any]]:
+@peft_format(AdaLoRA)
+class AdaLoRAFormat(PeftFormat[AdaLoRA]):
+    """AdaLoRA."""
+
+    peft_type = "ADALORA"
+
+    def read(self, folder: Folder) -> Record:
+        """The factors, λ, and the method that the settings describe."""
+        own, rest = _as_lora(folder.settings, folder.config)
+        config = parse(rest, folder.config)
+        raw, lambdas = _split(folder.tensors())
+        found = sort(raw, config, {})
+        found.check(folder.weights)
+        sites = sites_of(found, folder.weights, least=0)
+        lora = peft_lora.method_of(LoRA, config, sites, folder.config)
+        ranks = {name: len(found.tensors[f"{name}.A"]) for name in sites}
+        _check_read(own, lambdas, ranks, folder.weights)
+        tensors = found.tensors | {f"{name}.E": value[:, 0] for name, value in lambdas.items()}
+        return found.record(_method_of(own, lora, ranks, folder.config), sites, tensors, config)
+
+    def check(self, method: AdaLoRA, record: Record) -> None:
+        """Raise FormatError for what PEFT's AdaLoRA is not."""
+        super().check(method, record)
+        problems = ["DoRA's magnitudes (magnitude)"] * method.magnitude
+        problems += [f"the embedding {name}" for name, site in record.sites.items() if site.kind != "linear"]
+        problems += [
+            f"rank {method.rank(name)} at {name}, above init_r"
+            for name in record.sites
+            if method.rank(name) > method.init_r
+        ]
+        if problems:
+            raise FormatError(f"PEFT has no equal of AdaLoRA with {listed(problems)}; save with format='reparam'")
+
+    def settings(self, method: AdaLoRA, record: Record) -> dict[str, Any]:
+        """LoRA's and its own. Where the trainer gave the schedule, the file has one of one step."""
+        lora = LoRA(r=method.init_r, alpha=method.alpha, dropout=method.dropout)
+        plan = method.plan(method.total_steps) if method.total_steps is not None else None
+        return peft_lora.settings_of(lora, record) | {
+            "peft_type": "ADALORA",
+            "r": 8,  # PEFT warns of any other, and does not read it
+            "target_r": round(method.target_r),
+            "init_r": method.init_r,
+            "tinit": plan.tinit if plan else 0,
+            "tfinal": plan.tfinal if plan else 0,
+            "deltaT": method.delta_t,
+            "beta1": method.beta1,
+            "beta2": method.beta2,
+            "orth_reg_weight": method.orth_weight,
+            "total_step": plan.total if plan else 1,
+            "rank_pattern": {
+                f"{name}{VALUES}": [True] * (r := method.rank(name)) + [False] * (method.init_r - r)
+                for name in record.sites
+            },
+        }
+
+    def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
+        """The factors and λ."""
+        a, b, e = (record.tensors[f"{name}.{part}"] for part in "ABE")
+        return {".lora_A": a, ".lora_B": b, VALUES: e[:, None]}
+
+
+def _as_lora(config: Mapping[str, Any], file: Path) -> tuple[Settings, dict[str, Any]]:
     """AdaLoRA's own settings, and the rest as the configuration of a LoRA. Raises FormatError for what is neither."""
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = decode(Settings, {key: value for key, value in config.items() if key in names}, file)
@@ -50,19 +116,19 @@ def as_lora(config: dict[str, Any], file: Path) -> tuple[Settings, dict[str, Any
     return settings, {**rest, "peft_type": "LORA", "r": settings.init_r}
 
 
-def split(raw: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors under the keys of a LoRA's, and λ [R, 1] by site."""
     rest, values = {}, {}
     for key, tensor in raw.items():
-        if key.endswith(VALUES) and key.startswith(prefix):
-            values[key.removeprefix(prefix).removesuffix(VALUES)] = tensor
+        if key.endswith(VALUES) and key.startswith(PREFIX):
+            values[key.removeprefix(PREFIX).removesuffix(VALUES)] = tensor
         else:
             end = next((end for end in ENDS if key.endswith(end)), "")
             rest[key.removesuffix(end) + ENDS.get(end, "")] = tensor
     return rest, values
 
 
-def check(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping[str, int], file: Path) -> None:
+def _check_read(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping[str, int], file: Path) -> None:
     """Raise FormatError where λ, the factors and the pattern of kept components are not of one rank."""
     kept = {name.removesuffix(VALUES): has for name, has in (settings.rank_pattern or {}).items()}
     problems = [f"missing {name}{VALUES}" for name in ranks if name not in values]
@@ -80,7 +146,7 @@ def check(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping[str, 
         raise FormatError(f"{file}: {listed(problems)}")
 
 
-def method_of(settings: Settings, lora: LoRA, ranks: Mapping[str, int], file: Path) -> AdaLoRA:
+def _method_of(settings: Settings, lora: LoRA, ranks: Mapping[str, int], file: Path) -> AdaLoRA:
     """The method. Raises FormatError for settings that cannot be."""
     changed = any(rank != settings.init_r for rank in ranks.values())
     try:
@@ -100,45 +166,3 @@ def method_of(settings: Settings, lora: LoRA, ranks: Mapping[str, int], file: Pa
         )
     except ValueError as error:
         raise FormatError(f"{file}: {error}") from None
-
-
-def config_of(method: AdaLoRA, record: Record) -> dict[str, Any]:
-    """The keys that LoRA's configuration has not. Where the trainer gave the schedule, the file has one of one step."""
-    _check_written(method, record)
-    plan = method.plan(method.total_steps) if method.total_steps is not None else None
-    return {
-        "peft_type": "ADALORA",
-        "r": 8,  # PEFT warns of any other, and does not read it
-        "target_r": round(method.target_r),
-        "init_r": method.init_r,
-        "tinit": plan.tinit if plan else 0,
-        "tfinal": plan.tfinal if plan else 0,
-        "deltaT": method.delta_t,
-        "beta1": method.beta1,
-        "beta2": method.beta2,
-        "orth_reg_weight": method.orth_weight,
-        "total_step": plan.total if plan else 1,
-        "rank_pattern": {
-            f"{name}{VALUES}": [True] * (r := method.rank(name)) + [False] * (method.init_r - r)
-            for name in record.sites
-        },
-    }
-
-
-def tensors_of(name: str, record: Record, prefix: str) -> dict[str, Tensor]:
-    """One site's tensors by PEFT's keys."""
-    a, b, e = (record.tensors[f"{name}.{part}"] for part in "ABE")
-    return {f"{prefix}{name}{end}": t for end, t in ((".lora_A", a), (".lora_B", b), (VALUES, e[:, None]))}
-
-
-def _check_written(method: AdaLoRA, record: Record) -> None:
-    """Raise FormatError for what PEFT's AdaLoRA is not."""
-    problems = ["DoRA's magnitudes (magnitude)"] * method.magnitude
-    problems += [f"the embedding {name}" for name, site in record.sites.items() if site.kind != "linear"]
-    problems += [
-        f"rank {method.rank(name)} at {name}, above init_r"
-        for name in record.sites
-        if method.rank(name) > method.init_r
-    ]
-    if problems:
-        raise FormatError(f"PEFT has no equal of AdaLoRA with {listed(problems)}; save with format='reparam'")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,13 +93,8 @@ class Honored:
         return path.endswith(tuple(self.modules_to_save or ()))
 
 
-def parse(config: dict[str, Any], file: Path) -> Honored:
+def parse(config: Mapping[str, Any], file: Path) -> Honored:
     """The keys that count. Raises FormatError that names each key which cannot be honored."""
-    if config.get("peft_type") != "LORA":
-        instead = OTHERS.get(str(config.get("peft_type")), "")
-        raise FormatError(
-            f"{file}: peft_type {config.get('peft_type')!r} is not read, only LORA and ADALORA are{instead}"
-        )
     fields = {field.name for field in dataclasses.fields(Honored)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
     problems += [

@@ -25,6 +25,7 @@ class Prompting(Method):
     """What the two have in common. Raises ValueError for less than one token."""
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    changes_weights: ClassVar[bool] = False
 
     tokens: int = 20
     """How many positions are put in front of the text."""

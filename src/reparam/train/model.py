@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+import reparam.hf.prompts  # noqa: F401  (registers how its methods are put on a model)
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import attach, untie
+from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
 from reparam.data.rows import Row
 from reparam.data.tasks import task_names
-from reparam.hf import prompts
 from reparam.hf.models import load_base
-from reparam.methods.prompts import Prompting
 from reparam.train.config import AdapterConfig, BaseConfig, Config, ConfigError
 
 
@@ -28,11 +28,11 @@ def loaded(base: BaseConfig) -> nn.Module:
 def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     """The method on the model, or in front of what it reads. Raises ValueError for what does not fit."""
     where = config.adapter
-    if not isinstance(method, Prompting):
+    if method.changes_weights:
         return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} goes on no module: leave out [adapter] and run.gradient_checkpointing")
-    return prompts.attach(model, method)
+    return put_on(method, model)
 
 
 def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:

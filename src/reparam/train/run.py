@@ -21,15 +21,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import select
 from reparam.adapter.context import told
-from reparam.adapter.load import fill, load
+from reparam.adapter.without_sites import fill_from, read_back
 from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
-from reparam.hf import prompts
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
-from reparam.hf.prompts import Prompts
-from reparam.io import files
 from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
@@ -117,8 +114,7 @@ def prove(job: Job, folder: Path) -> float:
     batch = Collator(padding_id(job.tokenizer))(examples)
     device = next(job.model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    read = prompts.load if isinstance(job.adapter, Prompts) else load
-    read(job.model, folder, name=CHECK, activate=False)
+    read_back(job.adapter, folder, name=CHECK)
     job.model.eval()
     logits = {}
     with torch.no_grad():
@@ -231,10 +227,7 @@ def _save(adapter: Adapter, folder: Path) -> None:
 
 
 def _load(adapter: Adapter, folder: Path) -> None:
-    if isinstance(adapter, Prompts):
-        adapter.fill(folder / "adapter")
-    else:
-        fill(adapter, files.read(folder / "adapter"), folder / "adapter")
+    fill_from(adapter, folder / "adapter")
     if adapter.controller is not None:
         adapter.controller.load_state_dict(read_tree(folder, "controller"))
 
@@ -256,7 +249,7 @@ def _figures(
         "base": job.config.base.path,
         "method": job.config.method.name,
         "trained parameters": parameters,
-        "positions taken": job.adapter.method.tokens if isinstance(job.adapter, Prompts) else 0,
+        "positions taken": job.adapter.positions,
         "training rows": job.train.report.rows,
         "held-out rows": job.valid.report.rows,
         "before": [dataclasses.asdict(score) for score in result.before],

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 from reparam.adapter.quantize import entries, reports
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
-from reparam.hf.prompts import Prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,9 +41,8 @@ class Show:
         self.console.print(f"will be trained: {job.adapter.method.name}, {trained:,} parameters, on these sites")
         self.console.print(sites_table(job.adapter))
         self.console.print(f"that is {trained / total:.2%} of the base's {total:,}; everything else is frozen")
-        if isinstance(job.adapter, Prompts):
-            taken, of = job.adapter.method.tokens, job.adapter.context
-            self.console.print(f"{taken} of {of or 'the'} positions are taken from every text")
+        if taken := job.adapter.positions:
+            self.console.print(f"{taken} of {job.adapter.context or 'the'} positions are taken from every text")
         for report in reports(job.model):
             self.console.print(str(report), highlight=False, soft_wrap=True)
         self.console.print(f"training rows   {job.train.report}")

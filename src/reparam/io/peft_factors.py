@@ -1,0 +1,156 @@
+"""Low-rank factors in PEFT's files, whatever the method.
+
+Keys are `base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]; an embedding has
+`.lora_embedding_A` [R, V] and `.lora_embedding_B` [I, R], which are our B and A transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from reparam.core.base import Site
+from reparam.core.method import Method
+from reparam.io.native import FLOATS
+from reparam.io.peft_config import Honored
+from reparam.io.peft_formats import PREFIX
+from reparam.io.record import Base, FormatError, Record, listed
+
+PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
+    ".lora_A.weight": ("linear", "A", False),
+    ".lora_B.weight": ("linear", "B", False),
+    ".lora_embedding_A": ("embedding", "B", True),
+    ".lora_embedding_B": ("embedding", "A", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds, under our names."""
+
+    tensors: dict[str, Tensor]
+    kinds: dict[str, str]
+    """The kinds of the sites that have factors."""
+    frozen: dict[str, Tensor]
+    """Tensors of the base that the file carries along."""
+    replaced: list[str]
+    """Modules that are trained whole."""
+    problems: list[str]
+
+    def check(self, file: Path) -> None:
+        """Raise FormatError with all problems, if there are any."""
+        if self.problems:
+            raise FormatError(f"{file}: {listed(self.problems)}")
+
+    def record(self, method: Method, sites: dict[str, Site], tensors: dict[str, Tensor], config: Honored) -> Record:
+        """The adapter, with these tensors."""
+        base = Base("", config.base_model_name_or_path, {}) if config.base_model_name_or_path else None
+        replaced = tuple(self.replaced)
+        return Record(method, sites, tensors, replaced=replaced, base=base, frozen=self.frozen, claims=config)
+
+
+def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) -> Contents:
+    """Sort PEFT's keys. `more` are ends of keys of what a site has besides its factors -> our names for these."""
+    tensors: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
+    replaced: list[str] = []
+    beside: list[tuple[str, str]] = []
+    strange: list[str] = []
+    names = {**more, ".base_layer.bias": "bias"}
+    for key, tensor in raw.items():
+        path = key.removeprefix(PREFIX)
+        end = next((end for end in (*PARTS, *names) if path.endswith(end)), None)
+        if not key.startswith(PREFIX):
+            strange.append(key)
+        elif end in PARTS:
+            kind, parameter, transposed = PARTS[end]
+            kinds[path.removesuffix(end)] = kind
+            tensors[f"{path.removesuffix(end)}.{parameter}"] = tensor.t() if transposed and tensor.ndim == 2 else tensor
+        elif end is not None:
+            site = path.removesuffix(end)
+            beside.append((site, end))
+            tensors[f"{site}.{names[end]}"] = tensor
+        elif ".lora_" in path:
+            strange.append(key)
+        elif module := _saved_module(path, config):
+            tensors[path] = tensor
+            if module not in replaced:
+                replaced.append(module)
+        else:  # PEFT's save_embedding_layers: the base's own matrix, carried along
+            frozen[path.replace(".base_layer.", ".")] = tensor
+    strange += [f"{PREFIX}{site}{end}" for site, end in beside if site not in kinds]
+    return Contents(tensors, kinds, frozen, replaced, [f"unknown tensor {key}" for key in strange])
+
+
+def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> dict[str, Tensor]:
+    """One site's factors by the ends of their keys. `inside` begins our names of them."""
+    found = {}
+    for end, (kind, parameter, transposed) in PARTS.items():
+        if kind == site.kind:
+            tensor = record.tensors[f"{name}.{inside}{parameter}"]
+            found[end] = tensor.t() if transposed else tensor
+    return found
+
+
+def _saved_module(path: str, config: Honored) -> str | None:
+    """The outermost module around this tensor that is trained whole."""
+    parts = path.split(".")
+    return next((m for i in range(1, len(parts)) if config.whole(m := ".".join(parts[:i]))), None)
+
+
+def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Site]:
+    """The sites that the factors belong to. Raises FormatError for halves, and factors that do not fit each other.
+
+    `least` is the lowest rank that there can be.
+    """
+    tensors, kinds = contents.tensors, contents.kinds
+    if not kinds:
+        raise FormatError(f"{file}: holds no LoRA factors")
+    keys = {(kind, parameter): end for end, (kind, parameter, _) in PARTS.items()}
+    problems = [
+        f"missing {PREFIX}{name}{keys[kind, parameter]}"
+        for name, kind in kinds.items()
+        for parameter in ("A", "B")
+        if f"{name}.{parameter}" not in tensors
+    ]
+    sites = {}
+    for name, kind in kinds.items() if not problems else ():
+        a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
+            problems.append(
+                f"{PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors of a matrix"
+            )
+        elif a.dtype not in FLOATS or b.dtype not in FLOATS:
+            problems.append(f"{PREFIX}{name}: lora_A is {a.dtype}, lora_B is {b.dtype}")
+        else:
+            sites[name] = Site(name, kind, b.shape[0], a.shape[1])
+    if problems:
+        raise FormatError(f"{file}: {listed(problems)}")
+    return sites
+
+
+def targets_of(record: Record) -> list[str] | str:
+    """What PEFT expands to exactly the sites: ends of paths if they do, else whole paths, else a regular expression."""
+    ends = sorted({name.rpartition(".")[2] for name in record.sites})
+    for names in (ends, list(record.sites)) if record.modules else (list(record.sites),):
+        found = {m for m in (*record.modules, *record.sites) if any(m == n or m.endswith("." + n) for n in names)}
+        if found == record.sites.keys():
+            return names
+    return "|".join(re.escape(name) for name in record.sites)
+
+
+def replaced_of(record: Record) -> list[str] | None:
+    """The modules that are replaced. PEFT takes every module whose path ends so, and there is no way to say less."""
+    for name in record.replaced:
+        others = [m for m in record.modules if m.endswith(name) and m not in record.replaced]
+        if others:
+            raise FormatError(
+                f"PEFT names modules to save by the ends of their paths, and {name!r} is the end of {others[0]} too; "
+                f"save with format='reparam'"
+            )
+    return list(record.replaced) or None

@@ -1,0 +1,121 @@
+"""LoRA in PEFT's files: two factors a site, and the scale in the settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from reparam.core.base import Site
+from reparam.io.peft_config import Honored, parse
+from reparam.io.peft_factors import replaced_of, sites_of, sort, targets_of, tensors_of
+from reparam.io.peft_formats import WEIGHTS, Folder, PeftFormat, peft_format
+from reparam.io.record import FormatError, Record, listed
+from reparam.methods.lora import LoRA
+
+_L = TypeVar("_L", bound=LoRA)
+
+
+@peft_format(LoRA)
+class LoRAFormat(PeftFormat[LoRA]):
+    """LoRA."""
+
+    peft_type = "LORA"
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        """LoRA without magnitudes."""
+        return super().reads(settings) and not settings.get("use_dora")
+
+    def read(self, folder: Folder) -> Record:
+        """The factors, and the method that the settings describe."""
+        config = parse(folder.settings, folder.config)
+        found = sort(folder.tensors(), config, {})
+        found.check(folder.weights)
+        sites = sites_of(found, folder.weights)
+        method = method_of(LoRA, config, sites, folder.config)
+        check_ranks(method, found.tensors, sites, folder.config)
+        return found.record(method, sites, found.tensors, config)
+
+    def settings(self, method: LoRA, record: Record) -> dict[str, Any]:
+        """LoRA's."""
+        return settings_of(method, record)
+
+    def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
+        """The factors."""
+        return tensors_of(name, site, record)
+
+
+def method_of(cls: type[_L], config: Honored, sites: Iterable[str], file: Path) -> _L:
+    """The method that the settings describe. Raises FormatError for settings that cannot be."""
+
+    def used(patterns: dict[str, Any] | None) -> dict[str, Any]:
+        """PEFT leaves patterns that match nothing in the file; here they would be an error."""
+        return {p: v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in sites)}
+
+    try:
+        return cls(
+            r=config.r,
+            alpha=config.lora_alpha,
+            scaling="rslora" if config.use_rslora else "alpha_over_r",
+            dropout=config.lora_dropout,
+            rank_pattern=used(config.rank_pattern),
+            alpha_pattern=used(config.alpha_pattern),
+        )
+    except ValueError as error:
+        raise FormatError(f"{file}: {error}") from None
+
+
+def check_ranks(method: LoRA, tensors: Mapping[str, Tensor], sites: Iterable[str], file: Path) -> None:
+    """Raise FormatError where weights have another rank than the settings say."""
+    ranks = {name: len(tensors[f"{name}.A"]) for name in sites}
+    wrong = [
+        f"{name}: rank {rank} in {WEIGHTS}, {method.at(name)[0]} by r and rank_pattern"
+        for name, rank in ranks.items()
+        if rank != method.at(name)[0]
+    ]
+    if wrong:
+        raise FormatError(
+            f"{file}: {listed(wrong)}; of several patterns that match, the first counts, and PEFT sorts them"
+        )
+
+
+def settings_of(method: LoRA, record: Record) -> dict[str, Any]:
+    """The keys that are needed, and no others: a reader of another release may not know them."""
+    ranks = {name: method.at(name)[0] for name in record.sites}
+    alphas = {name: method.at(name)[1] for name in record.sites}
+    alpha = method.alpha
+    if method.scaling in ("alpha", "none"):  # PEFT only divides: alpha_over_r with alpha = s r is the same function
+        alphas = {name: method.scale(r=r, alpha=alphas[name]) * r for name, r in ranks.items()}
+        alpha = method.scale(r=method.r, alpha=method.alpha) * method.r
+    architecture = record.base.architecture if record.base else ""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "base_model_name_or_path": record.base.source if record.base else None,
+        "r": method.r,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.scaling == "rslora",
+        "use_dora": False,
+        "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != method.r},
+        "alpha_pattern": {_exactly(name): _number(a) for name, a in alphas.items() if a != alpha},
+        "target_modules": targets_of(record),
+        "modules_to_save": replaced_of(record),
+        "bias": "lora_only" if any(f"{name}.bias" in record.tensors for name in record.sites) else "none",
+        "inference_mode": True,
+    }
+    if any(site.transposed for site in record.sites.values()):
+        config["fan_in_fan_out"] = True  # or PEFT warns
+    return config
+
+
+def _exactly(name: str) -> str:
+    """A pattern for this path and no other."""
+    return "^" + re.escape(name)
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
