@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def context(
     Raises ValueError where no mixture is on the model, and for tasks, experts or lengths that cannot be.
     """
     state = state_of(model)
-    found = [adapter.shared for adapter in state.adapters.values() if isinstance(adapter.shared, Common)]
+    found = [cast(Common, adapter.shared) for adapter in state.adapters.values() if adapter.method.takes_context]
     if not found:
         raise ValueError("context: no adapter on this model is a mixture, which is what this tells something to")
     if accumulation < 1:
@@ -95,8 +96,8 @@ def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractCo
 def _selected(model: nn.Module) -> Common | None:
     """What the sites of the selected adapter share, if that is a mixture."""
     choice = state_of(model).choice if hasattr(model, "reparam_state") else None
-    shared = state_of(model).adapters[choice].shared if isinstance(choice, str) else None
-    return shared if isinstance(shared, Common) else None
+    adapter = state_of(model).adapters[choice] if isinstance(choice, str) else None
+    return cast(Common, adapter.shared) if adapter is not None and adapter.method.takes_context else None
 
 
 def _mask(experts: Sequence[int], n: int) -> Tensor:

@@ -44,6 +44,8 @@ class Method:
     """Whether the biases of its sites train as they are, whatever `attach` is told."""
     changes_weights: ClassVar[bool] = True
     """Whether it goes on sites. If not, `reparam.adapter.without_sites` says how it is put on a model."""
+    takes_context: ClassVar[bool] = False
+    """Whether its shared state is a mixture's, which `reparam.context` tells tasks, masks and prompts to."""
     has_components: ClassVar[bool] = False
     """Whether its changes are sums of components that can be dropped one by one. It then has `with_ranks`, and its
     updates have a `low_rank_part`."""

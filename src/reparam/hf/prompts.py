@@ -103,12 +103,8 @@ def attach(model: nn.Module, method: Prompting, *, name: str = "default") -> Pro
     peft = _peft(method)
     if packed_as(model):
         raise ValueError(f"{method.name}: PEFT's files do not say how a base was packed; use base.storage dense")
-    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": method.tokens}
-    config = (
-        peft.PrefixTuningConfig(**common)
-        if isinstance(method, Prefix)
-        else peft.PromptTuningConfig(**common, prompt_tuning_init="SAMPLE_VOCAB")
-    )
+    make = getattr(peft, method.peft_config)
+    config = make(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **method.peft_settings)
     with torch.random.fork_rng():
         torch.manual_seed(method.seed)
         made = _with(model, peft, config, name)

@@ -26,6 +26,10 @@ class Prompting(Method):
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     changes_weights: ClassVar[bool] = False
+    peft_config: ClassVar[str]
+    """Name of the class in PEFT that configures it."""
+    peft_settings: ClassVar[Mapping[str, Any]] = {}
+    """What that is told beside the number of tokens."""
 
     tokens: int = 20
     """How many positions are put in front of the text."""
@@ -46,8 +50,13 @@ class Prompting(Method):
 class Prefix(Prompting):
     """Prefix tuning: keys and values, in every layer, without the paper's projection."""
 
+    peft_config: ClassVar[str] = "PrefixTuningConfig"
+
 
 @method("prompt")
 @dataclasses.dataclass(frozen=True)
 class Prompt(Prompting):
     """Prompt tuning: embeddings that begin at those of tokens drawn from the vocabulary."""
+
+    peft_config: ClassVar[str] = "PromptTuningConfig"
+    peft_settings: ClassVar[Mapping[str, Any]] = {"prompt_tuning_init": "SAMPLE_VOCAB"}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest, whole, wrong_words
@@ -34,6 +34,8 @@ _CHOICES = {
 @dataclasses.dataclass(frozen=True)
 class Settings(Method):
     """What a mixture is made of. Raises ValueError for values out of range and for what cannot go together."""
+
+    takes_context: ClassVar[bool] = True
 
     n: int = 4
     """Number of experts."""
