@@ -18,8 +18,11 @@ from toys import Fixed16, Nudge, Product
 from transformers.pytorch_utils import Conv1D
 
 import reparam
-from reparam.core.base import InputDependentError, Method, Storage
+import reparam.methods
+import reparam.weights
+from reparam.core.base import Method, Storage
 from reparam.core.registry import METHODS, STORAGES
+from reparam.errors import InputDependentError
 from reparam.sites import targets
 
 TOYS: dict[str, type[Method]] = {"nudge": Nudge}

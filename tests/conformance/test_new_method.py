@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from toys import Counter, Nudge, registered
 
 import reparam
-from reparam.core.base import InputDependentError
 from reparam.core.registry import METHODS, method
-from reparam.io.record import FormatError
+from reparam.errors import FormatError, InputDependentError
 
 LLAMA = FAMILIES["llama"]
 SHARED = {"reparam_shared.width32", "reparam_shared.width48"}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Storage, Update, Weight
+from reparam.core.base import Factors, Method, Role, Site, Storage, Update, Weight
 from reparam.core.registry import METHODS, STORAGES
+from reparam.errors import InputDependentError
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import Adapted
 from reparam.weights.dense import DenseWeight

@@ -14,6 +14,8 @@ from models import IDS, logits
 from torch import Tensor, nn
 
 import reparam
+import reparam.methods
+import reparam.weights
 from reparam.core.base import Factors, Method, Site, Storage, Update, Weight
 from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from toys import registered
 
 import reparam
-from reparam.core.base import Factors, InputDependentError, Method, Site, Update, Weight
-from reparam.io.record import FormatError
+from reparam.core.base import Factors, Method, Site, Update, Weight
+from reparam.errors import FormatError, InputDependentError
 from reparam.sites.module import Adapted
 from reparam.sites.norm import Norm
 from reparam.sites.targets import resolve

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Factors, Method
+from reparam.errors import FormatError
 from reparam.io import files
-from reparam.io.record import FormatError, Record, listed
+from reparam.io.record import Record, listed
 from reparam.methods.mixture import Mixture
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.weights.dense import DenseWeight

@@ -24,7 +24,7 @@ from reparam.adapter.selection import state_of
 from reparam.combine.lowrank import stacked
 from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, sites_of
 from reparam.core.base import Factors, Method, Site, Update, Weight
-from reparam.io.record import FormatError
+from reparam.errors import FormatError
 from reparam.sites import targets
 from reparam.sites.walk import walk
 

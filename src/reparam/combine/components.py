@@ -19,7 +19,8 @@ from torch import Tensor
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Method, Site
-from reparam.io.record import FormatError, Record
+from reparam.errors import FormatError
+from reparam.io.record import Record
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.dora import DoRA, DoRAUpdate
 from reparam.methods.lora import LoRA, LoRAUpdate

@@ -9,8 +9,8 @@ from reparam.adapter.attach import remove
 from reparam.compare.data import Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
+from reparam.errors import ConfigError
 from reparam.hf.prompts import Prompts
-from reparam.train.config import ConfigError
 from reparam.train.model import attached, by_task, loaded
 from reparam.train.run import prepare
 

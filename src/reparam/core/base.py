@@ -171,10 +171,6 @@ class Site:
     """Whether the module has a bias [O]; not known of sites that were read from a file."""
 
 
-class InputDependentError(ValueError):
-    """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
-
-
 class Update(nn.Module):
     """The trainable part of one site. It decides itself when the frozen map is applied.
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import Choice, Selection, State, state_of
 from reparam.core.base import Method
+from reparam.errors import FormatError
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft import CONFIG, WEIGHTS
-from reparam.io.record import FormatError
 from reparam.io.staged import staged_folder
 from reparam.methods.prompts import Prefix, Prompt, Prompting
 from reparam.sites.walk import packed_as

@@ -19,10 +19,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+import reparam.methods  # noqa: F401  (fills its registry)
 from reparam.core.base import Kind, Method, Site
 from reparam.core.registry import find_method
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import Base, FormatError, Record, listed
+from reparam.io.record import Base, Record, listed
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
 

@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.errors import FormatError
 from reparam.io import peft_adalora as adalora
 from reparam.io.native import FLOATS, pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_config import Honored, parse
-from reparam.io.record import Base, FormatError, Record, listed
+from reparam.io.record import Base, Record, listed
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import LoRA

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import FormatError, Record, listed
+from reparam.io.record import Record, listed
 from reparam.methods import patterns
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.lora import LoRA

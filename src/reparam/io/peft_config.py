@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import FormatError
 
 NEUTRAL = {
     # about the file, not the function

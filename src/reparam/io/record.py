@@ -11,10 +11,6 @@ from torch import Tensor
 from reparam.core.base import Method, Site
 
 
-class FormatError(ValueError):
-    """A file is damaged, or does not fit the model; the message names the file, the tensor or key, and what to do."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """Matrices of the base that were packed in one way while the adapter was trained."""

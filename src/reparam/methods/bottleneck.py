@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Method, Role, Site, Update, Weight
+from reparam.core.base import Factors, Method, Role, Site, Update, Weight
 from reparam.core.checks import finite, whole, wrong_words
 from reparam.core.registry import method
+from reparam.errors import InputDependentError
 from reparam.methods.lora import seeded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

@@ -12,11 +12,12 @@ from reparam.adapter.attach import attach, untie
 from reparam.core.base import Method
 from reparam.data.rows import Row
 from reparam.data.tasks import task_names
+from reparam.errors import ConfigError
 from reparam.hf import prompts
 from reparam.hf.models import load_base
 from reparam.methods.mixture.method import Mixture
 from reparam.methods.prompts import Prompting
-from reparam.train.config import AdapterConfig, BaseConfig, Config, ConfigError
+from reparam.train.config import AdapterConfig, BaseConfig, Config
 
 
 def loaded(base: BaseConfig) -> nn.Module:
