@@ -20,7 +20,8 @@ from rich.console import Console
 
 from reparam.evaluation.evaluate import evaluate
 from reparam.methods.lora import LoRA
-from reparam.train.config import BaseConfig, Config, DataConfig, OptimConfig, RunConfig
+from reparam.train.base import BaseConfig
+from reparam.train.config import Config, DataConfig, OptimConfig, RunConfig
 from reparam.train.run import train
 from reparam.train.show import Show
 

@@ -31,6 +31,7 @@ LOOSE = {"__init__.py", "__main__.py", "errors.py"}  # the only files beside the
 LIBRARY = {"core", "kernels", "weights", "methods", "optim", "sites", "io", "adapter"}  # torch and safetensors alone
 APART = ({"weights", "methods"}, {"compare", "recipes"}, {"methods", "optim"})  # these never import each other
 CORE = {"torch", "safetensors", "numpy"}
+OPEN = {"adapter/attach.py: attach"}  # takes **, the settings of the method that it is given by name
 COMPILERS = {"numba", "llvmlite", "triton"}  # in kernels
 MOST_LINES = 320
 LONGER = {"train/trainer.py": 400}  # to be split; nothing is to be added here
@@ -173,7 +174,8 @@ def test_the_library_needs_torch_and_safetensors_alone() -> None:
             allowed |= COMPILERS if room(file) == "kernels" else set()
             found = {name.split(".")[0] for name in imported(FILES[file])} - allowed
             wrong += [f"{file} imports {name}" for name in sorted(found)]
-            wrong += [f"{file}: {f.name} takes **{f.args.kwarg.arg}" for f in functions(FILES[file]) if f.args.kwarg]
+            open_ = {f"{file}: {f.name}": f.args.kwarg.arg for f in functions(FILES[file]) if f.args.kwarg}
+            wrong += [f"{name} takes **{arg}" for name, arg in open_.items() if name not in OPEN]
     assert wrong == []
 
 

@@ -2,7 +2,7 @@
 
 The interface, in six lines:
 
-    adapter = reparam.attach(model, reparam.LoRA(r=8, alpha=16), targets="all-linear", name="task")
+    adapter = reparam.attach(model, "lora", r=8, alpha=16, targets="all-linear", name="task")
     adapter.bind(optimizer)
     reparam.select(model, "task")
     adapter.save("out/task")
@@ -11,73 +11,253 @@ The interface, in six lines:
 
 Packed bases: `reparam.pack(model, "nf4")`, or while transformers reads the model,
 `from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimizer states: `reparam.optim.PagedAdamW`.
+
+`import reparam` imports nothing else, not even torch: each name is imported when it is first used.
 """
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import adapters, attach, remove, select, untie
-from reparam.adapter.context import context
-from reparam.adapter.load import load
-from reparam.adapter.merge import MergeReport, merge
-from reparam.adapter.quantize import PackReport, pack
-from reparam.combine.blend import Blend, blend
-from reparam.combine.compress import Compression, compress
-from reparam.combine.split import split
-from reparam.core.base import InputDependentError
-from reparam.io.record import FormatError
-from reparam.methods.adalora.method import AdaLoRA
-from reparam.methods.bitfit import BitFit
-from reparam.methods.bottleneck import Bottleneck
-from reparam.methods.dora import DoRA
-from reparam.methods.full import Full
-from reparam.methods.intrinsic import Intrinsic
-from reparam.methods.lora import LoRA
-from reparam.weights.int8 import Int8
-from reparam.weights.nf4 import NF4
-
 if TYPE_CHECKING:
-    from reparam.hf.config import Int8Config as Int8Config
-    from reparam.hf.config import NF4Config as NF4Config
+    from reparam import adapter as adapter
+    from reparam import cli as cli
+    from reparam import combine as combine
+    from reparam import compare as compare
+    from reparam import core as core
+    from reparam import data as data
+    from reparam import errors as errors
+    from reparam import evaluation as evaluation
+    from reparam import hf as hf
+    from reparam import inspect as inspect
+    from reparam import io as io
+    from reparam import kernels as kernels
+    from reparam import methods as methods
+    from reparam import optim as optim
+    from reparam import recipes as recipes
+    from reparam import sites as sites
+    from reparam import train as train
+    from reparam import weights as weights
+    from reparam.adapter.adapter import Adapter
+    from reparam.adapter.attach import adapters, attach, remove, select, untie
+    from reparam.adapter.context import context
+    from reparam.adapter.load import load
+    from reparam.adapter.merge import MergeReport, merge
+    from reparam.adapter.quantize import PackReport, pack
+    from reparam.adapter.selection import Selection
+    from reparam.combine.blend import Blend, blend
+    from reparam.combine.compress import Compression, compress
+    from reparam.combine.split import split
+    from reparam.core.base import Factors, Site, Storage, Update, Weight
+    from reparam.core.method import Method
+    from reparam.core.registry import method, storage
+    from reparam.errors import (
+        BaseError,
+        ConfigError,
+        DataError,
+        DiskFull,
+        FormatError,
+        InputDependentError,
+        NotFinite,
+        NothingLearned,
+        ReparamError,
+        RunLocked,
+        StateError,
+        Stopped,
+    )
+    from reparam.hf import prompts
+    from reparam.hf.quantizer import Int8Config, NF4Config
+    from reparam.methods.adalora.method import AdaLoRA
+    from reparam.methods.bitfit import BitFit
+    from reparam.methods.bottleneck import Bottleneck
+    from reparam.methods.dora import DoRA
+    from reparam.methods.full import Full
+    from reparam.methods.intrinsic import Intrinsic
+    from reparam.methods.lora import LoRA
+    from reparam.methods.mixture import (
+        HydraLoRA,
+        LLaVAMoLE,
+        LoRAMoE,
+        Mixture,
+        MoELoRAContrastive,
+        MoLE,
+        MoLoRA,
+        MoV,
+        Poly,
+        TaskGated,
+        XLoRA,
+    )
+    from reparam.weights.int8 import Int8
+    from reparam.weights.nf4 import NF4
 
 __version__ = "0.1.0"
 __all__ = [
     "NF4",
     "AdaLoRA",
     "Adapter",
+    "BaseError",
     "BitFit",
     "Blend",
     "Bottleneck",
     "Compression",
+    "ConfigError",
+    "DataError",
+    "DiskFull",
     "DoRA",
+    "Factors",
     "FormatError",
     "Full",
+    "HydraLoRA",
     "InputDependentError",
     "Int8",
+    "Int8Config",
     "Intrinsic",
+    "LLaVAMoLE",
     "LoRA",
+    "LoRAMoE",
     "MergeReport",
+    "Method",
+    "Mixture",
+    "MoELoRAContrastive",
+    "MoLE",
+    "MoLoRA",
+    "MoV",
+    "NF4Config",
+    "NotFinite",
+    "NothingLearned",
     "PackReport",
+    "Poly",
+    "ReparamError",
+    "RunLocked",
+    "Selection",
+    "Site",
+    "StateError",
+    "Stopped",
+    "Storage",
+    "TaskGated",
+    "Update",
+    "Weight",
+    "XLoRA",
     "adapters",
     "attach",
     "blend",
     "compress",
     "context",
+    "errors",
+    "inspect",
     "load",
     "merge",
+    "method",
+    "optim",
     "pack",
+    "prompts",
     "remove",
     "select",
     "split",
+    "storage",
     "untie",
 ]
 
+_HOMES = {  # the module that defines each name
+    "Adapter": "reparam.adapter.adapter",
+    "adapters": "reparam.adapter.attach",
+    "attach": "reparam.adapter.attach",
+    "remove": "reparam.adapter.attach",
+    "select": "reparam.adapter.attach",
+    "untie": "reparam.adapter.attach",
+    "context": "reparam.adapter.context",
+    "load": "reparam.adapter.load",
+    "MergeReport": "reparam.adapter.merge",
+    "merge": "reparam.adapter.merge",
+    "PackReport": "reparam.adapter.quantize",
+    "pack": "reparam.adapter.quantize",
+    "Selection": "reparam.adapter.selection",
+    "Blend": "reparam.combine.blend",
+    "blend": "reparam.combine.blend",
+    "Compression": "reparam.combine.compress",
+    "compress": "reparam.combine.compress",
+    "split": "reparam.combine.split",
+    "Factors": "reparam.core.base",
+    "Method": "reparam.core.method",
+    "Site": "reparam.core.base",
+    "Storage": "reparam.core.base",
+    "Update": "reparam.core.base",
+    "Weight": "reparam.core.base",
+    "method": "reparam.core.registry",
+    "storage": "reparam.core.registry",
+    "BaseError": "reparam.errors",
+    "ConfigError": "reparam.errors",
+    "DataError": "reparam.errors",
+    "DiskFull": "reparam.errors",
+    "FormatError": "reparam.errors",
+    "InputDependentError": "reparam.errors",
+    "NotFinite": "reparam.errors",
+    "NothingLearned": "reparam.errors",
+    "ReparamError": "reparam.errors",
+    "RunLocked": "reparam.errors",
+    "StateError": "reparam.errors",
+    "Stopped": "reparam.errors",
+    "Int8Config": "reparam.hf.quantizer",
+    "NF4Config": "reparam.hf.quantizer",
+    "AdaLoRA": "reparam.methods.adalora.method",
+    "BitFit": "reparam.methods.bitfit",
+    "Bottleneck": "reparam.methods.bottleneck",
+    "DoRA": "reparam.methods.dora",
+    "Full": "reparam.methods.full",
+    "Intrinsic": "reparam.methods.intrinsic",
+    "LoRA": "reparam.methods.lora",
+    "HydraLoRA": "reparam.methods.mixture",
+    "LLaVAMoLE": "reparam.methods.mixture",
+    "LoRAMoE": "reparam.methods.mixture",
+    "Mixture": "reparam.methods.mixture",
+    "MoELoRAContrastive": "reparam.methods.mixture",
+    "MoLE": "reparam.methods.mixture",
+    "MoLoRA": "reparam.methods.mixture",
+    "MoV": "reparam.methods.mixture",
+    "Poly": "reparam.methods.mixture",
+    "TaskGated": "reparam.methods.mixture",
+    "XLoRA": "reparam.methods.mixture",
+    "Int8": "reparam.weights.int8",
+    "NF4": "reparam.weights.nf4",
+}
+_MODULES = {  # modules under a name of their own
+    "adapter": "reparam.adapter",
+    "cli": "reparam.cli",
+    "combine": "reparam.combine",
+    "compare": "reparam.compare",
+    "core": "reparam.core",
+    "data": "reparam.data",
+    "errors": "reparam.errors",
+    "evaluation": "reparam.evaluation",
+    "hf": "reparam.hf",
+    "inspect": "reparam.inspect",
+    "io": "reparam.io",
+    "kernels": "reparam.kernels",
+    "methods": "reparam.methods",
+    "optim": "reparam.optim",
+    "prompts": "reparam.hf.prompts",
+    "recipes": "reparam.recipes",
+    "sites": "reparam.sites",
+    "train": "reparam.train",
+    "weights": "reparam.weights",
+}
 
-def __getattr__(name: str) -> Any:
-    """What is imported when first asked for: two that need transformers, which is told of them, and the optimizers."""
-    if name in ("Int8Config", "NF4Config"):
-        return getattr(importlib.import_module("reparam.hf.quantizer"), name)
-    if name == "optim":
-        return importlib.import_module("reparam.optim")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+if not TYPE_CHECKING:  # a checker reads the imports above, and knows a misspelled name by them
+
+    def __getattr__(name: str) -> Any:
+        """Import what `name` stands for, and keep it. With the first method or storage, all of them are registered."""
+        if name in _MODULES:
+            found = import_module(_MODULES[name])
+        elif name in _HOMES:
+            if _HOMES[name] != "reparam.errors":
+                import_module("reparam.methods")
+                import_module("reparam.weights")
+            found = getattr(import_module(_HOMES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found

@@ -13,9 +13,8 @@ from models import IDS, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import reparam
-from reparam.core.base import InputDependentError
 from reparam.core.registry import METHODS
-from reparam.io.record import FormatError
+from reparam.errors import FormatError, InputDependentError
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANKS = {"sums": 2, "dates": 3, "names": 1}

@@ -13,7 +13,8 @@ from reparam.compare.command import command
 from reparam.compare.data import sides
 from reparam.compare.plan import read
 from reparam.core.registry import METHODS
-from reparam.train.config import ConfigError, DataConfig, resolve
+from reparam.errors import ConfigError
+from reparam.train.config import DataConfig, resolve
 
 BARE = {"base.path": "model", "data.train": "rows.jsonl"}
 

@@ -19,8 +19,7 @@ from reparam.compare.plan import Plan, read
 from reparam.compare.run import TUNING, compare
 from reparam.compare.trial import Outcome, Trial, perform
 from reparam.compare.workers import Late, here
-from reparam.train.attempt import Stopped
-from reparam.train.config import ConfigError
+from reparam.errors import ConfigError, Stopped
 
 TASK = Path(__file__).parents[2] / "assets" / "tasks" / "signatures"
 STEPS = 4

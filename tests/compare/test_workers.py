@@ -14,8 +14,8 @@ from models import save_base
 from reparam.compare import workers as workers_
 from reparam.compare.trial import Trial, perform, trial
 from reparam.compare.workers import Workers, workers
-from reparam.train.attempt import Stopped
-from reparam.train.config import ConfigError, resolve
+from reparam.errors import ConfigError, Stopped
+from reparam.train.config import resolve
 
 TASK = Path(__file__).parents[2] / "assets" / "tasks" / "signatures"
 

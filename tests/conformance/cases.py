@@ -18,9 +18,12 @@ from toys import Fixed16, Nudge, Product
 from transformers.pytorch_utils import Conv1D
 
 import reparam
-from reparam.core.base import InputDependentError, Storage
+import reparam.methods
+import reparam.weights
+from reparam.core.base import Storage
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES
+from reparam.errors import InputDependentError
 from reparam.sites import targets
 
 TOYS: dict[str, type[Method]] = {"nudge": Nudge}

@@ -11,8 +11,8 @@ from cases import CASES, Family, base_of, error, has_factors, move, starts_exact
 from models import IDS, logits
 
 import reparam
-from reparam.core.base import InputDependentError
 from reparam.core.method import Method
+from reparam.errors import InputDependentError
 from reparam.sites.module import Adapted
 from reparam.sites.walk import packed_as
 

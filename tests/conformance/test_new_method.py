@@ -18,12 +18,13 @@ from toys import Counter, Nudge, Pair, registered
 
 import reparam
 from reparam.combine.compress import compress
-from reparam.core.base import InputDependentError, Site
+from reparam.core.base import Site
 from reparam.core.registry import METHODS, method
+from reparam.errors import FormatError, InputDependentError
 from reparam.inspect.spectrum import spectra
 from reparam.io import files, peft_formats
 from reparam.io.peft_formats import CONFIG, PREFIX, WEIGHTS, Folder, PeftFormat, peft_format
-from reparam.io.record import FormatError, Record
+from reparam.io.record import Record
 
 LLAMA = FAMILIES["llama"]
 SHARED = {"reparam_shared.width32", "reparam_shared.width48"}

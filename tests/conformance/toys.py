@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Role, Site, Storage, Update, Weight
+from reparam.core.base import Factors, Role, Site, Storage, Update, Weight
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES
+from reparam.errors import InputDependentError
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import Adapted
 from reparam.weights.dense import DenseWeight

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from reparam.data.batches import IGNORED, Encoded
 from reparam.data.encode import BATCH, encode
-from reparam.data.rows import DataError, Row
+from reparam.data.rows import Row
+from reparam.errors import DataError
 
 
 def completion(prompt: str, answer: str, line: int = 1) -> Row:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam.data.rows import DataError, Row, read_rows
+from reparam.data.rows import Row, read_rows
+from reparam.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

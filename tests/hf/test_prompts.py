@@ -13,13 +13,13 @@ from models import IDS, logits
 
 import reparam
 from reparam.core.registry import METHODS
+from reparam.errors import ConfigError, FormatError
 from reparam.evaluation.score import complete
 from reparam.hf import prompts
 from reparam.hf.open import open_model
 from reparam.hf.prompts import Prompts
-from reparam.io.record import FormatError
 from reparam.methods.prompts import Prefix, Prompt, Prompting
-from reparam.train.config import ConfigError, resolve
+from reparam.train.config import resolve
 from reparam.train.run import prepare
 
 KINDS = [Prefix, Prompt]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import reparam
+from reparam.errors import BaseError
 from reparam.hf.config import PackConfig
-from reparam.hf.models import BaseError, load_base, save_model
+from reparam.hf.models import load_base, save_model
 from reparam.io.mapped import Mapped
 from reparam.weights.nf4 import NF4Weight
 

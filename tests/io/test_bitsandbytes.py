@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from reparam import NF4, FormatError, pack
-from reparam.hf.models import BaseError, load_base, save_model
+from reparam.errors import BaseError
+from reparam.hf.models import load_base, save_model
 from reparam.io.bitsandbytes import FP4, NESTED, STATE, state_of, weight_from
 from reparam.weights.nf4 import NF4Weight
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reparam.io.staged import DiskFull, digest, inside, recover, staged_folder, write_file
+from reparam.errors import DiskFull
+from reparam.io.staged import digest, inside, recover, staged_folder, write_file
 
 TOKEN = "0123456789ab"
 

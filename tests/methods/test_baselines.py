@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import reparam
 from reparam import BitFit, Bottleneck, Full
-from reparam.core.base import InputDependentError, Site
+from reparam.core.base import Site
+from reparam.errors import InputDependentError
 from reparam.inspect.summary import summarize
 from reparam.recipes.merge import merge_to
 from reparam.sites.module import Adapted

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.core.registry import METHODS
+from reparam.errors import FormatError
 from reparam.inspect.summary import summarize
-from reparam.io.record import FormatError
 from reparam.methods.intrinsic import Intrinsic
 from reparam.methods.intrinsic_update import Space, WeightUpdate
 from reparam.methods.projections import Projection, key_of

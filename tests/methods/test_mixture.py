@@ -12,8 +12,8 @@ from models import IDS, logits
 from torch import Tensor, nn
 
 import reparam
-from reparam.core.base import InputDependentError
 from reparam.core.registry import METHODS
+from reparam.errors import InputDependentError
 from reparam.methods.mixture import Mixture, experts
 from reparam.methods.mixture.select import choose
 

@@ -30,8 +30,9 @@ from reparam.cli import main
 from reparam.core.base import Site
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
+from reparam.errors import ConfigError
 from reparam.optim import PagedAdamW, check_rates, lora_plus
-from reparam.train.config import ConfigError, OptimConfig, dump, resolve
+from reparam.train.config import OptimConfig, dump, resolve
 from reparam.train.job import Result
 from reparam.train.optimizer import check
 from reparam.train.run import train

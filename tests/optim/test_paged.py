@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import reparam
+from reparam.errors import StateError
 from reparam.optim import PagedAdamW, Paging
-from reparam.train.state import StateError, load_state, restore_optimizer, save_state
+from reparam.train.state import load_state, restore_optimizer, save_state
 
 BITS = pytest.mark.parametrize("bits", [32, 8])
 DEVICES = pytest.mark.parametrize(

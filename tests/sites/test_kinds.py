@@ -12,7 +12,7 @@ from toys import Product, ProductSite, registered
 
 import reparam
 from reparam.core.base import Site
-from reparam.io.record import FormatError
+from reparam.errors import FormatError
 from reparam.sites import targets
 from reparam.sites.kinds import KINDS, kind, kind_of
 

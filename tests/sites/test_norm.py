@@ -14,9 +14,9 @@ from torch.func import functional_call
 from toys import registered
 
 import reparam
-from reparam.core.base import Factors, InputDependentError, Site, Update, Weight
+from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.method import Method
-from reparam.io.record import FormatError
+from reparam.errors import FormatError, InputDependentError
 from reparam.sites.module import Adapted
 from reparam.sites.norm import Norm
 from reparam.sites.targets import resolve

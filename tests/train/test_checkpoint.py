@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from reparam.io.staged import DiskFull
-from reparam.train.checkpoint import RunLock, RunLocked, commit, newest, prune, verify
+from reparam.errors import DiskFull, RunLocked
+from reparam.train.checkpoint import RunLock, commit, newest, prune, verify
 
 
 def save(run: Path, step: int, size: int = 8) -> Path:

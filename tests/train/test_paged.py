@@ -13,7 +13,8 @@ from models import save_base
 from rich.console import Console
 from stopping import Stopping
 
-from reparam.train.config import ConfigError, OptimConfig, resolve
+from reparam.errors import ConfigError
+from reparam.train.config import OptimConfig, resolve
 from reparam.train.job import Result
 from reparam.train.optimizer import bytes_of, check
 from reparam.train.run import train

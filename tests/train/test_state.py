@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from reparam.train.state import StateError, load_state, random_state, restore_optimizer, save_state, set_random_state
+from reparam.errors import StateError
+from reparam.train.state import load_state, random_state, restore_optimizer, save_state, set_random_state
 
 # ---- the state of training
 

@@ -17,10 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from reparam.io.staged import DiskFull
-from reparam.train.checkpoint import RunLock, RunLocked, newest, verify
-from reparam.train.guard import NotFinite
-from reparam.train.state import StateError
+from reparam.errors import DiskFull, NotFinite, RunLocked, StateError
+from reparam.train.checkpoint import RunLock, newest, verify
 from reparam.train.trainer import Trainer
 
 ROWS, BATCH, ACCUMULATION = 10, 2, 2  # 5 batches and 3 steps an epoch, the last of them short

@@ -21,11 +21,12 @@ import reparam
 from reparam.cli.config_options import with_options
 from reparam.compare.plan import read
 from reparam.core.base import Storage
+from reparam.errors import BaseError, ConfigError
 from reparam.hf.config import PackConfig
-from reparam.hf.models import BaseError, load_base, save_model
+from reparam.hf.models import load_base, save_model
 from reparam.inspect.survival import kinds, survivals
 from reparam.sites.walk import packed_as
-from reparam.train.config import ConfigError, dump, resolve
+from reparam.train.config import dump, resolve
 from reparam.weights.dense import DenseWeight
 from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
 

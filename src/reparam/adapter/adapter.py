@@ -173,8 +173,11 @@ class Adapter:
         files.write(folder, record, format=format)
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        return f"Adapter({self.name!r}, {self.method.name}, {len(self.sites)} sites, {count:,} parameters)"
+        found = self.parameters()
+        count = sum(p.numel() for p in found)
+        frozen = "" if not found or any(p.requires_grad for p in found) else ", frozen"
+        sites = f"{len(self.sites)} sites, " if self.sites else ""
+        return f"{type(self).__name__}({self.name!r}, {self.method.name}, {sites}{count:,} parameters{frozen})"
 
 
 def _packing(model: nn.Module) -> tuple[Packing, ...]:

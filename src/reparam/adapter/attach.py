@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.selection import Selection, State, state_of
 from reparam.core.base import Update
+from reparam.core.checks import nearest
 from reparam.core.method import Method
+from reparam.core.registry import find_method
 from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
@@ -24,14 +28,18 @@ from reparam.sites.walk import tied, walk
 
 def attach(
     model: nn.Module,
-    method: Method,
+    method: str | Method,
     *,
     targets: targets_.Targets | None = None,
     name: str = "default",
     bias: bool = False,
     modules_to_save: Iterable[str] = (),
+    **settings: Any,
 ) -> Adapter:
     """Put a fresh adapter on `model`, select it, and freeze everything else.
+
+    `method` is a configuration, or the name of a method, whose `settings` then follow: `LoRA(r=8)` or `"lora", r=8`.
+    A `bias` is always that of `attach`; give `Intrinsic(bias=False)` as a configuration.
 
     `targets` is "all-linear" (without the output head), "attention", "mlp", "everything" (with the head, embeddings and
     norms), the end of a path or a list of such, or "re:" and a regular expression for the path; by default what is
@@ -40,14 +48,18 @@ def attach(
     finished adapters (`method.experts`) goes on their sites, of those that the targets name.
 
     The outputs do not change. Raises ValueError, before anything is touched, for targets that match nothing or what
-    cannot be adapted, for a name that is taken or not made of letters, digits, "_" and "-", and for tied weights.
+    cannot be adapted, for a name that is taken or not made of letters, digits, "_" and "-", for tied weights, for an
+    unknown method or setting, and for settings beside a configuration.
 
     >>> from torch import nn
     >>> from reparam import LoRA
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> attach(model, LoRA(r=2), targets=["0"], name="task")
     Adapter('task', lora, 1 sites, 16 parameters)
+    >>> attach(model, "lora", r=2, targets=["2"], name="other")
+    Adapter('other', lora, 1 sites, 12 parameters)
     """
+    method = _configured(method, settings)
     wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
     names = _reached(model, method, wanted, targets_.resolve(model, wanted))
     ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
@@ -65,6 +77,25 @@ def attach(
     adapter.requires_grad_()
     select(model, name)
     return adapter
+
+
+def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
+    """The method itself, or the one of this name with these settings."""
+    own = ("targets", "name", "bias", "modules_to_save")
+    if not isinstance(method, str):
+        if not settings:
+            return method
+        first = next(iter(settings))
+        raise ValueError(
+            f"attach: {first}={settings[first]!r} stands beside a configuration{nearest(first, own)}; settings of the "
+            f"method belong in it: {type(method).__name__}({first}=...)"
+        )
+    cls = find_method(method)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    unknown = [f"{key!r}{nearest(key, [*known, *own])}" for key in settings if key not in known]
+    if unknown:
+        raise ValueError(f"attach: {method} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}")
+    return cls(**settings)
 
 
 def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: list[str]) -> list[str]:

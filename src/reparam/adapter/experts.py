@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from reparam.core.base import Factors
 from reparam.core.method import Method
+from reparam.errors import FormatError
 from reparam.io import files
-from reparam.io.record import FormatError, Record, listed
+from reparam.io.record import Record, listed
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.weights.dense import DenseWeight
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
 from reparam.core.checks import nearest
+from reparam.errors import FormatError
 from reparam.io import files
-from reparam.io.record import FormatError, Record, listed
+from reparam.io.record import Record, listed
 from reparam.sites import targets
 from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 from reparam.sites.module import Replaced

@@ -78,6 +78,12 @@ class MergeReport:
         """The share of ΔW that survived over all sites of one dtype; of packed ones, of one storage, by its name."""
         return survival(self.sites)
 
+    def __repr__(self) -> str:
+        kept = [f"{share:.4f} survives in {_short(kind)}" for kind, share in self.survival().items()]
+        whole = [f"{len(self.replaced)} modules whole"] if self.replaced else []
+        base = [] if self.undo is None else ["base kept"]
+        return f"MergeReport({', '.join([repr(self.adapter), f'{len(self.sites)} sites', *whole, *kept, *base])})"
+
     @torch.no_grad()
     def restore(self) -> None:
         """Bring back the base, bit for bit, with its adapters and the choice among them.

@@ -43,6 +43,11 @@ class PackReport:
         """Bits for each packed entry, statistics and all."""
         return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
 
+    def __repr__(self) -> str:
+        before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
+        sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry"
+        return f"PackReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} tensors left)"
+
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)

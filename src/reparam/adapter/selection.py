@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ class Selection:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._state.select_again(self._before)
+
+    def __repr__(self) -> str:
+        now, model = _named(self._state.choice), type(self._state.model).__name__
+        return f"Selection({now} on {model}, before: {_named(self._before)})"
 
 
 class State:
@@ -156,6 +161,20 @@ class State:
                 f"there are rows (with beams or several returned sequences, repeat each name that often)"
             )
         self._routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
+
+
+def _named(choice: Choice) -> str:
+    """A choice for reading: a name, "the base", or how many rows each adapter has.
+
+    >>> _named("task"), _named(None), _named(["a", "b", None, "a"])
+    ("'task'", 'the base', "4 rows: 2 of 'a', 1 of 'b', 1 of the base")
+    """
+    if choice is None:
+        return "the base"
+    if isinstance(choice, str):
+        return repr(choice)
+    counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
+    return f"{len(choice)} rows: {counts}"
 
 
 def state_of(model: nn.Module) -> State:

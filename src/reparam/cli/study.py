@@ -9,7 +9,8 @@ import typer
 from reparam.cli.config_options import with_options
 from reparam.cli.options import ConfigFile, console
 from reparam.core.checks import numbers
-from reparam.train.config import ConfigError, resolve
+from reparam.errors import ConfigError
+from reparam.train.config import resolve
 
 
 @with_options

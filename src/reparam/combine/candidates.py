@@ -25,7 +25,7 @@ from reparam.combine.lowrank import stacked
 from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, sites_of
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.method import Method
-from reparam.io.record import FormatError
+from reparam.errors import FormatError
 from reparam.sites import targets
 from reparam.sites.walk import walk
 

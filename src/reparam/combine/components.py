@@ -21,7 +21,8 @@ from reparam.combine.operands import nothing
 from reparam.core.base import Site, Update
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
-from reparam.io.record import FormatError, Record
+from reparam.errors import FormatError
+from reparam.io.record import Record
 
 
 class Part(NamedTuple):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from reparam.core.base import Factors, InputDependentError, Site, Update, Weight
-from reparam.io.record import FormatError, Record, listed
+from reparam.core.base import Factors, Site, Update, Weight
+from reparam.errors import FormatError, InputDependentError
+from reparam.io.record import Record, listed
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
 from reparam.weights.dense import DenseWeight

@@ -12,8 +12,9 @@ import random
 from pathlib import Path
 
 from reparam.data.rows import Row, read_rows
+from reparam.errors import ConfigError
 from reparam.io.staged import digest, write_file
-from reparam.train.config import ConfigError, DataConfig
+from reparam.train.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

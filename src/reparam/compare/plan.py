@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method
+from reparam.errors import ConfigError
 from reparam.train.base import KEYS
-from reparam.train.config import LORA_PLUS, SECTIONS, Config, ConfigError, build, read_tables, resolve
+from reparam.train.config import LORA_PLUS, SECTIONS, Config, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")

@@ -9,7 +9,7 @@ from reparam.adapter.attach import remove
 from reparam.compare.data import Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
-from reparam.train.config import ConfigError
+from reparam.errors import ConfigError
 from reparam.train.model import attached, by_task, loaded
 from reparam.train.run import prepare
 

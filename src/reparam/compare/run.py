@@ -32,9 +32,9 @@ from reparam.compare.serving import Serving, serving
 from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Workers
 from reparam.compare.write import write
+from reparam.errors import Stopped
 from reparam.hf.models import check_not_base
 from reparam.io.staged import digest, write_file
-from reparam.train.attempt import Stopped
 from reparam.train.checkpoint import RunLock
 
 TUNING = 1000  # added to the seed, for the runs that rates are chosen by

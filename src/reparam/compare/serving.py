@@ -14,7 +14,7 @@ from torch import nn
 from reparam.adapter.merge import merge
 from reparam.hf.open import open_model
 from reparam.io.staged import write_file
-from reparam.train.config import BaseConfig
+from reparam.train.base import BaseConfig
 from reparam.train.model import loaded
 
 FILE = "serving.json"

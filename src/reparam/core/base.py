@@ -170,10 +170,6 @@ class Site:
     """Whether the module has a bias [O]; not known of sites that were read from a file."""
 
 
-class InputDependentError(ValueError):
-    """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
-
-
 class ExpertChoice(Protocol):
     """How the update of one site divides its input among experts. What sites decide together has one `scope`."""
 

@@ -17,9 +17,10 @@ import torch
 from reparam.data.batches import Encoded, Report, counted
 from reparam.data.chat import Span
 from reparam.data.findings import Findings
-from reparam.data.rows import DataError, Row
+from reparam.data.rows import Row
 from reparam.data.tasks import task_numbers
 from reparam.data.tokenize import LossOn, Tokenizer, Tokens
+from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reparam.data.batches import counted
-from reparam.data.rows import SHOWN, DataError, Row
+from reparam.data.rows import Row
+from reparam.errors import SHOWN, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,25 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.errors import DataError
+
 Kind = Literal["chat", "completion", "text"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = ("messages", "prompt", "completion", "text")
 FORMATS = '"messages", or "prompt" and "completion", or "text"'
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
-SHOWN = 10  # problems that one error message spells out
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on. `problems` holds every finding; the message shows the first ten."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        assert problems
-        self.problems = tuple(problems)
-        lines = list(self.problems[:SHOWN])
-        if len(self.problems) > SHOWN:
-            lines.append(f"... and {len(self.problems) - SHOWN:,} more")
-        super().__init__("\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,10 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from reparam.core.base import Storage
 from reparam.core.registry import STORAGES, find_storage
+from reparam.errors import FormatError
 from reparam.io.layouts import layout_of
 from reparam.io.plain import decode
-from reparam.io.record import FormatError, listed
+from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced
 from reparam.sites.walk import packed_as, walk

@@ -13,16 +13,13 @@ from transformers.utils import logging
 
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
+from reparam.errors import BaseError
 from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers itself, so that packed folders can be read)
 from reparam.hf.config import METHOD, PackConfig, config_for, config_of, from_bitsandbytes, tensors_of, to_bitsandbytes
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted
 from reparam.sites.walk import packed_as
-
-
-class BaseError(ValueError):
-    """A base model cannot be loaded as asked."""
 
 
 def load_base(

@@ -13,11 +13,12 @@ from reparam.adapter.load import place
 from reparam.adapter.quantize import pack
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
+from reparam.errors import FormatError
 from reparam.hf import prompts
 from reparam.hf.models import load_base, load_tokenizer
 from reparam.io import files
 from reparam.io.files import adapter_folder
-from reparam.io.record import FormatError, Packing, Record
+from reparam.io.record import Packing, Record
 from reparam.sites.walk import packed_as, tied
 
 

@@ -22,10 +22,11 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from reparam.adapter.quantize import PackedSite, PackReport, pack
 from reparam.core.base import Weight
+from reparam.errors import FormatError
 from reparam.hf.config import METHOD, Int8Config, NF4Config, PackConfig, config_of, tensors_of
 from reparam.io.layouts import keys_in_files, layout_of
 from reparam.io.mapped import Mapped
-from reparam.io.record import FormatError, listed
+from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import is_conv1d
 from reparam.sites.walk import packed_as

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
-from reparam.core.base import Factors, InputDependentError, Weight
+from reparam.core.base import Factors, Weight
+from reparam.errors import InputDependentError
 from reparam.inspect.operators import leading, of_change
 from reparam.inspect.summary import frozen_weight, stand_alone
 from reparam.io.record import Record

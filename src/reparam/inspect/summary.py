@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reparam.core.base import InputDependentError, Site, Update, Weight
+from reparam.core.base import Site, Update, Weight
+from reparam.errors import InputDependentError
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record

@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import FormatError, listed
+from reparam.io.record import listed
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, NESTED_BLOCK, Statistics
 from reparam.weights.nf4 import NF4Weight
 

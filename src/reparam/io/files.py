@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reparam.errors import FormatError
 from reparam.io import native, peft
-from reparam.io.record import FormatError, Record
+from reparam.io.record import Record
 from reparam.io.staged import staged_folder
 
 FORMATS = {"reparam": native, "peft": peft}

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from reparam.core.base import Storage, Weight
+from reparam.errors import FormatError
 from reparam.io import bitsandbytes, int8
-from reparam.io.record import FormatError, listed
+from reparam.io.record import listed
 
 _OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8}
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from reparam.core.base import Kind, Site
 from reparam.core.method import Method
 from reparam.core.registry import find_method
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import Base, FormatError, Record, listed
+from reparam.io.record import Base, Record, listed
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
 

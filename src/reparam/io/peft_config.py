@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.errors import FormatError
 from reparam.io.plain import decode
-from reparam.io.record import FormatError
 
 NEUTRAL = {
     # about the file, not the function

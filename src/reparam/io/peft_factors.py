@@ -15,10 +15,11 @@ from torch import Tensor
 
 from reparam.core.base import Site
 from reparam.core.method import Method
+from reparam.errors import FormatError
 from reparam.io.native import FLOATS
 from reparam.io.peft_config import Honored
 from reparam.io.peft_formats import PREFIX
-from reparam.io.record import Base, FormatError, Record, listed
+from reparam.io.record import Base, Record, listed
 
 PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
     ".lora_A.weight": ("linear", "A", False),

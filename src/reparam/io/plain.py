@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from reparam.core.checks import nearest
-from reparam.io.record import FormatError, listed
+from reparam.errors import FormatError
+from reparam.io.record import listed
 
 T = TypeVar("T")
 _NAMES: dict[Any, str] = {
@@ -35,7 +36,7 @@ def decode(cls: type[T], value: object, where: object) -> T:
     >>> from reparam.core.base import Site
     >>> decode(Site, {"name": "a", "kind": "linear", "out_features": 2, "in_features": "x"}, "file.json")
     Traceback (most recent call last):
-    reparam.io.record.FormatError: file.json: in_features: expected a whole number, found 'x'
+    reparam.errors.FormatError: file.json: in_features: expected a whole number, found 'x'
     """
     problems = _problems(value, cls, "")
     if problems:

@@ -12,10 +12,6 @@ from reparam.core.base import Site
 from reparam.core.method import Method
 
 
-class FormatError(ValueError):
-    """A file is damaged, or does not fit the model; the message names the file, the tensor or key, and what to do."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """Matrices of the base that were packed in one way while the adapter was trained."""

@@ -28,13 +28,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from reparam.errors import DiskFull
+
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.reparam-(?P<kind>new|old)-(?P<token>[0-9a-f]{12})$")
 # EFBIG: the limit on the size of a file, which is how `ulimit -f` and some file systems say that there is no room.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFull(OSError):  # noqa: N818  (reads as what happened)
-    """There was no room for a result. Nothing was replaced: what was at the target before is still there."""
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:

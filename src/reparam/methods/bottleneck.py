@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Role, Site, Update, Weight
+from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import finite, whole, wrong_words
 from reparam.core.method import Method
 from reparam.core.registry import method
+from reparam.errors import InputDependentError
 from reparam.methods.lora import seeded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

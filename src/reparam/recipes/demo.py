@@ -12,7 +12,8 @@ from reparam.evaluation.score import answer
 from reparam.hf.models import load_tokenizer
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
-from reparam.train.config import AdapterConfig, BaseConfig, Config, DataConfig, OptimConfig, RunConfig
+from reparam.train.base import BaseConfig
+from reparam.train.config import AdapterConfig, Config, DataConfig, OptimConfig, RunConfig
 from reparam.train.run import train
 from reparam.train.show import Show
 

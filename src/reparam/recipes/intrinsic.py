@@ -27,13 +27,14 @@ from rich.table import Table
 from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
+from reparam.errors import ConfigError, Stopped
 from reparam.io.staged import digest, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
 from reparam.sites.fingerprint import fingerprint
-from reparam.train.attempt import Stopped, attempt
-from reparam.train.config import Config, ConfigError, dump
+from reparam.train.attempt import attempt
+from reparam.train.config import Config, dump
 from reparam.train.job import Job
 from reparam.train.run import prepare
 from reparam.train.show import Show

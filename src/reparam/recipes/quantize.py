@@ -8,7 +8,7 @@ from rich.console import Console
 
 from reparam.adapter.quantize import reports
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
-from reparam.train.config import BaseConfig
+from reparam.train.base import BaseConfig
 
 
 def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console) -> None:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
 import torch
 
+from reparam.errors import NothingLearned, Stopped
 from reparam.train.config import Config
 from reparam.train.job import Result
-from reparam.train.run import NothingLearned, train
+from reparam.train.run import train
 from reparam.train.show import Show
-
-
-class Stopped(Exception):  # noqa: N818  (reads as what happened)
-    """A signal ended a run, after a checkpoint."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
 
 
 def attempt(config: Config, *, show: Show, keep_adapter: bool) -> Result | str:

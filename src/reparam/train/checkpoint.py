@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from reparam.io.staged import DiskFull, digest, inside, recover, staged_folder
+from reparam.errors import DiskFull, RunLocked
+from reparam.io.staged import digest, inside, recover, staged_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -32,10 +33,6 @@ class Found:
     """The newest committed and intact checkpoint, or None."""
     skipped: list[tuple[Path, str]]
     """The newer ones that cannot be used, newest first, each with the reason."""
-
-
-class RunLocked(ValueError):  # noqa: N818  (reads as what happened)
-    """Another process runs in the folder."""
 
 
 def commit(run_folder: str | os.PathLike[str], step: int, write: Callable[[Path], None]) -> Path:

@@ -23,16 +23,13 @@ import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
+from reparam.errors import ConfigError
 from reparam.train.base import KEYS, split
 from reparam.train.base import BaseConfig as BaseConfig
 
 # Names that users have for LoRA+, which is a rule of optimization and no method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
-
-
-class ConfigError(ValueError):
-    """The configuration is not usable; the message names the key, the file it came from and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor
 
+from reparam.errors import NotFinite
 from reparam.train.checkpoint import newest
 
 
@@ -51,15 +52,6 @@ class Interrupts:
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
             self.received = signal.Signals(int(number)) if number else None
         return self.received
-
-
-class NotFinite(FloatingPointError):  # noqa: N818  (reads as what happened)
-    """The loss, the penalty or the gradient is NaN or infinite; the weights are those before the step."""
-
-    def __init__(self, message: str, step: int, rows: list[str]) -> None:
-        super().__init__(message)
-        self.step = step
-        self.rows = rows
 
 
 class Finite:

@@ -13,8 +13,10 @@ from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
 from reparam.data.rows import Row
 from reparam.data.tasks import task_names
+from reparam.errors import ConfigError
 from reparam.hf.models import load_base
-from reparam.train.config import AdapterConfig, BaseConfig, Config, ConfigError
+from reparam.train.base import BaseConfig
+from reparam.train.config import AdapterConfig, Config
 
 
 def loaded(base: BaseConfig) -> nn.Module:

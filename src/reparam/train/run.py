@@ -25,12 +25,13 @@ from reparam.adapter.without_sites import fill_from, read_back
 from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
+from reparam.errors import ConfigError, NothingLearned
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
 from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
-from reparam.train.config import Config, ConfigError, dump
+from reparam.train.config import Config, dump
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded
 from reparam.train.plot import plot_losses
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
     pass
 
 CHECK = "__proof"  # the name under which the saved adapter is read back
-
-
-class NothingLearned(RuntimeError):  # noqa: N818  (reads as what happened)
-    """The trained adapter does not change the model's outputs, or was not saved as it was trained."""
 
 
 def train(config: Config, *, show: Show) -> Result:

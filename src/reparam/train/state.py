@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reparam.errors import StateError
 from reparam.io.staged import inside
 
 FORMAT = 1
@@ -53,10 +54,6 @@ class State:
     """One entry per process, by rank."""
     progress: dict[str, Any]
     scaler: dict[str, Any] | None
-
-
-class StateError(ValueError):
-    """A training state cannot be saved, or what was saved cannot be used."""
 
 
 def save_state(

@@ -32,19 +32,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from reparam.errors import StateError
 from reparam.io.staged import staged_folder
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
 from reparam.train.order import ByEpoch, row_order, unsupported
-from reparam.train.state import (
-    State,
-    StateError,
-    load_state,
-    random_state,
-    restore_optimizer,
-    save_state,
-    set_random_state,
-)
+from reparam.train.state import State, load_state, random_state, restore_optimizer, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.core.base import Factors, InputDependentError, Role, Site, Update, Weight
+from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.errors import InputDependentError
 from reparam.methods.lora import compute_dtype
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import attached

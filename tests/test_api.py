@@ -1,0 +1,206 @@
+"""The public interface: exports, when they are imported, methods by name, errors, how things print."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import models
+import pytest
+from torch import nn
+
+import reparam
+from reparam import errors
+from reparam.core.registry import METHODS, STORAGES
+
+ROOT = Path(reparam.__file__).parent
+ERRORS = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and name != "Sequence"}
+OTHERS = set(ERRORS) - {"ReparamError"}
+
+
+def child(code: str) -> str:
+    """What a fresh process prints that runs this."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+# ---- names and when they are imported
+
+
+@pytest.mark.parametrize("name", reparam.__all__)
+def test_every_exported_name_is_there_and_documented(name: str) -> None:
+    found = getattr(reparam, name)
+    assert inspect.getdoc(found), f"{name} has no docstring"
+    assert vars(reparam)[name] is found, "it is kept once it is imported"
+
+
+def test_dir_lists_what_is_exported() -> None:
+    assert dir(reparam) == sorted([*reparam.__all__, "__version__"])
+    assert len(set(reparam.__all__)) == len(reparam.__all__)
+
+
+def test_checkers_see_the_same_names_from_the_same_modules() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    [block] = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    names, modules = {}, {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            path = f"{node.module}.{alias.name}"
+            if (ROOT.parent / path.replace(".", "/")).is_dir() or (
+                ROOT.parent / f"{path.replace('.', '/')}.py"
+            ).exists():
+                modules[alias.asname or alias.name] = path
+            else:
+                names[alias.asname or alias.name] = node.module
+    assert modules == reparam._MODULES
+    presets = "reparam.methods.mixture"
+    assert names == reparam._HOMES, f"presets come from {presets}"
+    assert set(reparam.__all__) == set(names) | {"errors", "inspect", "optim", "prompts"}
+
+
+def test_no_name_hides_a_module() -> None:
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert rooms | {"errors", "prompts"} == set(reparam._MODULES)
+    assert not set(reparam._HOMES) & set(reparam._MODULES)
+    for name, path in reparam._MODULES.items():
+        assert getattr(reparam, name) is import_module(path)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'reparam' has no attribute 'Lora'"):
+        reparam.Lora  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(reparam, "lora")
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    heavy = "{'torch', 'numpy', 'safetensors', 'transformers'} & set(sys.modules)"
+    errors_too = "reparam.FormatError, reparam.errors, dir(reparam), reparam.__version__"
+    assert child(f"import reparam, sys; {errors_too}; print({heavy} or 'none')") == "none"
+
+
+def test_a_first_use_registers_all_methods_and_storages() -> None:
+    """Whichever name is used first; so does whatever looks a name up without the package's own attributes."""
+    count = "from reparam.core.registry import METHODS, STORAGES; print(len(METHODS), len(STORAGES))"
+    expected = child(f"import reparam.methods, reparam.weights; {count}")
+    assert expected.split()[0] != "0"
+    for use in ("reparam.LoRA", "reparam.NF4", "reparam.method", "reparam.attach"):
+        assert child(f"import reparam; {use}; {count}") == expected, use
+    assert child(f"import reparam.io.files; {count}").split()[0] == expected.split()[0]
+
+
+def test_touching_a_configuration_tells_transformers() -> None:
+    use = "import reparam; reparam.NF4Config; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as found"
+    assert child(f"{use}; print('reparam' in found)") == "True"
+
+
+def test_python_m_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "reparam", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+    assert (ROOT / "py.typed").exists()
+
+
+# ---- methods by name
+
+
+def two() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def test_a_method_by_name_is_its_configuration() -> None:
+    by_name = reparam.attach(two(), "lora", r=2, alpha=4.0, targets=["0"], name="task")
+    assert by_name.method == reparam.LoRA(r=2, alpha=4.0)
+    assert list(by_name.sites) == ["0"]
+    assert reparam.attach(two(), "adalora").method == reparam.AdaLoRA()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (
+            "lora",
+            {"rank": 8, "alhpa": 2},
+            r"lora has no setting 'rank'.*, 'alhpa' \(did you mean 'alpha'.*settings are r,",
+        ),
+        ("lora", {"target": "0"}, "no setting 'target'.*did you mean 'targets'"),
+        ("lroa", {}, r"unknown method 'lroa' \(did you mean 'lora'"),
+        ("lora", {"r": 0}, "r=0"),
+        (reparam.LoRA(), {"r": 4}, r"r=4 stands beside a configuration; .*LoRA\(r=...\)"),
+        (reparam.LoRA(), {"target": ["0"]}, "did you mean 'targets'"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_is_touched(
+    method: str | reparam.Method, given: dict[str, object], message: str
+) -> None:
+    model = two()
+    with pytest.raises(ValueError, match=message):
+        reparam.attach(model, method, **given)  # type: ignore[arg-type]
+    assert type(model[0]) is nn.Linear  # type: ignore[index]
+    assert not hasattr(model, "reparam_state")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- errors
+
+
+def test_all_errors_are_in_one_tree() -> None:
+    defined = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in ROOT.rglob("*.py")
+        if path.name != "errors.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and not node.name.startswith("_")
+        and any(re.search("Error$|Exception$", ast.unparse(base)) for base in node.bases)
+    }
+    assert defined == set(), "errors are defined in errors.py"
+    assert all(issubclass(value, reparam.ReparamError) for value in ERRORS.values())
+    assert set(ERRORS) <= set(reparam.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_an_error_is_drawn_with_the_built_in_one_that_it_also_is(name: str) -> None:
+    bases = [base.__name__ for base in ERRORS[name].__bases__ if base is not reparam.ReparamError]
+    drawn = re.search(rf"── {name} +(?:\((\w+)\))?", errors.__doc__ or "")
+    assert drawn, f"the tree lacks {name}"
+    assert [drawn[1]] == (bases or [None])
+    docs = (ROOT.parents[1] / "docs" / "errors.md").read_text()
+    assert f"`{name}`" in docs
+    assert not bases or re.search(rf"`{name}`[^\n]*`{bases[0]}`", docs)
+
+
+def test_a_full_disk_keeps_its_number() -> None:
+    error = reparam.DiskFull(28, "no room", "file")
+    assert (error.errno, error.strerror, error.filename) == (28, "no room", "file")
+    assert str(reparam.Stopped(15)) == "stopped by SIGTERM"
+
+
+# ---- how things print
+
+
+def test_what_is_returned_prints_as_one_line() -> None:
+    model = models.llama()
+    adapter = reparam.attach(model, "lora", r=2, targets=["q_proj"], name="task")
+    assert re.fullmatch(r"Adapter\('task', lora, \d+ sites, [\d,]+ parameters\)", repr(adapter))
+    adapter.requires_grad_(False)
+    assert repr(adapter).endswith(" parameters, frozen)")
+    kind = type(model).__name__
+    assert repr(reparam.select(model, None)) == f"Selection(the base on {kind}, before: 'task')"
+    rows = reparam.select(model, ["task", None])
+    assert repr(rows) == f"Selection(2 rows: 1 of 'task', 1 of the base on {kind}, before: the base)"
+    reparam.select(model, "task")
+    merged = reparam.merge(model, keep_base=True)
+    sites = len(merged.sites)
+    assert repr(merged) == f"MergeReport('task', {sites} sites, 1.0000 survives in float32, base kept)"
+    merged = reparam.pack(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "int8", targets="0")
+    assert repr(merged) == "PackReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits an entry, 1 tensors left)"
+
+
+def test_the_registries_are_full() -> None:
+    assert {"lora", "dora", "adalora", "full", "mixture", "xlora"} <= set(METHODS)
+    assert {"dense", "nf4", "int8"} <= set(STORAGES)
