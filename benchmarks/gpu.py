@@ -4,10 +4,11 @@
     python benchmarks/gpu.py --write     also into docs/gpu-results.md
     python benchmarks/gpu.py --quick     tiny shapes, on a CPU too, to see that it runs; the numbers mean nothing
 
-Every kernel must first equal its torch reference on fresh random inputs: bytes and bits for packing and unpacking,
-rounding for products. Kernel times are the device's own: it is kept busy until all calls are queued, so that launching
-them is not counted. Contestants take turns, and a ratio is the median of the ratios within the rounds. Memory is the
-peak of torch's allocator beyond what was there before; bitsandbytes' paged states are not in it, ours are.
+Every kernel must first equal its torch reference on fresh random inputs: bytes and bits for quantizing and
+dequantizing, rounding for products. Kernel times are the device's own: it is kept busy until all calls are queued, so
+that launching them is not counted. Contestants take turns, and a ratio is the median of the ratios within the rounds.
+Memory is the peak of torch's allocator beyond what was there before; bitsandbytes' paged states are not in it, ours
+are.
 """
 
 from __future__ import annotations

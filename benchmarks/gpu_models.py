@@ -1,8 +1,8 @@
 """Models of the GPU benchmark: a Llama shape with random weights, made directly in a storage, ours or bitsandbytes'.
 
 The model is made without memory (on "meta"). Then each linear map in turn gets a random matrix in bfloat16 on the
-device, which is packed and let go, so that no more than one matrix is ever dense. LoRA goes on all linear maps of the
-blocks, as in QLoRA (arXiv 2305.14314, §4), with gradient checkpointing. Shapes: O out_features, I in_features.
+device, which is quantized and let go, so that no more than one matrix is ever dense. LoRA goes on all linear maps of
+the blocks, as in QLoRA (arXiv 2305.14314, §4), with gradient checkpointing. Shapes: O out_features, I in_features.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Make = Callable[[nn.Linear, Tensor], nn.Module]
 
 
 def nf4(module: nn.Linear, w: Tensor) -> nn.Module:
-    """Our linear map over the matrix packed as QLoRA packs it; `module` has none."""
-    return Linear(module, reparam.NF4().pack(w))
+    """Our linear map over the matrix quantized as QLoRA quantizes it; `module` has none."""
+    return Linear(module, reparam.NF4().quantize(w))
 
 
 def dense(module: nn.Linear, w: Tensor) -> nn.Module:
@@ -39,12 +39,12 @@ def dense(module: nn.Linear, w: Tensor) -> nn.Module:
 
 
 def bitsandbytes_nf4(module: nn.Linear, w: Tensor) -> nn.Module:
-    """bitsandbytes' linear map over the same format; moving its parameter to a device is what packs it."""
+    """bitsandbytes' linear map over the same format; moving its parameter to a device is what quantizes it."""
     sizes = module.in_features, module.out_features
-    packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=w.dtype, quant_type="nf4", device="meta")
-    parameter = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", module=packed)
-    packed.weight = parameter.to(w.device)
-    return packed
+    quantized = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=w.dtype, quant_type="nf4", device="meta")
+    parameter = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", module=quantized)
+    quantized.weight = parameter.to(w.device)
+    return quantized
 
 
 def build(shape: m.Shape, device: torch.device, make: Make) -> nn.Module:
@@ -88,7 +88,7 @@ def ours(model: nn.Module, *, budget: int | None = None, page: int = 1 << 20) ->
 
 def theirs(model: nn.Module) -> torch.optim.Optimizer:
     """The same from PEFT and bitsandbytes."""
-    model.is_loaded_in_4bit = True  # what transformers sets when it packs, and PEFT asks for
+    model.is_loaded_in_4bit = True  # what transformers sets when it quantizes, and PEFT asks for
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(m.LINEARS))
     trained = [p for p in peft.get_peft_model(model, config).parameters() if p.requires_grad]
     return bnb.optim.PagedAdamW8bit(trained, lr=LR)

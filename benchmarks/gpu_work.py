@@ -39,7 +39,7 @@ def check(device: torch.device, *, quick: bool) -> str:
                 for double in (False, True):
                     check_one(torch.randn(shape, device=device).to(dtype), reparam.NF4(block, double), quick=quick)
                     count += 1
-    return f"{count} matrices packed, unpacked and multiplied as the references do, on {nf4.backend(device.type)}"
+    return f"{count} matrices quantized, dequantized and multiplied as the references do, on {nf4.backend(device.type)}"
 
 
 def check_one(w: Tensor, storage: reparam.NF4, *, quick: bool) -> None:
@@ -49,7 +49,7 @@ def check_one(w: Tensor, storage: reparam.NF4, *, quick: bool) -> None:
     expected = quantize_reference(w, storage.block)
     assert torch.equal(codes, expected[0]), (w.shape, w.dtype, storage)
     assert torch.equal(absmax, expected[1]), (w.shape, w.dtype, storage)
-    weight = storage.pack(w)
+    weight = storage.quantize(w)
     settings = {"block": storage.block, "count": w.numel(), "dtype": w.dtype}
     found = nf4.dequantize(weight.codes, weight.statistics, **settings)
     assert torch.equal(found, dequantize_reference(weight.codes, weight.statistics, **settings)), (w.shape, storage)
@@ -109,7 +109,7 @@ def take_turns(work: Mapping[str, m.Call], device: torch.device, *, rounds: int,
 
 
 def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
-    """Packing and unpacking, as shares of the bandwidth of a device copy."""
+    """Packing and dequantizing, as shares of the bandwidth of a device copy."""
     n = 1 << (16 if quick else 28)
     w = torch.randn(n, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(w)
@@ -117,17 +117,20 @@ def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
     stats = nf4.compress(absmax)
     their_codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     copy = {"copy": lambda: other.copy_(w)}
-    packing = copy | {
+    quantizing = copy | {
         "ours": lambda: nf4.quantize(w, 64),
         "theirs": lambda: bnb.quantize_4bit(w, blocksize=64, quant_type="nf4"),
     }
-    unpacking = copy | {
+    dequantizing = copy | {
         "ours": lambda: nf4.dequantize(codes, stats, block=64, count=n, dtype=w.dtype),
         "theirs": lambda: bnb.dequantize_4bit(their_codes, state),
     }
-    moved = {"packs": w.nbytes + codes.nbytes + absmax.nbytes, "unpacks, doubly quantized": w.nbytes + codes.nbytes}
+    moved = {
+        "quantizes": w.nbytes + codes.nbytes + absmax.nbytes,
+        "dequantizes, doubly quantized": w.nbytes + codes.nbytes,
+    }
     lines = []
-    for (what, size), work in zip(moved.items(), (packing, unpacking), strict=True):
+    for (what, size), work in zip(moved.items(), (quantizing, dequantizing), strict=True):
         times = take_turns(work, device, rounds=2 if quick else 10)
         share = {name: size / (2 * w.nbytes) * times.over("copy", name) for name in ("ours", "theirs")}
         cells = f"{share['ours']:.2f}", f"{share['theirs']:.2f}", "", ""
@@ -142,7 +145,7 @@ def decoding(device: torch.device, *, quick: bool) -> list[Line]:
     hidden, inner = shape.hidden, shape.inner
     sizes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
     matrices = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
-    packed = [reparam.NF4().pack(w) for w in matrices]
+    quantized = [reparam.NF4().quantize(w) for w in matrices]
     theirs = [models.bitsandbytes_nf4(nn.Linear(*w.shape[::-1], bias=False, device="meta"), w) for w in matrices]
     lines = []
     for rows in (1, 8):
@@ -153,7 +156,7 @@ def decoding(device: torch.device, *, quick: bool) -> list[Line]:
             return lambda: [f(x) for f, x in zip(maps, xs, strict=True)]
 
         linear = [lambda x, w=w: nn.functional.linear(x, w) for w in matrices]
-        work = {"ours": all_of(packed), "theirs": all_of(theirs), "dense": all_of(linear)}
+        work = {"ours": all_of(quantized), "theirs": all_of(theirs), "dense": all_of(linear)}
         times = take_turns(work, device, rounds=2 if quick else 10)
         took = [f"{times.median(name) * 1e6:.0f} us" for name in work]
         ratio = f"{times.over('theirs', 'ours'):.2f} x bitsandbytes, {times.over('dense', 'ours'):.2f} x dense"
@@ -205,7 +208,7 @@ def largest(device: torch.device, *, quick: bool) -> list[Line]:
     seconds = statistics.median(step_seconds(step, 1, device) for _ in range(2 if quick else 5))
     count = sum(module.weight.codes.numel() * 2 for module in model.modules() if hasattr(module, "updates"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = f"step of {count / 1e9:.1f} B packed entries, {trained / 1e6:.0f} M trained, 1 x {tokens}"
+    what = f"step of {count / 1e9:.1f} B quantized entries, {trained / 1e6:.0f} M trained, 1 x {tokens}"
     return [
         (f"{what}: peak memory", f"{peak / 1e9:.2f} GB", "", "", f"48 GB{missed(peak > LIMIT)}"),
         ("the same: time of a step", f"{seconds:.2f} s", "", "", ""),

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 QUICK = "--quick" in sys.argv
-CONTESTANTS = ("reparam", "bitsandbytes", "dense", "reparam, packed folder")
+CONTESTANTS = ("reparam", "bitsandbytes", "dense", "reparam, quantized folder")
 GOAL, LIMIT, BYTES = 1.3, 1.0, 0.5159
 
 
@@ -66,17 +66,17 @@ def load(folder: Path, how: str) -> nn.Module:
 
 
 def tensors(model: nn.Module) -> tuple[int, int]:
-    """Bytes of all tensors of the model, and of those of its packed matrices."""
-    packed = 0
+    """Bytes of all tensors of the model, and of those of its quantized matrices."""
+    quantized = 0
     for module in model.modules():
         if type(module).__name__ == "NF4Weight":
-            packed += sum(p.nbytes for p in module.parameters())
+            quantized += sum(p.nbytes for p in module.parameters())
         elif type(module).__name__ == "Linear4bit":
-            packed += sum(v.nbytes for k, v in module.state_dict().items() if k != "bias" and "map" not in k)
+            quantized += sum(v.nbytes for k, v in module.state_dict().items() if k != "bias" and "map" not in k)
     plain = sum(
         p.nbytes for n, p in model.named_parameters() if type(p).__name__ != "Params4bit" and ".weight." not in n
     )
-    return plain + packed, packed
+    return plain + quantized, quantized
 
 
 def memory(process: str | int = "self") -> dict[str, int]:
@@ -102,7 +102,7 @@ def child(folder: Path, small: Path, how: str) -> None:
     for tensor in model.parameters():
         tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
     after = memory()
-    total, packed = tensors(model)
+    total, quantized = tensors(model)
     matrices = sum(m.out_features * m.in_features for m in model.model.layers.modules() if hasattr(m, "in_features"))
     found = {
         "before": before["RssAnon"],
@@ -110,7 +110,7 @@ def child(folder: Path, small: Path, how: str) -> None:
         "after": after["VmRSS"] - before["VmRSS"],
         "seconds": end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime,
         "total": total,
-        "packed": packed,
+        "quantized": quantized,
         "entries": matrices,
     }
     print("end", json.dumps(found), flush=True)
@@ -144,27 +144,28 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder, small = Path(temporary) / "model", Path(temporary) / "small"
-        packed, small_packed = Path(temporary) / "packed", Path(temporary) / "small_packed"
+        quantized, small_quantized = Path(temporary) / "quantized", Path(temporary) / "small_quantized"
         for target, tiny in ((small, True), (folder, QUICK)):
             write(target, tiny=tiny)
-        for source, target in ((small, small_packed), (folder, packed)):
+        for source, target in ((small, small_quantized), (folder, quantized)):
             load(source, "reparam").save_pretrained(target, max_shard_size="200MB")
         found = {
-            how: measure(*((packed, small_packed) if "folder" in how else (folder, small)), how) for how in CONTESTANTS
+            how: measure(*((quantized, small_quantized) if "folder" in how else (folder, small)), how)
+            for how in CONTESTANTS
         }
         on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         config = json.loads((folder / "config.json").read_text())
     largest = 2 * config["hidden_size"] * max(config["vocab_size"], config["intermediate_size"])
     size = found["reparam"]["total"]
     print(
-        f"### Loading into NF4\n\nA Llama of {on_disk / 1e6:.0f} MB in bf16; packed, its head and embeddings in bf16,"
-        f" {size / 1e6:.0f} MB; its largest tensor {largest / 1e6:.0f} MB. Over packed bytes:\n\n"
+        f"### Loading into NF4\n\nA Llama of {on_disk / 1e6:.0f} MB in bf16; quantized, head and embeddings in bf16,"
+        f" {size / 1e6:.0f} MB; its largest tensor {largest / 1e6:.0f} MB. Over quantized bytes:\n\n"
         "| loaded by | peak | limit | to reach | part in no file | resident in the end | bytes a parameter | CPU s |\n"
         "|---|---|---|---|---|---|---|---|"
     )
     for how, row in found.items():
         goal = GOAL + largest / size
-        each = row["packed"] / row["entries"] if row["packed"] else 2.0
+        each = row["quantized"] / row["entries"] if row["quantized"] else 2.0
         missed = " (missed)" if how == "reparam" and row["peak"] / size > goal else ""
         cells = [
             how,

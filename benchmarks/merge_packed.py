@@ -5,7 +5,7 @@ in what was written, ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩; noise is what el
 judged on inputs from the rows of A, as |(written − W − ΔW) x| / |ΔW x|. To compare the noise with: NF4's own error on
 such a matrix is 0.092 |W|.
 
-With `--adapter`, a run of `reparam train` on a packed base is merged in every way, and scored on `--data`.
+With `--adapter`, a run of `reparam train` on a quantized base is merged in every way, and scored on `--data`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def synthetic(storages: list[Storage]) -> None:
     columns = [f"{what}, {how}" for how in ("nearest", "aware") for what in ("survival", "noise", "effect off by")]
     print(f"| storage | size of ΔW over W | {' | '.join(columns)} |\n|{'---|' * (2 + len(columns))}")
     for storage in storages:
-        weight = storage.pack(torch.randn(SIDE, SIDE))
+        weight = storage.quantize(torch.randn(SIDE, SIDE))
         for size in SIZES:
             factors = update(size)
             cells = [f"{value:.3f}" for how in ("nearest", "aware") for value in lost(weight, factors, how)]
@@ -69,10 +69,10 @@ def real(adapter: str, data: Path) -> None:
     print("\n| | score, 95 % interval | survival |\n|---|---|---|")
     model, tokenizer, _ = open_model(None, adapter, dtype="float32")
     with reparam.select(model, None):
-        print(f"| packed base | {score(model, tokenizer)} | |")
+        print(f"| quantized base | {score(model, tokenizer)} | |")
     print(f"| adapter apart | {score(model, tokenizer)} | |")
     ways = {
-        "merged, unpacked into bfloat16": {},
+        "merged, dequantized into bfloat16": {},
         "merged onto the original bfloat16 base": {"onto": "dense"},
         "merged into its storage, nearest": {"into": True, "rounding": "nearest"},
         "merged into its storage, aware": {"into": True, "rounding": "aware"},
@@ -87,7 +87,7 @@ def real(adapter: str, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapter", help="folder of a run on a packed base")
+    parser.add_argument("--adapter", help="folder of a run on a quantized base")
     parser.add_argument("--data", type=Path, help="rows to score it on")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def main() -> None:
     synthetic([reparam.NF4(), reparam.Int8()])
     if given.adapter:
         real(given.adapter, given.data)
-    print("\n    python benchmarks/merge_packed.py")
+    print("\n    python benchmarks/merge_quantized.py")
 
 
 if __name__ == "__main__":

@@ -146,15 +146,15 @@ def tables(
             counts = " to ".join(f"{n:,}" for n in sorted({entry["parameters"][0], entry["parameters"][-1]}))
             head = f"| {LABELS[method]} | {entry['rate']:g} | {counts} | {entry[metrics[0]]['seeds']} | "
             lines.append(head + " | ".join(cells) + " |")
-    packed = [
+    quantized = [
         method for method in m.METHODS if any(method in found.get(task, {}) for task in m.TASKS) and method[0] == "q"
     ]
-    if packed:
+    if quantized:
         lines += [
             "\n| NF4 less dense, the same seeds | " + " | ".join(m.TASKS) + " |",
             "|---" * (1 + len(m.TASKS)) + "|",
         ]
-    for method in packed:
+    for method in quantized:
         entries = [found.get(task, {}).get(method, {}) for task in m.TASKS]
         cells = [shown(entry.get("loss to dense") or entry.get("bits to dense"), sign="+") for entry in entries]
         lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from train_step import step_of
 
 import reparam
-from reparam.kernels.nf4 import backend, dequantize, quantize
+from reparam.kernels.nf4 import backend, quantize
 from reparam.kernels.nf4_tables import Statistics
 
 
@@ -32,37 +32,37 @@ def kernels(*, quick: bool) -> list[m.Row]:
     side = 256 if quick else 4096
     w = torch.randn(side, side)
     half = w.bfloat16()
-    ours = reparam.NF4().pack(half)
+    ours = reparam.NF4().quantize(half)
     plain, double = Statistics(quantize(half, 64)[1]), ours.statistics
     buffer, copy, copy_half = torch.empty_like(half), torch.empty_like(w), torch.empty_like(half)
     theirs, nested = (
         bnb.functional.quantize_4bit(half, quant_type="nf4", blocksize=64, compress_statistics=double)
         for double in (False, True)
     )
-    unpack = {"block": 64, "count": w.numel(), "dtype": torch.bfloat16, "out": buffer}
+    dequantize = {"block": 64, "count": w.numel(), "dtype": torch.bfloat16, "out": buffer}
     work = {
         "copy": lambda: copy.copy_(w),
         "copy half": lambda: copy_half.copy_(half),
-        "pack": lambda: quantize(w, 64),
-        "pack double": lambda: reparam.NF4().pack(w),
-        "pack bnb": lambda: bnb.functional.quantize_4bit(w, quant_type="nf4", blocksize=64),
-        "pack double bnb": lambda: bnb.functional.quantize_4bit(
+        "quantize": lambda: quantize(w, 64),
+        "quantize double": lambda: reparam.NF4().quantize(w),
+        "quantize bnb": lambda: bnb.functional.quantize_4bit(w, quant_type="nf4", blocksize=64),
+        "quantize double bnb": lambda: bnb.functional.quantize_4bit(
             w, quant_type="nf4", blocksize=64, compress_statistics=True
         ),
-        "unpack": lambda: dequantize(ours.codes, plain, **unpack),
-        "unpack double": lambda: dequantize(ours.codes, double, **unpack),
-        "unpack bnb": lambda: bnb.functional.dequantize_4bit(*theirs),
-        "unpack double bnb": lambda: bnb.functional.dequantize_4bit(*nested),
+        "dequantize": lambda: dequantize(ours.codes, plain, **dequantize),
+        "dequantize double": lambda: dequantize(ours.codes, double, **dequantize),
+        "dequantize bnb": lambda: bnb.functional.dequantize_4bit(*theirs),
+        "dequantize double bnb": lambda: bnb.functional.dequantize_4bit(*nested),
     }
     times = m.interleave(work, rounds=3 if quick else 15)
     size, over = f"{side} x {side}", times.over
-    fresh, fresh_double = over("copy half", "unpack bnb"), over("copy half", "unpack double bnb")
+    fresh, fresh_double = over("copy half", "dequantize bnb"), over("copy half", "dequantize double bnb")
     return [
-        _row(times, f"quantize {size} float32, over a copy of it", "pack", "copy", limit=1.0, goal=2.0),
-        _row(times, "the same, checked and doubly quantized", "pack double", "copy", limit=1.0),
-        m.Row("dequantize to bfloat16, over bitsandbytes", over("unpack", "unpack bnb"), 1.0, fresh, 0.4),
-        m.Row("the same, doubly quantized", over("unpack double", "unpack double bnb"), 1.0, fresh_double, 0.4),
-        _row(times, "the same, over a copy of the result", "unpack double", "copy half", limit=1.0),
+        _row(times, f"quantize {size} float32, over a copy of it", "quantize", "copy", limit=1.0, goal=2.0),
+        _row(times, "the same, checked and doubly quantized", "quantize double", "copy", limit=1.0),
+        m.Row("dequantize to bfloat16, over bitsandbytes", over("dequantize", "dequantize bnb"), 1.0, fresh, 0.4),
+        m.Row("the same, doubly quantized", over("dequantize double", "dequantize double bnb"), 1.0, fresh_double, 0.4),
+        _row(times, "the same, over a copy of the result", "dequantize double", "copy half", limit=1.0),
     ]
 
 
@@ -71,7 +71,7 @@ def token_through_a_layer(*, quick: bool) -> m.Row:
     outputs, inputs = (256, 128) if quick else (11008, 4096)
     dense = nn.Linear(inputs, outputs, bias=False)
     ours = nn.Sequential(nn.Linear(inputs, outputs, bias=False))
-    reparam.pack(ours, "nf4", targets="0")
+    reparam.quantize(ours, "nf4", targets="0")
     x = torch.randn(1, inputs)
     with torch.no_grad():
         times = m.interleave({"dense": lambda: dense(x), "ours": lambda: ours(x)}, rounds=5 if quick else 25)
@@ -109,13 +109,13 @@ CONTESTANTS = ("dense", "nf4", "dense peft", "nf4 peft")
 
 
 def contestant(name: str, shape: m.Shape) -> nn.Module:
-    """A model with an adapter of r = 16, its base dense or packed, ours or PEFT's."""
+    """A model with an adapter of r = 16, its base dense or quantized, ours or PEFT's."""
     torch.manual_seed(0)
     model = m.llama(shape).train()
     if name.endswith("peft"):
         return m.with_peft(with_bitsandbytes(model) if name.startswith("nf4") else model)
     if name == "nf4":
-        reparam.pack(model, "nf4")
+        reparam.quantize(model, "nf4")
     return m.with_reparam(model)
 
 
@@ -144,13 +144,13 @@ def _status(key: str) -> float:
 
 
 def kept_over_input(*, peft_layer: bool) -> float:
-    """Bytes that one packed layer of 1024 x 1024 with LoRA keeps for backward, over those of its bfloat16 input."""
+    """Bytes that one quantized layer of 1024 x 1024 with LoRA keeps for backward, over those of its bfloat16 input."""
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).bfloat16()
     if peft_layer:
         model[0] = _linear4bit(model[0], torch.bfloat16)
         model = peft.get_peft_model(model, peft.LoraConfig(r=m.RANK, target_modules=["0"]))
     else:
-        reparam.pack(model, "nf4", targets="0")
+        reparam.quantize(model, "nf4", targets="0")
         reparam.attach(model, reparam.LoRA(r=m.RANK), targets="0")
     x = torch.randn(2048, 1024, dtype=torch.bfloat16, requires_grad=True)
     return m.kept_bytes(model.train(), lambda model: model(x)) / x.nbytes
@@ -167,10 +167,10 @@ def steps(*, quick: bool) -> list[m.Row]:
         model.eval()
     tokens = m.interleave({name: m.forward(models[name], 1, 1) for name in CONTESTANTS}, rounds=5 if quick else 40)
     entries = sum(w.numel() for w in m.matrices(m.llama(shape)))
-    packed = [p for name, p in models["nf4"].named_parameters() if p.dtype in (torch.uint8, torch.int32)]
-    per_entry = sum(p.nbytes for p in packed) / entries
+    quantized = [p for name, p in models["nf4"].named_parameters() if p.dtype in (torch.uint8, torch.int32)]
+    per_entry = sum(p.nbytes for p in quantized) / entries
     theirs = sum(
-        w.nbytes + sum(t.nbytes for t in w.quant_state.as_dict(packed=False).values() if isinstance(t, Tensor))
+        w.nbytes + sum(t.nbytes for t in w.quant_state.as_dict(quantized=False).values() if isinstance(t, Tensor))
         for w in models["nf4 peft"].parameters()
         if isinstance(w, bnb.nn.Params4bit)
     )
@@ -184,7 +184,7 @@ def steps(*, quick: bool) -> list[m.Row]:
         m.Row("memory of the step, over the dense step's", *memory, None, 1.0),
         m.Row("forward of one token, over the dense one", *token, None, None),
         m.Row("bytes kept for backward by a bfloat16 layer, over its input", *kept, 1.0, None),
-        m.Row("bytes for each packed entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
+        m.Row("bytes for each quantized entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
     ]
 
 

@@ -34,7 +34,7 @@ def base(storage: str = "dense") -> nn.Module:
     """The embedded model, in eval mode."""
     model = load_base(str(BASE), dtype="float32")
     if storage != "dense":
-        reparam.pack(model, storage)
+        reparam.quantize(model, storage)
     return model.eval()
 
 

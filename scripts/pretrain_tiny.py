@@ -56,7 +56,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+def quantize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """All texts, each closed by the end-of-text token, as one row of ids."""
     end = tokenizer.convert_tokens_to_ids(EOS)
     ids = [i for encoding in tokenizer(texts)["input_ids"] for i in [*encoding, end]]
@@ -107,7 +107,7 @@ def main() -> None:
     train = [text for path, text in sources if not held_out(path)]
     test = [text for path, text in sources if held_out(path)]
     tokenizer = train_tokenizer(train)
-    train_ids, test_ids = pack(tokenizer, train), pack(tokenizer, test)
+    train_ids, test_ids = quantize(tokenizer, train), quantize(tokenizer, test)
     test_bytes = sum(len(t.encode()) for t in test)
     rows = train_ids[: len(train_ids) // LENGTH * LENGTH].view(-1, LENGTH)
     print(f"{len(train)} training files, {len(train_ids):,} tokens; {len(test)} held out", flush=True)

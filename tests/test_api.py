@@ -197,8 +197,8 @@ def test_what_is_returned_prints_as_one_line() -> None:
     merged = reparam.merge(model, keep_base=True)
     sites = len(merged.sites)
     assert repr(merged) == f"MergeReport('task', {sites} sites, 1.0000 survives in float32, base kept)"
-    merged = reparam.pack(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "int8", targets="0")
-    assert repr(merged) == "PackReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits an entry, 1 tensors left)"
+    merged = reparam.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "int8", targets="0")
+    assert repr(merged) == "QuantizeReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits an entry, 1 tensors left)"
 
 
 def test_the_registries_are_full() -> None:

@@ -9,7 +9,7 @@ The interface, in six lines:
     reparam.load(model, "out/task", name="task")
     reparam.merge(model)
 
-Packed bases: `reparam.pack(model, "nf4")`, or while transformers reads the model,
+Quantized bases: `reparam.quantize(model, "nf4")`, or while transformers reads the model,
 `from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimizer states: `reparam.optim.PagedAdamW`.
 
 `import reparam` imports nothing else, not even torch: each name is imported when it is first used.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from reparam.adapter.context import context
     from reparam.adapter.load import load
     from reparam.adapter.merge import MergeReport, merge
-    from reparam.adapter.quantize import PackReport, pack
+    from reparam.adapter.quantize import QuantizeReport, quantize
     from reparam.adapter.selection import Selection
     from reparam.combine.blend import Blend, blend
     from reparam.combine.compress import Compression, compress
@@ -124,8 +124,8 @@ __all__ = [
     "NF4Config",
     "NotFinite",
     "NothingLearned",
-    "PackReport",
     "Poly",
+    "QuantizeReport",
     "ReparamError",
     "RunLocked",
     "Selection",
@@ -148,8 +148,8 @@ __all__ = [
     "merge",
     "method",
     "optim",
-    "pack",
     "prompts",
+    "quantize",
     "remove",
     "select",
     "split",
@@ -168,8 +168,8 @@ _HOMES = {  # the module that defines each name
     "load": "reparam.adapter.load",
     "MergeReport": "reparam.adapter.merge",
     "merge": "reparam.adapter.merge",
-    "PackReport": "reparam.adapter.quantize",
-    "pack": "reparam.adapter.quantize",
+    "QuantizeReport": "reparam.adapter.quantize",
+    "quantize": "reparam.adapter.quantize",
     "Selection": "reparam.adapter.selection",
     "Blend": "reparam.combine.blend",
     "blend": "reparam.combine.blend",

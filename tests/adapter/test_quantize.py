@@ -31,14 +31,14 @@ ENTRIES = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of the linear maps in
 every = pytest.mark.parametrize("storage", STORAGES, ids=str)
 
 
-def packed(storage: str | Storage = "nf4", **settings: Any) -> Any:
+def quantized(storage: str | Storage = "nf4", **settings: Any) -> Any:
     model = llama()
-    reparam.pack(model, storage, **settings)
+    reparam.quantize(model, storage, **settings)
     return model
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """What the packed matrices stand for."""
+    """What the quantized matrices stand for."""
     return {
         path: module.weight.dense().clone()
         for path, module in model.named_modules()
@@ -57,30 +57,30 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-# ---- what packing does
+# ---- what quantizing does
 
 
 @every
-def test_a_packed_model_is_the_model_with_rounded_matrices(storage: Storage) -> None:
-    model = packed(storage)
+def test_a_quantized_model_is_the_model_with_rounded_matrices(storage: Storage) -> None:
+    model = quantized(storage)
     found = matrices(model)
     assert len(found) == 14
     assert error(logits(model), logits(stock(llama(), found))) < 1e-5
     assert 1e-4 < error(logits(model), logits(llama())) < 0.5
     original = llama()
     for path, matrix in found.items():
-        assert torch.equal(matrix, storage.pack(original.get_submodule(path).weight).dense())
+        assert torch.equal(matrix, storage.quantize(original.get_submodule(path).weight).dense())
 
 
 @every
 def test_before_an_adapter_or_after_it_is_the_same_bit_for_bit(storage: Storage) -> None:
     settings: dict[str, Any] = {"method": LoRA(r=3), "targets": "all-linear"}
-    before = packed(storage)
+    before = quantized(storage)
     base = logits(before)
     trained(before, **settings)
     after = llama()
     trained(after, **settings)
-    reparam.pack(after, storage)
+    reparam.quantize(after, storage)
     assert torch.equal(logits(after), logits(before))
     assert after.state_dict().keys() == before.state_dict().keys()
     assert error(logits(after), base) > 1e-2
@@ -90,22 +90,22 @@ def test_before_an_adapter_or_after_it_is_the_same_bit_for_bit(storage: Storage)
 
 
 @every
-def test_packing_under_several_adapters_and_a_mixed_batch(storage: Storage) -> None:
-    """What a row gets is what its adapter alone gives on the packed base."""
+def test_quantizing_under_several_adapters_and_a_mixed_batch(storage: Storage) -> None:
+    """What a row gets is what its adapter alone gives on the quantized base."""
     model = llama()
     for seed, (name, targets) in enumerate({"a": "all-linear", "b": "attention"}.items()):
         trained(model, seed=seed, name=name, targets=targets, method=LoRA(r=2 + seed))
     rows = ["b", None, "a"]
     reparam.select(model, rows)
     dense = logits(model)
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     assert model.reparam_state.choice == rows
     mixed = logits(model)
     assert error(mixed, dense) > 1e-4
     for row, name in enumerate(rows):
         reparam.select(model, name)
         assert error(mixed[row], logits(model)[row]) < 1e-5
-    assert torch.equal(mixed[1], logits(packed(storage))[1])
+    assert torch.equal(mixed[1], logits(quantized(storage))[1])
 
 
 class Rescaled(Update):
@@ -139,15 +139,15 @@ def test_a_mixed_batch_follows_the_matrix_that_its_adapters_look_at(storage: Sto
     reparam.attach(model, Rescale(), name="a")
     reparam.select(model, [None, "a"])
     dense = logits(model, IDS[:2])
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     mixed = logits(model, IDS[:2])
     reparam.select(model, "a")
     assert error(mixed[1], dense[1]) > 1e-4
     assert error(mixed[1], logits(model, IDS[:2])[1]) < 1e-5
 
 
-def test_an_adapter_on_some_sites_leaves_the_others_packed() -> None:
-    model = packed()
+def test_an_adapter_on_some_sites_leaves_the_others_quantized() -> None:
+    model = quantized()
     base = logits(model)
     trained(model, targets="q_proj")
     assert len(matrices(model)) == 14
@@ -162,10 +162,10 @@ def test_an_adapter_on_some_sites_leaves_the_others_packed() -> None:
 
 
 def test_the_head_and_the_embedding_stay_unless_they_are_named() -> None:
-    model = packed()
+    model = quantized()
     assert isinstance(model.lm_head, nn.Linear)
     assert isinstance(model.model.embed_tokens, nn.Embedding)
-    model = packed(targets=["embed_tokens", "lm_head", "re:.*layers.1.*q_proj"])
+    model = quantized(targets=["embed_tokens", "lm_head", "re:.*layers.1.*q_proj"])
     assert set(matrices(model)) == {"lm_head", "model.embed_tokens", "model.layers.1.self_attn.q_proj"}
     assert isinstance(model.model.embed_tokens, Embedding)
     table = model.model.embed_tokens.weight.dense()
@@ -180,7 +180,7 @@ def test_other_architectures(name: str, storage: Storage) -> None:
     make = models.ALL[name]
     model = make()
     with warnings.catch_warnings(record=name == "qwen_moe"):
-        reparam.pack(model, storage)
+        reparam.quantize(model, storage)
         found = matrices(model)
         assert found
         if name != "gpt2":
@@ -192,15 +192,15 @@ def test_other_architectures(name: str, storage: Storage) -> None:
     assert error(logits(model), y) < 1e-5
 
 
-def test_a_transposed_matrix_is_packed_as_it_is_applied() -> None:
+def test_a_transposed_matrix_is_quantized_as_it_is_applied() -> None:
     plain, model = models.gpt2(), models.gpt2()
-    reparam.pack(model, "nf4", targets="c_attn")
+    reparam.quantize(model, "nf4", targets="c_attn")
     block, original = model.transformer.h[0].attn.c_attn, plain.transformer.h[0].attn.c_attn
     assert (block.weight.out_features, block.weight.in_features) == (96, 32)
-    assert torch.equal(block.weight.dense(), NF4().pack(original.weight.t()).dense())
+    assert torch.equal(block.weight.dense(), NF4().quantize(original.weight.t()).dense())
     x = torch.randn(2, 32)
     torch.testing.assert_close(block(x), x @ block.weight.dense().T + original.bias)
-    reparam.pack(model, "dense", targets="c_attn")
+    reparam.quantize(model, "dense", targets="c_attn")
     back = model.transformer.h[0].attn.c_attn
     assert type(back) is type(original)
     assert back.weight.shape == original.weight.shape
@@ -210,13 +210,13 @@ def test_a_transposed_matrix_is_packed_as_it_is_applied() -> None:
 @every
 def test_a_model_keeps_its_dtype(storage: Storage, dtype: torch.dtype) -> None:
     model = llama().to(dtype)
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     assert logits(model).dtype == dtype
     whole = matrices(model)
-    moved = packed(storage).to(dtype)  # packed from float32, so that the matrices are others
+    moved = quantized(storage).to(dtype)  # quantized from float32, so that the matrices are others
     assert logits(moved).dtype == dtype
     assert error(logits(moved).float(), logits(model).float()) < 0.1
-    reparam.pack(model, "dense")
+    reparam.quantize(model, "dense")
     for path, matrix in whole.items():
         assert torch.equal(model.get_submodule(path).weight, matrix.to(dtype))
 
@@ -231,7 +231,7 @@ def test_the_dense_matrices_are_let_go(storage: Storage) -> None:
         refs = [weakref.ref(w if isinstance(w, Tensor) else w.dense_or_none) for w in weights]
         assert len(refs) == 14
         del weights
-        reparam.pack(model, storage)
+        reparam.quantize(model, storage)
         gc.collect()
         assert [ref() for ref in refs] == [None] * 14
         inside = [p for m in model.modules() if isinstance(m, Adapted) for p in m.origin[0].parameters()]
@@ -243,7 +243,7 @@ def test_the_dense_matrices_are_let_go(storage: Storage) -> None:
 
 def test_the_report_says_what_is_held_and_what_was() -> None:
     model = llama()
-    report = reparam.pack(model, NF4(32, double=False))
+    report = reparam.quantize(model, NF4(32, double=False))
     assert report.storage == NF4(32, double=False)
     assert sum(site.entries for site in report.sites) == ENTRIES
     assert sum(site.before for site in report.sites) == 4 * ENTRIES
@@ -251,7 +251,7 @@ def test_the_report_says_what_is_held_and_what_was() -> None:
     assert report.bits == 5
     assert report.left == {"model.embed_tokens.weight": 97 * 32 * 4, "lm_head.weight": 97 * 32 * 4}
     assert str(report) == (
-        "packed 14 matrices into nf4 (block=32, double=False): 60 KiB -> 9.375 KiB, 5 bits an entry; left as they "
+        "quantized 14 matrices into nf4 (block=32, double=False): 60 KiB -> 9.375 KiB, 5 bits an entry; left as they "
         "are: model.embed_tokens.weight, lm_head.weight (24.25 KiB)"
     )
     held = [p for m in model.modules() if isinstance(m, Adapted) for p in m.weight.parameters()]
@@ -263,7 +263,7 @@ def test_the_report_lists_everything_large_that_is_left() -> None:
     model = llama()
     model.register_parameter("prefix", nn.Parameter(torch.zeros(3, 32)))
     trained(model, targets=["q_proj", "up_proj"], modules_to_save=["lm_head"])
-    report = reparam.pack(model, "int8", targets="q_proj")
+    report = reparam.quantize(model, "int8", targets="q_proj")
     names = {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     ends = [name.split(".")[-2] for name in report.left if ".layers." in name]
     assert sorted(ends) == sorted(2 * list(names))
@@ -275,7 +275,7 @@ def test_the_report_lists_everything_large_that_is_left() -> None:
 def test_fused_experts_are_warned_about_and_listed() -> None:
     model = models.mixtral()
     with pytest.warns(UserWarning, match=r"experts\.gate_up_proj \(a fused weight \[4, 96, 32\]\)"):
-        report = reparam.pack(model, "nf4")
+        report = reparam.quantize(model, "nf4")
     experts = [name for name in report.left if "experts" in name]
     assert len(experts) == 4
     assert len(report.sites) == 8
@@ -288,9 +288,9 @@ def test_fused_experts_are_warned_about_and_listed() -> None:
 
 @every
 def test_unpacking_gives_the_stock_modules_back_with_the_rounded_values(storage: Storage) -> None:
-    model = packed(storage)
+    model = quantized(storage)
     y, found = logits(model), matrices(model)
-    report = reparam.pack(model, "dense")
+    report = reparam.quantize(model, "dense")
     assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
     assert models.same(models.frozen(model), models.frozen(stock(llama(), found)))
     assert error(logits(model), y) < 1e-5
@@ -298,10 +298,10 @@ def test_unpacking_gives_the_stock_modules_back_with_the_rounded_values(storage:
 
 
 def test_unpacking_under_an_adapter_keeps_it() -> None:
-    model = packed()
+    model = quantized()
     adapter = trained(model)
     y = logits(model)
-    reparam.pack(model, "dense")
+    reparam.quantize(model, "dense")
     assert matrices(model) == {}
     assert error(logits(model), y) < 1e-5
     assert isinstance(model.get_submodule("model.layers.0.self_attn.k_proj"), nn.Linear)
@@ -311,38 +311,38 @@ def test_unpacking_under_an_adapter_keeps_it() -> None:
 
 
 @every
-def test_merging_gives_a_dense_model_and_restoring_the_packed_one(storage: Storage) -> None:
-    model = packed(storage)
+def test_merging_gives_a_dense_model_and_restoring_the_quantized_one(storage: Storage) -> None:
+    model = quantized(storage)
     trained(model, targets=["q_proj", "up_proj"])
     before, y = models.frozen(model), logits(model)
     report = reparam.merge(model, keep_base=True)
     assert min(report.survival().values()) > 0.999
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), nn.Linear)
-    assert len(matrices(model)) == 10  # those without the adapter stay packed
+    assert len(matrices(model)) == 10  # those without the adapter stay quantized
     assert error(logits(model), y) < 1e-5
     report.restore()
     assert models.same(models.frozen(model), before)
     assert torch.equal(logits(model), y)
     reparam.select(model, None)
-    assert torch.equal(logits(model), logits(packed(storage)))
+    assert torch.equal(logits(model), logits(quantized(storage)))
 
 
 # ---- adapters from elsewhere
 
 
 @every
-def test_an_adapter_goes_from_a_packed_base_to_the_dense_one_and_back(storage: Storage, tmp_path: Path) -> None:
-    sources = {"packed": packed(storage), "dense": llama()}
+def test_an_adapter_goes_from_a_quantized_base_to_the_dense_one_and_back(storage: Storage, tmp_path: Path) -> None:
+    sources = {"quantized": quantized(storage), "dense": llama()}
     for name, model in sources.items():
         trained(model, targets="all-linear").save(tmp_path / name)
     for saved in sources:
-        for model in (packed(storage), llama()):
+        for model in (quantized(storage), llama()):
             again = reparam.load(model, tmp_path / saved)
             assert models.same(again.tensors(), reparam.adapters(sources[saved])["default"].tensors())
 
 
-def test_a_base_that_was_packed_otherwise_is_told_apart(tmp_path: Path) -> None:
-    ways = [packed(NF4()), packed(NF4(128)), packed(NF4(double=False)), packed(Int8())]
+def test_a_base_that_was_quantized_otherwise_is_told_apart(tmp_path: Path) -> None:
+    ways = [quantized(NF4()), quantized(NF4(128)), quantized(NF4(double=False)), quantized(Int8())]
     prints = [fingerprint(model) for model in ways]
     for one in range(len(ways)):
         for other in range(len(ways)):
@@ -350,14 +350,14 @@ def test_a_base_that_was_packed_otherwise_is_told_apart(tmp_path: Path) -> None:
             assert agree(prints[one], prints[other]) == same
     trained(ways[0]).save(tmp_path / "adapter")
     with pytest.raises(reparam.FormatError, match="trained on other weights"):
-        reparam.load(packed(NF4(128)), tmp_path / "adapter")
+        reparam.load(quantized(NF4(128)), tmp_path / "adapter")
     other = llama()
-    other.model.norm.weight.data[0] += 0.01  # what is not packed is compared between storages
+    other.model.norm.weight.data[0] += 0.01  # what is not quantized is compared between storages
     assert not agree(fingerprint(other), prints[0])
 
 
-def test_the_fingerprint_of_a_packed_base_does_not_depend_on_adapters() -> None:
-    model = packed()
+def test_the_fingerprint_of_a_quantized_base_does_not_depend_on_adapters() -> None:
+    model = quantized()
     before = fingerprint(model)
     trained(model, targets=["q_proj", "lm_head", "embed_tokens"])
     assert fingerprint(model) == before
@@ -370,20 +370,20 @@ def test_the_fingerprint_of_a_packed_base_does_not_depend_on_adapters() -> None:
 
 @pytest.mark.parametrize("first", ["nf4", "int8"])
 @pytest.mark.parametrize("second", ["nf4", "int8", NF4(32)])
-def test_packing_twice_is_refused(first: str, second: str | Storage) -> None:
-    model = packed(first, targets="v_proj")
+def test_quantizing_twice_is_refused(first: str, second: str | Storage) -> None:
+    model = quantized(first, targets="v_proj")
     before = models.frozen(model)
     for targets in ("all-linear", "v_proj"):
         with pytest.raises(ValueError, match=rf"layers.0.self_attn.v_proj is {first} already.*load the original"):
-            reparam.pack(model, second, targets=targets)
+            reparam.quantize(model, second, targets=targets)
     assert models.same(models.frozen(model), before)
-    reparam.pack(model, second, targets=["q_proj", "k_proj"])
+    reparam.quantize(model, second, targets=["q_proj", "k_proj"])
 
 
 def test_many_problems_are_told_at_once_and_shortened() -> None:
-    model = packed()
+    model = quantized()
     with pytest.raises(ValueError, match="twice") as caught:
-        reparam.pack(model, "nf4")
+        reparam.quantize(model, "nf4")
     assert str(caught.value).count("already") == 5
     assert str(caught.value).endswith("; and 9 more")
 
@@ -393,35 +393,35 @@ def test_tied_matrices_are_refused_with_a_way_out() -> None:
     before = models.frozen(model)
     for targets in ("embed_tokens", "lm_head", ["embed_tokens", "lm_head", "all-linear"]):
         with pytest.raises(ValueError, match=r"shares its weight with .*reparam\.untie\(model\) or leave it out"):
-            reparam.pack(model, "nf4", targets=targets)
+            reparam.quantize(model, "nf4", targets=targets)
     assert models.same(models.frozen(model), before)
-    reparam.pack(model, "nf4")
+    reparam.quantize(model, "nf4")
     reparam.untie(model)
-    reparam.pack(model, "nf4", targets="embed_tokens")
+    reparam.quantize(model, "nf4", targets="embed_tokens")
     assert isinstance(model.lm_head, nn.Linear)
 
 
 def test_unknown_names_are_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match=r"unknown storage 'nf5' \(did you mean 'nf4'\?\)"):
-        reparam.pack(model, "nf5")
+        reparam.quantize(model, "nf5")
     with pytest.raises(ValueError, match=r"'q_prj' matches no module \(did you mean 'q_proj'"):
-        reparam.pack(model, "nf4", targets="q_prj")
+        reparam.quantize(model, "nf4", targets="q_prj")
     with pytest.raises(ValueError, match="norm"):
-        reparam.pack(model, "nf4", targets="model.norm")
+        reparam.quantize(model, "nf4", targets="model.norm")
     assert models.same(models.frozen(model), models.frozen(llama()))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_matrix_with_nan_is_named_and_the_model_stays_usable(name: str) -> None:
-    """Matrices before it are packed already; it itself, and all behind it, are as they were."""
+    """Matrices before it are quantized already; it itself, and all behind it, are as they were."""
     end = {"llama": "layers.1.self_attn.q_proj", "gpt2": "h.1.attn.c_attn"}[name]
     model = models.ALL[name]()
     path = next(path for path, _ in model.named_modules() if path.endswith(end))
     bad = model.get_submodule(path).weight
     bad.data[0, 1] = float("nan")
     with pytest.raises(ValueError, match=rf"{path}: nf4: the matrix holds NaN"):
-        reparam.pack(model, "nf4")
+        reparam.quantize(model, "nf4")
     module = model.get_submodule(path)
     assert type(module) is type(models.ALL[name]().get_submodule(path))
     assert module.weight.shape == bad.shape
@@ -431,5 +431,5 @@ def test_a_matrix_with_nan_is_named_and_the_model_stays_usable(name: str) -> Non
     assert logits(model).isfinite().all()
     left = [other for other, m in model.named_modules() if isinstance(m, type(module)) and other != "lm_head"]
     assert left[0] == path
-    reparam.pack(model, "nf4", targets=left)
+    reparam.quantize(model, "nf4", targets=left)
     assert logits(model).isfinite().all()

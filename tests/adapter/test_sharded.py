@@ -1,6 +1,6 @@
 """Two processes give the numbers of one, for every storage and method: with a half of every tensor each, or copies.
 
-FSDP2 shards what is packed as it is; DistributedDataParallel keeps copies of the model.
+FSDP2 shards what is quantized as it is; DistributedDataParallel keeps copies of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from cases import FAMILIES, FIRST, PACKED, base_of
+from cases import FAMILIES, FIRST, QUANTIZED, base_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -28,7 +28,7 @@ from reparam.sites.module import SHARED
 HERE = Path(__file__).parents[1]
 IDS = torch.randint(2, models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(7))
 METHODS: list[Method] = [case.values[0] for case in FIRST]
-STORED = [name for name in PACKED if name != "fixed16"]  # gloo cannot send the toy's 16-bit integers
+STORED = [name for name in QUANTIZED if name != "fixed16"]  # gloo cannot send the toy's 16-bit integers
 
 
 def whole(tensor: Tensor) -> Tensor:

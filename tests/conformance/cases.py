@@ -1,7 +1,7 @@
 """What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one.
 
-A toy storage, a toy method and a toy kind of site are among them, so that packed weights, gains, shared state, updates
-that depend on their input, and modules that are no `nn.Linear` are always met.
+A toy storage, a toy method and a toy kind of site are among them, so that quantized weights, gains, shared state,
+updates that depend on their input, and modules that are no `nn.Linear` are always met.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ SETTINGS = [
     for index, settings in enumerate(cls.examples)
 ]
 FIRST = [param for param in SETTINGS if param.id and param.id.endswith("0")]
-PACKED: dict[str, Storage] = {
+QUANTIZED: dict[str, Storage] = {
     f"{name}{index or ''}": cls(**settings)
     for name, cls in {**STORAGES, "fixed16": Fixed16}.items()
     for index, settings in enumerate(cls.examples)
@@ -41,7 +41,7 @@ PACKED: dict[str, Storage] = {
 KINDS = ("linear", "bias", "conv1d", "embedding", "product")
 FULL = os.environ.get("REPARAM_TESTS") == "full"
 """Whether the suite takes every product whole."""
-SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in PACKED if name != "dense"))]
+SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in QUANTIZED if name != "dense"))]
 """Kind of layer and storage, for tests that need not meet the whole product."""
 
 
@@ -136,7 +136,7 @@ FAMILIES = {
     "llama": Family(models.llama, "embed_tokens", "lm_head"),
     "gpt2": Family(models.gpt2, "wte", "lm_head"),
 }
-ELSEWHERE = [("llama", storage) for storage in PACKED if storage != "dense"] + [("gpt2", "dense")]
+ELSEWHERE = [("llama", storage) for storage in QUANTIZED if storage != "dense"] + [("gpt2", "dense")]
 CASES = [
     *(pytest.param(FAMILIES["llama"], "dense", *p.values, id=f"llama-dense-{p.id}") for p in SETTINGS),
     *(pytest.param(FAMILIES[f], s, *p.values, id=f"{f}-{s}-{p.id}") for f, s in ELSEWHERE for p in FIRST),
@@ -147,7 +147,7 @@ CASES = [
 def store(model: nn.Module, paths: list[str], storage: str) -> None:
     """Put the matrices of these modules into a storage."""
     if storage != "dense":
-        reparam.pack(model, PACKED[storage], targets=paths)
+        reparam.quantize(model, QUANTIZED[storage], targets=paths)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from cases import (
     CASES,
     FAMILIES,
     FIRST,
-    PACKED,
+    QUANTIZED,
     Family,
     attach,
     base_of,
@@ -31,7 +31,7 @@ from reparam.core.method import Method
 LLAMA = FAMILIES["llama"]
 whole = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 first = pytest.mark.parametrize("method", FIRST)
-stored = pytest.mark.parametrize("storage", PACKED)
+stored = pytest.mark.parametrize("storage", QUANTIZED)
 
 
 def gradients(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:

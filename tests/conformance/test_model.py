@@ -14,7 +14,7 @@ import reparam
 from reparam.core.method import Method
 from reparam.errors import InputDependentError
 from reparam.sites.module import Adapted
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 
 pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 
@@ -73,7 +73,7 @@ def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage:
         return
     report = reparam.merge(model, keep_base=True)
     assert error(logits(model), y) < 1e-5
-    kept = tuple(packed_as(model))
+    kept = tuple(storages_in(model))
     assert not set(kept) & set(adapter.sites)
     found, plain = (
         {path: type(module) for path, module in m.named_modules() if not path.startswith(kept)}

@@ -8,7 +8,7 @@ The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `fact
 
 import pytest
 import torch
-from cases import FULL, KINDS, PACKED, SAMPLE, SETTINGS, One, error, has_factors, move, one, starts_exactly
+from cases import FULL, KINDS, QUANTIZED, SAMPLE, SETTINGS, One, error, has_factors, move, one, starts_exactly
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -17,7 +17,7 @@ from reparam.core.method import Method
 from reparam.sites.module import Adapted
 
 pytestmark = pytest.mark.parametrize("method", SETTINGS)
-everywhere = pytest.mark.parametrize(("kind", "storage"), [(kind, storage) for storage in PACKED for kind in KINDS])
+everywhere = pytest.mark.parametrize(("kind", "storage"), [(kind, storage) for storage in QUANTIZED for kind in KINDS])
 sampled = everywhere if FULL else pytest.mark.parametrize(("kind", "storage"), SAMPLE)
 
 

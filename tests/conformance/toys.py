@@ -1,6 +1,6 @@
 """A storage, a method and a kind of site made for the tests, each as anybody would write one, registered by its name.
 
-They use what LoRA and the dense storage do not: packed integers with statistics that `.to(bfloat16)` must not reach,
+They use what LoRA and the dense storage do not: quantized integers with statistics that `.to(bfloat16)` must not reach,
 state common to all sites, a controller, a penalty, a saved buffer, and (on request) an update that depends on its
 input. `registered` puts one into its registry for the length of a test.
 """
@@ -27,7 +27,7 @@ from reparam.weights.dense import DenseWeight
 class Fixed16(Storage):
     """Rounds to 32767 steps in each row."""
 
-    def pack(self, w: Tensor) -> "Fixed16Weight":
+    def quantize(self, w: Tensor) -> "Fixed16Weight":
         """Round `w` [O, I]."""
         scale = w.detach().float().abs().amax(1).clamp(min=1e-30) / 32767  # [O]
         return Fixed16Weight((w.detach().float() / scale[:, None]).round().to(torch.int16), scale, w.dtype)
@@ -64,7 +64,7 @@ class Fixed16Weight(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix that was packed, or the one that the model was moved to."""
+        """The dtype of the matrix that was quantized, or the one that the model was moved to."""
         return self.like.dtype
 
 

@@ -61,7 +61,7 @@ def test_factors_are_differentiable_and_take_the_dtype_of_the_matrix() -> None:
 @pytest.mark.parametrize("name", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: torch.dtype) -> None:
-    weight = STORAGES[name]().pack(numbers(24, 64).to(dtype))
+    weight = STORAGES[name]().quantize(numbers(24, 64).to(dtype))
     W = weight.dense()
     assert (weight.out_features, weight.in_features) == W.shape == (24, 64)
     assert W.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: 
     assert torch.equal(weight.dense(slice(3, 7)), W[3:7])
     assert weight.tensor().dtype == weight.dtype
     torch.testing.assert_close(weight.tensor().float(), W, **loose)
-    again = weight.storage.pack(2 * W)
+    again = weight.storage.quantize(2 * W)
     assert type(again) is type(weight)
     torch.testing.assert_close(again.dense(), 2 * W, rtol=0.1, atol=0.1)
     x = x.requires_grad_()
@@ -120,7 +120,7 @@ def test_a_method_is_its_settings(method: type[Method]) -> None:
 
 def test_what_a_subclass_has_to_implement_says_so() -> None:
     for call in (
-        lambda: Storage().pack(torch.ones(1, 1)),
+        lambda: Storage().quantize(torch.ones(1, 1)),
         lambda: Weight().storage,
         lambda: Weight()(torch.ones(1)),
         lambda: Weight().rows(torch.ones(1)),

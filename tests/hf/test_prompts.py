@@ -120,10 +120,10 @@ def test_what_it_cannot_do_is_refused(kind: type[Prompting], tmp_path: Path) -> 
         reparam.merge(adapter.model)
     with pytest.raises(ValueError, match="load the base model again"):
         reparam.remove(adapter.model, "default")
-    packed = models.llama()
-    reparam.pack(packed, "int8")
-    with pytest.raises(ValueError, match=r"how a base was packed; use base\.storage dense"):
-        prompts.attach(packed, kind())
+    quantized = models.llama()
+    reparam.quantize(quantized, "int8")
+    with pytest.raises(ValueError, match=r"how a base was quantized; use base\.storage dense"):
+        prompts.attach(quantized, kind())
     with pytest.raises(ValueError, match=r"tokens=0: expected a whole number"):
         kind(tokens=0)
     adapter.save(tmp_path / "a")

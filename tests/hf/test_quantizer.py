@@ -1,4 +1,4 @@
-"""Packing while transformers reads a model: as packing afterwards, into files and back, and under its Trainer."""
+"""Packing while transformers reads a model: as quantizing afterwards, into files and back, and under its Trainer."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCa
 
 import reparam
 from reparam.errors import BaseError
-from reparam.hf.config import PackConfig
+from reparam.hf.config import StorageConfig
 from reparam.hf.models import load_base, save_model
 from reparam.io.mapped import Mapped
 from reparam.weights.nf4 import NF4Weight
 
 FAMILIES = {name: models.ALL[name] for name in ("llama", "tied_llama", "gpt2", "mixtral", "qwen_moe", "t5")}
 STORAGES = [reparam.NF4(), reparam.NF4(32, double=False), reparam.Int8()]
-CONFIGS: dict[str, Callable[[], PackConfig]] = {
+CONFIGS: dict[str, Callable[[], StorageConfig]] = {
     "nf4": reparam.NF4Config,
     "nf4 plain": lambda: reparam.NF4Config(32, double=False),
     "int8": reparam.Int8Config,
@@ -67,12 +67,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packing_on_load_is_packing_after_it(
+def test_quantizing_on_load_is_packing_after_it(
     family: str, how: str, dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config, kind = CONFIGS[how](), auto(family)
     after = kind.from_pretrained(folders[family], dtype=dtype)
-    report = reparam.pack(after, config.storage)
+    report = reparam.quantize(after, config.storage)
     model = kind.from_pretrained(folders[family], dtype=dtype, quantization_config=config)
     assert same(model, after)
     assert torch.equal(logits(model), logits(after))
@@ -81,14 +81,14 @@ def test_packing_on_load_is_packing_after_it(
     assert found.left.items() <= report.left.items()  # a tied tensor once
     assert found.storage == report.storage
 
-    model.save_pretrained(tmp_path / "packed", max_shard_size="20kB")
-    again = kind.from_pretrained(tmp_path / "packed", dtype=dtype)
+    model.save_pretrained(tmp_path / "quantized", max_shard_size="20kB")
+    again = kind.from_pretrained(tmp_path / "quantized", dtype=dtype)
     assert same(again, model)
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "again")
-    one, other = tensors(tmp_path / "packed"), tensors(tmp_path / "again")
+    one, other = tensors(tmp_path / "quantized"), tensors(tmp_path / "again")
     assert models.same(one, other)
-    assert (tmp_path / "packed/config.json").read_text() == (tmp_path / "again/config.json").read_text()
+    assert (tmp_path / "quantized/config.json").read_text() == (tmp_path / "again/config.json").read_text()
 
 
 def test_config_json_says_how_to_load(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_fused_experts_are_named(folders: dict[str, Path]) -> None:
 def test_the_report_is_logged(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "reparam"):
         load_base(str(folders["llama"]), storage=reparam.NF4())
-    assert "packed 14 matrices into nf4" in caplog.text
+    assert "quantized 14 matrices into nf4" in caplog.text
 
 
 @pytest.mark.parametrize("how", CONFIGS)
@@ -140,7 +140,7 @@ def test_embeddings_and_head_when_asked(how: str, folders: dict[str, Path], tmp_
     storage = CONFIGS[how]().storage
     model = load_base(str(folders["llama"]), storage=storage, targets=names)
     after = load_base(str(folders["llama"]))
-    reparam.pack(after, storage, targets=names)
+    reparam.quantize(after, storage, targets=names)
     assert same(model, after)
     assert model.hf_quantizer.report.left == {}
     save_model(model, None, tmp_path / "a")
@@ -148,11 +148,11 @@ def test_embeddings_and_head_when_asked(how: str, folders: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_model_packed_by_hand_is_saved_the_same(
+def test_a_model_quantized_by_hand_is_saved_the_same(
     storage: reparam.NF4 | reparam.Int8, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load_base(str(folders["gpt2"]))
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     save_model(model, None, tmp_path / "a")
     save_model(load_base(str(folders["gpt2"]), storage=storage), None, tmp_path / "b")
     assert models.same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
@@ -168,7 +168,7 @@ def test_unpacked_again_it_is_an_ordinary_model(folders: dict[str, Path], tmp_pa
     assert torch.allclose(logits(model), expected, atol=1e-5)
     model.save_pretrained(tmp_path / "a")
     other = load_base(str(folders["llama"]), storage=reparam.NF4())
-    reparam.pack(other, "dense")
+    reparam.quantize(other, "dense")
     other.save_pretrained(tmp_path / "b")
     for name in ("a", "b"):
         assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
@@ -177,7 +177,7 @@ def test_unpacked_again_it_is_an_ordinary_model(folders: dict[str, Path], tmp_pa
 
 def test_the_module_that_was_there_gets_its_bias_back(folders: dict[str, Path]) -> None:
     model = load_base(str(folders["gpt2"]), storage=reparam.Int8())
-    reparam.pack(model, "dense")
+    reparam.quantize(model, "dense")
     assert not any(p.is_meta for p in model.parameters())
     biases = {k: v for k, v in tensors(folders["gpt2"]).items() if k.endswith("bias")}
     assert all(torch.equal(model.get_parameter(k), v) for k, v in biases.items())
@@ -260,26 +260,26 @@ def test_what_cannot_be_asked_for(folders: dict[str, Path]) -> None:
 
 def test_several_storages_do_not_go_into_one_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_base(str(folders["llama"]))
-    reparam.pack(model, "int8", targets="attention")
-    reparam.pack(model, "nf4", targets="mlp")
+    reparam.quantize(model, "int8", targets="attention")
+    reparam.quantize(model, "nf4", targets="mlp")
     with pytest.raises(ValueError, match="int8 and nf4"):
         save_model(model, None, tmp_path / "a")
 
 
-def test_a_packed_folder_is_not_packed_otherwise(folders: dict[str, Path], tmp_path: Path) -> None:
-    place = tmp_path / "packed"
+def test_a_quantized_folder_is_not_quantized_otherwise(folders: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "quantized"
     save_model(load_base(str(folders["llama"]), storage=reparam.NF4()), None, place)
     assert same(load_base(str(place), storage=reparam.NF4()), load_base(str(place)))
     for storage in (reparam.NF4(128), reparam.Int8()):
-        with pytest.raises(BaseError, match=r"is packed already, as NF4.*packing twice loses twice") as error:
+        with pytest.raises(BaseError, match=r"is quantized already, as NF4.*quantizing twice loses twice") as error:
             load_base(str(place), storage=storage)
         assert "\n" not in str(error.value)
-    with pytest.raises(BaseError, match="is packed already, without lm_head"):
+    with pytest.raises(BaseError, match="is quantized already, without lm_head"):
         load_base(str(place), storage=reparam.NF4(), targets=("all-linear", "lm_head"))
     with pytest.raises(ValueError, match=r"NF4Config.*Int8Config"):
         AutoModelForCausalLM.from_pretrained(place, quantization_config=reparam.Int8Config())
-    with pytest.raises(ValueError, match="packing twice"):
-        reparam.pack(load_base(str(place)), "int8")
+    with pytest.raises(ValueError, match="quantizing twice"):
+        reparam.quantize(load_base(str(place)), "int8")
 
 
 def test_all_matrices_with_nan_are_named_at_once(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -296,9 +296,9 @@ def test_all_matrices_with_nan_are_named_at_once(folders: dict[str, Path], tmp_p
 def test_another_shape_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_base(str(folders["llama"]))
     model.save_pretrained(tmp_path / "dense")
-    reparam.pack(model, "int8")
-    save_model(model, None, tmp_path / "packed")
-    for name, storage in (("dense", reparam.NF4()), ("packed", None)):
+    reparam.quantize(model, "int8")
+    save_model(model, None, tmp_path / "quantized")
+    for name, storage in (("dense", reparam.NF4()), ("quantized", None)):
         config = json.loads((tmp_path / name / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
         with pytest.raises(BaseError, match=r"down_proj.weight is \[32, 48\], and the model's is \[32, 40\]"):
@@ -315,14 +315,14 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), f"{Q}: has no quant_state"),
         (lambda t: t.update({f"{Q}.nested_absmax": torch.ones(5)}), "nested_absmax is float32 [5]"),
         (lambda t: t.update({Q: torch.zeros(32, 32)}), "weight is float32 [32, 32]"),
-        (lambda t: [t.pop(key) for key in list(t) if key.startswith(Q)], f"{Q} is not packed, and config.json says"),
+        (lambda t: [t.pop(key) for key in list(t) if key.startswith(Q)], f"{Q} is not quantized, and config.json says"),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(97, 32, dtype=torch.uint8)}),
             "lm_head.weight: has no quant",
         ),
     ],
 )
-def test_a_damaged_packed_folder(
+def test_a_damaged_quantized_folder(
     change: Callable[[dict[str, Tensor]], Any], said: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     save_model(load_base(str(folders["llama"]), storage=reparam.NF4()), None, tmp_path / "a")
@@ -345,8 +345,11 @@ def test_a_damaged_packed_folder(
         ({"storage": "dense", "block": None, "double": None}, "unknown"),
         ({"targets": "all-linear"}, "a list of targets"),
         ({"targets": ["q_porj"]}, "q_porj"),
-        ({"block": 128}, "are packed as NF4(block=64, double=True), and config.json says NF4(block=128, double=True)"),
-        ({"targets": ["lm_head"]}, "lm_head.weight is not packed"),
+        (
+            {"block": 128},
+            "are quantized as NF4(block=64, double=True), and config.json says NF4(block=128, double=True)",
+        ),
+        ({"targets": ["lm_head"]}, "lm_head.weight is not quantized"),
     ],
 )
 def test_an_edited_configuration(change: dict[str, Any], said: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -394,7 +397,7 @@ def test_a_model_of_the_same_files_that_was_changed_stays_changed(folders: dict[
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
 
 
-def test_tensors_that_the_caller_gives_are_packed_and_kept(folders: dict[str, Path]) -> None:
+def test_tensors_that_the_caller_gives_are_quantized_and_kept(folders: dict[str, Path]) -> None:
     given = {key: value + 1 for key, value in tensors(folders["llama"]).items()}
     kept = {key: value.clone() for key, value in given.items()}
     shape, config = models.llama().config, reparam.NF4Config()
@@ -402,5 +405,5 @@ def test_tensors_that_the_caller_gives_are_packed_and_kept(folders: dict[str, Pa
     name = "model.layers.0.mlp.up_proj"
     weight = model.get_submodule(name).weight
     assert isinstance(weight, NF4Weight)
-    assert torch.equal(weight.codes, reparam.NF4().pack(kept[f"{name}.weight"]).codes)
+    assert torch.equal(weight.codes, reparam.NF4().quantize(kept[f"{name}.weight"]).codes)
     assert models.same(given, kept)

@@ -54,7 +54,7 @@ def test_rows_of_zeros_count_for_their_magnitude_alone() -> None:
 def test_an_update_is_measured_on_its_matrix(storage: str) -> None:
     model = models.llama()
     if storage != "dense":
-        reparam.pack(model, storage)
+        reparam.quantize(model, storage)
     adapter = reparam.attach(model, reparam.DoRA(r=2))
     for path, module in adapter.modules.items():
         update = adapter.updates[path]

@@ -149,7 +149,7 @@ def test_amplification_is_that_of_dense_matrices(storage: str) -> None:
     record, base, changes = changed(METHODS["lora"])
     for name, dense in weights(record, base).items():
         assert dense is not None
-        weight = dense if storage == "dense" else NF4().pack(dense.dense())
+        weight = dense if storage == "dense" else NF4().quantize(dense.dense())
         seen = spectrum(record, name, weight)
         assert seen is not None
         found = amplification(seen, weight)
@@ -239,7 +239,7 @@ def test_survival_is_what_merging_reports(method: Any, tmp_path: Path) -> None:
         name, _, rounding = kind.partition(" ")
         model = load_base(base, dtype=name if not rounding else "auto")
         if rounding:
-            reparam.pack(model, name)
+            reparam.quantize(model, name)
         reparam.load(model, tmp_path / "adapter", check_base=False)
         more = {"into": name, "rounding": rounding, "force": True} if rounding else {}
         for site in reparam.merge(model, **more).sites:  # type: ignore[arg-type]

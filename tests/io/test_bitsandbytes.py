@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from reparam import NF4, FormatError, pack
+from reparam import NF4, FormatError, quantize
 from reparam.errors import BaseError
 from reparam.hf.models import load_base, save_model
 from reparam.io.bitsandbytes import FP4, NESTED, STATE, state_of, weight_from
@@ -61,9 +61,9 @@ def digest(matrices: dict[str, Tensor]) -> str:
 
 
 def ours(model: Any) -> dict[str, Tensor]:
-    """All packed matrices in their dtype."""
-    packed = (item for item in model.named_modules() if isinstance(getattr(item[1], "weight", None), NF4Weight))
-    return {path: module.weight.tensor() for path, module in packed}
+    """All quantized matrices in their dtype."""
+    quantized = (item for item in model.named_modules() if isinstance(getattr(item[1], "weight", None), NF4Weight))
+    return {path: module.weight.tensor() for path, module in quantized}
 
 
 def theirs(model: Any) -> dict[str, Tensor]:
@@ -124,10 +124,10 @@ def test_what_is_not_nf4_is_refused_in_one_sentence(tmp_path: Path, changes: dic
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_not_packed_although_it_says_so(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_quantized_although_it_says_so(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text())
-    with pytest.raises(BaseError, match="no matrix is packed"):
+    with pytest.raises(BaseError, match="no matrix is quantized"):
         load_base(str(tmp_path))
 
 
@@ -137,7 +137,7 @@ def test_a_folder_that_is_not_packed_although_it_says_so(tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("storage", [NF4(), NF4(double=False), NF4(128), NF4(4096), NF4(32, double=False)])
 def test_a_weight_survives_its_tensors(storage: NF4, dtype: torch.dtype) -> None:
-    weight = storage.pack(W.to(dtype))
+    weight = storage.quantize(W.to(dtype))
     state = state_of(weight, "a.b")
     again = weight_from(state, "a.b")
     assert again.storage == storage
@@ -148,13 +148,13 @@ def test_a_weight_survives_its_tensors(storage: NF4, dtype: torch.dtype) -> None
 
 
 def test_an_odd_number_of_entries() -> None:
-    state = state_of(NF4(32).pack(W[:5, :7]), "a")
+    state = state_of(NF4(32).quantize(W[:5, :7]), "a")
     assert list(state["a.weight"].shape) == [18, 1]
     assert equal(state_of(weight_from(state, "a"), "a"), state)
 
 
 def test_a_map_of_its_own_is_kept() -> None:
-    state = state_of(NF4().pack(W), "a")
+    state = state_of(NF4().quantize(W), "a")
     own = state[f"a.{NESTED[1]}"].clone()
     own[200] = torch.nextafter(own[200], torch.tensor(1.0))
     state[f"a.{NESTED[1]}"] = own
@@ -165,13 +165,13 @@ def test_a_map_of_its_own_is_kept() -> None:
 
 @pytest.mark.parametrize("holder", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_same_bytes_in_another_dtype(holder: torch.dtype) -> None:
-    state = state_of(NF4().pack(W), "a")
+    state = state_of(NF4().quantize(W), "a")
     held = {**state, "a.weight": state["a.weight"].view(-1).view(holder).view(-1, 1)}
     assert equal(state_of(weight_from(held, "a"), "a"), state)
 
 
 def test_tensors_of_a_file_are_not_copied() -> None:
-    state = state_of(NF4().pack(W), "a")
+    state = state_of(NF4().quantize(W), "a")
     assert weight_from(state, "a").codes.data_ptr() == state["a.weight"].data_ptr()
 
 
@@ -197,7 +197,7 @@ def put(key: str, tensor: Tensor | None) -> Callable[[State], None]:
     return change
 
 
-NESTED_STATE = state_of(NF4().pack(W), "a")
+NESTED_STATE = state_of(NF4().quantize(W), "a")
 MAP, QUANT_MAP = NESTED_STATE[f"a.{NESTED[1]}"], NESTED_STATE["a.weight.quant_map"]
 DAMAGE: dict[str, tuple[Callable[[State], None], str]] = {
     "FP4": (put(FP4, torch.zeros(4, dtype=torch.uint8)), "FP4"),
@@ -255,7 +255,7 @@ def test_damage_is_refused_with_the_tensors_name(damage: str) -> None:
 
 
 def test_plain_magnitudes_that_are_not_finite() -> None:
-    state = state_of(NF4(double=False).pack(W), "a")
+    state = state_of(NF4(double=False).quantize(W), "a")
     state["a.weight.absmax"] = torch.full((96,), torch.inf)
     with pytest.raises(FormatError, match=r"absmax holds NaN or infinity"):
         weight_from(state, "a")
@@ -289,7 +289,7 @@ def test_a_layer_of_bitsandbytes(nested: bool, block: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("nested", [True, False])
 def test_our_layer_in_bitsandbytes(nested: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    weight = NF4(double=nested).pack(W.bfloat16())
+    weight = NF4(double=nested).quantize(W.bfloat16())
     state = state_of(weight, "a")
     stats = {key.removeprefix("a.weight."): value for key, value in state.items() if key != "a.weight"}
     read = bnb.nn.Params4bit.from_prequantized(state["a.weight"], stats, device="cpu")
@@ -322,11 +322,11 @@ def test_a_model_of_bitsandbytes_and_back(
 
 def test_what_bitsandbytes_has_no_place_for_is_refused(tmp_path: Path) -> None:
     model = small()
-    pack(model, "int8")
+    quantize(model, "int8")
     with pytest.raises(ValueError, match="no int8 like ours"):
         save_model(model, None, tmp_path / "a", format="bitsandbytes")
     model = small()
-    pack(model, "nf4", targets=["embed_tokens", "q_proj"])
+    quantize(model, "nf4", targets=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match="embed_tokens is an embedding"):
         save_model(model, None, tmp_path / "a", format="bitsandbytes")
     with pytest.raises(ValueError, match="no storage"):
@@ -338,7 +338,7 @@ def test_what_bitsandbytes_has_no_place_for_is_refused(tmp_path: Path) -> None:
 def test_a_part_of_the_model_in_bitsandbytes(targets: list[str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model = small()
-    names = {site.name for site in pack(model, "nf4", targets=targets).sites}
+    names = {site.name for site in quantize(model, "nf4", targets=targets).sites}
     save_model(model, None, tmp_path / "a", format="bitsandbytes")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     assert theirs(again).keys() == names

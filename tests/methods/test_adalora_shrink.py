@@ -94,7 +94,7 @@ def test_milestones_drop_for_good() -> None:
         sizes.append(sum(ranks(adapter)))
     plan = Plan(10, 2, 3, 1)
     assert sizes == [56] * 4 + [plan.budget(4, 56, 28)] * 3 + [28] * 3
-    assert budget.packed
+    assert budget.quantized
 
 
 def test_states_that_cannot_follow_stay_and_are_masked_until_the_end() -> None:
@@ -106,7 +106,7 @@ def test_states_that_cannot_follow_stay_and_are_masked_until_the_end() -> None:
         if t >= 7:
             assert living(adapter) == 28
     assert sum(ranks(adapter)) == 56
-    assert not budget.packed
+    assert not budget.quantized
     before = logits(model.eval())
     assert adapter.finish() is None
     assert sum(ranks(adapter)) == 28

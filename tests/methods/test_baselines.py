@@ -86,9 +86,9 @@ def test_full_over_words_of_the_user_trains_no_more() -> None:
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_full_on_packed_matrices_begins_at_their_unpacked_values(storage: str) -> None:
+def test_full_on_quantized_matrices_begins_at_their_unpacked_values(storage: str) -> None:
     model = models.llama()
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     y = logits(model)
     adapter = reparam.attach(model, Full())
     for path, update in adapter.updates.items():

@@ -180,14 +180,14 @@ def test_a_total_cancellation_is_no_nan() -> None:
 
 @stored
 @axes
-def test_the_norm_on_every_storage_is_that_of_the_packed_values(axis: str, storage: str) -> None:
+def test_the_norm_on_every_storage_is_that_of_the_quantized_values(axis: str, storage: str) -> None:
     adapted = layer(random(64, 64, dtype=torch.float32))
-    weight = STORAGES[storage]().pack(random(64, 64, dtype=torch.float32))
+    weight = STORAGES[storage]().quantize(random(64, 64, dtype=torch.float32))
     dim = 1 if axis == "output" else 0
     method = reparam.DoRA(r=2, norm_axis=axis)
     update = method.build(Site("layer", "linear", 64, 64), weight, None)
     torch.testing.assert_close(update.magnitude.double(), weight.dense().double().norm(dim=dim))
-    adapted.repack(weight)
+    adapted.hold(weight)
     adapted.updates["a"] = update
     assert isinstance(update.low_rank, LoRAUpdate)
     with torch.no_grad():

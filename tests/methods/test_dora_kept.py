@@ -50,8 +50,8 @@ CHANGES: dict[str, Any] = {
     "B in place": lambda a: factors_of(a)[1].mul_(2),
     "magnitude in place": lambda a: update_of(a).magnitude.mul_(2),
     "W in place": write_base,
-    "W in another storage": lambda a: a.repack(STORAGES["int8"]().pack(a.weight.tensor())),
-    "W exchanged": lambda a: a.repack(DenseWeight(a.weight.tensor() * torch.linspace(1, 2, 40))),
+    "W in another storage": lambda a: a.hold(STORAGES["int8"]().quantize(a.weight.tensor())),
+    "W exchanged": lambda a: a.hold(DenseWeight(a.weight.tensor() * torch.linspace(1, 2, 40))),
     "state dict": lambda a: a.load_state_dict({k: 2 * v + 0.1 for k, v in a.state_dict().items()}),
     "state dict, assigned": lambda a: a.load_state_dict(
         {k: 2 * v + 0.1 for k, v in a.state_dict().items()}, assign=True

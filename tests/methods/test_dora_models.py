@@ -45,7 +45,7 @@ def test_magnitudes_move_in_a_16_bit_model() -> None:
 def test_merging_and_mixed_batches_on_every_storage(storage: str, settings: dict[str, Any]) -> None:
     model = models.llama()
     if storage != "dense":
-        reparam.pack(model, storage)
+        reparam.quantize(model, storage)
     for name in ("a", "b"):
         method = reparam.DoRA(r=3, **settings) if name == "a" else reparam.LoRA(r=2)
         adapter = reparam.attach(model, method, name=name)

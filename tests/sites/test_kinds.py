@@ -112,9 +112,9 @@ def test_targets_reach_it_and_name_it() -> None:
 def test_a_storage_takes_its_matrix() -> None:
     model = nn.Sequential(Product(64, 64))
     base = model(torch.ones(1, 64))
-    reparam.pack(model, "int8", targets="0")
+    reparam.quantize(model, "int8", targets="0")
     assert error(model(torch.ones(1, 64)), base) < 0.1
-    reparam.pack(model, "dense", targets="0")
+    reparam.quantize(model, "dense", targets="0")
     assert isinstance(model[0], Product)
 
 

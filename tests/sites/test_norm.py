@@ -303,8 +303,8 @@ def test_what_is_no_norm_is_refused() -> None:
             Norm.wrap(module)
 
 
-def test_packing_refuses_vectors() -> None:
+def test_quantizing_refuses_vectors() -> None:
     model = models.llama()
     with pytest.raises(ValueError, match=r"model\.layers\.0\.input_layernorm is a vector"):
-        reparam.pack(model, "int8", targets="everything")
+        reparam.quantize(model, "int8", targets="everything")
     assert models.same(models.frozen(model), models.frozen(models.llama()))

@@ -91,15 +91,15 @@ def test_a_state_of_another_dtype_than_its_parameter_is_not_cast(tmp_path):
     # torch's load_state_dict casts it to the parameter's dtype.
     parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = torch.optim.AdamW([parameter])
-    third, packed = torch.full((3,), 1 / 3), torch.tensor([1, 200, 255], dtype=torch.uint8)
-    optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": third, "exp_avg_sq": packed}
+    third, quantized = torch.full((3,), 1 / 3), torch.tensor([1, 200, 255], dtype=torch.uint8)
+    optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": third, "exp_avg_sq": quantized}
     scheduler = schedule(optimizer)
     save_state(tmp_path, optimizer=optimizer, scheduler=scheduler, progress={})
     fresh = torch.optim.AdamW([parameter])
     restore_optimizer(fresh, load_state(tmp_path).optimizer)
     assert fresh.state[parameter]["exp_avg"].dtype == torch.float32
     assert torch.equal(fresh.state[parameter]["exp_avg"], third)
-    assert torch.equal(fresh.state[parameter]["exp_avg_sq"], packed)
+    assert torch.equal(fresh.state[parameter]["exp_avg_sq"], quantized)
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Int8: the text's example, rounding, what holds for every matrix, what cannot be packed."""
+"""Int8: the text's example, rounding, what holds for every matrix, what cannot be quantized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reparam.weights.int8 import Int8, Int8Weight
-from reparam.weights.packed import floats
+from reparam.weights.quantized import floats
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 shapes = st.tuples(st.integers(1, 30), st.integers(1, 90))
@@ -20,13 +20,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def packed(*rows: list[float]) -> Int8Weight:
-    return Int8().pack(torch.tensor(rows))
+def quantized(*rows: list[float]) -> Int8Weight:
+    return Int8().quantize(torch.tensor(rows))
 
 
 def test_one_outlier_costs_its_row_the_others() -> None:
     """2, 3, 4 and 1000 are 0.254, 0.381, 0.508 and 127 steps."""
-    weight = packed([2.0, 3.0, 4.0, 1000.0], [2.0, 3.0, 4.0, 10.0])
+    weight = quantized([2.0, 3.0, 4.0, 1000.0], [2.0, 3.0, 4.0, 10.0])
     assert weight.codes.tolist() == [[0, 0, 1, 127], [25, 38, 51, 127]]
     assert floats(weight.absmax).tolist() == [1000, 10]
     assert weight.dense()[0].tolist() == pytest.approx([0, 0, 1000 / 127, 1000])
@@ -34,11 +34,11 @@ def test_one_outlier_costs_its_row_the_others() -> None:
 
 def test_a_half_is_rounded_to_the_even_number() -> None:
     halves = [0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 126.5, 127.0]
-    assert packed(halves).codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 126, 127]]
+    assert quantized(halves).codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 126, 127]]
 
 
 def test_a_row_of_zeros_stays_one() -> None:
-    weight = packed([0.0, 0.0, -0.0], [1.0, 0.0, -1.0])
+    weight = quantized([0.0, 0.0, -0.0], [1.0, 0.0, -1.0])
     assert weight.codes.tolist() == [[0, 0, 0], [127, 0, -127]]
     assert weight.dense().tolist() == [[0, 0, 0], [1, 0, -1]]
 
@@ -49,11 +49,11 @@ def test_no_entry_is_further_away_than_half_a_step(
 ) -> None:
     w = normal(*shape, seed=seed).clamp(-1, 1).to(dtype)
     w = w if dtype == torch.float16 else w * 2.0**power
-    weight = Int8().pack(w)
+    weight = Int8().quantize(w)
     found, absmax = weight.dense(), w.float().abs().amax(1, keepdim=True)
     assert bool(((found - w.float()).abs() <= (1 / 254 + 1e-6) * absmax).all())
     assert bool((weight.codes.abs().amax(1) == 127)[absmax[:, 0] > 0].all())
-    assert torch.equal(Int8().pack(found).codes, weight.codes)
+    assert torch.equal(Int8().quantize(found).codes, weight.codes)
 
 
 @given(shape=shapes, seed=seeds, dtype=st.sampled_from(DTYPES))
@@ -62,7 +62,7 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 ) -> None:
     """Whole, by rows, by a lookup, and as an operator; and they are the codes times a step."""
     w = normal(*shape, seed=seed, dtype=dtype)
-    weight = Int8().pack(w)
+    weight = Int8().quantize(w)
     whole = weight.codes * (w.float().abs().amax(1) / 127)[:, None]
     assert torch.equal(weight.dense(), whole)
     for rows in (slice(1, None), slice(0, 0), slice(shape[0] // 2, shape[0] // 2 + 3)):
@@ -75,17 +75,17 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 
 def test_bits_an_entry() -> None:
     """Eight, and a float32 for each row."""
-    weight = Int8().pack(normal(20, 64))
+    weight = Int8().quantize(normal(20, 64))
     assert sum(p.nbytes for p in weight.parameters()) * 8 == (8 + 32 / 64) * 20 * 64
     assert {name: p.dtype for name, p in weight.named_parameters()} == {"codes": torch.int8, "absmax": torch.int32}
 
 
-def test_numbers_at_both_ends_of_what_can_be_packed() -> None:
+def test_numbers_at_both_ends_of_what_can_be_quantized() -> None:
     for size in (1e-36, 1e30):
         w = normal(4, 50).clamp(-1, 1) * size
-        assert float((Int8().pack(w).dense() - w).abs().max()) <= size / 250
+        assert float((Int8().quantize(w).dense() - w).abs().max()) <= size / 250
     tiny = normal(4, 50).clamp(-1, 1) * 1e-42
-    assert float((Int8().pack(tiny).dense() - tiny).abs().max()) <= 1.1e-42
+    assert float((Int8().quantize(tiny).dense() - tiny).abs().max()) <= 1.1e-42
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_numbers_at_both_ends_of_what_can_be_packed() -> None:
     [
         (torch.ones(64), r"expected a matrix .* got float32 \[64\]$"),
         (torch.ones(0, 3), r"with entries, got float32 \[0, 3\]$"),
-        (Int8().pack(torch.ones(2, 3)).codes, r"got int8 \[2, 3\]; is it packed already\?$"),
+        (Int8().quantize(torch.ones(2, 3)).codes, r"got int8 \[2, 3\]; is it quantized already\?$"),
         (torch.tensor([[1.0, float("nan")]]), r"NaN, infinity .*first at \[0, 1\]"),
         (torch.tensor([[1.0], [float("inf")]]).half(), r"NaN, infinity .*first at \[1, 0\]"),
         (torch.tensor([[1e200, 1.0]]).double(), r"beyond 1e30 .*first at \[0, 0\]"),
     ],
-    ids=["vector", "empty", "packed", "NaN", "infinity", "large"],
+    ids=["vector", "empty", "quantized", "NaN", "infinity", "large"],
 )
-def test_what_cannot_be_packed_is_refused_in_a_sentence(w: Tensor, message: str) -> None:
+def test_what_cannot_be_quantized_is_refused_in_a_sentence(w: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^int8: .*{message}"):
-        Int8().pack(w)
+        Int8().quantize(w)

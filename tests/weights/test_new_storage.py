@@ -22,13 +22,13 @@ from reparam.cli.config_options import with_options
 from reparam.compare.plan import read
 from reparam.core.base import Storage
 from reparam.errors import BaseError, ConfigError
-from reparam.hf.config import PackConfig
+from reparam.hf.config import StorageConfig
 from reparam.hf.models import load_base, save_model
 from reparam.inspect.survival import kinds, survivals
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 from reparam.train.config import dump, resolve
 from reparam.weights.dense import DenseWeight
-from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
+from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, floats, frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Mine(Storage):
     group: int = 32
     """Rows that share one magnitude."""
 
-    def pack(self, w: Tensor) -> "MineWeight":
+    def quantize(self, w: Tensor) -> "MineWeight":
         """Round `w` [O, I]."""
-        check_packable(w, self.name)
+        check_quantizable(w, self.name)
         wide = w.detach().float()
         absmax = torch.stack([rows.abs().max() for rows in wide.split(self.group)])
         scale = absmax.repeat_interleave(self.group)[: len(w), None].clamp(min=1e-30)
         return MineWeight((wide / scale * 32767).round().to(torch.int16), absmax, self.group, w.dtype)
 
 
-class MineWeight(PackedWeight):
+class MineWeight(QuantizedWeight):
     """The numbers and the magnitudes."""
 
     def __init__(self, codes: Tensor, absmax: Tensor, group: int, dtype: torch.dtype) -> None:
@@ -93,12 +93,12 @@ def _mine() -> Iterator[None]:
 
 def test_the_configuration_and_its_file(tmp_path: Path) -> None:
     config = resolve(None, {"base.storage": "mine", "base.group": "16"})
-    assert config.base.packing() == Mine(16)
+    assert config.base.quantization() == Mine(16)
     (tmp_path / "c.toml").write_text(dump(config))
     assert "group = 16" in dump(config)
     assert "block" not in dump(config)
     assert resolve(tmp_path / "c.toml", {}) == config
-    assert resolve(None, {"base.storage": "mine"}).base.packing() == Mine()
+    assert resolve(None, {"base.storage": "mine"}).base.quantization() == Mine()
 
 
 @pytest.mark.parametrize(
@@ -130,43 +130,43 @@ def test_the_command_line_has_its_setting() -> None:
         seen.update(overrides)
 
     with_options(command)(base__storage="mine", base__group="16")
-    assert resolve(None, seen).base.packing() == Mine(16)
+    assert resolve(None, seen).base.quantization() == Mine(16)
 
 
 def test_a_comparison() -> None:
     common = {"base.path": "x", "data.train": "x", "base.group": 16, "compare.methods": "lora"}
     plan = read(None, {**common, "compare.storages": "dense,mine"})
-    assert [plan.config(c, {}).base.packing() for c in plan.contestants] == [None, Mine(16)]
+    assert [plan.config(c, {}).base.quantization() for c in plan.contestants] == [None, Mine(16)]
 
 
 @pytest.mark.filterwarnings("ignore:targets")
 def test_files(tmp_path: Path) -> None:
     models.save_base(tmp_path / "base")
     model = load_base(str(tmp_path / "base"), storage=Mine(16))
-    assert set(packed_as(model).values()) == {Mine(16)}
-    save_model(model, None, tmp_path / "packed")
-    held = {k: v for f in (tmp_path / "packed").glob("*.safetensors") for k, v in load_file(f).items()}
+    assert set(storages_in(model).values()) == {Mine(16)}
+    save_model(model, None, tmp_path / "quantized")
+    held = {k: v for f in (tmp_path / "quantized").glob("*.safetensors") for k, v in load_file(f).items()}
     assert any(key.endswith("q_proj.weight.codes") for key in held)
-    again = load_base(str(tmp_path / "packed"), storage=Mine(16))
-    assert packed_as(again) == packed_as(model)
+    again = load_base(str(tmp_path / "quantized"), storage=Mine(16))
+    assert storages_in(again) == storages_in(model)
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(BaseError, match="packed already"):
-        load_base(str(tmp_path / "packed"), storage=Mine(8))
-    asked = PackConfig(Mine(16), "all-linear")
+    with pytest.raises(BaseError, match="quantized already"):
+        load_base(str(tmp_path / "quantized"), storage=Mine(8))
+    asked = StorageConfig(Mine(16), "all-linear")
     other = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=asked)
     assert torch.equal(logits(other.eval()), logits(model))
 
 
 def test_a_merge_and_what_survives_it() -> None:
     model = models.llama()
-    reparam.pack(model, Mine(16))
+    reparam.quantize(model, Mine(16))
     adapter = reparam.attach(model, reparam.LoRA(r=2))
     with torch.no_grad():
         for update in adapter.updates.values():
             update.B.normal_()  # type: ignore[union-attr, operator]
     record = adapter.record()
     report = reparam.merge(model, into="mine")
-    assert set(packed_as(model).values()) == {Mine(16)}
+    assert set(storages_in(model).values()) == {Mine(16)}
     assert all(site.survival > 0.99 for site in report.sites)
     name = next(iter(record.sites))
     site = record.sites[name]
@@ -179,7 +179,7 @@ def test_storages_of_installed_packages(tmp_path: Path) -> None:
     """Found by their entry points; one that cannot be imported is a warning that names its package."""
     info = tmp_path / "their_pack-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-pack\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-quantize\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[reparam.storages]\nbroken = their_missing\ntheirs = their_pack\n")
     (tmp_path / "their_pack.py").write_text(
         "import dataclasses\nfrom reparam.core.base import Storage\nfrom reparam.core.registry import storage\n"
@@ -190,10 +190,10 @@ def test_storages_of_installed_packages(tmp_path: Path) -> None:
         "from reparam.train.config import resolve\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
-        "    print(resolve(None, {'base.storage': 'theirs', 'base.depth': 4}).base.packing())\n"
+        "    print(resolve(None, {'base.storage': 'theirs', 'base.depth': 4}).base.quantization())\n"
         "    try: resolve(None, {'base.storage': 'nobody'})\n"
         "    except ValueError as error: print(error)\n"
-        "print([str(w.message) for w in seen if 'their-pack' in str(w.message)])\n"
+        "print([str(w.message) for w in seen if 'their-quantize' in str(w.message)])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     lines = found.splitlines()

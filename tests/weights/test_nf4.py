@@ -1,4 +1,4 @@
-"""NF4 against its definition: tables derived here, golden bytes, what holds for every matrix, what cannot be packed.
+"""NF4 against its definition: tables derived here, golden bytes, what holds for every matrix, what cannot be quantized.
 
 The golden bytes and the table of mean errors are bitsandbytes'. What the compiled kernels compute is in
 `test_nf4_cpu.py`.
@@ -45,7 +45,7 @@ def indices(codes: Tensor, count: int) -> list[int]:
     return torch.stack([codes >> 4, codes & 15], 1).view(-1)[:count].tolist()
 
 
-def unpacked(w: Tensor, block: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantized(w: Tensor, block: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     """`w` quantized with plain statistics and back, in its shape."""
     codes, absmax = quantize(w, block)
     return dequantize(codes, Statistics(absmax), block=block, count=w.numel(), dtype=dtype).view(w.shape)
@@ -171,14 +171,14 @@ def test_the_mean_error_for_normal_numbers_is_that_of_bitsandbytes() -> None:
     w = normal(1 << 20)
     expected = (0.067746, 0.072798, 0.076831, 0.080337, 0.083547, 0.086610, 0.089592, 0.092547)
     for block, size in zip(BLOCKS, expected, strict=True):
-        assert float((unpacked(w, block) - w).abs().mean()) == pytest.approx(size, abs=3e-4), block
+        assert float((dequantized(w, block) - w).abs().mean()) == pytest.approx(size, abs=3e-4), block
 
 
 def test_it_is_closer_to_normal_numbers_than_fifteen_equal_steps() -> None:
     w = normal(1 << 14, 64)
     steps = w.abs().amax(1, keepdim=True) / 7
     equal = float(((w / steps).round() * steps - w).square().mean())
-    found = float((unpacked(w) - w).square().mean())
+    found = float((dequantized(w) - w).square().mean())
     assert found == pytest.approx(0.008452, rel=0.01)
     assert equal == pytest.approx(0.011577, rel=0.01)
 
@@ -191,7 +191,7 @@ def test_no_entry_is_further_away_than_half_the_widest_gap(
     shape: tuple[int, int], block: int, seed: int, dtype: torch.dtype
 ) -> None:
     w = normal(*shape, seed=seed, dtype=dtype)
-    found, c = unpacked(w, block), largest(w, block)
+    found, c = dequantized(w, block), largest(w, block)
     assert bool(((found - w.float()).abs() <= WORST * c).all())
     at_most = w.float().abs() == c
     assert torch.equal(found[at_most], w.float()[at_most])  # the largest of each block is exact
@@ -211,10 +211,10 @@ def test_bytes_depend_on_the_values_alone(shape: tuple[int, int], block: int, se
 
 
 @given(shape=shapes, block=blocks, seed=seeds)
-def test_packing_what_was_unpacked_gives_the_same_bytes(shape: tuple[int, int], block: int, seed: int) -> None:
+def test_quantizing_what_was_unpacked_gives_the_same_bytes(shape: tuple[int, int], block: int, seed: int) -> None:
     w = normal(*shape, seed=seed)
     codes, absmax = quantize(w, block)
-    again = quantize(unpacked(w, block), block)
+    again = quantize(dequantized(w, block), block)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], absmax)
 
@@ -241,7 +241,7 @@ def test_blocks_in_another_order_are_bytes_in_another_order(
 
 
 @given(index=st.lists(st.integers(0, 15), min_size=1, max_size=200), scale=st.floats(1e-30, 1e30))
-def test_packing_keeps_every_code_at_even_and_at_odd_lengths(index: list[int], scale: float) -> None:
+def test_quantizing_keeps_every_code_at_even_and_at_odd_lengths(index: list[int], scale: float) -> None:
     """Levels themselves, in blocks whose magnitude a one at their start fixes."""
     count = len(index)
     for place in range(0, count, 64):
@@ -255,7 +255,7 @@ def test_packing_keeps_every_code_at_even_and_at_odd_lengths(index: list[int], s
 
 def test_the_negative_is_another_set_of_levels() -> None:
     w = normal(64)
-    assert not torch.equal(unpacked(-w), -unpacked(w))
+    assert not torch.equal(dequantized(-w), -dequantized(w))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -284,7 +284,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_rounded_once_from_float32(dtype: torch.dtype) -> None:
     w = normal(9, 100)
-    assert torch.equal(unpacked(w, dtype=dtype), unpacked(w).to(dtype))
+    assert torch.equal(dequantized(w, dtype=dtype), dequantized(w).to(dtype))
 
 
 def test_a_block_of_zeros_has_the_code_of_zero() -> None:
@@ -301,7 +301,7 @@ def test_a_block_of_zeros_has_the_code_of_zero() -> None:
 def test_numbers_at_the_end_of_float32_stay_finite(exponent: int, seed: int) -> None:
     """A block below the smallest normal number may come back as zeros or as anything of that size."""
     w = (normal(130, seed=seed) / 8).clamp(-1, 1) * 2.0**exponent
-    found, c = unpacked(w), largest(w, 64)
+    found, c = dequantized(w), largest(w, 64)
     small = c < TINY
     assert bool(((found - w).abs() <= torch.where(small, c, WORST * c + 2.0**-149)).all())
 
@@ -337,7 +337,7 @@ def test_equal_magnitudes_stay_as_they_are() -> None:
 
 
 def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -> None:
-    """So that a model packed on one machine is the model packed on another."""
+    """So that a model quantized on one machine is the model quantized on another."""
     before = torch.get_num_threads()
     try:
         for seed in range(4):
@@ -372,15 +372,15 @@ def bits(weight: NF4Weight) -> int:
 def test_bits_an_entry(shape: tuple[int, int]) -> None:
     """Exactly, where blocks of blocks are whole: 4.5, and 4.127 with one float32 for the whole matrix on top."""
     w = normal(*shape)
-    assert bits(NF4(double=False).pack(w)) == 4.5 * w.numel()
-    assert bits(NF4().pack(w)) == 4.126953125 * w.numel() + 32
+    assert bits(NF4(double=False).quantize(w)) == 4.5 * w.numel()
+    assert bits(NF4().quantize(w)) == 4.126953125 * w.numel() + 32
 
 
 @given(shape=shapes, block=blocks, double=st.booleans())
 def test_bytes_of_any_matrix(shape: tuple[int, int], block: int, double: bool) -> None:
     n = shape[0] * shape[1]
     N = -(-n // block)
-    weight = NF4(block, double).pack(normal(*shape))
+    weight = NF4(block, double).quantize(normal(*shape))
     extra = N + 4 * -(-N // NESTED_BLOCK) + 4 if double else 4 * N
     assert bits(weight) == 8 * (-(-n // 2) + extra)
 
@@ -391,7 +391,7 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 ) -> None:
     """Whole, by rows, by a lookup, by entry, and as an operator."""
     w = normal(*shape, seed=seed, dtype=dtype)
-    weight = NF4(block, double).pack(w)
+    weight = NF4(block, double).quantize(w)
     codes, absmax = quantize(w, block)
     stats = compress(absmax) if double else Statistics(absmax)
     whole = dequantize(codes, stats, block=block, count=w.numel(), dtype=torch.float32).view(shape)
@@ -412,25 +412,25 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 def test_an_id_that_is_no_row_is_refused(bad: int) -> None:
     """Where an index from the end, or one that padding answers, would be something else than an embedding's."""
     for shape in ((9, 7), (9, 1)):
-        weight = NF4().pack(normal(*shape))
+        weight = NF4().quantize(normal(*shape))
         with pytest.raises(RuntimeError, match="an id is not one of the 9 rows"):
             weight.rows(torch.tensor([0, bad]))
         ids = torch.tensor([8, 0], dtype=torch.int32)
         assert torch.equal(weight.rows(ids), weight.dense()[ids])
 
 
-def test_a_parameter_is_packed_and_nothing_of_it_trains() -> None:
+def test_a_parameter_is_quantized_and_nothing_of_it_trains() -> None:
     w = torch.nn.Parameter(normal(8, 8))
-    weight = NF4().pack(w)
+    weight = NF4().quantize(w)
     assert not any(p.requires_grad for p in weight.parameters())
     assert weight.storage == NF4()
-    assert NF4(32, double=False).pack(w).storage == NF4(32, double=False)
+    assert NF4(32, double=False).quantize(w).storage == NF4(32, double=False)
 
 
 def test_a_matrix_without_values_has_the_same_tensors() -> None:
     """On the meta device: what a model takes can be told before it is loaded."""
     for storage in (NF4(), NF4(32, double=False)):
-        real, empty = (storage.pack(normal(24, 50).to(device)) for device in ("cpu", "meta"))
+        real, empty = (storage.quantize(normal(24, 50).to(device)) for device in ("cpu", "meta"))
         assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
             k: (v.shape, v.dtype) for k, v in real.state_dict().items()
         }
@@ -450,8 +450,11 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
     "three dimensions": (lambda: torch.ones(2, 4, 4), r"expected a matrix .* got float32 \[2, 4, 4\]$"),
     "no rows": (lambda: torch.ones(0, 64), r"expected a matrix .* with entries, got float32 \[0, 64\]$"),
     "no columns": (lambda: torch.ones(64, 0), r"expected a matrix .* with entries, got float32 \[64, 0\]$"),
-    "integers": (lambda: torch.ones(4, 4, dtype=torch.int64), r"got int64 \[4, 4\]; is it packed already\?"),
-    "packed": (lambda: NF4().pack(normal(4, 8)).codes[:, None], r"got uint8 \[16, 1\]; is it packed already\?"),
+    "integers": (lambda: torch.ones(4, 4, dtype=torch.int64), r"got int64 \[4, 4\]; is it quantized already\?"),
+    "quantized": (
+        lambda: NF4().quantize(normal(4, 8)).codes[:, None],
+        r"got uint8 \[16, 1\]; is it quantized already\?",
+    ),
     "eight bits": (lambda: torch.ones(4, 4).to(torch.float8_e4m3fn), r"got float8_e4m3fn \[4, 4\]"),
     "NaN": (lambda: spoilt(float("nan"), torch.float32), r"NaN.*first at \[2, 5\]"),
     "infinity": (lambda: spoilt(float("-inf"), torch.bfloat16), r"NaN.*first at \[2, 5\]"),
@@ -468,15 +471,15 @@ def spoilt(value: float, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_packed_is_refused_in_a_sentence(what: str) -> None:
+def test_what_cannot_be_quantized_is_refused_in_a_sentence(what: str) -> None:
     make, message = REFUSED[what]
     w = make()
     with pytest.raises(ValueError, match=f"^nf4: .*{message}") as caught:
-        NF4().pack(w)
+        NF4().quantize(w)
     assert len(str(caught.value)) < 200
 
 
-def test_large_numbers_below_the_limit_are_packed() -> None:
+def test_large_numbers_below_the_limit_are_quantized() -> None:
     w = normal(64, 64) * 1e29
-    error = (NF4().pack(w).dense() - w).abs()
+    error = (NF4().quantize(w).dense() - w).abs()
     assert bool((error <= 0.2 * w.abs().max()).all())

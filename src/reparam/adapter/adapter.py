@@ -18,7 +18,7 @@ from reparam.io import files
 from reparam.io.record import Base, Packing, Record
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted, Replaced
-from reparam.sites.walk import packed_as, walk
+from reparam.sites.walk import storages_in, walk
 
 
 class Adapter:
@@ -144,7 +144,7 @@ class Adapter:
             sites=self.sites,
             tensors=self.tensors(),
             replaced=tuple(self.replaced),
-            base=Base(type(self.model).__name__, source, fingerprint(self.model), _packing(self.model)),
+            base=Base(type(self.model).__name__, source, fingerprint(self.model), _quantization(self.model)),
             modules=tuple(path for path, _ in walk(self.model)),
         )
 
@@ -180,9 +180,9 @@ class Adapter:
         return f"{type(self).__name__}({self.name!r}, {self.method.name}, {sites}{count:,} parameters{frozen})"
 
 
-def _packing(model: nn.Module) -> tuple[Packing, ...]:
+def _quantization(model: nn.Module) -> tuple[Packing, ...]:
     held: dict[Storage, list[str]] = {}
-    for path, storage in packed_as(model).items():
+    for path, storage in storages_in(model).items():
         held.setdefault(storage, []).append(path)
     return tuple(Packing(storage.name, storage.settings(), tuple(paths)) for storage, paths in held.items())
 

@@ -1,14 +1,15 @@
 """Folding the active adapter into the weights: exact about what was asked, and about what rounding left of it.
 
 One site at a time, in blocks of rows: W' = diag(gain) W + B A in float32 (a float64 base: in float64), cast once,
-written over the base. Packed matrices are unpacked on the way, into the dtype that their results have: what is written
-is W as the adapter was trained on it, plus ΔW. For each site the report states which share of the update ΔW = W' − W is
+written over the base. Quantized matrices are dequantized on the way, into the dtype that their results have: what is
+written is W as the adapter was trained on it, plus ΔW. For each site the report states which share of the update ΔW =
+W' − W is
 in what was written:
 
     survival = ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩        1 is everything, 0 is nothing
 
 In bfloat16 a small update can vanish in the rounding; the report warns below 0.99. In four bits most of it does, so
-that packed matrices are packed again only when asked for by name, and not where less than 0.9 survives.
+that quantized matrices are quantized again only when asked for by name, and not where less than 0.9 survives.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SiteMerge:
     storage: str = "dense"
     """Name of the storage that was written."""
     noise: float | None = None
-    """|written − W − ΔW| / |ΔW|, in a packed storage: what else was written."""
+    """|written − W − ΔW| / |ΔW|, in a quantized storage: what else was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class MergeReport:
     undo: _Undo | None = dataclasses.field(default=None, repr=False)
 
     def survival(self) -> dict[torch.dtype | str, float]:
-        """The share of ΔW that survived over all sites of one dtype; of packed ones, of one storage, by its name."""
+        """The share of ΔW that survived over all sites of one dtype; of quantized ones, of one storage, by its name."""
         return survival(self.sites)
 
     def __repr__(self) -> str:
@@ -130,9 +131,10 @@ def merge(
 ) -> MergeReport:
     """Fold the selected adapter into the model: its own modules again afterwards, and no adapters.
 
-    Packed matrices that the adapter goes on become dense, in the dtype of their results; those it does not go on stay
-    packed. With `into`, the name of the storage that they are in, they are packed again instead: "nearest" rounds W'
-    and loses nearly all of a small update, "aware" moves codes so that its effect stays (`weights/rounding.py`).
+    Quantized matrices that the adapter goes on become dense, in the dtype of their results; those it does not go on
+    stay quantized. With `into`, the name of the storage that they are in, they are quantized again instead: "nearest"
+    rounds W' and loses nearly all of a small update, "aware" moves codes so that its effect stays
+    (`weights/rounding.py`).
 
     `keep_base` copies the base first, so that the report's `restore` can bring it back.
 
@@ -154,13 +156,13 @@ def merge(
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
         _check_finite(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
-    packed = {} if into is None else _packed_again(adapter, into, rounding, force=force)
+    quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
     sites, biased = [], []
     for path, module in adapter.modules.items():
-        if path in packed:
-            merged, site = packed[path]
+        if path in quantized:
+            merged, site = quantized[path]
         else:
             merged, site = fold(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
         sites.append(site)
@@ -228,7 +230,7 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     return merged, SiteMerge(name, out.dtype, change**0.5, share)
 
 
-def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
+def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
     """The merged weights in the storage that they are in, and what became of the update; nothing is changed."""
     problems = [
         f"{path} is {module.weight.storage.name}"
@@ -253,7 +255,7 @@ def _packed_again(adapter: Adapter, into: str, rounding: str, *, force: bool) ->
 
 
 def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
-    """What of the update is in a weight that is packed again, and what else."""
+    """What of the update is in a weight that is quantized again, and what else."""
     size = max(1, (1 << 20) // weight.in_features)
     sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
     for start in range(0, weight.out_features, size):
@@ -268,7 +270,7 @@ def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> Sit
 
 
 def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
-    """The share of ΔW that survived over all of these sites of one dtype; of packed ones, of one storage."""
+    """The share of ΔW that survived over all of these sites of one dtype; of quantized ones, of one storage."""
     groups: dict[torch.dtype | str, list[SiteMerge]] = {}
     for site in sites:
         groups.setdefault(site.dtype if site.storage == "dense" else site.storage, []).append(site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -13,12 +14,12 @@ from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.walk import packed_as, tied, walk
+from reparam.sites.walk import storages_in, tied, walk
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedSite:
-    """One matrix that is packed."""
+class QuantizedSite:
+    """One matrix that is quantized."""
 
     name: str
     entries: int
@@ -30,23 +31,25 @@ class PackedSite:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackReport:
-    """What was packed, what it takes, and which large tensors were left as they are."""
+class QuantizeReport:
+    """What was quantized, what it takes, and which large tensors were left as they are."""
 
     storage: Storage
-    sites: tuple[PackedSite, ...]
+    sites: tuple[QuantizedSite, ...]
     left: dict[str, int]
-    """Tensors of two or more dimensions that are not packed: path -> bytes."""
+    """Tensors of two or more dimensions that are not quantized: path -> bytes."""
 
     @property
     def bits(self) -> float:
-        """Bits for each packed entry, statistics and all."""
+        """Bits for each quantized entry, statistics and all."""
         return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
 
     def __repr__(self) -> str:
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
         sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry"
-        return f"PackReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} tensors left)"
+        return (
+            f"QuantizeReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} tensors left)"
+        )
 
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
@@ -57,32 +60,32 @@ class PackReport:
             f"; left as they are: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
         )
         return (
-            f"packed {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
+            f"quantized {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
             f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry{left if largest else ''}"
         )
 
 
 @torch.no_grad()
-def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> PackReport:
+def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> QuantizeReport:
     """Put the matrices that `targets` names into a storage, one at a time; adapters on them stay as they are.
 
-    `storage` is a name ("nf4", "int8", or "dense" to unpack) or a configuration such as `NF4(block=128)`; `targets` are
-    as in `attach`, so that the output head and the embeddings stay as they are unless named. Weights that cannot be
-    packed, such as fused experts, are warned about and listed in the report.
+    `storage` is a name ("nf4", "int8", or "dense" to dequantize) or a configuration such as `NF4(block=128)`; `targets`
+    are as in `attach`, so that the output head and the embeddings stay as they are unless named. Weights that cannot be
+    quantized, such as fused experts, are warned about and listed in the report.
 
-    Raises ValueError, before anything is changed, for targets that match nothing, matrices that are packed already,
-    tied ones, and whatever the storage refuses, NaN for instance (then some may have been packed).
+    Raises ValueError, before anything is changed, for targets that match nothing, matrices that are quantized already,
+    tied ones, and whatever the storage refuses, NaN for instance (then some may have been quantized).
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-    >>> str(pack(model, "int8", targets="0"))
-    'packed 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits an entry; left as they are: 1.weight (512 B)'
+    >>> str(quantize(model, "int8", targets="0"))
+    'quantized 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits an entry; left as they are: 1.weight (512 B)'
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     names = targets_.resolve(model, targets)
     _check(model, names, chosen)
     sites = []
     for path in names:
-        module = _repacked(path, model.get_submodule(path), chosen)
+        module = _requantized(path, model.get_submodule(path), chosen)
         sites.append(_site(path, module.weight))
         if module.weight.dense_or_none is not None and not module.updates:
             model.set_submodule(path, module.restore())
@@ -90,23 +93,29 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
             model.set_submodule(path, module)
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
-    return PackReport(chosen, tuple(sites), dict(_left(model)))
+    return QuantizeReport(chosen, tuple(sites), dict(_left(model)))
 
 
-def reports(model: nn.Module) -> list[PackReport]:
-    """What is packed in a model, one report for each storage; none where everything is dense."""
-    held: dict[Storage, list[PackedSite]] = {}
-    for path, storage in packed_as(model).items():
+def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> QuantizeReport:
+    """The old name of `quantize`, for one release. Warns."""
+    warnings.warn("reparam.pack is now reparam.quantize; the old name goes with the next release", FutureWarning, 2)
+    return quantize(model, storage, targets=targets)
+
+
+def reports(model: nn.Module) -> list[QuantizeReport]:
+    """What is quantized in a model, one report for each storage; none where everything is dense."""
+    held: dict[Storage, list[QuantizedSite]] = {}
+    for path, storage in storages_in(model).items():
         held.setdefault(storage, []).append(_site(path, model.get_submodule(path).weight))  # type: ignore[arg-type]
     left = dict(_left(model))
-    return [PackReport(storage, tuple(sites), left) for storage, sites in held.items()]
+    return [QuantizeReport(storage, tuple(sites), left) for storage, sites in held.items()]
 
 
 def entries(model: nn.Module) -> int:
-    """Numbers that the parameters of a model stand for: of a packed matrix its O · I entries, not its bytes."""
-    packed = [module.weight for _, module in walk(model) if isinstance(module, Adapted)]
-    stored = sum(p.numel() for weight in packed for p in weight.parameters())
-    meant = sum(weight.out_features * weight.in_features for weight in packed)
+    """Numbers that the parameters of a model stand for: of a quantized matrix its O · I entries, not its bytes."""
+    quantized = [module.weight for _, module in walk(model) if isinstance(module, Adapted)]
+    stored = sum(p.numel() for weight in quantized for p in weight.parameters())
+    meant = sum(weight.out_features * weight.in_features for weight in quantized)
     return sum(p.numel() for p in model.parameters()) - stored + meant
 
 
@@ -123,34 +132,36 @@ def size(count: float) -> str:
     return f"{count:.4g} GiB"
 
 
-def _repacked(path: str, found: nn.Module, storage: Storage) -> Adapted:
+def _requantized(path: str, found: nn.Module, storage: Storage) -> Adapted:
     """The module in its adapted form with the matrix in the storage; as it was, where the storage refuses it."""
     trains = isinstance(found, Adapted) or bool(found.weight.requires_grad)
     module = targets_.wrap(found)
     try:
-        weight = storage.pack(module.weight.tensor())
+        weight = storage.quantize(module.weight.tensor())
     except ValueError as error:
         if module is not found:  # wrapping froze the matrix, and transposed a Conv1D's
             module.restore().get_parameter("weight").requires_grad_(trains)
         raise ValueError(f"{path}: {error}") from error
-    module.repack(weight)
+    module.hold(weight)
     return module
 
 
 def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
-    """Raise ValueError where packing would repeat a loss or change something that other modules use."""
+    """Raise ValueError where quantizing would repeat a loss or change something that other modules use."""
     problems = []
     for path, others in tied(model, names).items():
         problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
     vectors = [path for path in names if not targets_.is_matrix(model.get_submodule(path))]
     problems += [f"{path} is a vector, not a matrix" for path in vectors]
-    held = packed_as(model)
+    held = storages_in(model)
     dense = STORAGES["dense"]
     for path in names if not isinstance(storage, dense) else ():
         if path in held:
-            problems.append(f"{path} is {held[path].name} already, and packing twice loses twice; load the original")
+            problems.append(f"{path} is {held[path].name} already, and quantizing twice loses twice; load the original")
     if problems:
-        raise ValueError("pack: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5)))
+        raise ValueError(
+            "quantize: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
+        )
 
 
 def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -168,6 +179,6 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{path}.{name}".lstrip("."), tensor.nbytes
 
 
-def _site(path: str, weight: Weight) -> PackedSite:
+def _site(path: str, weight: Weight) -> QuantizedSite:
     entries = weight.out_features * weight.in_features
-    return PackedSite(path, entries, sum(p.nbytes for p in weight.parameters()), entries * weight.dtype.itemsize)
+    return QuantizedSite(path, entries, sum(p.nbytes for p in weight.parameters()), entries * weight.dtype.itemsize)

@@ -16,7 +16,7 @@ def merge(
     base: Base = None,
     dtype: Dtype = "auto",
     onto: Annotated[
-        str, typer.Option(help="trained: the base as it was trained on, unpacked; original: the files' own weights.")
+        str, typer.Option(help="trained: the base as it was trained on, dequantized; original: the files' own weights.")
     ] = "trained",
     into: Annotated[
         str | None, typer.Option(help="nf4 or int8: write the storage of the base again, and lose part of the update.")
@@ -188,7 +188,7 @@ def inspect(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score on.")] = None,
 ) -> None:
-    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is packed.
+    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is quantized.
 
     [bold]reparam inspect out/first[/bold]
 

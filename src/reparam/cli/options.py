@@ -25,9 +25,9 @@ VERBS = {
     "merge": ("adapters.merge", "Fold an adapter into its base and write a plain model."),
     "compose": ("adapters.compose", "Add adapters up, with weights, into one adapter."),
     "compress": ("adapters.compress", "Make a finished adapter smaller without its data."),
-    "inspect": ("adapters.inspect", "Show what an adapter or a packed model holds."),
+    "inspect": ("adapters.inspect", "Show what an adapter or a quantized model holds."),
     "compare": ("compare.compare", "Compare methods on your own task and report which is best."),
-    "quantize": ("models.quantize", "Pack a model so that it loads in a quarter of the memory."),
+    "quantize": ("models.quantize", "Quantize a model so that it loads in a quarter of the memory."),
     "intrinsic": ("study.intrinsic", "Measure how many dimensions a task takes."),
 }
 

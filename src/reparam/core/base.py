@@ -1,6 +1,6 @@
 """The nouns everything else is written in: a frozen weight, a site, and the trainable update that goes on it.
 
-A linear map W [O, I] stays frozen (`Weight`, packed by a `Storage`); an `Update` owns the few parameters that change
+A linear map W [O, I] stays frozen (`Weight`, quantized by a `Storage`); an `Update` owns the few parameters that change
 it. A `Method` (`core/method.py`) builds one update for each `Site`. What can be merged reduces to `Factors`:
 
     W' = diag(gain) · W + B · A
@@ -65,7 +65,7 @@ class Weight(nn.Module):
 
     @property
     def dense_or_none(self) -> Tensor | None:
-        """The stored matrix [O, I] itself, where there is one that may be written to; None for a packed storage."""
+        """The stored matrix [O, I] itself, where there is one that may be written to; None for a quantized storage."""
         return None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -139,13 +139,13 @@ class Storage:
     """Configuration and factory of a weight: a frozen dataclass whose `__post_init__` refuses bad values.
 
     A subclass is registered with `@storage("name")`, lists in `examples` the settings that the conformance suite
-    builds, and implements `pack`.
+    builds, and implements `quantize`.
     """
 
     name: ClassVar[str]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
-    def pack(self, w: Tensor) -> Weight:
+    def quantize(self, w: Tensor) -> Weight:
         """Store `w` [O, I], of any floating dtype. Raises ValueError for values that the format cannot hold."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""How a packed model is described in `config.json` and in its files: our own way, and bitsandbytes'.
+"""How a quantized model is described in `config.json` and in its files: our own way, and bitsandbytes'.
 
     {"quant_method": "reparam", "storage": "nf4", "block": 64, "double": true, "targets": ["all-linear"]}
 
@@ -27,7 +27,7 @@ from reparam.io.plain import decode
 from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.walk import packed_as, walk
+from reparam.sites.walk import storages_in, walk
 from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4
 
@@ -35,7 +35,7 @@ METHOD = "reparam"
 
 
 @register_quantization_config(METHOD)
-class PackConfig(QuantizationConfigMixin):
+class StorageConfig(QuantizationConfigMixin):
     """A storage and where it goes, in transformers' terms; made by its subclasses and by `config_for`."""
 
     def __init__(self, storage: Storage, targets: targets_.Targets) -> None:
@@ -65,8 +65,8 @@ class PackConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
-class NF4Config(PackConfig):
-    """Pack into NF4 while loading: `block` and `double` as in `reparam.NF4`, `targets` as in `reparam.attach`.
+class NF4Config(StorageConfig):
+    """Quantize into NF4 while loading: `block` and `double` as in `reparam.NF4`, `targets` as in `reparam.attach`.
 
     The output head and the embeddings stay as they are unless named. Raises ValueError for a bad block size.
 
@@ -78,30 +78,30 @@ class NF4Config(PackConfig):
         super().__init__(NF4(block, double), targets)
 
 
-class Int8Config(PackConfig):
-    """Pack into int8, one scale a row, while loading; `targets` as in `reparam.attach`."""
+class Int8Config(StorageConfig):
+    """Quantize into int8, one scale a row, while loading; `targets` as in `reparam.attach`."""
 
     def __init__(self, *, targets: targets_.Targets = ("all-linear",)) -> None:
         super().__init__(Int8(), targets)
 
 
-def config_for(storage: Storage, targets: targets_.Targets) -> PackConfig:
-    """The configuration for a storage. Raises ValueError for the dense one, which packs nothing."""
+def config_for(storage: Storage, targets: targets_.Targets) -> StorageConfig:
+    """The configuration for a storage. Raises ValueError for the dense one, which quantizes nothing."""
     if storage.name == "dense":
-        packed = ", ".join(name for name in STORAGES if name != "dense")
-        raise ValueError(f"dense is not packed by transformers; the storages for it are {packed}")
+        quantized = ", ".join(name for name in STORAGES if name != "dense")
+        raise ValueError(f"dense is not quantized by transformers; the storages for it are {quantized}")
     if isinstance(storage, NF4):
         return NF4Config(storage.block, double=storage.double, targets=targets)
-    return Int8Config(targets=targets) if isinstance(storage, Int8) else PackConfig(storage, targets)
+    return Int8Config(targets=targets) if isinstance(storage, Int8) else StorageConfig(storage, targets)
 
 
-def config_of(model: nn.Module) -> PackConfig:
-    """What a packed model's `config.json` is to say. Raises ValueError where matrices are in several storages."""
-    held = packed_as(model)
+def config_of(model: nn.Module) -> StorageConfig:
+    """What a quantized model's `config.json` is to say. Raises ValueError where matrices are in several storages."""
+    held = storages_in(model)
     names = sorted({storage.name for storage in held.values()})
     if len(names) != 1:
         raise ValueError(f"the matrices are in {' and '.join(names) or 'no storage'}; a folder holds those of one")
-    with warnings.catch_warnings():  # what has no matrix to pack was said when it was packed
+    with warnings.catch_warnings():  # what has no matrix to quantize was said when it was quantized
         warnings.simplefilter("ignore")
         usual = targets_.resolve(model, "all-linear")
     return config_for(next(iter(held.values())), "all-linear" if set(usual) == set(held) else list(held))
@@ -134,10 +134,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 # ---- bitsandbytes
 
 
-def from_bitsandbytes(values: Mapping[str, Any]) -> PackConfig:
+def from_bitsandbytes(values: Mapping[str, Any]) -> StorageConfig:
     """Our configuration for a folder that bitsandbytes wrote. Raises ValueError for LLM.int8 and FP4.
 
-    It names no targets: what is packed is what the files hold packed.
+    It names no targets: what is quantized is what the files hold quantized.
     """
     kind = values.get("bnb_4bit_quant_type")
     if values.get("load_in_8bit") or values.get("_load_in_8bit"):
@@ -150,13 +150,13 @@ def from_bitsandbytes(values: Mapping[str, Any]) -> PackConfig:
 def to_bitsandbytes(model: Any) -> dict[str, Any]:
     """The entry with which transformers and bitsandbytes load the model, adapters aside.
 
-    Raises ValueError where bitsandbytes has no place for what is packed: another storage, embeddings, or matrices that
-    its list of skipped modules cannot tell from dense ones.
+    Raises ValueError where bitsandbytes has no place for what is quantized: another storage, embeddings, or matrices
+    that its list of skipped modules cannot tell from dense ones.
     """
     config = config_of(model)
     if config.storage.name != "nf4":
-        raise ValueError(f"bitsandbytes has no {config.storage.name} like ours; pack the model into nf4")
-    held = packed_as(model)
+        raise ValueError(f"bitsandbytes has no {config.storage.name} like ours; quantize the model into nf4")
+    held = storages_in(model)
     modules = dict(walk(model))
     problems = [f"{path} is an embedding" for path in held if targets_.sizes(modules[path])[0] == "embedding"]
     skipped = [path for path, module in modules.items() if type(module) is nn.Linear or isinstance(module, Conv1D)]

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers: loading with clear refusals, and writing plain or packed models safely."""
+"""Models and tokenizers of transformers: loading with clear refusals, and writing plain or quantized models safely."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from transformers.utils import logging
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
 from reparam.errors import BaseError
-from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers itself, so that packed folders can be read)
-from reparam.hf.config import METHOD, PackConfig, config_for, config_of, from_bitsandbytes, tensors_of, to_bitsandbytes
+from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers itself, so that quantized folders can be read)
+from reparam.hf.config import (
+    METHOD,
+    StorageConfig,
+    config_for,
+    config_of,
+    from_bitsandbytes,
+    tensors_of,
+    to_bitsandbytes,
+)
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 
 
 def load_base(
@@ -32,12 +40,12 @@ def load_base(
 ) -> nn.Module:
     """The causal language model in a local folder or on the hub, in eval mode.
 
-    With a `storage`, the matrices that `targets` names are packed while they are read, as `reparam.pack` would do it
-    afterwards. A folder that is packed already, by `save_model` or in NF4 by bitsandbytes (which is not needed for it),
-    is read as it is, without quantizing anything anew.
+    With a `storage`, the matrices that `targets` names are quantized while they are read, as `reparam.quantize` would
+    do it afterwards. A folder that is quantized already, by `save_model` or in NF4 by bitsandbytes (which is not needed
+    for it), is read as it is, without quantizing anything anew.
 
     Weights are read from safetensors only, and no code of the repository is run. Raises BaseError, in one sentence,
-    for a folder that does not exist or holds no such model, for one that is packed in another way than is asked for,
+    for a folder that does not exist or holds no such model, for one that is quantized in another way than is asked for,
     and for a hub that cannot be reached.
     """
     _check_path(path)
@@ -45,11 +53,11 @@ def load_base(
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-        packed = _packed_config(config)
-        if packed is not None:
-            config.quantization_config = packed.to_dict()
-            _check_storage(packed, storage)
-        packing = None if packed is not None or storage is None else config_for(storage, targets)
+        quantized = _storage_config(config)
+        if quantized is not None:
+            config.quantization_config = quantized.to_dict()
+            _check_storage(quantized, storage)
+        quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -57,12 +65,12 @@ def load_base(
             revision=revision or "main",
             use_safetensors=True,
             trust_remote_code=False,
-            **({} if packing is None else {"quantization_config": packing}),
+            **({} if quantizing is None else {"quantization_config": quantizing}),
         )
-        if packed is not None and storage is not None:
-            dense = sorted(set(targets_.resolve(model, targets)) - packed_as(model).keys())
+        if quantized is not None and storage is not None:
+            dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
-                raise ValueError(f"is packed already, without {', '.join(dense[:3])}; load the original model")
+                raise ValueError(f"is quantized already, without {', '.join(dense[:3])}; load the original model")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BaseError(f"{path}: no causal language model could be loaded: {_first_line(error)}") from error
     return model.eval()
@@ -80,13 +88,13 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
 ) -> None:
-    """Write a plain or packed model, and its tokenizer, into a new folder; whole, or not at all.
+    """Write a plain or quantized model, and its tokenizer, into a new folder; whole, or not at all.
 
-    A packed one is written as it is. `format` says who is to read it: "reparam" (`load_base`, or transformers once
+    A quantized one is written as it is. `format` says who is to read it: "reparam" (`load_base`, or transformers once
     `reparam.hf.models` is imported), or "bitsandbytes" (transformers with bitsandbytes; `load_base` too).
 
     Raises ValueError while adapters are on the model (stock tools could not read it), for the folder that the base
-    came from, which would be overwritten, and for a packed model that the format has no place for.
+    came from, which would be overwritten, and for a quantized model that the format has no place for.
     """
     target = Path(folder).resolve()
     tensors = tensors_of(model)
@@ -115,31 +123,31 @@ def vocabulary(model: nn.Module) -> int:
     return int(module.weight.out_features if isinstance(module, Adapted) else module.weight.shape[0])
 
 
-def _packed_config(config: Any) -> PackConfig | None:
-    """What a folder's configuration says of how it is packed, in our terms; None where it is dense, or not ours."""
+def _storage_config(config: Any) -> StorageConfig | None:
+    """What a folder's configuration says of how it is quantized, in our terms; None where it is dense, or not ours."""
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict):
         return None
     if values.get("quant_method") == METHOD:
-        return PackConfig.from_dict(values)
+        return StorageConfig.from_dict(values)
     return from_bitsandbytes(values) if values.get("quant_method") == "bitsandbytes" else None
 
 
-def _check_storage(packed: PackConfig, storage: Storage | None) -> None:
-    if storage is not None and storage != packed.storage:
+def _check_storage(quantized: StorageConfig, storage: Storage | None) -> None:
+    if storage is not None and storage != quantized.storage:
         raise ValueError(
-            f"is packed already, as {packed.storage}, and {storage} was asked for: packing twice loses twice; "
+            f"is quantized already, as {quantized.storage}, and {storage} was asked for: quantizing twice loses twice; "
             f"load the original model, or leave the storage out"
         )
 
 
 def _entry(model: nn.Module, format: str) -> dict[str, Any] | None:
-    """The entry of a packed model in `config.json`."""
+    """The entry of a quantized model in `config.json`."""
     if format not in ("reparam", "bitsandbytes"):
         raise ValueError(f"format={format!r}: expected 'reparam' or 'bitsandbytes'")
     if format == "bitsandbytes":
         return to_bitsandbytes(model)
-    return config_of(model).to_dict() if packed_as(model) else None
+    return config_of(model).to_dict() if storages_in(model) else None
 
 
 def _check_path(path: str) -> None:

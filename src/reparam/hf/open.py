@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import untie
 from reparam.adapter.load import place
-from reparam.adapter.quantize import pack
+from reparam.adapter.quantize import quantize
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
 from reparam.errors import FormatError
@@ -19,7 +19,7 @@ from reparam.hf.models import load_base, load_tokenizer
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.record import Packing, Record
-from reparam.sites.walk import packed_as, tied
+from reparam.sites.walk import storages_in, tied
 
 
 def open_model(
@@ -27,9 +27,9 @@ def open_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Adapter | None]:
     """Base, tokenizer, and the adapter on it. A base that is not named is the one the adapter was trained on.
 
-    Matrices that were packed when the adapter was trained are packed in the same way here, unless `storage` says how
-    all linear maps are to be kept: "dense", "nf4", "int8". An embedding that the output head shares is untied for an
-    adapter that changes one of them. Raises ValueError when neither tells the base.
+    Matrices that were quantized when the adapter was trained are quantized in the same way here, unless `storage` says
+    how all linear maps are to be kept: "dense", "nf4", "int8". An embedding that the output head shares is untied for
+    an adapter that changes one of them. Raises ValueError when neither tells the base.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
     if folder is not None and prompts.kind_of(folder) is not None:
@@ -51,16 +51,16 @@ def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> 
     if storage is not None and storage != "dense":
         return load_base(path, dtype=dtype, storage=find_storage(storage)())
     told = record.base if record is not None and storage is None else None
-    packing = told.packing if told is not None else ()
-    first = packing[0] if packing else None
+    quantizing = told.packing if told is not None else ()
+    first = quantizing[0] if quantizing else None
     if first is None:
         model = load_base(path, dtype=dtype)
-        if storage == "dense" and packed_as(model):
-            raise FormatError(f"{path}: its matrices are packed, and what they were before is lost; give --base")
+        if storage == "dense" and storages_in(model):
+            raise FormatError(f"{path}: its matrices are quantized, and what they were before is lost; give --base")
         return model
     model = load_base(path, dtype=dtype, storage=made(first), targets=first.modules)
-    for other in packing[1:]:
-        pack(model, made(other), targets=other.modules)
+    for other in quantizing[1:]:
+        quantize(model, made(other), targets=other.modules)
     return model
 
 
@@ -69,7 +69,7 @@ def made(packing: Packing) -> Storage:
     try:
         return find_storage(packing.storage)(**packing.settings)
     except (ValueError, TypeError) as error:
-        raise FormatError(f"the adapter's base was packed in a way that is not known here: {error}") from None
+        raise FormatError(f"the adapter's base was quantized in a way that is not known here: {error}") from None
 
 
 def base_of(record: Record | None, folder: Path | None) -> str:

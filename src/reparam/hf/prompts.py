@@ -25,7 +25,7 @@ from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_formats import CONFIG, WEIGHTS
 from reparam.io.staged import staged_folder
 from reparam.methods.prompts import Prefix, Prompt, Prompting
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 
 KINDS: dict[str, type[Prompting]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}
 
@@ -97,12 +97,12 @@ class PromptState(State):
 def attach(model: nn.Module, method: Prompting, *, name: str = "default") -> Prompts:
     """Fresh positions in front of what `model` reads, selected; everything else is frozen.
 
-    The handle's `model` is to be used from then on. Raises ValueError without PEFT, and for a packed base, which PEFT's
-    files could not name.
+    The handle's `model` is to be used from then on. Raises ValueError without PEFT, and for a quantized base, which
+    PEFT's files could not name.
     """
     peft = _peft(method)
-    if packed_as(model):
-        raise ValueError(f"{method.name}: PEFT's files do not say how a base was packed; use base.storage dense")
+    if storages_in(model):
+        raise ValueError(f"{method.name}: PEFT's files do not say how a base was quantized; use base.storage dense")
     make = getattr(peft, method.peft_config)
     config = make(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **method.peft_settings)
     with torch.random.fork_rng():

@@ -1,12 +1,13 @@
-"""The quantizer that transformers calls: packing while a model is read, files of packed models, training under Trainer.
+"""The quantizer that transformers calls: quantizing while a model is read, files of quantized models, training under
+Trainer.
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=reparam.NF4Config())
     model.hf_quantizer.report
 
-Each matrix is packed as soon as it is read, and let go before the next one is. What is put in its place is the module
-that `reparam.pack` puts there. Importing this file registers the method "reparam" with transformers; touching
-`reparam.NF4Config` or importing `reparam.hf.models` does that. Before it, transformers cannot read the folder of a
-packed model: it warns of an "unknown quantization type" and then about the sizes of all matrices.
+Each matrix is quantized as soon as it is read, and let go before the next one is. What is put in its place is the
+module that `reparam.quantize` puts there. Importing this file registers the method "reparam" with transformers;
+touching `reparam.NF4Config` or importing `reparam.hf.models` does that. Before it, transformers cannot read the folder
+of a quantized model: it warns of an "unknown quantization type" and then about the sizes of all matrices.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from reparam.adapter.quantize import PackedSite, PackReport, pack
+from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
 from reparam.errors import FormatError
-from reparam.hf.config import METHOD, Int8Config, NF4Config, PackConfig, config_of, tensors_of
+from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, tensors_of
 from reparam.io.layouts import keys_in_files, layout_of
 from reparam.io.mapped import Mapped
 from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import is_conv1d
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 
 __all__ = ["Int8Config", "NF4Config", "Quantizer"]
 _log = logging.getLogger(__name__)
@@ -37,28 +38,28 @@ _log = logging.getLogger(__name__)
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """What transformers calls while it loads and saves. `report` says what was packed and what was left."""
+    """What transformers calls while it loads and saves. `report` says what was quantized and what was left."""
 
-    quantization_config: PackConfig
+    quantization_config: StorageConfig
 
-    def __init__(self, quantization_config: PackConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: StorageConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.paths: frozenset[str] = frozenset()
-        """Modules that are to be packed, or that `config.json` says are packed in the files."""
-        self.sites: dict[str, PackedSite] = {}
+        """Modules that are to be quantized, or that `config.json` says are quantized in the files."""
+        self.sites: dict[str, QuantizedSite] = {}
         self.problems: list[str] = []
         self.missing: set[str] = set()
         self.mapped = Mapped(())
-        self.report: PackReport | None = None
+        self.report: QuantizeReport | None = None
 
-    # Packed weights are frozen and x goes through them differentiably: adapters on top of them train.
+    # Quantized weights are frozen and x goes through them differentiably: adapters on top of them train.
     @property
     def is_trainable(self) -> bool:
         """Always true."""
         return True
 
     # Trainer refuses a quantized model that is no PEFT model unless this is true: it stands for "has parameters that
-    # train without PEFT", which our adapters are, and not for training the packed weights.
+    # train without PEFT", which our adapters are, and not for training the quantized weights.
     @property
     def is_qat_trainable(self) -> bool:
         """Always true."""
@@ -70,33 +71,33 @@ class Quantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes for each packed entry, from which transformers plans a device map."""
-        weight = self.quantization_config.storage.pack(torch.zeros(128, 128))
+        """Bytes for each quantized entry, from which transformers plans a device map."""
+        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))
         return sum(parameter.nbytes for parameter in weight.parameters()) / 128**2
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a device map that leaves packed matrices on the disk."""
+        """Refuse a device map that leaves quantized matrices on the disk."""
         places = kwargs.get("device_map")
         if isinstance(places, dict) and "disk" in places.values():
-            raise ValueError("device_map: packed matrices cannot stay on the disk; leave 'disk' out of it")
+            raise ValueError("device_map: quantized matrices cannot stay on the disk; leave 'disk' out of it")
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this tensor is the matrix of a module that is to be packed."""
+        """Whether this tensor is the matrix of a module that is to be quantized."""
         return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.paths
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What packs one tensor."""
-        return _Pack(self)
+        """What quantizes one tensor."""
+        return _Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """For packed files: what gathers the tensors of each weight and makes one of them."""
+        """For quantized files: what gathers the tensors of each weight and makes one of them."""
         if not self.pre_quantized:
             return []
         keys = keys_in_files(self.quantization_config.storage)
         return [WeightConverter(keys, "weight", [_Read(self)])]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None for the tensors of packed weights, which keep theirs; `_Read` is told what was asked for."""
+        """None for the tensors of quantized weights, which keep theirs; `_Read` is told what was asked for."""
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, _Read):
                 operation.dtype = dtype
@@ -115,31 +116,33 @@ class Quantizer(HfQuantizer):
         return model
 
     def put(self, model: Any, path: str, weight: Weight, before: int) -> None:
-        """Put the packed weight in the place of the module at `path`; `before`: bytes of the tensors it came from."""
+        """Put the quantized weight in the place of the module at `path`; `before`: bytes of its origin."""
         module = targets_.wrap(model.get_submodule(path))
-        module.repack(weight)
+        module.hold(weight)
         module._is_hf_initialized = True  # type: ignore[assignment]  # else transformers may draw numbers for it
         model.set_submodule(path, module)
         held = sum(parameter.nbytes for parameter in weight.parameters())
-        self.sites[path] = PackedSite(path, weight.out_features * weight.in_features, held, before)
+        self.sites[path] = QuantizedSite(path, weight.out_features * weight.in_features, held, before)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         rest = sorted(self.paths - self.sites.keys())
         if self.pre_quantized and not self.problems:
-            self.problems = [f"{path}.weight is not packed, and config.json says that it is" for path in rest]
-            self.problems += [] if self.sites else ["no matrix is packed, and config.json says that some are"]
-        if self.pre_quantized and self.quantization_config.targets:  # without: an entry that says no more than "packed"
+            self.problems = [f"{path}.weight is not quantized, and config.json says that it is" for path in rest]
+            self.problems += [] if self.sites else ["no matrix is quantized, and config.json says that some are"]
+        if (
+            self.pre_quantized and self.quantization_config.targets
+        ):  # without: an entry that says no more than "quantized"
             told = self.quantization_config.storage
             found = {path: model.get_submodule(path).weight.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
             if wrong:
                 count = f"{len(wrong)} matrices (first: {wrong[0]})"
-                self.problems.append(f"{count} are packed as {found[wrong[0]]}, and config.json says {told}")
+                self.problems.append(f"{count} are quantized as {found[wrong[0]]}, and config.json says {told}")
         if self.problems:
             raise FormatError(listed(self.problems))
         for path in rest:  # what came through transformers' own conversions under another first name
             matrix = model.get_submodule(path).weight.detach()
-            self.pack(model, path, matrix)
+            self.quantize(model, path, matrix)
         for path in self.sites:
             module = model.get_submodule(path)
             if module.bias is not None:
@@ -148,55 +151,55 @@ class Quantizer(HfQuantizer):
                 module.origin[0].bias = module.bias
         if self.pre_quantized and not self.quantization_config.targets:
             self.quantization_config = model.config.quantization_config = config_of(model)
-        packed = {id(p) for path in self.sites for p in model.get_submodule(path).weight.parameters()}
-        left = {name: p.nbytes for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in packed}
-        self.report = PackReport(self.quantization_config.storage, tuple(self.sites.values()), left)
+        quantized = {id(p) for path in self.sites for p in model.get_submodule(path).weight.parameters()}
+        left = {name: p.nbytes for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in quantized}
+        self.report = QuantizeReport(self.quantization_config.storage, tuple(self.sites.values()), left)
         _log.info("%s", self.report)
         return model
 
-    def pack(self, model: Any, path: str, matrix: Tensor) -> None:
-        """Pack the matrix that the files hold for the module at `path`. Raises ValueError, naming it."""
+    def quantize(self, model: Any, path: str, matrix: Tensor) -> None:
+        """Quantize the matrix that the files hold for the module at `path`. Raises ValueError, naming it."""
         module = model.get_submodule(path)
         if matrix.shape != module.weight.shape:
             sizes = f"{list(matrix.shape)}, and the model's is {list(module.weight.shape)}"
             raise ValueError(f"{path}.weight is {sizes}")
         try:
-            weight = self.quantization_config.storage.pack(matrix.t() if is_conv1d(module) else matrix)
+            weight = self.quantization_config.storage.quantize(matrix.t() if is_conv1d(module) else matrix)
         except ValueError as error:
             raise ValueError(f"{path}.weight: {error}") from error
         self.put(model, path, weight, matrix.nbytes)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes; the configuration is made to say what is packed now."""
+        """What `save_pretrained` writes; the configuration is made to say what is quantized now."""
         tensors = tensors_of(model)
-        if packed_as(model):
+        if storages_in(model):
             self.quantization_config = model.config.quantization_config = config_of(model)
-        else:  # everything was unpacked since
+        else:  # everything was dequantized since
             self.remove_quantization_config(model)
         return tensors, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        held = packed_as(model)
+        held = storages_in(model)
         if held:
-            pack(model, "dense", targets=list(held))
+            quantize(model, "dense", targets=list(held))
         return model.to(dtype)
 
 
-class _Pack(ConversionOps):
-    """Packs a tensor that was just read."""
+class _Quantize(ConversionOps):
+    """Quantizes a tensor that was just read."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Put the packed weight into the model, and give transformers nothing to put there."""
+        """Put the quantized weight into the model, and give transformers nothing to put there."""
         model, missing, quantizer = kwargs["model"], kwargs["missing_keys"], self.quantizer
         quantizer.missing = missing
         for key in [key for key in input_dict if quantizer.param_needs_quantization(model, key)]:
             found = input_dict.pop(key)
             missing.discard(key)
             try:
-                quantizer.pack(model, key.removesuffix(".weight"), found[0] if isinstance(found, list) else found)
+                quantizer.quantize(model, key.removesuffix(".weight"), found[0] if isinstance(found, list) else found)
             except ValueError as error:  # all of them are raised at once, after loading
                 quantizer.problems.append(str(error))
             del found
@@ -205,7 +208,7 @@ class _Pack(ConversionOps):
 
 
 class _Read(ConversionOps):
-    """Makes one weight of the tensors that a packed file holds for it; passes on what is not packed."""
+    """Makes one weight of the tensors that a quantized file holds for it; passes on what is not quantized."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -215,7 +218,7 @@ class _Read(ConversionOps):
         return type(self)(self.quantizer)  # transformers copies one for each weight; the quantizer is one
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Put the packed weight into the model, and give transformers nothing to put there."""
+        """Put the quantized weight into the model, and give transformers nothing to put there."""
         model, name, quantizer = kwargs["model"], kwargs["full_layer_name"], self.quantizer
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         alone = parts.get("weight") if len(parts) == 1 else None
@@ -233,7 +236,7 @@ class _Read(ConversionOps):
         module = model.get_submodule(path)
         why = targets_.unsupported_reason(module)
         if why:
-            raise FormatError(f"{path}: is packed in the files, and {why}")
+            raise FormatError(f"{path}: is quantized in the files, and {why}")
         layout = layout_of(self.quantizer.quantization_config.storage)
         _, *sizes = targets_.sizes(module)
         state = {f"{path}.{key}": tensor for key, tensor in parts.items()}

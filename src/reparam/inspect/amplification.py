@@ -6,7 +6,7 @@
 directions of W itself hold, and what random ones do. The paper's adapter of GPT-3 (48th layer, W_q, r = 4) has
 |ΔW| = 6.91 against 0.32 in its own directions, 21.67 in W's leading ones and 0.02 in random ones: 21.5 times.
 
-W is applied to r vectors, and never unpacked as a whole. Its leading directions are found by the randomized range
+W is applied to r vectors, and never dequantized as a whole. Its leading directions are found by the randomized range
 finder of `operators.py`, so that `top` is at most the true value; `random` is the root of the expected square,
 r |W| / √(O I).
 """

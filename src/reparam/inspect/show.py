@@ -1,4 +1,4 @@
-"""`reparam inspect`: a summary of an adapter, or of a packed model, as a terminal table or as JSON."""
+"""`reparam inspect`: a summary of an adapter, or of a quantized model, as a terminal table or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reparam.adapter.context import tasks_of
-from reparam.adapter.quantize import PackReport, entries, reports, size
+from reparam.adapter.quantize import QuantizeReport, entries, reports, size
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf.models import load_base, vocabulary
@@ -31,7 +31,7 @@ def show(
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
 ) -> None:
-    """Print what an adapter holds or, of a model's folder, what is packed in it and what that takes.
+    """Print what an adapter holds or, of a model's folder, what is quantized in it and what that takes.
 
     `plot` is a folder for PNGs: a map of ranks and, with the base, how far magnitudes and directions moved; and of what
     is `asked` for beside the summary.
@@ -155,20 +155,20 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
     )
     for report in found:
         console.print(str(report), highlight=False, soft_wrap=True)
-        console.print(_packed_table(report))
+        console.print(_quantized_table(report))
     if not found:
-        console.print("all of it is dense; reparam quantize packs it", highlight=False)
+        console.print("all of it is dense; reparam quantize quantizes it", highlight=False)
 
 
-def _packed_table(report: PackReport) -> Table:
+def _quantized_table(report: QuantizeReport) -> Table:
     """One row for all matrices of one size whose paths end alike."""
     groups: dict[tuple[str, int, int, int], int] = {}
     for site in report.sites:
         key = site.name.rsplit(".", 1)[-1], site.entries, site.bytes, site.before
         groups[key] = groups.get(key, 0) + 1
     table = Table()
-    for column in ("packed", "count", "entries each", "bytes each", "bits an entry", "of dense"):
-        table.add_column(column, justify="left" if column == "packed" else "right")
+    for column in ("quantized", "count", "entries each", "bytes each", "bits an entry", "of dense"):
+        table.add_column(column, justify="left" if column == "quantized" else "right")
     for (name, size_, held, dense), count in groups.items():
         bits = f"{8 * held / size_:.9g}"
         table.add_row(name, str(count), f"{size_:,}", f"{held:,}", bits, f"{held / dense:.1%}")

@@ -19,7 +19,7 @@ from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
-from reparam.sites.module import SHARED, is_packed
+from reparam.sites.module import SHARED, is_quantized
 from reparam.weights.dense import DenseWeight
 
 
@@ -121,7 +121,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
     if model is None or f"{site.name}.weight" not in own:
         return None
     module = model.get_submodule(site.name)
-    if is_packed(module):
+    if is_quantized(module):
         return module.weight
     matrix = own[f"{site.name}.weight"].detach()
     return DenseWeight(matrix.t() if site.transposed else matrix[:, None] if site.kind == "vector" else matrix)
@@ -130,8 +130,8 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
 def _base(record: Record) -> str:
     if record.base is None:
         return "not stated"
-    packing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
-    return (record.base.source or record.base.architecture) + (f", trained with {packing}" if packing else "")
+    quantizing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
+    return (record.base.source or record.base.architecture) + (f", trained with {quantizing}" if quantizing else "")
 
 
 def stand_alone(record: Record, name: str, weight: Weight) -> Update:

@@ -3,8 +3,8 @@
     ⟨written - W, ΔW⟩ / ⟨ΔW, ΔW⟩        as `merge` reports it; 1 is everything
 
 For each site and storage W is first put into that storage, as a base that is loaded in it is, and ΔW is then folded
-in: in bfloat16 and float16 by one rounding, in packed storages by `nearest` or by `aware` (`weights/rounding.py`). One
-site at a time; nothing is kept.
+in: in bfloat16 and float16 by one rounding, in quantized storages by `nearest` or by `aware` (`weights/rounding.py`).
+One site at a time; nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from reparam.core.registry import STORAGES
 from reparam.inspect.summary import stand_alone
 from reparam.io.record import Record
 from reparam.weights.dense import DenseWeight
-from reparam.weights.packed import ROUNDINGS
+from reparam.weights.quantized import ROUNDINGS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def kinds() -> list[str]:
-    """What `survivals` tells of: bfloat16, float16, then each packed storage by each rounding, as in "int8 nearest"."""
-    packed = [name for name in STORAGES if name != "dense"]
-    return [*DTYPES, *(f"{name} {rounding}" for name in packed for rounding in reversed(ROUNDINGS))]
+    """What `survivals` covers: bfloat16, float16, and each quantized storage by each rounding, as "int8 nearest"."""
+    quantized = [name for name in STORAGES if name != "dense"]
+    return [*DTYPES, *(f"{name} {rounding}" for name in quantized for rounding in reversed(ROUNDINGS))]
 
 
 @torch.no_grad()
 def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]:
     """What merging one site of a saved adapter into `weight`, its frozen matrix, would keep, by `kinds`.
 
-    Storages that cannot hold the matrix are left out: float16 where an entry is too large, packed ones for embeddings
-    and vectors, which are not packed, and those that a merge cannot write. Raises InputDependentError for an update
-    that cannot be merged.
+    Storages that cannot hold the matrix are left out: float16 where an entry is too large, quantized ones for
+    embeddings and vectors, which are not quantized, and those that a merge cannot write. Raises InputDependentError for
+    an update that cannot be merged.
     """
     w = weight.dense()
     found = {}
@@ -46,11 +46,11 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
             found[kind] = fold(name, copy, stand_alone(record, name, copy).factors(copy))[1]
     storages = {kind: cls() for kind, cls in STORAGES.items() if kind != "dense"}
     for kind, storage in storages.items() if record.sites[name].kind == "linear" else ():
-        packed = storage.pack(w)
-        factors = stand_alone(record, name, packed).factors(packed)
-        for rounding in ROUNDINGS if type(packed).requantize is not Weight.requantize else ():
-            merged = packed.requantize(factors, rounding)
-            found[f"{kind} {rounding}"] = measured(name, packed, merged, factors)
+        quantized = storage.quantize(w)
+        factors = stand_alone(record, name, quantized).factors(quantized)
+        for rounding in ROUNDINGS if type(quantized).requantize is not Weight.requantize else ():
+            merged = quantized.requantize(factors, rounding)
+            found[f"{kind} {rounding}"] = measured(name, quantized, merged, factors)
     return {kind: found[kind] for kind in kinds() if kind in found}
 
 

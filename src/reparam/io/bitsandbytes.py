@@ -34,7 +34,7 @@ PLAIN = ("weight", "weight.absmax", "weight.quant_map", STATE)
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 KEYS = (*PLAIN, *NESTED, FP4)
 """All keys that such a weight may have, without its path; the last one is refused by name."""
-# Any of these may hold the packed bytes: FSDP shards only tensors of the dtype that the others have.
+# Any of these may hold the quantized bytes: FSDP shards only tensors of the dtype that the others have.
 _HOLDERS = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,7 +55,7 @@ def state_of(weight: NF4Weight, path: str) -> dict[str, Tensor]:
     """The tensors of the module at `path`, under the keys above. No two of them share memory with each other.
 
     >>> from reparam.weights.nf4 import NF4
-    >>> state = state_of(NF4(double=False).pack(torch.ones(2, 64)), "a")
+    >>> state = state_of(NF4(double=False).quantize(torch.ones(2, 64)), "a")
     >>> [(key, *tensor.shape) for key, tensor in state.items()][:3]
     [('a.weight', 64, 1), ('a.weight.absmax', 2), ('a.weight.quant_map', 16)]
     """
@@ -147,20 +147,25 @@ def _problems(parts: Mapping[str, Tensor], held: _State) -> list[str]:
     }
     if nested:
         expected |= {NESTED[0]: (torch.float32, -(-blocks // NESTED_BLOCK)), NESTED[1]: (torch.float32, len(DYNAMIC))}
-    packed = parts["weight"]
+    quantized = parts["weight"]
     problems = [
         f"{key} is {_kind(parts[key])}, expected {str(dtype)[6:]} [{length}]"
         for key, (dtype, length) in expected.items()
         if parts[key].dtype is not dtype or list(parts[key].shape) != [length]
     ]
-    if packed.dtype not in _HOLDERS or packed.ndim != 2 or packed.shape[1] != 1 or packed.nbytes != (entries + 1) // 2:
+    if (
+        quantized.dtype not in _HOLDERS
+        or quantized.ndim != 2
+        or quantized.shape[1] != 1
+        or quantized.nbytes != (entries + 1) // 2
+    ):
         problems.append(
-            f"weight is {_kind(packed)}, and the {held.shape[0]} x {held.shape[1]} entries of its quant_state take "
+            f"weight is {_kind(quantized)}, and the {held.shape[0]} x {held.shape[1]} entries of its quant_state take "
             f"uint8 [{(entries + 1) // 2}, 1]"
         )
     if problems:
         return problems
-    if not torch.equal(parts["weight.quant_map"], CODE.to(packed.device)):
+    if not torch.equal(parts["weight.quant_map"], CODE.to(quantized.device)):
         problems.append("weight.quant_map does not hold the levels of NF4")
     floats = [key for key in expected if parts[key].dtype is torch.float32]
     problems += [f"{key} holds NaN or infinity" for key in floats if not torch.isfinite(parts[key]).all()]

@@ -15,7 +15,7 @@ from torch import Tensor
 from reparam.errors import FormatError
 from reparam.io.record import listed
 from reparam.weights.int8 import Int8Weight
-from reparam.weights.packed import floats
+from reparam.weights.quantized import floats
 
 KEYS = ("weight", "weight.absmax")
 """All keys that such a weight has, without its path."""
@@ -25,7 +25,7 @@ def state_of(weight: Int8Weight, path: str) -> dict[str, Tensor]:
     """The tensors of the module at `path`, under the keys above.
 
     >>> from reparam.weights.int8 import Int8
-    >>> state_of(Int8().pack(torch.tensor([[1.0, -0.5]])), "a")
+    >>> state_of(Int8().quantize(torch.tensor([[1.0, -0.5]])), "a")
     {'a.weight': tensor([[127, -64]], dtype=torch.int8), 'a.weight.absmax': tensor([1.])}
     """
     return {f"{path}.weight": weight.codes.detach(), f"{path}.weight.absmax": floats(weight.absmax.detach())}

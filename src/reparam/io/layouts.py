@@ -1,4 +1,4 @@
-"""How the tensors of a packed weight are named in files and checked when they are read, by storage.
+"""How the tensors of a quantized weight are named in files and checked when they are read, by storage.
 
 NF4 has the layout of bitsandbytes, int8 its own. Any other storage has the plain one: each parameter and buffer in the
 state of its weight under `<path>.weight.<name>`. It is read into the weight that the storage makes of zeros, so that
@@ -41,7 +41,7 @@ def keys_in_files(storage: Storage) -> list[str]:
     """All keys that a weight may have in files, without its path; of other layouts too, so that they are refused."""
     keys = dict.fromkeys(key for module in _OWN.values() for key in module.KEYS)
     if storage.name not in _OWN:
-        keys |= dict.fromkeys(f"weight.{name}" for name in storage.pack(torch.zeros(128, 128)).state_dict())
+        keys |= dict.fromkeys(f"weight.{name}" for name in storage.quantize(torch.zeros(128, 128)).state_dict())
     return list(keys)
 
 
@@ -72,7 +72,7 @@ class _Plain:
         start = f"{path}.weight"
         found = {key.removeprefix(start + "."): value for key, value in state.items() if key.startswith(start)}
         device = next(iter(found.values())).device
-        weight = self.storage.pack(torch.zeros(shape, device=device))
+        weight = self.storage.quantize(torch.zeros(shape, device=device))
         wanted = weight.state_dict()
         problems = [f"{start}.{name} is missing" for name in wanted if name not in found]
         problems += [f"{start}.{name} is not known" for name in found if name not in wanted]

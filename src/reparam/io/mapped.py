@@ -1,9 +1,10 @@
-"""Giving memory back to the system while a model is packed tensor by tensor, so that the process stays as small as it.
+"""Giving memory back to the system while a model is quantized tensor by tensor, so that the process stays as small as
+it.
 
 safetensors maps a file, and every page that is read counts as memory of the process until the system takes it back: the
 whole file, in the end. The pages are clean copies of it: to forget them costs nothing but reading them again, from the
 system's cache, should anybody ask. And the C library keeps what is freed between tensors that stay, for later use: more
-than the packed model itself, when it was measured. Linux only; elsewhere nothing is done.
+than the quantized model itself, when it was measured. Linux only; elsewhere nothing is done.
 """
 
 from __future__ import annotations

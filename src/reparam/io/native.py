@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+import reparam.methods  # noqa: F401  (fills its registry)
 from reparam.core.base import Kind, Site
 from reparam.core.method import Method
 from reparam.core.registry import find_method
@@ -76,7 +77,7 @@ def files(record: Record) -> dict[str, bytes]:
         weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
     )
     values = dataclasses.asdict(config)
-    if record.base is not None and not record.base.packing:  # as files were before bases could be packed
+    if record.base is not None and not record.base.packing:  # as files were before bases could be quantized
         del values["base"]["packing"]
     values["digest"] = _digest(values)
     return {WEIGHTS: weights, CONFIG: (json.dumps(values, indent=1) + "\n").encode()}

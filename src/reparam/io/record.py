@@ -14,7 +14,7 @@ from reparam.core.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Matrices of the base that were packed in one way while the adapter was trained."""
+    """Matrices of the base that were quantized in one way while the adapter was trained."""
 
     storage: str
     """Name of the storage."""
@@ -34,7 +34,7 @@ class Base:
     digests: dict[str, str]
     """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
     packing: tuple[Packing, ...] = ()
-    """How its matrices were packed; what is in none of these was dense."""
+    """How its matrices were quantized; what is in none of these was dense."""
 
 
 def listed(problems: Sequence[str], *, shown: int = 5) -> str:

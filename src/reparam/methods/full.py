@@ -3,8 +3,8 @@
     h = W' x + b'        W' [O, I] a float32 copy of W, b' one of the bias where there is one
 
 Over "everything", its usual targets, these are all parameters of a model but those of tied matrices, so that AdamW
-makes the steps that it makes on the model's own parameters. A packed W begins at its unpacked values, and stays beside
-W'.
+makes the steps that it makes on the model's own parameters. A quantized W begins at its dequantized values, and stays
+beside W'.
 
 Its `Factors` are ΔW times an identity, which is exact in float32 and of no low rank: a mixed batch takes the memory of
 two matrices for each adapter.

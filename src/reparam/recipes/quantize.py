@@ -1,4 +1,4 @@
-"""From the folder of a model to the folder of the same model with its frozen matrices packed."""
+"""From the folder of a model to the folder of the same model with its frozen matrices quantized."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from reparam.train.base import BaseConfig
 
 
 def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console) -> None:
-    """Pack while reading, write, and say what was packed and what was left. Raises ValueError for a dense storage."""
-    if base.packing() is None:
-        raise ValueError("storage 'dense' packs nothing; choose nf4 or int8")
+    """Quantize while reading, write, and print what was quantized and what was left.
+
+    Raises ValueError for a dense storage.
+    """
+    if base.quantization() is None:
+        raise ValueError("storage 'dense' quantizes nothing; choose nf4 or int8")
     check_not_base(output, base.path)
     tokenizer = load_tokenizer(base.path, revision=base.revision)
-    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    model = load_base(
+        base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized
+    )
     save_model(model, tokenizer, output, format=format)
     if model.hf_quantizer.pre_quantized:  # type: ignore[union-attr]
-        console.print(f"{base.path} was packed already: written as it was, nothing was quantized anew", soft_wrap=True)
+        console.print(
+            f"{base.path} was quantized already: written as it was, nothing was quantized anew", soft_wrap=True
+        )
     for report in reports(model):
         console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"packed model   {output}", highlight=False, soft_wrap=True)
+    console.print(f"quantized model   {output}", highlight=False, soft_wrap=True)

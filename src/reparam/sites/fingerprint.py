@@ -3,8 +3,8 @@
 A fingerprint is a SHA-256 over every parameter's name, shape and up to 256 of its elements, taken at fixed places that
 are spread over the whole tensor. The elements are digested as bfloat16 and as float16, so that a model which is loaded
 in another dtype than it was saved in agrees in one of the two; where all are float32, also as that, and two such models
-are compared exactly. Matrices and the rest are digested apart, because a packed storage changes the former alone; of
-a packed matrix, the packed tensors are digested.
+are compared exactly. Matrices and the rest are digested apart, because a quantized storage changes the former alone; of
+a quantized matrix, the quantized tensors are digested.
 
 It catches another model, other sizes or names, and any training of the whole model. It does not see a change of a few
 elements, such as some rows of an embedding, nor buffers; nor, between dtypes, what rounding hides. It is the same with
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.module import Adapted, Replaced, Shared, is_packed
+from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
 
 SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     matrices: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for path, module in _base_modules(model, ""):
-        if is_packed(module):
+        if is_quantized(module):
             storages.add(module.weight.storage.name)
         for name, tensor, matrix in _digested(module):
             (matrices if matrix else rest)[f"{path}.{name}".lstrip(".")] = tensor
@@ -60,8 +60,8 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether it is a matrix or a part of a packed one, of what this module holds itself."""
-    if not is_packed(module):
+    """Name, tensor, and whether it is a matrix or a part of a quantized one, of what this module holds itself."""
+    if not is_quantized(module):
         for name, tensor in _own(module).items():
             yield name, tensor, tensor.ndim == 2
         return

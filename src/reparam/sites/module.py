@@ -23,7 +23,7 @@ class Adapted(nn.Module):
     is_map: ClassVar[bool] = False
     """Whether "all-linear", "attention" and "mlp" mean modules of this kind."""
     is_matrix: ClassVar[bool] = True
-    """Whether regular expressions and the settings of PEFT's files mean it too, and a storage can pack it."""
+    """Whether regular expressions and the settings of PEFT's files mean it too, and a storage can quantize it."""
     stands_for: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """The parameters of the module that the site adapts; others of three dimensions are reported as missed."""
     can_add_bias: ClassVar[bool] = False
@@ -110,7 +110,7 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def restore(self) -> nn.Module:
-        """The module as it was before, holding the current frozen weight and bias; if that is packed, a bare one."""
+        """The module as it was before, holding the current frozen weight and bias; if that is quantized, a bare one."""
         if self.weight.dense_or_none is None:
             return type(self)(self.origin[0], self.weight, self.bias).train(self.training)
         module = self.origin[0]
@@ -119,7 +119,7 @@ class Adapted(nn.Module):
             module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
         return module.train(self.training)
 
-    def repack(self, weight: Weight) -> None:
+    def hold(self, weight: Weight) -> None:
         """Hold the same matrix in another storage; the dense one is let go, here and in what was here before."""
         self.weight = weight
         if weight.dense_or_none is None:
@@ -176,8 +176,8 @@ class Replaced(nn.Module):
             del self.updates[name]
 
 
-def is_packed(module: nn.Module) -> TypeGuard[Adapted]:
-    """Whether this module's matrix is in a packed storage."""
+def is_quantized(module: nn.Module) -> TypeGuard[Adapted]:
+    """Whether this module's matrix is in a quantized storage."""
     return isinstance(module, Adapted) and module.weight.dense_or_none is None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from reparam.core.base import Storage
-from reparam.sites.module import Adapted, Replaced, Shared, is_packed
+from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -54,6 +54,6 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
             yield from _held(child, f"{path}.{name}".lstrip("."))
 
 
-def packed_as(model: nn.Module) -> dict[str, Storage]:
-    """The storages of the matrices that are packed, by path."""
-    return {path: module.weight.storage for path, module in walk(model) if is_packed(module)}
+def storages_in(model: nn.Module) -> dict[str, Storage]:
+    """The storages of the matrices that are quantized, by path."""
+    return {path: module.weight.storage for path, module in walk(model) if is_quantized(module)}

@@ -7,6 +7,7 @@ needs nothing here.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,9 +30,9 @@ class BaseConfig:
     untie: bool = False
     """Give the output head its own copy of a tied embedding, so that either can be a target."""
     storage: str = "dense"
-    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are packed while the model is read."""
-    packed: tuple[str, ...] = ("all-linear",)
-    """Which matrices are packed, named as adapter.targets are; by default not the embeddings and the output head."""
+    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are quantized while the model is read."""
+    quantized: tuple[str, ...] = ("all-linear",)
+    """Which matrices are quantized, named as adapter.targets are; by default not the embeddings and the output head."""
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """The storage's own settings; each is a key of [base] in files and options."""
@@ -39,7 +40,7 @@ class BaseConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", find_storage(self.storage)(**self.settings).settings())
 
-    def packing(self) -> Storage | None:
+    def quantization(self) -> Storage | None:
         """The storage with its settings; None for dense. Raises ValueError for what does not exist or cannot be."""
         return find_storage(self.storage)(**self.settings) if self.storage != "dense" else None
 
@@ -58,6 +59,9 @@ def split(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any]
 
     A setting of another storage at its default is left out, because it asks for nothing.
     """
+    if "packed" in table:
+        warnings.warn("base.packed is now base.quantized; the old name goes with the next release", FutureWarning, 2)
+        table = {"quantized" if key == "packed" else key: value for key, value in table.items()}
     common = {key: value for key, value in table.items() if key in KEYS}
     settings = {}
     name = str(table.get("storage", "dense"))

@@ -21,7 +21,9 @@ from reparam.train.config import AdapterConfig, Config
 
 def loaded(base: BaseConfig) -> nn.Module:
     """The base as its section says: in its storage, and untied if it is to be."""
-    model = load_base(base.path, dtype=base.dtype, revision=base.revision, storage=base.packing(), targets=base.packed)
+    model = load_base(
+        base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized
+    )
     if base.untie:
         untie(model)
     return model

@@ -124,7 +124,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         parameter = parameters[index]
         held = optimizer.state[parameter]
         for key, value in saved.items():
-            # torch casts each state tensor to its parameter's dtype; fp32 moments of a bf16 parameter, or packed
+            # torch casts each state tensor to its parameter's dtype; fp32 moments of a bf16 parameter, or quantized
             # ones, would come back as something else.
             if isinstance(value, Tensor) and isinstance(held.get(key), Tensor) and held[key].dtype != value.dtype:
                 held[key] = value.to(parameter.device)

@@ -17,7 +17,7 @@ from reparam.core.registry import storage
 class Dense(Storage):
     """W as it is; nothing to set."""
 
-    def pack(self, w: Tensor) -> DenseWeight:
+    def quantize(self, w: Tensor) -> DenseWeight:
         """Keep `w` [O, I] as it is; a parameter is taken over, not copied."""
         return DenseWeight(w)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from reparam.core.base import Storage
 from reparam.core.registry import storage
 from reparam.kernels.frozen import frozen_linear
-from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
+from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, floats, frozen
 
 LEVELS = 127
 
@@ -27,19 +27,19 @@ LEVELS = 127
 class Int8(Storage):
     """Configuration of int8; nothing to set.
 
-    >>> Int8().pack(torch.tensor([[2.0, 3.0, 4.0, 1000.0]])).codes.tolist()
+    >>> Int8().quantize(torch.tensor([[2.0, 3.0, 4.0, 1000.0]])).codes.tolist()
     [[0, 0, 1, 127]]
     """
 
-    def pack(self, w: Tensor) -> Int8Weight:
-        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
-        check_packable(w, self.name)
+    def quantize(self, w: Tensor) -> Int8Weight:
+        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is quantized already."""
+        check_quantizable(w, self.name)
         wide = w.detach().float()
         absmax = wide.abs().amax(1)  # [O]
         return Int8Weight(_codes(wide, absmax), absmax, w.dtype)
 
 
-class Int8Weight(PackedWeight):
+class Int8Weight(QuantizedWeight):
     """Whole numbers, and one magnitude for each row."""
 
     def __init__(self, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:
@@ -88,8 +88,8 @@ def _values(codes: Tensor, absmax: Tensor) -> Tensor:
     return codes * (absmax / LEVELS).unsqueeze(-1)  # float32: one rounding
 
 
-def _unpack(codes: Tensor, absmax: Tensor, shape: list[int], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(codes: Tensor, absmax: Tensor, shape: list[int], start: int, stop: int, dtype: torch.dtype) -> Tensor:
     return _values(codes[start:stop], absmax[start:stop]).to(dtype)
 
 
-_linear = frozen_linear("int8", "Tensor codes, Tensor absmax", _unpack)
+_linear = frozen_linear("int8", "Tensor codes, Tensor absmax", _dequantize)

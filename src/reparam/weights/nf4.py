@@ -23,7 +23,7 @@ from reparam.kernels.frozen import frozen_linear
 from reparam.kernels.nf4 import compress, dequantize, few_rows, quantize
 from reparam.kernels.nf4_reference import expand, magnitudes
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, THRESHOLDS, TINY, Statistics
-from reparam.weights.packed import PackedWeight, bits, check_packable, floats, frozen
+from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, floats, frozen
 
 
 @storage("nf4")
@@ -31,7 +31,7 @@ from reparam.weights.packed import PackedWeight, bits, check_packable, floats, f
 class NF4(Storage):
     """Configuration of NF4. Raises ValueError for a block size that the format does not have.
 
-    >>> weight = NF4().pack(torch.randn(128, 128))
+    >>> weight = NF4().quantize(torch.randn(128, 128))
     >>> sum(p.nbytes for p in weight.parameters()) * 8 / 128**2
     4.12890625
     """
@@ -47,16 +47,16 @@ class NF4(Storage):
         if type(self.block) is not int or self.block not in BLOCKS:
             raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
 
-    def pack(self, w: Tensor) -> NF4Weight:
-        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is packed already."""
-        check_packable(w, self.name)
+    def quantize(self, w: Tensor) -> NF4Weight:
+        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is quantized already."""
+        check_quantizable(w, self.name)
         codes, absmax = quantize(w, self.block)
         stats = compress(absmax) if self.double else Statistics(absmax)
         return NF4Weight(codes, stats, self.block, (w.shape[0], w.shape[1]), w.dtype)
 
 
-class NF4Weight(PackedWeight):
-    """Packed codes, and the magnitude of each block.
+class NF4Weight(QuantizedWeight):
+    """Quantized codes, and the magnitude of each block.
 
     The tensors are those of a bitsandbytes file; its constant tables are kept only where they are not the standard.
     """
@@ -159,7 +159,7 @@ def _rows(
     return found[ahead:].view(stop - start, inputs)
 
 
-def _unpack(
+def _dequantize(
     codes: Tensor,
     absmax: Tensor,
     nested: Tensor | None,
@@ -190,6 +190,6 @@ def _product(
 _linear = frozen_linear(
     "nf4",
     "Tensor codes, Tensor absmax, Tensor? nested, Tensor? offset, Tensor? map, int block",
-    _unpack,
+    _dequantize,
     _product,
 )

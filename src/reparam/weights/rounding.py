@@ -1,4 +1,4 @@
-"""Adding a small update to a packed matrix so that its effect survives, though most of its entries cannot.
+"""Adding a small update to a quantized matrix so that its effect survives, though most of its entries cannot.
 
 Next to the gap between two levels an update is small: rounded to the nearest, nearly every entry keeps its code, and
 the update is gone. To move fewer entries by a whole gap, in the right places, keeps its effect: what an adapter does is

@@ -115,7 +115,7 @@ class Budget:
         self.places: list[Tensor] | None = None  # [R] for each site, once the choice stands; none of them when dropped
 
     @property
-    def packed(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the choice stands and all that lost is dropped."""
         return self.places is not None and not self.places
 

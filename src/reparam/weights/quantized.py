@@ -1,4 +1,4 @@
-"""What packed storages have in common: how float32 statistics are kept, how a dtype is remembered, what is refused."""
+"""What quantized storages share: how they keep float32 statistics, remember a dtype, and refuse bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST = 2.0**100
 """About 1e30. Beyond it the sums and products that statistics are made of can overflow float32."""
 
 
-class PackedWeight(Weight):
+class QuantizedWeight(Weight):
     """A weight of whole numbers. Its results have the dtype that the matrix had, or that the model was moved to since.
 
     Statistics in float32 are kept as the bits of int32, because `.to(bfloat16)`, `.half()` and mixed-precision
@@ -37,7 +37,7 @@ class PackedWeight(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix that was packed, or the one that the model was moved to."""
+        """The dtype of the matrix that was quantized, or the one that the model was moved to."""
         return self.like.dtype
 
     @property
@@ -60,14 +60,14 @@ class PackedWeight(Weight):
     def requantize(self, factors: Factors, rounding: str) -> Weight:
         """W' in the same format. Raises ValueError for an unknown rounding.
 
-        "nearest" packs W' anew. "aware" begins there, or at the nearest codes with the magnitudes as they are, which
-        leaves entries alone that did not change; and moves codes so that ΔW keeps its effect, see `rounding.py`.
+        "nearest" quantizes W' anew. "aware" begins there, or at the nearest codes with the magnitudes as they are,
+        which leaves entries alone that did not change; and moves codes so that ΔW keeps its effect, see `rounding.py`.
         """
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(ROUNDINGS)}")
         old = self.dense()
         wanted = old + factors.change(old)
-        anew = cast(PackedWeight, self.storage.pack(wanted).to(self.dtype))
+        anew = cast(QuantizedWeight, self.storage.quantize(wanted).to(self.dtype))
         if rounding == "nearest":
             return anew
         near = min(self.coded(wanted), anew, key=lambda weight: float((wanted - weight.dense()).norm()))
@@ -96,12 +96,12 @@ def floats(stored: Tensor) -> Tensor:
     return stored.view(torch.float32)
 
 
-def check_packable(w: Tensor, storage: str) -> None:
+def check_quantizable(w: Tensor, storage: str) -> None:
     """Raise ValueError unless `w` is a matrix of finite floating-point numbers with entries."""
     if w.ndim != 2 or w.dtype not in PACKABLE or not w.numel():
         raise ValueError(
             f"{storage}: expected a matrix of floating-point numbers with entries, got {str(w.dtype)[6:]} "
-            f"{list(w.shape)}" + ("; is it packed already?" if w.dtype not in PACKABLE else "")
+            f"{list(w.shape)}" + ("; is it quantized already?" if w.dtype not in PACKABLE else "")
         )
     if not w.is_meta and not all(abs(float(end)) <= LARGEST for end in w.detach().aminmax()):  # one pass, no copy
         place = [int(i) for i in (~(w.detach().abs().float() <= LARGEST)).nonzero()[0]]

@@ -1,4 +1,4 @@
-"""Merging into packed matrices: what is written, what survives of the update, and when it is refused."""
+"""Merging into quantized matrices: what is written, what survives of the update, and when it is refused."""
 
 import models
 import pytest
@@ -13,7 +13,7 @@ import reparam
 from reparam import LoRA
 from reparam.core.base import Factors, Storage
 from reparam.core.registry import STORAGES
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 from reparam.weights.rounding import moves
 
 STORES = [
@@ -46,7 +46,7 @@ def kept(weight: nn.Module, merged: nn.Module, factors: Factors) -> float:
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("size", [0.01, 0.1, 0.5])
 def test_rounding_with_the_update_in_view_keeps_it(storage: Storage, size: float, gained: bool) -> None:
-    weight = storage.pack(numbers(96, 256, seed=5))
+    weight = storage.quantize(numbers(96, 256, seed=5))
     factors = update(96, 256, size=size, gained=gained)
     merged = weight.requantize(factors, "aware")
     assert merged.storage == storage
@@ -55,7 +55,7 @@ def test_rounding_with_the_update_in_view_keeps_it(storage: Storage, size: float
 
 def test_rounding_to_the_nearest_loses_a_small_update_in_four_bits() -> None:
     """A change of 1 % of W: under 2 % of it survives, as the spec says, and nearly all with the other rounding."""
-    weight = reparam.NF4().pack(numbers(512, 512, seed=5))
+    weight = reparam.NF4().quantize(numbers(512, 512, seed=5))
     factors = update(512, 512, size=0.01, rank=16)
     assert kept(weight, weight.requantize(factors, "nearest"), factors) < 0.02
     assert kept(weight, weight.requantize(factors, "aware"), factors) > 0.97
@@ -64,7 +64,7 @@ def test_rounding_to_the_nearest_loses_a_small_update_in_four_bits() -> None:
 @every
 def test_the_effect_is_kept_for_inputs_that_the_update_sees(storage: Storage) -> None:
     """For x in the rows of A the error is a small part of ΔW x; rounded to the nearest in 4 bits it is most of it."""
-    weight = storage.pack(numbers(128, 512, seed=5))
+    weight = storage.quantize(numbers(128, 512, seed=5))
     factors = update(128, 512, size=0.02)
     x = factors.A.T @ numbers(4, 32, seed=9)  # [I, 32]
     old = weight.dense()
@@ -80,13 +80,13 @@ def test_the_effect_is_kept_for_inputs_that_the_update_sees(storage: Storage) ->
 
 @every
 def test_a_zero_update_changes_nothing(storage: Storage) -> None:
-    weight = storage.pack(numbers(33, 65, seed=1))
+    weight = storage.quantize(numbers(33, 65, seed=1))
     same = weight.requantize(Factors(torch.zeros(2, 65), torch.zeros(33, 2)), "aware")
     assert models.same(dict(same.state_dict()), dict(weight.state_dict()))
 
 
 def test_the_magnitudes_of_four_bits_stay_where_the_update_is_small() -> None:
-    weight = reparam.NF4().pack(numbers(33, 65, seed=1))
+    weight = reparam.NF4().quantize(numbers(33, 65, seed=1))
     moved = weight.requantize(update(33, 65, size=0.05), "aware")
     for name, tensor in weight.state_dict().items():
         assert torch.equal(moved.state_dict()[name], tensor) == (name != "codes")
@@ -111,10 +111,10 @@ def test_what_is_left_in_the_basis_never_grows(rows: int, inputs: int, seed: int
 # ---- whole models
 
 
-def packed(storage: Storage, *, size: float = 0.02) -> tuple[nn.Module, reparam.Adapter]:
+def quantized(storage: Storage, *, size: float = 0.02) -> tuple[nn.Module, reparam.Adapter]:
     """A model in this storage with an adapter of about this size."""
     model = models.llama(hidden_size=64, intermediate_size=96)
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     adapter = trained(model, method=LoRA(r=4, alpha=4), targets="all-linear")
     with torch.no_grad():
         for update in adapter.updates.values():
@@ -124,7 +124,7 @@ def packed(storage: Storage, *, size: float = 0.02) -> tuple[nn.Module, reparam.
 
 @every
 def test_a_model_is_merged_into_its_own_storage(storage: Storage) -> None:
-    model, adapter = packed(storage)
+    model, adapter = quantized(storage)
     y = logits(model)
     before = models.frozen(model)
     report = reparam.merge(model, into=storage.name, keep_base=True)
@@ -141,7 +141,7 @@ def test_a_model_is_merged_into_its_own_storage(storage: Storage) -> None:
 
 
 def test_too_small_a_share_is_refused_and_nothing_is_changed() -> None:
-    model, _ = packed(reparam.NF4(), size=0.004)
+    model, _ = quantized(reparam.NF4(), size=0.004)
     before, y = models.frozen(model), logits(model)
     with pytest.raises(ValueError, match=r"would keep 0\.\d+ of the update .*nothing was merged.*round with 'aware'"):
         reparam.merge(model, into="nf4", rounding="nearest")
@@ -153,7 +153,7 @@ def test_too_small_a_share_is_refused_and_nothing_is_changed() -> None:
 
 
 def test_what_cannot_be_merged_into_says_why() -> None:
-    model, _ = packed(reparam.NF4())
+    model, _ = quantized(reparam.NF4())
     with pytest.raises(ValueError, match=r"into='int8' is for matrices that are in int8 now: .*q_proj is nf4"):
         reparam.merge(model, into="int8")
     with pytest.raises(ValueError, match="rounding='up': expected one of aware, nearest"):
@@ -166,10 +166,10 @@ def test_what_cannot_be_merged_into_says_why() -> None:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_by_default_packed_matrices_become_dense_in_the_models_dtype(storage: Storage, dtype: torch.dtype) -> None:
+def test_by_default_quantized_matrices_become_dense_in_the_models_dtype(storage: Storage, dtype: torch.dtype) -> None:
     """What is written is W as the adapter was trained on it, plus ΔW."""
     model = models.llama().to(dtype)
-    reparam.pack(model, storage)
+    reparam.quantize(model, storage)
     adapter = trained(model)
     wanted = {
         path: update.factors(adapter.modules[path].weight).apply(adapter.modules[path].weight.dense())
@@ -180,4 +180,4 @@ def test_by_default_packed_matrices_become_dense_in_the_models_dtype(storage: St
         assert torch.equal(model.get_submodule(path).weight, matrix.to(dtype))
     assert report.survival()[dtype] > 0.99
     left = {path for path, _ in model.named_modules() if path.endswith("k_proj")}
-    assert left <= packed_as(model).keys()  # the adapter does not go on these
+    assert left <= storages_in(model).keys()  # the adapter does not go on these

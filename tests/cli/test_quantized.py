@@ -1,4 +1,4 @@
-"""The command line over packed bases: quantize, train, generate, eval, merge, inspect; one sentence for a mistake."""
+"""The command line over quantized bases: quantize, train, generate, eval, merge, inspect, and mistakes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from command import reparam, train
 from transformers import AutoModelForCausalLM
 
 import reparam as library
-from reparam.sites.walk import packed_as
+from reparam.sites.walk import storages_in
 
 
 @pytest.fixture(scope="module")
-def packed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("packed") / "model"
+def quantized(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("quantized") / "model"
     assert reparam("quantize", base, output) == 0
     return output
 
@@ -47,9 +47,9 @@ def test_quantize_writes_a_model_and_says_what_it_takes(
     assert report["settings"] == {"block": 32, "double": False}
     assert report["bits for each entry"] == 5
     assert reparam("inspect", tmp_path / "a") == 0
-    assert "packed 14 matrices into nf4" in told(capsys)
+    assert "quantized 14 matrices into nf4" in told(capsys)
     assert reparam("quantize", tmp_path / "a", tmp_path / "b", "--block", 32, "--no-double") == 0
-    assert "was packed already: written as it was" in told(capsys)
+    assert "was quantized already: written as it was" in told(capsys)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -63,41 +63,41 @@ def test_the_bits_of_the_paper_are_what_inspect_shows(tmp_path: Path, capsys: py
 
     for double, bits in ((False, 4.5), (True, 4.126953125 + 8 * 4 / 128**2)):
         model = load_base(str(tmp_path / "base"), storage=library.NF4(double=double))
-        save_model(model, None, tmp_path / f"packed{double}")
-        assert reparam("inspect", tmp_path / f"packed{double}", "--json") == 0
+        save_model(model, None, tmp_path / f"quantized{double}")
+        assert reparam("inspect", tmp_path / f"quantized{double}", "--json") == 0
         (report,) = json.loads(capsys.readouterr().out)
         assert report["bits for each entry"] == bits
 
 
-def test_a_packed_folder_trains_as_packing_on_load_does(
-    packed: Path,
+def test_a_quantized_folder_trains_as_packing_on_load_does(
+    quantized: Path,
     trained: Path,
     rows: str,
     tmp_path: Path,
 ) -> None:
-    assert train(str(packed), rows, tmp_path / "out") == 0
+    assert train(str(quantized), rows, tmp_path / "out") == 0
     name = "adapter/adapter.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_the_resolved_configuration_reproduces_a_packed_run_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+def test_the_resolved_configuration_reproduces_a_quantized_run_bit_for_bit(trained: Path, tmp_path: Path) -> None:
     assert reparam("train", "-c", trained / "config.toml", "-o", tmp_path / "again") == 0
     for name in ("adapter.safetensors", "adapter.json"):
         assert (tmp_path / "again" / "adapter" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
 
 
-def test_the_adapter_remembers_how_its_base_was_packed(trained: Path) -> None:
+def test_the_adapter_remembers_how_its_base_was_quantized(trained: Path) -> None:
     from reparam.hf.open import open_model
 
-    (packing,) = json.loads((trained / "adapter/adapter.json").read_text())["base"]["packing"]
-    assert packing["storage"] == "nf4"
-    assert packing["settings"] == {"block": 64, "double": True}
+    (quantizing,) = json.loads((trained / "adapter/adapter.json").read_text())["base"]["packing"]
+    assert quantizing["storage"] == "nf4"
+    assert quantizing["settings"] == {"block": 64, "double": True}
     model, _, _ = open_model(None, trained)
-    assert packed_as(model) == dict.fromkeys(packing["modules"], library.NF4())
+    assert storages_in(model) == dict.fromkeys(quantizing["modules"], library.NF4())
     model, _, _ = open_model(None, trained, storage="int8")
-    assert set(packed_as(model).values()) == {library.Int8()}
+    assert set(storages_in(model).values()) == {library.Int8()}
     model, _, _ = open_model(None, trained, storage="dense")
-    assert packed_as(model) == {}
+    assert storages_in(model) == {}
 
 
 def test_generate_and_eval_use_the_storage_of_the_training(
@@ -124,16 +124,16 @@ def test_merging_says_onto_what(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert reparam("merge", tmp_path / "trained", "-a", trained) == 0
-    assert "in nf4, as the adapter was trained, unpacked; --onto original would add" in told(capsys)
+    assert "in nf4, as the adapter was trained, dequantized; --onto original would add" in told(capsys)
     assert reparam("merge", tmp_path / "original", "-a", trained, "--onto", "original") == 0
     assert f"merged onto the weights in {base} as they are in its files" in told(capsys)
-    assert reparam("merge", tmp_path / "packed", "-a", trained, "--into", "nf4") == 0
+    assert reparam("merge", tmp_path / "quantized", "-a", trained, "--into", "nf4") == 0
     assert "rounded to nf4 again" in told(capsys)
     ids = torch.arange(5, 25)[None]
     logits = {}
     for name in ("trained", "original"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert packed_as(model) == {}
+        assert storages_in(model) == {}
         logits[name] = model(ids).logits
     from reparam.hf.models import load_base
     from reparam.hf.open import open_model
@@ -141,16 +141,16 @@ def test_merging_says_onto_what(
     expected = open_model(None, trained)[0](ids).logits
     assert float((logits["trained"] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
     assert not torch.equal(logits["original"], logits["trained"])
-    assert len(packed_as(load_base(str(tmp_path / "packed")))) == 14
+    assert len(storages_in(load_base(str(tmp_path / "quantized")))) == 14
 
 
 MISTAKES = {
     "block": (["quantize", "{base}", "{out}", "--block", "63"], "block=63: expected one of 32, 64, 128"),
     "storage": (["quantize", "{base}", "{out}", "--storage", "nf5"], "unknown storage 'nf5' (did you mean 'nf4'?)"),
-    "nothing": (["quantize", "{base}", "{out}", "--storage", "dense"], "'dense' packs nothing; choose nf4 or int8"),
+    "nothing": (["quantize", "{base}", "{out}", "--storage", "dense"], "'dense' quantizes nothing; choose nf4 or int8"),
     "itself": (["quantize", "{base}", "{base}"], "is the folder of the base model"),
     "targets": (["quantize", "{base}", "{out}", "--targets", "q_prj"], "'q_prj' matches no module (did you mean"),
-    "twice": (["quantize", "{packed}", "{out}", "--storage", "int8"], "packing twice loses twice"),
+    "twice": (["quantize", "{quantized}", "{out}", "--storage", "int8"], "quantizing twice loses twice"),
     "format": (["quantize", "{base}", "{out}", "--format", "gguf"], "format='gguf': expected 'reparam'"),
     "onto": (["merge", "{out}", "-a", "{trained}", "--onto", "base"], "onto='base': expected one of trained, original"),
     "both": (
@@ -159,8 +159,8 @@ MISTAKES = {
     ),
     "into": (["merge", "{out}", "-a", "{trained}", "--into", "int8"], "into='int8' is for matrices that are in int8"),
     "lost": (
-        ["merge", "{out}", "-a", "{trained}", "-b", "{packed}", "--onto", "original"],
-        "its matrices are packed, and what they were before is lost; give --base",
+        ["merge", "{out}", "-a", "{trained}", "-b", "{quantized}", "--onto", "original"],
+        "its matrices are quantized, and what they were before is lost; give --base",
     ),
     "train": (
         ["train", "--base.path", "{base}", "--data.train", "x", "--base.storage", "nf4", "--base.block", "0"],
@@ -173,13 +173,13 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
     mistake: str,
     base: str,
-    packed: Path,
+    quantized: Path,
     trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments, expected = MISTAKES[mistake]
-    places = {"base": base, "packed": packed, "trained": trained, "out": tmp_path / "out"}
+    places = {"base": base, "quantized": quantized, "trained": trained, "out": tmp_path / "out"}
     assert reparam(*(argument.format(**places) for argument in arguments)) == 2
     said = told(capsys)
     assert expected in said
