@@ -199,6 +199,24 @@ def test_what_is_returned_prints_as_one_line() -> None:
     assert repr(merged) == "PackReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits an entry, 1 tensors left)"
 
 
+def test_an_adapter_that_was_removed_still_prints() -> None:
+    model = two()
+    adapter = reparam.attach(model, "lora", r=2, name="task")
+    reparam.remove(model, "task")
+    assert repr(adapter) == "Adapter('task', lora, removed)"
+
+
+def test_blends_and_compressions_print_as_one_line(tmp_path: Path) -> None:
+    adapter = reparam.attach(two(), "lora", r=2, name="task")
+    for parameter in adapter.parameters():
+        nn.init.ones_(parameter)
+    adapter.save(tmp_path / "task")
+    blend = reparam.blend([tmp_path / "task", tmp_path / "task"], [0.5, 0.5])
+    assert re.fullmatch(r"Blend\(delta, 2 sites, error [\d.e-]+\)", repr(blend))
+    compression = reparam.compress(tmp_path / "task", rank=1)
+    assert re.fullmatch(r"Compression\(2 sites, 256 B -> 128 B, error [\d.e-]+\)", repr(compression))
+
+
 def test_the_registries_are_full() -> None:
     assert {"lora", "dora", "adalora", "full", "mixture", "xlora"} <= set(METHODS)
     assert {"dense", "nf4", "int8"} <= set(STORAGES)
