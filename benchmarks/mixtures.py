@@ -14,6 +14,7 @@ from torch import nn
 from train_step import step_of
 
 import reparam
+import reparam.methods
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
 

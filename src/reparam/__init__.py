@@ -143,7 +143,6 @@ __all__ = [
     "compress",
     "context",
     "errors",
-    "inspect",
     "load",
     "merge",
     "method",
@@ -219,6 +218,7 @@ _HOMES = {  # the module that defines each name
     "Int8": "reparam.weights.int8",
     "NF4": "reparam.weights.nf4",
 }
+_OLD = {"pack": "reparam.adapter.quantize"}  # names that go with the next release; their functions warn
 _MODULES = {  # modules under a name of their own
     "adapter": "reparam.adapter",
     "cli": "reparam.cli",
@@ -252,6 +252,8 @@ if not TYPE_CHECKING:  # a checker reads the imports above, and knows a misspell
         """Import what `name` stands for, and keep it. With the first method or storage, all of them are registered."""
         if name in _MODULES:
             found = import_module(_MODULES[name])
+        elif name in _OLD:
+            return getattr(import_module(_OLD[name]), name)
         elif name in _HOMES:
             if _HOMES[name] != "reparam.errors":
                 import_module("reparam.methods")

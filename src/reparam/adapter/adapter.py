@@ -173,6 +173,9 @@ class Adapter:
         files.write(folder, record, format=format)
 
     def __repr__(self) -> str:
+        places = [*(m.updates for m in self.modules.values()), *(h.updates for h in self.replaced.values())]
+        if any(self.name not in updates for updates in places):
+            return f"{type(self).__name__}({self.name!r}, {self.method.name}, removed)"
         found = self.parameters()
         count = sum(p.numel() for p in found)
         frozen = "" if not found or any(p.requires_grad for p in found) else ", frozen"

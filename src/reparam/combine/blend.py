@@ -76,6 +76,9 @@ class Blend:
         """⟨written, ΔW⟩ / ⟨ΔW, ΔW⟩ over all sites: what is lost is orthogonal to what is kept, so 1 - error²."""
         return 1 - self.error**2
 
+    def __repr__(self) -> str:
+        return f"Blend({self.space}, {len(self.record.sites)} sites, error {self.error:.4g})"
+
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
         """Write it as any adapter; `format` is "reparam" or "peft". Raises ValueError as `Adapter.save` does."""
         files.write(folder, self.record, format=format)

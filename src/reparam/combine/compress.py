@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.load import place
+from reparam.adapter.quantize import size
 from reparam.combine.components import Part, bare, by_bytes, by_energy, held, parts_of
 from reparam.core.checks import finite, whole
 from reparam.core.method import Method
@@ -74,6 +75,10 @@ class Compression:
         """|lost| / |change| over all sites."""
         total = sum(site.change**2 for site in self.sites)
         return (sum(site.lost**2 for site in self.sites) / total) ** 0.5 if total else 0.0
+
+    def __repr__(self) -> str:
+        sizes = f"{size(self.before)} -> {size(self.bytes)}"
+        return f"Compression({len(self.record.sites)} sites, {sizes}, error {self.error:.4g})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
         """Write it as an ordinary adapter. Raises ValueError as `Adapter.save` does."""
@@ -146,8 +151,8 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
         rank = ranks[name]
         if name in stays and rank != part.rank:
             tensors |= _tensors(record, method, part, rank)
-        size, lost = float(part.values.norm()), part.lost(rank) if rank != part.rank else 0.0
-        found.append(SiteCompression(name, part.rank, rank, size, lost, part.cost * (part.rank - rank)))
+        change, lost = float(part.values.norm()), part.lost(rank) if rank != part.rank else 0.0
+        found.append(SiteCompression(name, part.rank, rank, change, lost, part.cost * (part.rank - rank)))
     order = {key: tensors[key] for key in record.tensors if key in tensors}
     small = dataclasses.replace(record, method=method, sites=stays, tensors=order, claims=None)
     return Compression(small, tuple(found), held(record))
