@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def packed(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32) -> PackedWeight:
-    weight = storage.pack(normal(*shape, dtype=dtype))
+    weight = storage.quantize(normal(*shape, dtype=dtype))
     assert isinstance(weight, PackedWeight)
     return weight
 
@@ -84,7 +84,7 @@ def test_opcheck(storage: Storage, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_opcheck_of_packing_and_unpacking(double: bool, dtype: torch.dtype) -> None:
     w = normal(9, 33, dtype=dtype)
-    weight: Any = NF4(double=double).pack(w)
+    weight: Any = NF4(double=double).quantize(w)
     torch.library.opcheck(OPS.nf4_quantize.default, (w, 64))
     for first in (0, 2):
         out = torch.empty(150, dtype=dtype)
@@ -278,13 +278,13 @@ def test_a_change_of_dtype_changes_results_and_no_stored_bit(way: str, storage: 
 
 @every
 def test_a_state_dict_goes_round(storage: Storage) -> None:
-    weight, other = packed(storage, 30, 41), storage.pack(torch.ones(30, 41))
+    weight, other = packed(storage, 30, 41), storage.quantize(torch.ones(30, 41))
     assert not torch.equal(other.dense(), weight.dense())
     assert "like" not in weight.state_dict()
     other.load_state_dict(weight.state_dict())
     assert torch.equal(other.dense(), weight.dense())
     with pytest.raises(RuntimeError, match="size mismatch"):
-        storage.pack(torch.ones(30, 43)).load_state_dict(weight.state_dict())
+        storage.quantize(torch.ones(30, 43)).load_state_dict(weight.state_dict())
 
 
 @every
@@ -303,7 +303,7 @@ def test_a_copy_is_a_weight_of_its_own(storage: Storage) -> None:
 def test_a_compiled_layer_gives_the_same_output_and_gradients(storage: Storage) -> None:
     """One graph; through torch's own compiler, where it has a C++ compiler to hand the rest to."""
     model = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 3))
-    reparam.pack(model, storage, targets="0")
+    reparam.quantize(model, storage, targets="0")
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets="0")
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -334,7 +334,7 @@ def has_compiler() -> bool:
 def test_lora_on_a_packed_16_bit_layer_keeps_its_input_once_and_as_it_is(dtype: torch.dtype) -> None:
     """The float32 masters are cast to the input's dtype, not the input to theirs."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
-    reparam.pack(model, "nf4", targets="0")
+    reparam.quantize(model, "nf4", targets="0")
     adapter = reparam.attach(model, reparam.LoRA(r=4), targets="0")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, torch.dtype]] = {}
