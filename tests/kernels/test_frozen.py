@@ -17,7 +17,7 @@ import reparam
 from reparam import NF4, Int8
 from reparam.core.base import Storage
 from reparam.kernels.nf4 import dequantize
-from reparam.weights.packed import PackedWeight, floats
+from reparam.weights.quantized import QuantizedWeight, floats
 
 STORAGES = [NF4(), NF4(32, double=False), NF4(4096), Int8()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -30,9 +30,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def packed(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32) -> PackedWeight:
+def packed(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     weight = storage.quantize(normal(*shape, dtype=dtype))
-    assert isinstance(weight, PackedWeight)
+    assert isinstance(weight, QuantizedWeight)
     return weight
 
 
