@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
 
-.PHONY: demo test quick full lint format
+.PHONY: demo test quick full lint format docs
 demo: .venv/installed
 	.venv/bin/reparam demo
 
@@ -29,7 +29,15 @@ format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# The documentation into site/, with every link checked.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

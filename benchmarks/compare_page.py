@@ -1,8 +1,9 @@
-"""Puts finished comparisons under `docs/`: the report, its figures, a picture of it, and the tables of compare.md.
+"""Puts finished comparisons under `docs/`: figures, a picture of the report, and the tables of evidence/compare.md.
 
     python benchmarks/compare_page.py opening ranks
 
 reads out/compare-NAME for each NAME; the tables of all that are in docs/compare/ replace what follows "## Tables".
+The reports themselves are made from the figures when the documentation is built (`make docs`).
 The picture needs a Chromium, as the report's tests do.
 """
 
@@ -66,17 +67,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     for name in parser.parse_args().names:
         (DOCS / "compare").mkdir(exist_ok=True)
-        shutil.copy(f"out/compare-{name}/report.html", DOCS / "compare" / f"{name}.html")
         shutil.copy(f"out/compare-{name}/results.json", DOCS / "compare" / f"{name}.json")
-        picture(DOCS / "compare" / f"{name}.html", DOCS / "images" / f"compare-{name}.png")
+        picture(Path(f"out/compare-{name}/report.html"), DOCS / "images" / f"compare-{name}.png")
     parts = []
     for file in sorted((DOCS / "compare").glob("*.json")):
         found = json.loads(file.read_text())
         length = f"{found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}"
-        head = f"**{file.stem}** ([report](compare/{file.stem}.html); {length}). "
+        head = f"**{file.stem}** ([report](../compare/{file.stem}.html); {length}). "
         command = f"    reparam compare benchmarks/compare/{file.stem}.toml\n"
         parts.append("\n\n".join([head + found["recommendation"], table(found), command]))
-    page = DOCS / "compare.md"
+    page = DOCS / "evidence" / "compare.md"
     page.write_text(page.read_text().partition(TABLES)[0] + TABLES + "\n" + "\n".join(parts))
 
 

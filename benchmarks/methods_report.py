@@ -1,7 +1,7 @@
 """Tables and plots of the runs of `methods.py` that are there, and of `methods_cost.py`.
 
 Writes methods.json, images/methods-scores.png, images/methods-directions.png, and the tables in place of what follows
-"## Tables" in methods.md. Intervals are Student's 95 % over seeds; differences to LoRA are paired by seed.
+"## Tables" in evidence/methods.md. Intervals are Student's 95 % over seeds; differences to LoRA are paired by seed.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def main() -> None:
     (given.output / "methods.json").write_text(json.dumps(everything, indent=1) + "\n")
     draw_scores(found, given.output / "images/methods-scores.png")
     draw_directions(scored, given.output / "images/methods-directions.png")
-    page = given.output / "methods.md"
+    page = given.output / "evidence/methods.md"
     text = page.read_text().partition(TABLES)[0] if page.exists() else ""
     page.write_text(f"{text}{TABLES}\n{tables(found, moved, baseline, tuning, cost)}\n")
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from reparam.evaluation.score import score_loss
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +34,7 @@ def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
 
 
-DOCUMENTS = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
+DOCUMENTS = [path for path in PAGES if "```python" in path.read_text()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
@@ -46,6 +48,7 @@ def test_the_code_in_the_documents_runs(document: Path, tmp_path: Path, monkeypa
         for update in made.updates.values():
             torch.nn.init.normal_(update.B)  # type: ignore[arg-type]
         made.save(f"out/{folder}")
+        made.save(f"out/{folder}/adapter")
         reparam.remove(model, "default")
     names = {
         "reparam": reparam,
@@ -69,16 +72,19 @@ def test_every_option_that_the_documents_print_exists() -> None:
     known |= {f"--{name.replace('__', '.', 1)}" for name in with_options(command).__signature__.parameters}  # type: ignore[attr-defined]
     known |= {name for verb in get_command(app).commands.values() for option in verb.params for name in option.opts}  # type: ignore[attr-defined]
     known |= {alias for aliases in ALIASES.values() for alias in aliases}
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [ROOT / "README.md", *PAGES]:
         for block in re.findall(r"```\n(reparam .*?)```", document.read_text(), re.DOTALL):
             words = shlex.split(block.replace("\\\n", " "), comments=True)
             assert {w for w in words if w.startswith("-")} <= known, document
 
 
-def test_the_files_that_the_documents_name_are_there() -> None:
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
-            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+def test_the_files_that_the_documents_name_are_there(site: ModuleType) -> None:
+    """Or are made when the site is built."""
+    made = {ROOT / "docs" / path for path, _ in site.pages()}
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", document.read_text()):
+            file = (document.parent / target).resolve()
+            assert target.startswith("http") or file.exists() or file in made, f"{document.name}: {target}"
 
 
 def test_the_embedded_model_scores_what_its_figures_say() -> None:
