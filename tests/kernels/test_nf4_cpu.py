@@ -230,7 +230,7 @@ def test_looking_codes_up_one_by_one_gives_the_same(dtype: torch.dtype, wide: bo
 
 def example() -> list[Tensor]:
     """A matrix whose rows are no multiple of a block: packed, its statistics, and some rows of it."""
-    weight = NF4().pack(torch.linspace(-1, 2, 90 * 90).view(90, 90).sin())
+    weight = NF4().quantize(torch.linspace(-1, 2, 90 * 90).view(90, 90).sin())
     assert weight.nested is not None
     return [weight.codes, weight.absmax, weight.nested, weight.dense(slice(40, 50)), weight.rows(torch.tensor([3, 89]))]
 
