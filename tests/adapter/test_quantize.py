@@ -1,4 +1,4 @@
-"""Packing whole models: with and without adapters, what is told about it, what is refused, and the way back."""
+"""Quantizing whole models, with and without adapters, and the report of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import warnings
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import models
@@ -15,47 +14,16 @@ import pytest
 import torch
 from adapters import trained
 from models import IDS, llama, logits
+from quantized_models import ENTRIES, error, every, matrices, quantized, stock
 from torch import Tensor, nn
 
 import reparam
-from reparam import NF4, Int8, LoRA
+from reparam import NF4, LoRA
 from reparam.core.base import Factors, Role, Site, Storage, Update, Weight
 from reparam.core.method import Method
 from reparam.sites.embedding import Embedding
-from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.linear import Linear
 from reparam.sites.module import Adapted
-
-STORAGES = [NF4(), NF4(32, double=False), Int8()]
-ENTRIES = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of the linear maps in the blocks of `llama`
-every = pytest.mark.parametrize("storage", STORAGES, ids=str)
-
-
-def quantized(storage: str | Storage = "nf4", **settings: Any) -> Any:
-    model = llama()
-    reparam.quantize(model, storage, **settings)
-    return model
-
-
-def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """What the quantized matrices stand for."""
-    return {
-        path: module.weight.dense().clone()
-        for path, module in model.named_modules()
-        if isinstance(module, Adapted) and module.weight.dense_or_none is None
-    }
-
-
-def stock(model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
-    """The plain model with these matrices."""
-    for path, matrix in found.items():
-        model.get_submodule(path).weight.data.copy_(matrix)  # type: ignore[union-attr]
-    return model
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
 
 # ---- what quantizing does
 
@@ -281,155 +249,3 @@ def test_fused_experts_are_warned_about_and_listed() -> None:
     assert len(report.sites) == 8
     assert "left as they are: model.layers.0.mlp.experts.gate_up_proj" in str(report)
     assert "and 4 more" in str(report)
-
-
-# ---- the way back
-
-
-@every
-def test_unpacking_gives_the_stock_modules_back_with_the_rounded_values(storage: Storage) -> None:
-    model = quantized(storage)
-    y, found = logits(model), matrices(model)
-    report = reparam.quantize(model, "dense")
-    assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
-    assert models.same(models.frozen(model), models.frozen(stock(llama(), found)))
-    assert error(logits(model), y) < 1e-5
-    assert report.bits == 32
-
-
-def test_unpacking_under_an_adapter_keeps_it() -> None:
-    model = quantized()
-    adapter = trained(model)
-    y = logits(model)
-    reparam.quantize(model, "dense")
-    assert matrices(model) == {}
-    assert error(logits(model), y) < 1e-5
-    assert isinstance(model.get_submodule("model.layers.0.self_attn.k_proj"), nn.Linear)
-    assert set(adapter.modules) == {p for p, m in model.named_modules() if isinstance(m, Adapted)}
-    reparam.remove(model, "default")
-    assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
-
-
-@every
-def test_merging_gives_a_dense_model_and_restoring_the_quantized_one(storage: Storage) -> None:
-    model = quantized(storage)
-    trained(model, targets=["q_proj", "up_proj"])
-    before, y = models.frozen(model), logits(model)
-    report = reparam.merge(model, keep_base=True)
-    assert min(report.survival().values()) > 0.999
-    assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), nn.Linear)
-    assert len(matrices(model)) == 10  # those without the adapter stay quantized
-    assert error(logits(model), y) < 1e-5
-    report.restore()
-    assert models.same(models.frozen(model), before)
-    assert torch.equal(logits(model), y)
-    reparam.select(model, None)
-    assert torch.equal(logits(model), logits(quantized(storage)))
-
-
-# ---- adapters from elsewhere
-
-
-@every
-def test_an_adapter_goes_from_a_quantized_base_to_the_dense_one_and_back(storage: Storage, tmp_path: Path) -> None:
-    sources = {"quantized": quantized(storage), "dense": llama()}
-    for name, model in sources.items():
-        trained(model, targets="all-linear").save(tmp_path / name)
-    for saved in sources:
-        for model in (quantized(storage), llama()):
-            again = reparam.load(model, tmp_path / saved)
-            assert models.same(again.tensors(), reparam.adapters(sources[saved])["default"].tensors())
-
-
-def test_a_base_that_was_quantized_otherwise_is_told_apart(tmp_path: Path) -> None:
-    ways = [quantized(NF4()), quantized(NF4(128)), quantized(NF4(double=False)), quantized(Int8())]
-    prints = [fingerprint(model) for model in ways]
-    for one in range(len(ways)):
-        for other in range(len(ways)):
-            same = one == other or 3 in (one, other)  # another storage altogether is not compared
-            assert agree(prints[one], prints[other]) == same
-    trained(ways[0]).save(tmp_path / "adapter")
-    with pytest.raises(reparam.FormatError, match="trained on other weights"):
-        reparam.load(quantized(NF4(128)), tmp_path / "adapter")
-    other = llama()
-    other.model.norm.weight.data[0] += 0.01  # what is not quantized is compared between storages
-    assert not agree(fingerprint(other), prints[0])
-
-
-def test_the_fingerprint_of_a_quantized_base_does_not_depend_on_adapters() -> None:
-    model = quantized()
-    before = fingerprint(model)
-    trained(model, targets=["q_proj", "lm_head", "embed_tokens"])
-    assert fingerprint(model) == before
-    reparam.remove(model, "default")
-    assert fingerprint(model) == before
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize("first", ["nf4", "int8"])
-@pytest.mark.parametrize("second", ["nf4", "int8", NF4(32)])
-def test_quantizing_twice_is_refused(first: str, second: str | Storage) -> None:
-    model = quantized(first, targets="v_proj")
-    before = models.frozen(model)
-    for targets in ("all-linear", "v_proj"):
-        with pytest.raises(ValueError, match=rf"layers.0.self_attn.v_proj is {first} already.*load the original"):
-            reparam.quantize(model, second, targets=targets)
-    assert models.same(models.frozen(model), before)
-    reparam.quantize(model, second, targets=["q_proj", "k_proj"])
-
-
-def test_many_problems_are_told_at_once_and_shortened() -> None:
-    model = quantized()
-    with pytest.raises(ValueError, match="twice") as caught:
-        reparam.quantize(model, "nf4")
-    assert str(caught.value).count("already") == 5
-    assert str(caught.value).endswith("; and 9 more")
-
-
-def test_tied_matrices_are_refused_with_a_way_out() -> None:
-    model = models.tied_llama()
-    before = models.frozen(model)
-    for targets in ("embed_tokens", "lm_head", ["embed_tokens", "lm_head", "all-linear"]):
-        with pytest.raises(ValueError, match=r"shares its weight with .*reparam\.untie\(model\) or leave it out"):
-            reparam.quantize(model, "nf4", targets=targets)
-    assert models.same(models.frozen(model), before)
-    reparam.quantize(model, "nf4")
-    reparam.untie(model)
-    reparam.quantize(model, "nf4", targets="embed_tokens")
-    assert isinstance(model.lm_head, nn.Linear)
-
-
-def test_unknown_names_are_refused() -> None:
-    model = llama()
-    with pytest.raises(ValueError, match=r"unknown storage 'nf5' \(did you mean 'nf4'\?\)"):
-        reparam.quantize(model, "nf5")
-    with pytest.raises(ValueError, match=r"'q_prj' matches no module \(did you mean 'q_proj'"):
-        reparam.quantize(model, "nf4", targets="q_prj")
-    with pytest.raises(ValueError, match="norm"):
-        reparam.quantize(model, "nf4", targets="model.norm")
-    assert models.same(models.frozen(model), models.frozen(llama()))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_matrix_with_nan_is_named_and_the_model_stays_usable(name: str) -> None:
-    """Matrices before it are quantized already; it itself, and all behind it, are as they were."""
-    end = {"llama": "layers.1.self_attn.q_proj", "gpt2": "h.1.attn.c_attn"}[name]
-    model = models.ALL[name]()
-    path = next(path for path, _ in model.named_modules() if path.endswith(end))
-    bad = model.get_submodule(path).weight
-    bad.data[0, 1] = float("nan")
-    with pytest.raises(ValueError, match=rf"{path}: nf4: the matrix holds NaN"):
-        reparam.quantize(model, "nf4")
-    module = model.get_submodule(path)
-    assert type(module) is type(models.ALL[name]().get_submodule(path))
-    assert module.weight.shape == bad.shape
-    assert module.weight.requires_grad
-    assert int(module.weight.isnan().sum()) == 1
-    module.weight.data.nan_to_num_()
-    assert logits(model).isfinite().all()
-    left = [other for other, m in model.named_modules() if isinstance(m, type(module)) and other != "lm_head"]
-    assert left[0] == path
-    reparam.quantize(model, "nf4", targets=left)
-    assert logits(model).isfinite().all()

@@ -40,6 +40,9 @@ presets = pytest.mark.parametrize("name", SMALL)
 
 on_one_layer = pytest.mark.parametrize("name", [name for name in SMALL if name != "xlora"])  # which needs hidden states
 
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])  # of IDS, padded on the left
+SEQUENCE: dict[str, Any] = {"pool": "prompt", "losses": {}}
+
 
 def preset(name: str, **changes: Any) -> Mixture:
     return METHODS[name](**{**SMALL[name], **changes})  # type: ignore[return-value]

@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def packed(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+def quantized(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     weight = storage.quantize(normal(*shape, dtype=dtype))
     assert isinstance(weight, QuantizedWeight)
     return weight
@@ -73,7 +73,7 @@ def pairs(run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, weights: T
 @every
 @dtypes
 def test_opcheck(storage: Storage, dtype: torch.dtype) -> None:
-    name, parts = operands(packed(storage, 9, 33, dtype=dtype))
+    name, parts = operands(quantized(storage, 9, 33, dtype=dtype))
     x, g, bias = (normal(*shape, dtype=dtype).requires_grad_() for shape in ((2, 3, 33), (4, 9), (9,)))
     torch.library.opcheck(getattr(OPS, f"{name}_linear").default, (x, *parts, bias))
     torch.library.opcheck(getattr(OPS, f"{name}_linear").default, (x[0, 0], *parts, None))
@@ -104,7 +104,7 @@ def test_the_output_and_gradients_are_those_of_the_dense_matrix(
     shape: tuple[int, int], dtype: torch.dtype, storage: Storage
 ) -> None:
     """In float64, with the matrix rounded to the dtype of x, as a 16-bit model has it."""
-    weight = packed(storage, *shape)
+    weight = quantized(storage, *shape)
     W = weight.dense().to(dtype).double()
     small = 4 * torch.finfo(dtype).eps
     for leading in LEADING:
@@ -121,7 +121,7 @@ def test_the_output_and_gradients_are_those_of_the_dense_matrix(
 
 @every
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(storage: Storage) -> None:
-    weight = packed(storage, 9, 33)
+    weight = quantized(storage, 9, 33)
     for leading in ((0,), (2, 0), (0, 3)):
         y, g_x, g_bias = pairs(weight, torch.ones(*leading, 33), torch.ones(9), torch.ones(*leading, 9))
         assert (y.shape, g_x.shape) == ((*leading, 9), (*leading, 33))
@@ -130,7 +130,7 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(storage: Storag
 
 @every
 def test_gradients_of_gradients(storage: Storage) -> None:
-    weight = packed(storage, 5, 7)
+    weight = quantized(storage, 5, 7)
     x, bias = (normal(*shape, dtype=torch.float64).requires_grad_() for shape in ((3, 7), (5,)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -143,8 +143,8 @@ def test_gradients_of_gradients(storage: Storage) -> None:
     "shape", [(3100, 1023), (2050, 1024), (61, 40001), (5, 600_000), (70_000, 33), (1025, 2049)], ids=str
 )
 def test_a_matrix_in_pieces_is_the_whole(shape: tuple[int, int], storage: Storage) -> None:
-    """More than a million entries are unpacked piece by piece, of sizes that blocks do not divide."""
-    weight = packed(storage, *shape)
+    """More than a million entries are dequantized piece by piece, of sizes that blocks do not divide."""
+    weight = quantized(storage, *shape)
     W = weight.dense().double()
     x, g = normal(2, shape[1], seed=1), normal(2, shape[0], seed=2)
     y, g_x = pairs(weight, x, None, g)
@@ -157,7 +157,7 @@ def test_a_matrix_in_pieces_is_the_whole(shape: tuple[int, int], storage: Storag
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_over_the_pieces_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
     """The gradient of x is a sum over all pieces: its error is that of one product and a rounding more."""
-    weight = packed(Int8(), 16384, 1024)
+    weight = quantized(Int8(), 16384, 1024)
     g = normal(4, 16384).to(dtype)
     _, found = pairs(weight, normal(4, 1024, dtype=dtype), None, g)
     exact = g.double() @ weight.dense().double()
@@ -166,7 +166,7 @@ def test_sums_over_the_pieces_are_not_rounded_to_16_bits(dtype: torch.dtype) -> 
 
 @every
 def test_autocast_decides_the_dtype_as_for_a_dense_layer(storage: Storage) -> None:
-    weight = packed(storage, 9, 33)
+    weight = quantized(storage, 9, 33)
     dense = nn.Linear(33, 9)
     dense.weight = nn.Parameter(weight.dense())
     bias = dense.bias.detach()
@@ -184,7 +184,7 @@ def test_autocast_decides_the_dtype_as_for_a_dense_layer(storage: Storage) -> No
 @pytest.mark.parametrize("x", [torch.ones(2, 32), torch.ones(2, 66), torch.ones(33, dtype=torch.int64)], ids=str)
 def test_an_input_that_does_not_fit_is_refused(x: Tensor, storage: Storage) -> None:
     with pytest.raises(ValueError, match=r"expected floating-point numbers \[\.\.\., 33\], got "):
-        packed(storage, 9, 33)(x)
+        quantized(storage, 9, 33)(x)
 
 
 @every
@@ -193,7 +193,7 @@ def test_an_input_that_does_not_fit_is_refused(x: Tensor, storage: Storage) -> N
 def test_an_input_that_is_not_contiguous_gives_the_same(
     storage: Storage, outputs: int, inputs: int, batch: int, seed: int
 ) -> None:
-    weight = packed(storage, outputs, inputs)
+    weight = quantized(storage, outputs, inputs)
     x, g = normal(batch, 3, inputs, seed=seed), normal(batch, 3, outputs, seed=seed + 1)
     for view in (x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT, x[:, :1].expand(-1, 3, -1)):
         found = pairs(weight, view, None, g.mT.contiguous().mT)
@@ -206,8 +206,8 @@ def test_an_input_that_is_not_contiguous_gives_the_same(
 
 @every
 def test_nothing_is_kept_for_backward_but_what_is_there_anyway(storage: Storage) -> None:
-    """Neither x nor an unpacked W: every tensor that is saved lies in the weight's own memory."""
-    weight = packed(storage, 300, 100)
+    """Neither x nor an dequantized W: every tensor that is saved lies in the weight's own memory."""
+    weight = quantized(storage, 300, 100)
     own = {p.untyped_storage().data_ptr() for p in weight.parameters()}
     saved: list[Tensor] = []
 
@@ -227,7 +227,7 @@ def test_nothing_is_kept_for_backward_but_what_is_there_anyway(storage: Storage)
 
 
 def test_unpacking_over_what_a_backward_needs_is_noticed() -> None:
-    weight: Any = packed(NF4(), 4, 64)
+    weight: Any = quantized(NF4(), 4, 64)
     leaf = torch.zeros(256, requires_grad=True)
     y = leaf.tanh()  # its backward needs its result
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_unpacking_over_what_a_backward_needs_is_noticed() -> None:
 
 @every
 def test_nothing_of_the_weight_trains_and_no_byte_changes(storage: Storage) -> None:
-    weight = packed(storage, 30, 40)
+    weight = quantized(storage, 30, 40)
     before = tensors(weight)
     optimizer = torch.optim.AdamW(weight.parameters(), lr=1.0, weight_decay=0.5)
     weight.train()
@@ -256,7 +256,7 @@ def test_nothing_of_the_weight_trains_and_no_byte_changes(storage: Storage) -> N
 @pytest.mark.parametrize("way", ["to", "half", "bfloat16", "double", "through another"])
 def test_a_change_of_dtype_changes_results_and_no_stored_bit(way: str, storage: Storage) -> None:
     """Also as a part of a model, and there and back: nothing was lost on the way."""
-    weight = packed(storage, 30, 41)
+    weight = quantized(storage, 30, 41)
     before, whole = tensors(weight), weight.dense()
     model = nn.Sequential(weight)
     moved: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
@@ -278,7 +278,7 @@ def test_a_change_of_dtype_changes_results_and_no_stored_bit(way: str, storage: 
 
 @every
 def test_a_state_dict_goes_round(storage: Storage) -> None:
-    weight, other = packed(storage, 30, 41), storage.quantize(torch.ones(30, 41))
+    weight, other = quantized(storage, 30, 41), storage.quantize(torch.ones(30, 41))
     assert not torch.equal(other.dense(), weight.dense())
     assert "like" not in weight.state_dict()
     other.load_state_dict(weight.state_dict())
@@ -289,7 +289,7 @@ def test_a_state_dict_goes_round(storage: Storage) -> None:
 
 @every
 def test_a_copy_is_a_weight_of_its_own(storage: Storage) -> None:
-    weight = packed(storage, 30, 41).bfloat16()
+    weight = quantized(storage, 30, 41).bfloat16()
     twin = copy.deepcopy(weight)
     whole = weight.dense()
     assert torch.equal(twin.dense(), whole)
@@ -331,7 +331,7 @@ def has_compiler() -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_lora_on_a_packed_16_bit_layer_keeps_its_input_once_and_as_it_is(dtype: torch.dtype) -> None:
+def test_lora_on_a_quantized_16_bit_layer_keeps_its_input_once_and_as_it_is(dtype: torch.dtype) -> None:
     """The float32 masters are cast to the input's dtype, not the input to theirs."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
     reparam.quantize(model, "nf4", targets="0")

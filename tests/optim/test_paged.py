@@ -1,9 +1,8 @@
-"""PagedAdamW: torch's AdamW bit for bit, whatever the pages; 8 bits beside 32; states saved, loaded, refused."""
+"""PagedAdamW: torch's AdamW bit for bit, whatever the pages; which pages move; what is refused."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paged_runs import BITS, BLOCK_BYTES, give_gradients, make, run, same, sometimes, two_groups
 from torch import Tensor, nn
 
 import reparam
-from reparam.errors import StateError
 from reparam.optim import PagedAdamW, Paging
-from reparam.train.state import load_state, restore_optimizer, save_state
 
-BITS = pytest.mark.parametrize("bits", [32, 8])
 DEVICES = pytest.mark.parametrize(
     "device",
     [
@@ -29,49 +26,6 @@ DEVICES = pytest.mark.parametrize(
         ),
     ],
 )
-BLOCK_BYTES = {32: 2048, 8: 520}
-SIZES = [(40, 30), (7,), (0,), (256,), (3, 5, 7), (1,), (2000,)]
-
-
-def make(sizes: Sequence[Sequence[int]] = SIZES, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Any]:
-    draw = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(tuple(size), generator=draw).to(device, dtype)) for size in sizes]
-
-
-def give_gradients(parameters: Sequence[Tensor], step: int, missing: Callable[[int, int], bool] | None = None) -> None:
-    """Gradients that depend on nothing but the step and the parameter's number; of very different sizes."""
-    for number, p in enumerate(parameters):
-        draw = torch.Generator().manual_seed(1000 * step + number)
-        gradient = torch.randn(p.shape, generator=draw) * torch.rand(p.shape, generator=draw) ** 4
-        p.grad = None if missing is not None and missing(step, number) else gradient.to(p.device, p.dtype)
-
-
-def two_groups(parameters: list[Any], **first: Any) -> list[dict[str, Any]]:
-    return [{"params": parameters[:3], **first}, {"params": parameters[3:], "lr": 0.02, "weight_decay": 0.0}]
-
-
-def run(
-    optimizer: torch.optim.Optimizer, steps: range = range(6), missing: Callable[[int, int], bool] | None = None
-) -> list[Tensor]:
-    """The parameters after these steps, with a learning rate that changes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for step in steps:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate / (1 + step)
-        give_gradients(parameters, step, missing)
-        optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    return [p.detach().clone() for p in parameters]
-
-
-def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def sometimes(step: int, number: int) -> bool:
-    return (step + number) % 3 == 0
 
 
 # ---- bit for bit
@@ -241,172 +195,6 @@ def test_an_adapter_binds_to_it() -> None:
     model = models.llama()
     adapter = reparam.attach(model, reparam.LoRA(r=4))
     adapter.bind(PagedAdamW(adapter.parameters(), bits=8))
-
-
-# ---- state dicts
-
-
-@BITS
-@pytest.mark.parametrize("other", [{}, {"page": 7000, "budget": 7000}, {"page": 2048, "budget": 3 * 2048}])
-def test_a_resumed_run_is_the_same_run(bits: int, other: dict[str, int], tmp_path: Path) -> None:
-    straight = PagedAdamW(two_groups(make()), 0.1, bits=bits)
-    expected = run(straight, missing=sometimes)
-
-    first = PagedAdamW(two_groups(make()), 0.1, bits=bits, page=4096, budget=4096)
-    weights = run(first, range(3), missing=sometimes)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(first, factor=1.0)
-    save_state(tmp_path, optimizer=first, scheduler=scheduler, progress={})
-
-    second = PagedAdamW(two_groups(make()), 0.7, bits=bits, **other)
-    restore_optimizer(second, load_state(tmp_path).optimizer)
-    for p, saved in zip([p for g in second.param_groups for p in g["params"]], weights, strict=True):
-        p.data.copy_(saved)
-    assert same(run(second, range(3, 6), missing=sometimes), expected)
-
-
-def test_torch_and_we_load_each_others_states() -> None:
-    for one, other in ((torch.optim.AdamW, PagedAdamW), (PagedAdamW, torch.optim.AdamW)):
-        expected = run(torch.optim.AdamW(make(), 0.1, foreach=False))
-        first = one(make(), 0.1)
-        weights = run(first, range(3))
-        second = other(make(), 0.1)
-        second.load_state_dict(first.state_dict())
-        for p, saved in zip(second.param_groups[0]["params"], weights, strict=True):
-            p.data.copy_(saved)
-        assert same(run(second, range(3, 6)), expected)
-
-
-@BITS
-def test_a_state_dict_is_a_copy(bits: int) -> None:
-    optimizer = PagedAdamW(make(), bits=bits, page=2048, budget=2048)
-    run(optimizer, range(2))
-    saved = optimizer.state_dict()
-    before = {(i, key): value.clone() for i, state in saved["state"].items() for key, value in state.items()}
-    loaded = PagedAdamW(make(), bits=bits)
-    loaded.load_state_dict(saved)
-    for each in (optimizer, loaded):
-        run(each, range(2, 4))
-    assert all(torch.equal(saved["state"][i][key], value) for (i, key), value in before.items())
-
-
-def test_a_state_that_is_loaded_replaces_what_was_there() -> None:
-    fresh = PagedAdamW(make(), 0.1)
-    used = PagedAdamW(make(), 0.1)
-    run(used, range(3))
-    used.load_state_dict(fresh.state_dict())
-    for p, start in zip(used.param_groups[0]["params"], make(), strict=True):
-        p.data.copy_(start)
-    assert same(run(used, range(3)), run(fresh, range(3)))
-
-
-def state(sizes: Any = SIZES, **settings: Any) -> dict[str, Any]:
-    optimizer = PagedAdamW(make(sizes), **settings)
-    run(optimizer, range(1))
-    return optimizer.state_dict()
-
-
-def amsgrad() -> dict[str, Any]:
-    optimizer = torch.optim.AdamW(make(), amsgrad=True)
-    run(optimizer, range(1))
-    return optimizer.state_dict()
-
-
-def sgd() -> dict[str, Any]:
-    saved = state()
-    saved["state"] = {i: {"momentum_buffer": each["exp_avg"]} for i, each in saved["state"].items()}
-    return saved
-
-
-@pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        (lambda: state(bits=8), "the saved state has 8 bits and this optimizer 32: set bits=8"),
-        (lambda: state(SIZES[:3]), r"the saved state has groups of \[3\] parameters, and this optimizer of \[7\]"),
-        (
-            lambda: state([*SIZES[:6], (1999,)]),
-            r"parameter 6: the saved exp_avg is float32 \[1999\], and this optimizer's is float32 \[2000\]",
-        ),
-        (amsgrad, "amsgrad is not supported: leave it out"),
-        (sgd, "parameter 0: the saved state holds momentum_buffer, and one of 32 bits holds exp_avg, exp_avg_sq, step"),
-    ],
-    ids=["bits", "groups", "sizes", "amsgrad", "sgd"],
-)
-def test_a_state_of_something_else_is_refused_and_changes_nothing(saved: Any, message: str) -> None:
-    optimizer = PagedAdamW(make(), page=2048, budget=4096)
-    run(optimizer, range(2))
-    before = optimizer.state_dict()
-    with pytest.raises(StateError, match=message):
-        restore_optimizer(optimizer, saved())
-    after = optimizer.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert all(torch.equal(before["state"][i][key], v) for i, s in after["state"].items() for key, v in s.items())
-
-
-# ---- 8 bits
-
-
-def train(bits: int, steps: int, **settings: Any) -> list[float]:
-    """Losses of a small Llama with LoRA, on one batch."""
-    model = models.llama()
-    adapter = reparam.attach(model, reparam.LoRA(r=4, alpha=8))
-    optimizer = PagedAdamW(adapter.parameters(), 0.02, bits=bits, **settings)
-    losses = []
-    for _ in range(steps):
-        loss = models.loss(model)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def test_8_bits_learn_as_32_do() -> None:
-    full, small = train(32, 40), train(8, 40)
-    assert small[0] == full[0]
-    assert full[-1] < full[0] / 2
-    assert abs(small[-1] - full[-1]) < 0.01 * (full[0] - full[-1])
-    assert max(abs(a - b) for a, b in zip(full, small, strict=True)) < 0.02 * full[0]
-    assert train(8, 40, page=5200, budget=5200) == small
-
-
-def test_8_bits_are_as_near_to_32_as_those_of_bitsandbytes() -> None:
-    """With gradients of sizes far apart within a block, whose small ones are what rounding loses."""
-    judge = pytest.importorskip("bitsandbytes.optim")
-    kinds: list[Callable[[list[Any]], torch.optim.Optimizer]] = [
-        lambda p: torch.optim.AdamW(p, 1e-2),
-        lambda p: PagedAdamW(p, 1e-2, bits=8),
-        lambda p: judge.AdamW8bit(p, 1e-2),
-    ]
-    ends = []
-    for make_optimizer in kinds:
-        draw = torch.Generator().manual_seed(0)
-        p = nn.Parameter(torch.zeros(64, 256))
-        towards = torch.randn(64, 256, generator=draw) ** 3
-        optimizer = make_optimizer([p])
-        for _ in range(50):
-            p.grad = towards * torch.randn(64, 256, generator=draw).add_(1)
-            optimizer.step()
-        ends.append(p.detach())
-    exact, ours, theirs = ends
-    assert (ours - exact).norm() < (theirs - exact).norm()
-
-
-def test_a_small_gradient_beside_a_large_one_is_not_stepped_with_eps_alone() -> None:
-    """Its mean square is below the first level; rounded to zero, the next step would be thousands of times the rate."""
-    p = nn.Parameter(torch.zeros(2))
-    optimizer = PagedAdamW([p], 0.001, bits=8, weight_decay=0.0)
-    for gradient in ([1.0, 1e-4], [1.0, 0.0]):
-        before = p.detach().clone()
-        p.grad = torch.tensor(gradient)
-        optimizer.step()
-        assert ((p - before).abs() <= 0.0011).all()
-
-
-def test_bytes_per_element() -> None:
-    for bits, expected in ((32, 8.0), (8, 2.03125)):
-        optimizer = PagedAdamW(make([(256, 64)]), bits=bits, page=64 * BLOCK_BYTES[bits])
-        run(optimizer, range(1))
-        assert optimizer.paging.total / (256 * 64) == expected
 
 
 # ---- refused

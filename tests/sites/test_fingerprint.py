@@ -1,15 +1,17 @@
 """What a base's fingerprint sees, and what it does not depend on."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 from adapters import trained
-from models import bert, gpt2, llama, t5, tied_llama
+from models import IDS, bert, gpt2, llama, logits, t5, tied_llama
 
 import reparam
-from reparam.sites.fingerprint import agree, fingerprint
+from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 
 
 @pytest.mark.parametrize("make", [llama, tied_llama, gpt2, bert, t5])
@@ -68,3 +70,33 @@ def test_fingerprint_copies_no_matrix() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight = torch.nn.Parameter(torch.ones(1).expand(1 << 20, 1 << 20), requires_grad=False)  # 4 TiB if copied
     assert fingerprint(model)
+
+
+def test_a_fingerprint_is_of_the_base_whatever_is_on_it() -> None:
+    plain = fingerprint(models.gpt2())
+    model = models.gpt2()
+    reparam.attach(model, reparam.LoRA(r=2), targets=["all-linear", "wte"], modules_to_save=["lm_head"], bias=True)
+    with reparam.select(model, ["default", None, "default"]), torch.no_grad():
+        logits(model)
+        assert fingerprint(model) == plain
+    assert {name for name, _ in base_tensors(model)} == {name for name, _ in models.gpt2().named_parameters()}
+    own = dict(models.gpt2().named_parameters())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in base_tensors(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_fingerprint_survives_the_dtype_a_model_is_loaded_in(dtype: torch.dtype) -> None:
+    """Saved in 16 bits, and loaded in 16 or in 32."""
+    model = models.llama().to(dtype)
+    assert agree(fingerprint(model), fingerprint(copy.deepcopy(model).float()))
+
+
+def test_a_fingerprint_tells_models_apart() -> None:
+    plain = fingerprint(models.llama())
+    model = models.llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    models.loss(model, IDS).backward()
+    optimizer.step()
+    assert not agree(fingerprint(model), plain)
+    assert not agree(fingerprint(models.llama(hidden_size=16)), plain)
+    assert agree(fingerprint(models.llama()), plain)

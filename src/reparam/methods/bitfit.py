@@ -28,6 +28,11 @@ class BitFit(Method):
 
     >>> BitFit().unsupported_reason(Site("q_proj", "linear", 8, 8))
     'this layer has no bias; pass --method.create to add one'
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.BitFit(), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # a change of each entry of the bias
+    6
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"create": True},)

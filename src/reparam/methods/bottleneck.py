@@ -51,6 +51,13 @@ class Bottleneck(Method):
     >>> Bottleneck(placement="pfeifer")
     Traceback (most recent call last):
     ValueError: bottleneck: placement='pfeifer': expected one of houlsby, pfeiffer, parallel
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> x = torch.randn(2, 8)
+    >>> before = model(x)
+    >>> adapter = reparam.attach(model, reparam.Bottleneck(r=2), targets=["0"])
+    >>> torch.equal(model(x), before)  # U and u are zero at first
+    True
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

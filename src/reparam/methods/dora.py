@@ -54,9 +54,9 @@ class DoRA(LoRA):
 
     Raises ValueError as LoRA does, and for an unknown gradient or norm_axis.
 
-    >>> DoRA(r=8, alpha=16, norm_axis="rows")
-    Traceback (most recent call last):
-    ValueError: DoRA: norm_axis='rows': expected one of output, input
+    >>> from reparam import DoRA, attach
+    >>> [tuple(p.shape) for p in attach(nn.Sequential(nn.Linear(8, 6)), DoRA(r=2), targets="0").parameters()]
+    [(6,), (2, 8), (6, 2)]
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

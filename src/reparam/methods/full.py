@@ -34,6 +34,11 @@ class Full(Method):
 
     >>> Full().default_targets
     ('everything',)
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.Full(), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # W' [6, 8] and b' [6]
+    54
     """
 
     biases: ClassVar[bool] = True

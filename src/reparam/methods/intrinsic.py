@@ -60,6 +60,11 @@ class Intrinsic(Method):
 
     >>> Intrinsic(d=100, mode="said").mode
     'said'
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.Intrinsic(d=5), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # for any size of model
+    5
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

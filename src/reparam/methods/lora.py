@@ -42,6 +42,11 @@ class LoRA(Method):
 
     >>> LoRA(r=8, alpha=16).scale(r=8, alpha=16)
     2.0
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.LoRA(r=2), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # R (I + O)
+    28
     """
 
     has_components: ClassVar[bool] = True

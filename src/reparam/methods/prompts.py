@@ -48,7 +48,16 @@ class Prompting(Method):
 @method("prefix")
 @dataclasses.dataclass(frozen=True)
 class Prefix(Prompting):
-    """Prefix tuning: keys and values, in every layer, without the paper's projection."""
+    """Prefix tuning: keys and values, in every layer, without the paper's projection.
+
+    >>> Prefix(tokens=10)
+    Prefix(tokens=10, seed=0)
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> reparam.attach(model, Prefix(tokens=10), targets=["0"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: prefix cannot go on 0: ... changes no weight; use reparam.prompts.attach, or reparam train
+    """
 
     peft_config: ClassVar[str] = "PrefixTuningConfig"
 
@@ -56,7 +65,16 @@ class Prefix(Prompting):
 @method("prompt")
 @dataclasses.dataclass(frozen=True)
 class Prompt(Prompting):
-    """Prompt tuning: embeddings that begin at those of tokens drawn from the vocabulary."""
+    """Prompt tuning: embeddings that begin at those of tokens drawn from the vocabulary.
+
+    >>> Prompt(tokens=10)
+    Prompt(tokens=10, seed=0)
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> reparam.attach(model, Prompt(tokens=10), targets=["0"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: prompt cannot go on 0: ... changes no weight; use reparam.prompts.attach, or reparam train
+    """
 
     peft_config: ClassVar[str] = "PromptTuningConfig"
     peft_settings: ClassVar[Mapping[str, Any]] = {"prompt_tuning_init": "SAMPLE_VOCAB"}

@@ -48,6 +48,11 @@ class AdaLoRA(Method):
     >>> AdaLoRA(init_r=8, target_r=12)
     Traceback (most recent call last):
     ValueError: AdaLoRA: target_r=12 is above init_r=8: the budget can only fall
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.AdaLoRA(init_r=3, target_r=2), targets=["0"])
+    >>> {name: tuple(p.shape) for name, p, _ in adapter.named_parameters()}
+    {'0.A': (3, 8), '0.B': (6, 3), '0.E': (3,)}
     """
 
     has_components: ClassVar[bool] = True

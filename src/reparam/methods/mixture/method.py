@@ -33,6 +33,12 @@ class Mixture(Settings):
     """Configuration of a mixture.
 
     Raises ValueError for values out of range and for what cannot go together; for the sites, once they are known.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.Mixture(n=3, r=2), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # three LoRAs, and a router [3, 8]
+    108
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

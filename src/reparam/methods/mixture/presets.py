@@ -19,6 +19,13 @@ class TaskGated(Mixture):
     """MOELoRA (Liu et al. 2023, arXiv 2310.18339): experts of rank r / N, one gate for the model that sees the task.
 
     As its released trainer has it; A is N(0, 0.01²) there, and the scale is α over the rank of all experts together.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.TaskGated(n=2, r=4, tasks=("count", "defaults")), targets=["0"])
+    >>> with reparam.context(model, tasks="count"):
+    ...     print(tuple(model(torch.randn(3, 8)).shape))
+    (3, 6)
     """
 
     examples: ClassVar[Examples] = ({"n": 2, "r": 4},)
@@ -36,7 +43,14 @@ class TaskGated(Mixture):
 @method("poly")
 @dataclasses.dataclass(frozen=True)
 class Poly(Mixture):
-    """Polytropon (Ponti et al. 2022, arXiv 2202.13914) with one split, as in PEFT: A and B mixed apart, scale 1/r."""
+    """Polytropon (Ponti et al. 2022, arXiv 2202.13914) with one split, as in PEFT: A and B mixed apart, scale 1/r.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.Poly(n=3, r=2, tasks=("count", "defaults")), targets=["0"])
+    >>> [tuple(p.shape) for p in adapter.parameters()]  # A and B of all experts, logits of each task
+    [(6, 8), (6, 6), (2, 3)]
+    """
 
     examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 8.0},)
 
@@ -50,7 +64,14 @@ class Poly(Mixture):
 @method("mov")
 @dataclasses.dataclass(frozen=True)
 class MoV(Mixture):
-    """Mixture of (IA)³ vectors (Zadouri et al. 2023, arXiv 2309.05444), routed by the activation that they rescale."""
+    """Mixture of (IA)³ vectors (Zadouri et al. 2023, arXiv 2309.05444), routed by the activation that they rescale.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.MoV(n=3), targets=["0"])
+    >>> {name: tuple(p.shape) for name, p, _ in adapter.named_parameters()}
+    {'0.vectors': (3, 6), '0.router.weight': (3, 6)}
+    """
 
     examples: ClassVar[Examples] = ({"n": 3},)
 
@@ -63,7 +84,14 @@ class MoV(Mixture):
 @method("molora")
 @dataclasses.dataclass(frozen=True)
 class MoLoRA(Mixture):
-    """MoLORA (Zadouri et al. 2023): LoRA experts, all of them used, weighed by each token; their scale is 16 / r."""
+    """MoLORA (Zadouri et al. 2023): LoRA experts, all of them used, weighed by each token; their scale is 16 / r.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.MoLoRA(n=3, r=2), targets=["0"])
+    >>> {name: tuple(p.shape) for name, p, _ in adapter.named_parameters()}
+    {'0.A': (6, 8), '0.B': (6, 6), '0.router.weight': (3, 8)}
+    """
 
     examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 4.0},)
 
@@ -80,6 +108,14 @@ class LLaVAMoLE(Mixture):
     """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160): one expert for each token and MLP, plain LoRA on attention.
 
     The chosen expert counts with its probability, unlike in the release, where the router gets no gradient of the task.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> x = torch.randn(2, 8)
+    >>> before = model(x)
+    >>> adapter = reparam.attach(model, reparam.LLaVAMoLE(n=3, r=2), targets=["0"])
+    >>> torch.equal(model(x), before)  # B is zero at first
+    True
     """
 
     examples: ClassVar[Examples] = (
@@ -101,7 +137,14 @@ class LLaVAMoLE(Mixture):
 @method("moelora_contrastive")
 @dataclasses.dataclass(frozen=True)
 class MoELoRAContrastive(Mixture):
-    """MoELoRA (Luo et al. 2024, arXiv 2402.12851). Its contrastive loss is reconstructed, see docs/mixtures.md."""
+    """MoELoRA (Luo et al. 2024, arXiv 2402.12851). Its contrastive loss is reconstructed, see docs/mixtures.md.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.MoELoRAContrastive(n=3, r=2), targets=["0"])
+    >>> sorted(adapter.method.losses)
+    ['contrastive', 'switch_balance']
+    """
 
     examples: ClassVar[Examples] = ({"n": 2, "r": 2, "losses": {"switch_balance": 0.01}}, {"n": 3, "r": 2})
 
@@ -121,6 +164,15 @@ class MoLE(Mixture):
     """Mixture of finished LoRAs (Wu et al. 2024, arXiv 2404.13628): a gate for each block sees the whole sequence.
 
     In a causal model the sequence is the prompt. The balance loss is the paper's, with a gradient.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> reparam.attach(model, reparam.MoLE(), targets=["0"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: mole: it mixes finished adapters and trains their weights alone; name their folders in experts, or ...
+    >>> adapter = reparam.attach(model, reparam.MoLE(n=3, r=2, frozen=False), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # three new LoRAs, and a gate [3, 8]
+    108
     """
 
     examples: ClassVar[Examples] = ({"n": 3, "r": 2, "frozen": False, "pool": "all"},)
@@ -134,7 +186,14 @@ class MoLE(Mixture):
 @method("loramoe")
 @dataclasses.dataclass(frozen=True)
 class LoRAMoE(Mixture):
-    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979), by its released script, where the balance loss has the factor 0."""
+    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979), by its released script, where the balance loss has the factor 0.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.LoRAMoE(n=3, r=2), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # three LoRAs, and a router [3, 8]
+    108
+    """
 
     examples: ClassVar[Examples] = ({"n": 3, "r": 2, "alpha": 2.0, "dropout": 0.0, "losses": {"loramoe_blc": 0.01}},)
 
@@ -146,7 +205,14 @@ class LoRAMoE(Mixture):
 @method("hydralora")
 @dataclasses.dataclass(frozen=True)
 class HydraLoRA(Mixture):
-    """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A for all experts, a B for each."""
+    """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A for all experts, a B for each.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.HydraLoRA(n=3, r=2), targets=["0"])
+    >>> {name: tuple(p.shape) for name, p, _ in adapter.named_parameters()}
+    {'0.A': (2, 8), '0.B': (6, 6), '0.router.weight': (3, 8)}
+    """
 
     examples: ClassVar[Examples] = _SMALL
 
@@ -161,6 +227,12 @@ class XLoRA(Mixture):
     """X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148): finished LoRAs, weighed by the base's hidden states.
 
     Two passes for each forward, in generation too. One set of weights for all modules; the head is one linear map.
+
+    >>> import torch, reparam
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> adapter = reparam.attach(model, reparam.XLoRA(n=3, r=2, frozen=False), targets=["0"])
+    >>> sum(p.numel() for p in adapter.parameters())  # three new LoRAs, and the head with its bias
+    111
     """
 
     examples: ClassVar[Examples] = ()

@@ -1,0 +1,110 @@
+"""Every shell command of README.md and docs/*.md runs: page by page, from the first block to the last, made smaller."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from command import reparam as run
+from transformers import AutoModelForCausalLM
+
+import reparam
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROWS = {"train": 60, "valid": 12, "test": 12}  # of each file of a task
+# What is put behind the arguments of a verb, so that a page takes seconds; the last of two values of an option counts.
+TRAINING = "--max_steps 2 --batch_size 2 --data.score_rows 2 --max_length 64"
+SMALLER = {
+    "train": TRAINING,
+    "compare": f"{TRAINING} --minutes 0.05 --seeds 1 --rates 1e-3 --rows 2",
+    "intrinsic": f"{TRAINING} --grid 100:300 --each 1 --rates 1e-2 --full-rates 1e-3 --metric saved",
+    "generate": "--max-new-tokens 4",
+}
+SEARCH = "--budget 5 --max-length 64"  # of compose --search
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every command in the blocks of a page that begin with `reparam `."""
+    found = []
+    for block in re.findall(r"```\n(reparam .*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                assert words[0] == "reparam", line
+                found.append(words[1:end])
+                words = words[end + 1 :]
+    return found
+
+
+def smaller(arguments: list[str]) -> list[str]:
+    """The same command with less to do."""
+    less = SEARCH if "--search" in arguments else SMALLER.get(arguments[0], "")
+    return [*arguments, *less.split()]
+
+
+def written(arguments: list[str]) -> set[str]:
+    """Folders that a command makes."""
+    places = {i + 1 for i, word in enumerate(arguments) if word in ("-o", "--output")}
+    places |= {"merge": {1}, "compress": {2}, "quantize": {2}}.get(arguments[0], set())
+    return {arguments[place] for place in places}
+
+
+def cut(source: Path, target: Path) -> None:
+    """The first rows of a file, for two tasks in turn."""
+    rows = [json.loads(line) for line in source.read_text().splitlines()[: ROWS[source.stem]]]
+    for index, row in enumerate(rows):
+        row["task"] = ("count", "defaults")[index % 2]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished adapters on the embedded model, by the names that the pages give them."""
+    folder = tmp_path_factory.mktemp("finished")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-python")
+    for seed, name in enumerate(("a", "b", "c", "first", "second")):
+        adapter = reparam.attach(model, reparam.LoRA(r=2, seed=seed))
+        for update in adapter.updates.values():
+            torch.nn.init.normal_(update.B, std=0.01)  # type: ignore[arg-type]
+        adapter.save(folder / name)
+        reparam.remove(model, "default")
+    return {f"out/{path.name}": path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model as `assets/tiny-python` and `model`, the tasks, and the files that the pages name."""
+    (tmp_path / "assets").mkdir()
+    for link in ("assets/tiny-python", "model"):
+        (tmp_path / link).symlink_to(ROOT / "assets" / "tiny-python")
+    tasks = ROOT / "assets" / "tasks"
+    for source in tasks.glob("*/*.jsonl"):
+        cut(source, tmp_path / "assets" / "tasks" / source.relative_to(tasks))
+    files = {"rows": "train", "few": "valid", "valid": "valid", "held-out": "valid", "test": "test"}
+    for name, part in files.items():
+        cut(tasks / "signatures" / f"{part}.jsonl", tmp_path / f"{name}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("default::UserWarning:reparam")  # which the command line prints
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page: Path, place: Path, adapters: dict[str, Path]) -> None:
+    """Finished adapters are there unless the page makes them; a TOML block of the page is the file `plan.toml`."""
+    found = commands(page)
+    made = set().union(*map(written, found))
+    (place / "out").mkdir()
+    for name, folder in adapters.items():
+        if name not in made:
+            (place / name).symlink_to(folder)
+    for plan in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
+        (place / "plan.toml").write_text(plan)
+    for arguments in found:
+        assert run(*smaller(arguments)) == 0, shlex.join(["reparam", *arguments])
