@@ -18,12 +18,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from reparam.adapter.updates import update_of
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Factors, Weight
 from reparam.errors import InputDependentError
 from reparam.inspect.operators import leading, of_change
-from reparam.inspect.summary import frozen_weight, stand_alone
+from reparam.inspect.summary import frozen_weight
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
 
@@ -94,7 +95,7 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
     their base.
     """
     known = nothing(record.sites[name]) if weight is None else weight
-    update = stand_alone(record, name, known)
+    update = update_of(record, name, known)
     kind: Kind = "all"
     try:
         factors = update.factors(known)

@@ -147,7 +147,7 @@ class AdaLoRA(Method):
         """DoRA's default, where magnitudes train."""
         return "output" if self.magnitude else None
 
-    def shared(self, sites: list[Site]) -> None:
+    def check(self, sites: list[Site]) -> None:
         """Refuse patterns that match no site."""
         patterns.check_used("rank_pattern", self.rank_pattern, [site.name for site in sites], method="AdaLoRA")
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reparam.core.dtypes import wide
+
 SELECTS = ("softmax", "sigmoid", "top_k")
 GATES = ("prob", "renorm", "ste", "one")
 _EPS = 1e-12  # as in PEFT's Poly
@@ -79,7 +81,7 @@ def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None 
     >>> softmax(torch.zeros(4), allowed=torch.tensor([True, False, True, False])).tolist()
     [0.5, 0.0, 0.5, 0.0]
     """
-    z = _wide(logits)
+    z = wide(logits)
     z = z if temperature == 1 else z / temperature
     return torch.softmax(z if allowed is None else z.masked_fill(~allowed, -torch.inf), -1)
 
@@ -88,7 +90,7 @@ def sigmoid_normalized(
     logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None, sample: bool = False
 ) -> Tensor:
     """σ(z) / Σ σ(z); with `sample`, σ((z + log u − log(1 − u)) / τ) for σ(z), with u uniform in (0, 1)."""
-    z = _wide(logits)
+    z = wide(logits)
     if sample:
         u = torch.rand_like(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)
         z = (z + torch.log(u) - torch.log1p(-u)) / temperature
@@ -112,7 +114,3 @@ def gated(p: Tensor, used: Tensor, gate: str) -> Tensor:
     if gate == "renorm":
         return kept / kept.sum(-1, keepdim=True)
     return kept if gate == "prob" else chosen + kept - kept.detach()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype is torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))

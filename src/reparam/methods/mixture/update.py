@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.dtypes import compute_dtype
 from reparam.errors import InputDependentError
-from reparam.methods.lora import compute_dtype
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import attached
 from reparam.methods.mixture.common import Common, Forward, key
