@@ -16,7 +16,7 @@ import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
-from reparam.adapter.selection import Selection, State, state_of
+from reparam.adapter.selection import AdapterState, Selection, state_of
 from reparam.core.base import Update
 from reparam.core.checks import nearest
 from reparam.core.method import Method
@@ -235,7 +235,7 @@ def install(
         getattr(model, SHARED)[name] = shared
     adapter.controller = method.controller(adapter.updates)
     if not hasattr(model, "reparam_state"):
-        model.reparam_state = State(model)  # type: ignore[assignment]
+        model.reparam_state = AdapterState(model)  # type: ignore[assignment]
     state_of(model).adopt(adapter)
     return adapter
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import unwrap
-from reparam.adapter.selection import State, state_of
+from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Factors, Weight
 from reparam.io.record import listed
 from reparam.sites.module import SHARED, Adapted
@@ -54,7 +54,7 @@ class SiteMerge:
 @dataclasses.dataclass(frozen=True)
 class _Undo:
     model: nn.Module
-    state: State
+    state: AdapterState
     choice: str
     modules: dict[str, nn.Module]
     weights: dict[str, Weight]
@@ -294,7 +294,7 @@ def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
         )
 
 
-def _keep(model: nn.Module, state: State, name: str) -> _Undo:
+def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:
     adapter = state.adapters[name]
     return _Undo(
         model,

@@ -24,7 +24,7 @@ class Operand(NamedTuple):
     record: Record
 
 
-def sites_of(operands: Sequence[Operand]) -> dict[str, Site]:
+def all_sites(operands: Sequence[Operand]) -> dict[str, Site]:
     """All sites that any of them changes. Raises FormatError where they differ about one, naming both."""
     found: dict[str, Site] = {}
     told: dict[str, str] = {}
@@ -43,7 +43,7 @@ def sites_of(operands: Sequence[Operand]) -> dict[str, Site]:
     return found
 
 
-def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
+def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
     """Raise FormatError where they cannot be summed whatever the weights are: see `blend`."""
     first: Operand | None = None
     digests = None if base is None else fingerprint(base)
@@ -71,7 +71,7 @@ def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
         if own and first is not None and not agree(first.record.base.digests, own):  # type: ignore[union-attr]
             raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
         first = first or (Operand(label, record) if own else None)
-    sites_of(operands)
+    all_sites(operands)
 
 
 def check_factors(operands: Sequence[Operand]) -> None:
@@ -99,7 +99,7 @@ def check_identity(operand: Operand, base: nn.Module | None) -> None:
     """Raise RuntimeError unless the factors of the smallest site compute what the adapter does there."""
     label, record = operand
     site = min(record.sites.values(), key=lambda s: s.out_features * s.in_features)
-    weight = nothing(site) if base is None else frozen(base, site)
+    weight = nothing(site) if base is None else base_weight(base, site)
     update, factors = _update(label, record, site.name, weight), factors_of(label, record, site.name, weight)
     if site.kind == "vector":
         found, expected = update.effective_weight(weight), factors.apply(weight.tensor())
@@ -152,7 +152,7 @@ def nothing(site: Site) -> Weight:
     return zero_weight(site.out_features, site.in_features, torch.float64)
 
 
-def frozen(model: nn.Module, site: Site) -> Weight:
+def base_weight(model: nn.Module, site: Site) -> Weight:
     """The model's own matrix at this site, in float64. Raises FormatError where it has none, or of another shape."""
     try:
         module = model.get_submodule(site.name)

@@ -24,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
 from reparam.errors import FormatError
-from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, tensors_of
+from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, file_tensors
 from reparam.io.layouts import keys_in_files, layout_of
 from reparam.io.mapped import Mapped
 from reparam.io.record import listed
@@ -171,7 +171,7 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes; the configuration is made to say what is quantized now."""
-        tensors = tensors_of(model)
+        tensors = file_tensors(model)
         if storages_in(model):
             self.quantization_config = model.config.quantization_config = config_of(model)
         else:  # everything was dequantized since
@@ -249,7 +249,7 @@ class _Read(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What saving does: nothing, because `tensors_of` has done it."""
+        """What saving does: nothing, because `file_tensors` has done it."""
         return _Keep()
 
 

@@ -31,7 +31,7 @@ from reparam.sites.fingerprint import base_tensors
 LEADING = 32
 """How many values are looked for where ΔW has full rank."""
 
-Kind = Literal["all", "leading", "low-rank part"]
+SpectrumKind = Literal["all", "leading", "low-rank part"]
 
 
 class Spectrum(NamedTuple):
@@ -42,7 +42,7 @@ class Spectrum(NamedTuple):
     vh: Tensor  # [K, I]
     energy: float
     """|ΔW|², Frobenius: Σ of all σ², whether they are in `values` or not."""
-    kind: Kind
+    kind: SpectrumKind
     """all of ΔW; the leading ones of it; or all of s B A alone, where ΔW is not known without the base."""
 
     @property
@@ -96,7 +96,7 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
     """
     known = nothing(record.sites[name]) if weight is None else weight
     update = update_of(record, name, known)
-    kind: Kind = "all"
+    kind: SpectrumKind = "all"
     try:
         factors = update.factors(known)
         if factors.gain is not None and weight is None:

@@ -27,7 +27,7 @@ from reparam.core.checks import finite, whole, wrong_words
 from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.methods import patterns
-from reparam.methods.adalora.budget import Budget, Plan, Rules
+from reparam.methods.adalora.budget import Budget, Rules, Schedule
 from reparam.methods.adalora.update import SVDUpdate, components
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import seeded
@@ -134,7 +134,7 @@ class AdaLoRA(Method):
         """The settings that the budget goes by."""
         return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
 
-    def plan(self, total_steps: int) -> Plan:
+    def plan(self, total_steps: int) -> Schedule:
         """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
         return self.rules.plan(total_steps)
 

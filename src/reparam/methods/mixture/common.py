@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reparam.core.checks import nearest
 from reparam.methods.mixture.routers import Router
-from reparam.methods.mixture.select import Choice
+from reparam.methods.mixture.select import Gating
 from reparam.methods.mixture.two_pass import FirstPass
 
 Tasks = int | str | Sequence[int | str] | Tensor
@@ -54,11 +54,11 @@ class Forward:
     """Factor of auxiliary losses: the part that this forward's loss has in the optimizer's step."""
     hidden: Tensor | None = None
     """[B, L, H], the base's last hidden states."""
-    kept: dict[str, Choice] | None = None
+    kept: dict[str, Gating] | None = None
     """Gates of whole sequences, kept with the cache that the model was called with."""
     continues: bool = False
     """Whether the cache holds tokens from before."""
-    gates: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    gates: dict[str, Gating] = dataclasses.field(default_factory=dict)
     losses: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[tuple[str, bool], int] = dataclasses.field(default_factory=dict)
     """How often each site was computed, in a backward pass and outside of one."""
@@ -172,7 +172,7 @@ class Common(nn.Module):
         self.first_pass = FirstPass()
         self.silent = False  # while the first pass runs, sites are the base
         self.contrasts = True  # whether the contrastive loss is on
-        self.kept: weakref.WeakKeyDictionary[Any, dict[str, Choice]] = weakref.WeakKeyDictionary()
+        self.kept: weakref.WeakKeyDictionary[Any, dict[str, Gating]] = weakref.WeakKeyDictionary()
 
     def numbers(self, tasks: Tasks | None) -> Tensor | None:
         """Tasks by name or number as numbers, [] or [B]; None for None.

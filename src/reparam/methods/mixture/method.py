@@ -21,14 +21,14 @@ from reparam.core.registry import method
 from reparam.methods.lora import seeded
 from reparam.methods.mixture import routers
 from reparam.methods.mixture.common import Common
-from reparam.methods.mixture.settings import Settings
+from reparam.methods.mixture.settings import MixtureSettings
 from reparam.methods.mixture.update import MixtureUpdate
 from reparam.methods.mixture.warmup import Warmup
 
 
 @method("mixture")
 @dataclasses.dataclass(frozen=True)
-class Mixture(Settings):
+class Mixture(MixtureSettings):
     """Configuration of a mixture.
 
     Raises ValueError for values out of range and for what cannot go together; for the sites, once they are known.

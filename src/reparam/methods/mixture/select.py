@@ -28,7 +28,7 @@ GATES = ("prob", "renorm", "ste", "one")
 _EPS = 1e-12  # as in PEFT's Poly
 
 
-class Choice(NamedTuple):
+class Gating(NamedTuple):
     """What a router decided, [..., N]."""
 
     logits: Tensor
@@ -39,9 +39,9 @@ class Choice(NamedTuple):
     chosen: Tensor | None
     """Where an expert is used, bool; None where all are."""
 
-    def detached(self) -> Choice:
+    def detached(self) -> Gating:
         """The same, out of the graph."""
-        return Choice(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
+        return Gating(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
 
     @property
     def counted(self) -> Tensor:
@@ -58,21 +58,21 @@ def choose(
     gate: str = "prob",
     allowed: Tensor | None = None,
     sample: bool = False,
-) -> Choice:
+) -> Gating:
     """Probabilities and weights from logits [..., N].
 
     `allowed` [N] bool leaves experts out, and the others share their part in proportion. `sample` is for "sigmoid".
     """
     if select == "sigmoid":
         p = sigmoid_normalized(logits, temperature=temperature, allowed=allowed, sample=sample)
-        return Choice(logits, p, p, None)
+        return Gating(logits, p, p, None)
     p = softmax(logits, temperature=temperature, allowed=allowed)
     if select == "softmax":
-        return Choice(logits, p, p, None)
+        return Gating(logits, p, p, None)
     used = most_probable(p, k)
     if allowed is not None:
         used = used & allowed
-    return Choice(logits, p, gated(p, used, gate), used)
+    return Gating(logits, p, gated(p, used, gate), used)
 
 
 def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
