@@ -72,7 +72,7 @@ class Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes for each quantized entry, from which transformers plans a device map."""
-        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))  # whole blocks, as in large ones
+        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))  # whole blocks of any size
         return sum(parameter.nbytes for parameter in weight.parameters()) / 128**2
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
