@@ -114,7 +114,7 @@ def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
     w = torch.randn(n, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(w)
     codes, absmax = nf4.quantize(w, 64)
-    stats = nf4.compress(absmax)
+    stats = nf4.compress_scales(absmax)
     their_codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     copy = {"copy": lambda: other.copy_(w)}
     quantizing = copy | {

@@ -18,7 +18,7 @@ import reparam
 from reparam import AdaLoRA, DoRA, FormatError, LoRA
 from reparam.combine.blend import blend
 from reparam.combine.lowrank import dare, factored, reduced, stacked, summed, ties
-from reparam.combine.operands import factors_of, frozen
+from reparam.combine.operands import base_weight, factors_of
 from reparam.core.base import Factors
 from reparam.core.registry import METHODS
 from reparam.io import files
@@ -47,7 +47,7 @@ def changes(record: Record, base: Any = None) -> dict[str, Tensor]:
     """ΔW of every site in float64, dense."""
     found = {}
     for name, site in record.sites.items():
-        weight = None if base is None else frozen(base, site)
+        weight = None if base is None else base_weight(base, site)
         factors = factors_of("", record, name, weight)
         w = torch.zeros(1, 1, dtype=torch.float64) if weight is None else weight.tensor()
         found[name] = factors.B @ factors.A if factors.gain is None else factors.change(w)

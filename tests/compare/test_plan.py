@@ -11,7 +11,7 @@ import pytest
 
 from reparam.compare.command import command
 from reparam.compare.data import sides
-from reparam.compare.plan import read
+from reparam.compare.plan import read_plan
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError
 from reparam.train.config import DataConfig, resolve
@@ -21,7 +21,7 @@ BARE = {"base.path": "model", "data.train": "rows.jsonl"}
 
 def labels(file: Path | None, **more: Any) -> list[str]:
     given = {f"compare.{key}": value for key, value in more.items()}
-    return [c.label for c in read(file, {**BARE, **given}).contestants]
+    return [c.label for c in read_plan(file, {**BARE, **given}).contestants]
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -62,7 +62,7 @@ def test_an_entry_reaches_other_sections_for_itself_alone(tmp_path: Path) -> Non
         '[[compare.methods]]\nname = "lora"\nlabel = "attention"\nadapter = { targets = ["attention"] }\n'
         '[[compare.methods]]\nname = "lora+"\n[[compare.methods]]\nname = "lora"\n',
     )
-    plan = read(file, BARE)
+    plan = read_plan(file, BARE)
     attention, plus, plain = (plan.config(c, {}) for c in plan.contestants)
     assert (attention.adapter.targets, plain.adapter.targets) == (("attention",), None)
     assert (plus.optim.lora_plus, plain.optim.lora_plus) == (16, None)
@@ -70,20 +70,20 @@ def test_an_entry_reaches_other_sections_for_itself_alone(tmp_path: Path) -> Non
 
 
 def test_the_reference_is_plain_lora_where_there_is_one() -> None:
-    assert read(None, {**BARE, "compare.methods": "full,lora+,dora,lora"}).reference == "lora"
-    assert read(None, {**BARE, "compare.methods": "full,dora"}).reference == "full"
+    assert read_plan(None, {**BARE, "compare.methods": "full,lora+,dora,lora"}).reference == "lora"
+    assert read_plan(None, {**BARE, "compare.methods": "full,dora"}).reference == "full"
 
 
 def test_a_rank_for_a_method_that_has_none_is_said(tmp_path: Path) -> None:
-    plan = read(None, {**BARE, "compare.methods": "lora,full", "compare.ranks": "2,4"})
+    plan = read_plan(None, {**BARE, "compare.methods": "lora,full", "compare.ranks": "2,4"})
     assert [c.label for c in plan.contestants] == ["lora r=2", "lora r=4", "full"]
     assert any("full has no rank" in note for note in plan.notes)
     with pytest.raises(ConfigError, match="full: has no rank, so ranks="):
-        read(toml(tmp_path, '[[compare.methods]]\nname = "full"\nranks = [2]\n'), BARE)
+        read_plan(toml(tmp_path, '[[compare.methods]]\nname = "full"\nranks = [2]\n'), BARE)
 
 
 def test_adaloras_budget_ends_at_the_rank() -> None:
-    plan = read(None, {**BARE, "compare.methods": "adalora", "compare.ranks": "8"})
+    plan = read_plan(None, {**BARE, "compare.methods": "adalora", "compare.ranks": "8"})
     settings = plan.config(plan.contestants[0], {}).method.settings()
     assert (settings["target_r"], settings["init_r"]) == (8, 12)
 
@@ -95,7 +95,7 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
         '[[compare.methods]]\nname = "dora"\nr = 0\n[method]\nname = "lora"\n[optim]\nlearning_rate = 1\n',
     )
     with pytest.raises(ConfigError) as error:
-        read(file, {"data.train": "rows.jsonl"})
+        read_plan(file, {"data.train": "rows.jsonl"})
     for part in (
         str(file),
         "unknown key compare.seed (did you mean 'seeds'?)",
@@ -127,7 +127,7 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
 )
 def test_each_mistake_has_its_sentence(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read(None, {**BARE, **given})
+        read_plan(None, {**BARE, **given})
     assert message in str(error.value)
 
 

@@ -15,7 +15,7 @@ from models import save_base
 from rich.console import Console
 
 from reparam.cli import main
-from reparam.compare.plan import Plan, read
+from reparam.compare.plan import Plan, read_plan
 from reparam.compare.run import TUNING, compare
 from reparam.compare.trial import Outcome, Trial, perform
 from reparam.compare.workers import Late, here
@@ -59,7 +59,7 @@ def planned(base: str, data: dict[str, str], output: Path, **more: Any) -> Plan:
         "run.output": str(output),
     }
     settings["compare.methods"] = [{"name": "lora", "r": 2}, {"name": "bitfit", "create": True}]
-    return read(None, {**settings, **{key.replace("__", "."): value for key, value in more.items()}})
+    return read_plan(None, {**settings, **{key.replace("__", "."): value for key, value in more.items()}})
 
 
 class Recorder:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from reparam import NF4, FormatError, quantize
 from reparam.errors import BaseError
 from reparam.hf.models import load_base, save_model
-from reparam.io.bitsandbytes import FP4, NESTED, STATE, state_of, weight_from
+from reparam.io.bitsandbytes import FP4, NESTED, STATE, tensors_of_weight, weight_from
 from reparam.weights.nf4 import NF4Weight
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bitsandbytes_nf4"
@@ -138,40 +138,40 @@ def test_a_folder_that_is_not_quantized_although_it_says_so(tmp_path: Path) -> N
 @pytest.mark.parametrize("storage", [NF4(), NF4(double=False), NF4(128), NF4(4096), NF4(32, double=False)])
 def test_a_weight_survives_its_tensors(storage: NF4, dtype: torch.dtype) -> None:
     weight = storage.quantize(W.to(dtype))
-    state = state_of(weight, "a.b")
+    state = tensors_of_weight(weight, "a.b")
     again = weight_from(state, "a.b")
     assert again.storage == storage
     assert again.dtype == dtype
     assert again.map is None
     assert equal(dict(again.named_parameters()), dict(weight.named_parameters()))
-    assert equal(state_of(again, "a.b"), state)
+    assert equal(tensors_of_weight(again, "a.b"), state)
 
 
 def test_an_odd_number_of_entries() -> None:
-    state = state_of(NF4(32).quantize(W[:5, :7]), "a")
+    state = tensors_of_weight(NF4(32).quantize(W[:5, :7]), "a")
     assert list(state["a.weight"].shape) == [18, 1]
-    assert equal(state_of(weight_from(state, "a"), "a"), state)
+    assert equal(tensors_of_weight(weight_from(state, "a"), "a"), state)
 
 
 def test_a_map_of_its_own_is_kept() -> None:
-    state = state_of(NF4().quantize(W), "a")
+    state = tensors_of_weight(NF4().quantize(W), "a")
     own = state[f"a.{NESTED[1]}"].clone()
     own[200] = torch.nextafter(own[200], torch.tensor(1.0))
     state[f"a.{NESTED[1]}"] = own
     weight = weight_from(state, "a")
     assert weight.map is not None
-    assert equal(state_of(weight, "a"), state)
+    assert equal(tensors_of_weight(weight, "a"), state)
 
 
 @pytest.mark.parametrize("holder", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_same_bytes_in_another_dtype(holder: torch.dtype) -> None:
-    state = state_of(NF4().quantize(W), "a")
+    state = tensors_of_weight(NF4().quantize(W), "a")
     held = {**state, "a.weight": state["a.weight"].view(-1).view(holder).view(-1, 1)}
-    assert equal(state_of(weight_from(held, "a"), "a"), state)
+    assert equal(tensors_of_weight(weight_from(held, "a"), "a"), state)
 
 
 def test_tensors_of_a_file_are_not_copied() -> None:
-    state = state_of(NF4().quantize(W), "a")
+    state = tensors_of_weight(NF4().quantize(W), "a")
     assert weight_from(state, "a").codes.data_ptr() == state["a.weight"].data_ptr()
 
 
@@ -197,7 +197,7 @@ def put(key: str, tensor: Tensor | None) -> Callable[[State], None]:
     return change
 
 
-NESTED_STATE = state_of(NF4().quantize(W), "a")
+NESTED_STATE = tensors_of_weight(NF4().quantize(W), "a")
 MAP, QUANT_MAP = NESTED_STATE[f"a.{NESTED[1]}"], NESTED_STATE["a.weight.quant_map"]
 DAMAGE: dict[str, tuple[Callable[[State], None], str]] = {
     "FP4": (put(FP4, torch.zeros(4, dtype=torch.uint8)), "FP4"),
@@ -255,7 +255,7 @@ def test_damage_is_refused_with_the_tensors_name(damage: str) -> None:
 
 
 def test_plain_magnitudes_that_are_not_finite() -> None:
-    state = state_of(NF4(double=False).quantize(W), "a")
+    state = tensors_of_weight(NF4(double=False).quantize(W), "a")
     state["a.weight.absmax"] = torch.full((96,), torch.inf)
     with pytest.raises(FormatError, match=r"absmax holds NaN or infinity"):
         weight_from(state, "a")
@@ -281,8 +281,8 @@ def test_a_layer_of_bitsandbytes(nested: bool, block: int, dtype: torch.dtype) -
     state = {f"a.{key}": value for key, value in layer.state_dict().items()}
     weight = weight_from(state, "a")
     assert (weight.dtype, weight.storage) == (dtype, NF4(block, nested))
-    assert equal(state_of(weight, "a"), state)
-    assert list(state_of(weight, "a")) == list(state)
+    assert equal(tensors_of_weight(weight, "a"), state)
+    assert list(tensors_of_weight(weight, "a")) == list(state)
     assert torch.equal(weight.tensor(), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
 
@@ -290,7 +290,7 @@ def test_a_layer_of_bitsandbytes(nested: bool, block: int, dtype: torch.dtype) -
 def test_our_layer_in_bitsandbytes(nested: bool) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     weight = NF4(double=nested).quantize(W.bfloat16())
-    state = state_of(weight, "a")
+    state = tensors_of_weight(weight, "a")
     stats = {key.removeprefix("a.weight."): value for key, value in state.items() if key != "a.weight"}
     read = bnb.nn.Params4bit.from_prequantized(state["a.weight"], stats, device="cpu")
     assert torch.equal(bnb.functional.dequantize_4bit(read.data, read.quant_state), weight.tensor())

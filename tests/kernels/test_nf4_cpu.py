@@ -65,7 +65,7 @@ def statistics(absmax: Tensor, how: str) -> Statistics:
     """Plain magnitudes, doubly quantized ones, or such with a map that came from elsewhere."""
     if how == "plain":
         return Statistics(absmax)
-    stats = reference.compress(absmax)
+    stats = reference.compress_scales(absmax)
     return stats if how == "double" else stats._replace(map=DYNAMIC.flip(0) * 0.7)
 
 
@@ -130,8 +130,8 @@ def test_the_nearest_of_the_dynamic_map_is_that_of_the_reference(count: int, see
     middles = (DYNAMIC[1:] + DYNAMIC[:-1]) / 2
     near = torch.cat([middles, *(torch.nextafter(middles, torch.tensor(to)) for to in (-2.0, 2.0))])
     x = near if kind == "middles" else numbers(kind, count, seed, torch.float32)
-    assert same(nf4_cpu.nearest(x), reference.nearest(x))
-    assert same(nf4_cpu.nearest(x[:6].view(1, -1)), reference.nearest(x[:6].view(1, -1)))
+    assert same(nf4_cpu.nearest_code(x), reference.nearest_code(x))
+    assert same(nf4_cpu.nearest_code(x[:6].view(1, -1)), reference.nearest_code(x[:6].view(1, -1)))
 
 
 @settings(max_examples=10)
@@ -143,7 +143,7 @@ def test_threads_do_not_change_a_bit(block: int, seed: int, dtype: torch.dtype, 
     for count in (1, 2, shares):
         with threads(count):
             codes, absmax = nf4_cpu.quantize(w, block)
-            stats = Statistics(nf4_cpu.nearest(absmax), torch.ones(len(absmax) // 256 + 1), torch.ones(1))
+            stats = Statistics(nf4_cpu.nearest_code(absmax), torch.ones(len(absmax) // 256 + 1), torch.ones(1))
             out = torch.empty_like(w)
             nf4_cpu.dequantize(out, codes, stats, block)
             part = torch.empty_like(w[block:])
@@ -157,7 +157,7 @@ def test_threads_do_not_change_a_bit(block: int, seed: int, dtype: torch.dtype, 
 def test_many_magnitudes_are_searched_by_several_threads() -> None:
     x = numbers("normal", 600_001, 0, torch.float32)
     with threads(2):
-        assert same(nf4_cpu.nearest(x), reference.nearest(x))
+        assert same(nf4_cpu.nearest_code(x), reference.nearest_code(x))
 
 
 def large() -> Tensor:

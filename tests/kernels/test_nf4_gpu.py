@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reparam.kernels.nf4_reference import compress, dequantize_reference, quantize_reference
+from reparam.kernels.nf4_reference import compress_scales, dequantize_reference, quantize_reference
 from reparam.kernels.nf4_tables import BLOCKS, DYNAMIC, THRESHOLDS, TINY, Statistics
 
 pytest.importorskip("triton")
@@ -45,7 +45,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def stored(w: Tensor, block: int, *, double: bool) -> tuple[Tensor, Statistics]:
     """What the reference makes of `w`."""
     codes, absmax = quantize_reference(w, block)
-    return codes, compress(absmax) if double else Statistics(absmax)
+    return codes, compress_scales(absmax) if double else Statistics(absmax)
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import reparam
 from reparam import AdaLoRA
-from reparam.methods.adalora.budget import Budget, Plan
+from reparam.methods.adalora.budget import Budget, Schedule
 from reparam.methods.adalora.update import SVDUpdate
 from reparam.methods.dora import DoRAUpdate
 
@@ -26,7 +26,7 @@ from reparam.methods.dora import DoRAUpdate
 
 def test_the_schedule_is_the_released_codes() -> None:
     """Golden: two matrices, rank 6 to 4, 40 steps. The appendix' formula would begin at 18.98 and end at 8.34."""
-    plan = Plan(40, 5, 10, 5)
+    plan = Schedule(40, 5, 10, 5)
     expected = [12] * 6 + [11] * 2 + [10] * 3 + [9] * 4 + [8] * 25
     assert [plan.budget(t, 12, 8) for t in range(40)] == expected
     assert [t for t in range(40) if plan.masks(t)] == [10, 15, 20, 25, *range(30, 40)]
@@ -143,7 +143,7 @@ def test_masking_changes_lambda_alone_and_exactly_so_many() -> None:
 
             budget._mask = mask  # type: ignore[method-assign]
         step(model, optimizer, seed=t)
-    assert living(adapter) == Plan(10, 2, 3, 3).budget(3, budget.first, budget.last) < budget.first
+    assert living(adapter) == Schedule(10, 2, 3, 3).budget(3, budget.first, budget.last) < budget.first
     now = adapter.tensors()
     moved = {key.rpartition(".")[2] for key, tensor in now.items() if not torch.equal(tensor, found["before"][key])}
     assert moved == {"E"}
@@ -151,7 +151,7 @@ def test_masking_changes_lambda_alone_and_exactly_so_many() -> None:
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, found["states"][index][key]) for key, value in state.items())
     step(model, optimizer, seed=9)  # step 4 masks nothing: what lost its place may grow again
-    assert living(adapter) > Plan(10, 2, 3, 3).budget(4, budget.first, budget.last)
+    assert living(adapter) > Schedule(10, 2, 3, 3).budget(4, budget.first, budget.last)
 
 
 def test_ties_leave_as_many_as_the_budget_has() -> None:
@@ -287,7 +287,7 @@ def test_a_run_that_ends_early_says_so() -> None:
     adapter.bind(optimizer := torch.optim.AdamW(adapter.parameters(), lr=1e-2))
     for t in range(4):
         step(model, optimizer, seed=t)
-    budget = Plan(10, 2, 3, 1).budget(3, 56, 28)
+    budget = Schedule(10, 2, 3, 1).budget(3, 56, 28)
     assert f"ended after 4 of 10 steps, before the ranks were final: the budget was {budget}" in str(adapter.finish())
 
 

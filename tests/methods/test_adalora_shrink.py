@@ -19,7 +19,7 @@ import reparam
 from reparam import AdaLoRA
 from reparam.adapter.load import fill
 from reparam.io import files
-from reparam.methods.adalora.budget import Budget, Plan
+from reparam.methods.adalora.budget import Budget, Schedule
 from reparam.optim import lora_plus
 from reparam.train.config import resolve
 from reparam.train.run import train
@@ -92,7 +92,7 @@ def test_milestones_drop_for_good() -> None:
     for t in range(10):
         step(model, optimizer, seed=t)
         sizes.append(sum(ranks(adapter)))
-    plan = Plan(10, 2, 3, 1)
+    plan = Schedule(10, 2, 3, 1)
     assert sizes == [56] * 4 + [plan.budget(4, 56, 28)] * 3 + [28] * 3
     assert budget.quantized
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import reparam as library
 from reparam import DoRA, LoRA
 from reparam.adapter.attach import attach
-from reparam.combine.blend import read
+from reparam.combine.blend import read_operand
 from reparam.combine.candidates import Gates, candidates
 from reparam.combine.operands import Operand
 from reparam.data.encode import encode
@@ -66,7 +66,7 @@ def parts(base: str, few: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def operands(parts: list[str]) -> list[Operand]:
-    return [read(part) for part in parts]
+    return [read_operand(part) for part in parts]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])

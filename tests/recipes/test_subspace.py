@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from reparam.core.checks import numbers
 from reparam.methods.projections import Projection
-from reparam.recipes.intrinsic import Plan, conclusions
-from reparam.recipes.subspace import Curve, Point, check_reference, grid, lora_rank, search
+from reparam.recipes.intrinsic import SearchPlan, conclusions
+from reparam.recipes.subspace import Curve, Point, check_reference, grid, lora_rank, search_dimension
 
 
 def step(at: int, high: float = 1.0) -> object:
@@ -42,7 +42,7 @@ def test_grids_that_are_refused(text: str) -> None:
 @given(st.integers(1, 5000))
 def test_bisection_comes_close(at: int) -> None:
     """d90 passes, what was tried below fails, and they are as near as the tolerance, or neighbors."""
-    curve = search(step(at), base=0.0, full=1.0, sizes=grid("1:5000", 1))  # type: ignore[arg-type]
+    curve = search_dimension(step(at), base=0.0, full=1.0, sizes=grid("1:5000", 1))  # type: ignore[arg-type]
     assert curve.d90 is not None
     assert curve.d90 >= at
     if curve.below is None:
@@ -54,21 +54,21 @@ def test_bisection_comes_close(at: int) -> None:
 
 
 def test_not_reached_is_said() -> None:
-    curve = search(step(10**6), base=0.0, full=1.0, sizes=(10, 100))  # type: ignore[arg-type]
+    curve = search_dimension(step(10**6), base=0.0, full=1.0, sizes=(10, 100))  # type: ignore[arg-type]
     assert curve.d90 is None
     assert len(curve.points) == 2
     assert "not reached. No d up to 100 came to 0.9 x 1 = 0.9" in conclusions(curve, sides=100, rank=None)[0]
 
 
 def test_the_smallest_may_pass() -> None:
-    curve = search(step(1), base=0.0, full=1.0, sizes=(10, 100))  # type: ignore[arg-type]
+    curve = search_dimension(step(1), base=0.0, full=1.0, sizes=(10, 100))  # type: ignore[arg-type]
     assert (curve.d90, curve.below) == (10, None)
     assert "lower the grid's start" in conclusions(curve, sides=100, rank=1)[1]
 
 
 def test_a_larger_d_that_fails_is_said() -> None:
     values = {10: 0.2, 100: 0.95, 1000: 0.5, 10000: 1.0}
-    curve = search(
+    curve = search_dimension(
         lambda d: Point(d, 0.1, (values.get(d, 0.0),)), base=0.0, full=1.0, sizes=tuple(values), tolerance=100
     )
     assert (curve.d90, curve.odd) == (100, (1000,))
@@ -96,7 +96,7 @@ def test_a_run_that_failed_passes_nothing() -> None:
 def test_references_of_which_a_share_means_nothing(base: float, full: float, words: str) -> None:
     """Before anything is evaluated."""
     with pytest.raises(ValueError, match=words):
-        search(lambda d: pytest.fail("evaluated"), base=base, full=full, sizes=(1, 2))
+        search_dimension(lambda d: pytest.fail("evaluated"), base=base, full=full, sizes=(1, 2))
     check_reference(0.5, 0.85, 0.9)
 
 
@@ -116,7 +116,10 @@ def test_a_linear_regression_needs_what_its_solution_has() -> None:
         left = (y - x @ P @ theta).square().sum() / y.square().sum()
         return Point(d, 0.1, (float(1 - left),))
 
-    found = [search(explained, base=0.0, full=1.0, sizes=(2, 8, 32, 64), share=s).d90 for s in (0.3, 0.6, 0.9, 0.999)]
+    found = [
+        search_dimension(explained, base=0.0, full=1.0, sizes=(2, 8, 32, 64), share=s).d90
+        for s in (0.3, 0.6, 0.9, 0.999)
+    ]
     assert all(d is not None for d in found)
     assert found == sorted(found)  # type: ignore[type-var]
     assert found[0] < found[2] <= found[3] <= 64  # type: ignore[operator]
@@ -139,7 +142,7 @@ def test_ranks() -> None:
 )
 def test_plans_that_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Plan((1, 2), **settings)  # type: ignore[arg-type]
+        SearchPlan((1, 2), **settings)  # type: ignore[arg-type]
 
 
 def test_numbers_of_the_command_line() -> None:

@@ -21,7 +21,7 @@ from reparam.cli import main
 from reparam.errors import ConfigError
 from reparam.train.config import OptimConfig, dump, resolve
 from reparam.train.job import Result
-from reparam.train.optimizer import check
+from reparam.train.optimizer import check_optimizer
 from reparam.train.run import train
 from reparam.train.show import Show
 
@@ -140,7 +140,7 @@ def test_a_schedule_that_breaks_the_ratio_ends_the_run(common: dict[str, Any], t
 )
 def test_mistakes_are_named_before_anything_is_read(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
-        check(OptimConfig(**settings))
+        check_optimizer(OptimConfig(**settings))
 
 
 def test_nothing_to_give_the_ratio_to_is_named_before_anything_is_written(

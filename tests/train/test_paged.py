@@ -16,7 +16,7 @@ from stopping import Stopping
 from reparam.errors import ConfigError
 from reparam.train.config import OptimConfig, resolve
 from reparam.train.job import Result
-from reparam.train.optimizer import bytes_of, check
+from reparam.train.optimizer import bytes_of, check_optimizer
 from reparam.train.run import train
 from reparam.train.show import Show
 
@@ -108,7 +108,7 @@ def test_bits_cannot_change_in_a_run(common: dict[str, Any], tmp_path: Path) -> 
 )
 def test_mistakes_are_named_before_anything_is_read(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
-        check(OptimConfig(**{"name": "paged_adamw_8bit", **settings}))
+        check_optimizer(OptimConfig(**{"name": "paged_adamw_8bit", **settings}))
 
 
 def test_numbers_of_bytes() -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import reparam
 from reparam.cli.config_options import with_options
-from reparam.compare.plan import read
+from reparam.compare.plan import read_plan
 from reparam.core.base import Storage
 from reparam.errors import BaseError, ConfigError
 from reparam.hf.config import StorageConfig
@@ -135,7 +135,7 @@ def test_the_command_line_has_its_setting() -> None:
 
 def test_a_comparison() -> None:
     common = {"base.path": "x", "data.train": "x", "base.group": 16, "compare.methods": "lora"}
-    plan = read(None, {**common, "compare.storages": "dense,mine"})
+    plan = read_plan(None, {**common, "compare.storages": "dense,mine"})
     assert [plan.config(c, {}).base.quantization() for c in plan.contestants] == [None, Mine(16)]
 
 

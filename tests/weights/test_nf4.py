@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nf4_cases import DTYPES, blocks, normal, seeds, shapes
 from torch import Tensor
 
-from reparam.kernels.nf4 import compress, dequantize, quantize
+from reparam.kernels.nf4 import compress_scales, dequantize, quantize
 from reparam.kernels.nf4_tables import NESTED_BLOCK, Statistics
 from reparam.weights.nf4 import NF4, NF4Weight
 
@@ -47,7 +47,7 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
     w = normal(*shape, seed=seed, dtype=dtype)
     weight = NF4(block, double).quantize(w)
     codes, absmax = quantize(w, block)
-    stats = compress(absmax) if double else Statistics(absmax)
+    stats = compress_scales(absmax) if double else Statistics(absmax)
     whole = dequantize(codes, stats, block=block, count=w.numel(), dtype=torch.float32).view(shape)
     assert (weight.out_features, weight.in_features) == weight.shape == shape
     assert torch.equal(weight.dense(), whole)

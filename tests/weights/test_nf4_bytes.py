@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nf4_cases import DTYPES, DYNAMIC_WORST, WORST, blocks, dequantized, f32, indices, largest, normal, seeds, shapes
 
-from reparam.kernels.nf4 import compress, dequantize, quantize
+from reparam.kernels.nf4 import compress_scales, dequantize, quantize
 from reparam.kernels.nf4_reference import expand
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, NESTED_BLOCK, TINY, Statistics
 
@@ -94,7 +94,7 @@ def test_the_negative_is_another_set_of_levels() -> None:
 def test_a_part_from_any_block_on_is_the_part_of_the_whole(block: int, double: bool) -> None:
     count = 5 * block + block // 2 + 1
     codes, absmax = quantize(normal(count), block)
-    stats = compress(absmax) if double else Statistics(absmax)
+    stats = compress_scales(absmax) if double else Statistics(absmax)
     for dtype in DTYPES:
         whole = dequantize(codes, stats, block=block, count=count, dtype=dtype)
         assert whole.dtype == dtype
@@ -124,7 +124,7 @@ def test_a_block_of_zeros_has_the_code_of_zero() -> None:
     assert absmax.tolist() == [0, 0, 1, 0]
     found = dequantize(codes, Statistics(absmax), block=64, count=193, dtype=torch.float32)
     assert not found[:128].any()
-    doubly = dequantize(codes, compress(absmax), block=64, count=193, dtype=torch.float32)
+    doubly = dequantize(codes, compress_scales(absmax), block=64, count=193, dtype=torch.float32)
     assert not doubly[:128].any()
 
 
@@ -151,7 +151,7 @@ def test_a_doubly_quantized_magnitude_is_near_by_the_spread_of_its_block(
     """Few different values, many, and values that are far apart."""
     a = normal(count, seed=seed).abs()
     a[: len(values)] = torch.tensor(values)[:count]
-    stats = compress(a)
+    stats = compress_scales(a)
     assert stats.offset is not None
     assert stats.nested is not None
     assert (stats.absmax.dtype, stats.nested.numel()) == (torch.uint8, -(-count // NESTED_BLOCK))
@@ -163,8 +163,8 @@ def test_a_doubly_quantized_magnitude_is_near_by_the_spread_of_its_block(
 
 
 def test_equal_magnitudes_stay_as_they_are() -> None:
-    assert torch.equal(expand(compress(torch.full((300,), 0.75))), torch.full((300,), 0.75))
-    assert torch.equal(expand(compress(torch.zeros(300))), torch.zeros(300))
+    assert torch.equal(expand(compress_scales(torch.full((300,), 0.75))), torch.full((300,), 0.75))
+    assert torch.equal(expand(compress_scales(torch.zeros(300))), torch.zeros(300))
 
 
 def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -> None:
@@ -175,7 +175,7 @@ def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -
             a = normal(100_000 + seed, seed=seed).abs()
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                offset = compress(a).offset
+                offset = compress_scales(a).offset
                 assert offset is not None
                 assert float(offset) == f32(math.fsum(a.tolist()) / len(a))
     finally:
@@ -184,7 +184,7 @@ def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -
 
 def test_an_own_map_is_used() -> None:
     codes, absmax = quantize(normal(40000), 64)
-    stats = compress(absmax)
+    stats = compress_scales(absmax)
     assert stats.nested is not None
     halved = stats._replace(nested=stats.nested * 2, map=DYNAMIC / 2)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

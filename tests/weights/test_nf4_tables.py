@@ -10,7 +10,7 @@ import torch
 from nf4_cases import dequantized, f32, indices, normal, sha256
 from torch import Tensor
 
-from reparam.kernels.nf4 import compress, dequantize, quantize
+from reparam.kernels.nf4 import compress_scales, dequantize, quantize
 from reparam.kernels.nf4_reference import expand
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, THRESHOLDS, Statistics
 
@@ -107,7 +107,7 @@ def test_the_golden_bytes() -> None:
 
 def test_the_golden_statistics() -> None:
     _, absmax = quantize(golden(), 64)
-    stats = compress(absmax)
+    stats = compress_scales(absmax)
     assert stats.nested is not None
     assert stats.offset is not None
     assert stats.offset.tolist() == [0.5543290376663208]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
-from reparam.adapter.selection import Selection, State, state_of
+from reparam.adapter.selection import AdapterState, Selection, state_of
 from reparam.core.base import Update
 from reparam.core.checks import nearest
 from reparam.core.method import Method
@@ -68,7 +69,8 @@ def attach(
     names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
     method, experts = assemble(model, method, names)
     names = [n for n in names if f"{n}.A" in experts] if experts else names
-    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias or method.biases)
+    bias = bias or method.biases
+    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, warns=True)
     tensors = adapter.tensors()
     for key, value in experts.items():
         tensors[key].copy_(value)
@@ -184,10 +186,12 @@ def install(
     name: str,
     bias: bool,
     check: Callable[[dict[str, Tensor]], None] | None = None,
+    warns: bool = False,
 ) -> Adapter:
     """Build all updates, then put them into the model; nothing is touched if building fails, or if `check` raises.
 
-    `check` gets the tensors that will be in the adapter's files, by their names there.
+    `check` gets the tensors that will be in the adapter's files, by their names there. With `warns`, the method's notes
+    are warnings at the line that called the caller of this; an adapter that was read had them when it was trained.
     """
     check_name(model, name)
     _check_shared(model, names, replaced)
@@ -198,6 +202,9 @@ def install(
         for path in names:
             modules[path] = targets_.wrap(_at(model, path))
         sites = {path: module.site(path) for path, module in modules.items()}
+        method.check(list(sites.values()))
+        for note in method.notes(list(sites.values())) if warns else ():
+            warnings.warn(note, stacklevel=3)
         shared = method.shared(list(sites.values()))
         if shared is not None:
             shared.to(modules[names[0]].weight.device)
@@ -228,7 +235,7 @@ def install(
         getattr(model, SHARED)[name] = shared
     adapter.controller = method.controller(adapter.updates)
     if not hasattr(model, "reparam_state"):
-        model.reparam_state = State(model)  # type: ignore[assignment]
+        model.reparam_state = AdapterState(model)  # type: ignore[assignment]
     state_of(model).adopt(adapter)
     return adapter
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reparam.adapter.updates import update_of
 from reparam.core.base import Factors
 from reparam.core.method import Method
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record, listed
 from reparam.sites.fingerprint import agree, fingerprint
-from reparam.weights.dense import DenseWeight
+from reparam.weights.dense import zero_weight
 
 
 def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Method, dict[str, Tensor]]:
@@ -83,13 +84,9 @@ def _factors(folder: str, record: Record) -> dict[str, Factors]:
     """A and s · B of an adapter, by site, in float32."""
     found = {}
     for name, site in record.sites.items():
-        weight = DenseWeight(torch.zeros(1, 1).expand(site.out_features, site.in_features))
-        start = f"{name}."
-        own = {key.removeprefix(start): t for key, t in record.tensors.items() if key.startswith(start)}
+        weight = zero_weight(site.out_features, site.in_features)
         try:
-            update = record.method.build(site, weight, None)
-            update.fit(own)
-            update.load_state_dict(own)
+            update = update_of(record, name, weight)
             factors = update.factors(weight)
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{folder}: {record.method.name} at {name} is no expert: {error}") from error

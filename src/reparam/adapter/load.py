@@ -83,8 +83,7 @@ def fill(adapter: Adapter, record: Record, folder: Path) -> None:
     An update that training makes smaller takes on the saved shapes first.
     """
     for site, update in adapter.updates.items():
-        start = f"{site}."
-        update.fit({key.removeprefix(start): t for key, t in record.tensors.items() if key.startswith(start)})
+        update.fit(record.of(site))
     wanted = adapter.tensors()
     _check_fit(wanted, record, folder)
     for key, value in wanted.items():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import unwrap
-from reparam.adapter.selection import State, state_of
+from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Factors, Weight
 from reparam.io.record import listed
 from reparam.sites.module import SHARED, Adapted
@@ -54,7 +54,7 @@ class SiteMerge:
 @dataclasses.dataclass(frozen=True)
 class _Undo:
     model: nn.Module
-    state: State
+    state: AdapterState
     choice: str
     modules: dict[str, nn.Module]
     weights: dict[str, Weight]
@@ -212,19 +212,20 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
+        # `dense` is float32, which would round a base in float64.
         old = out[rows] if plain is not None and dtype != torch.float32 else weight.dense(rows).to(dtype)
         delta, new = buffers[:, : len(old)]
         torch.mm(B[rows], A, out=delta)
         if gain is not None:
-            delta += (gain[rows, None] - 1) * old
+            delta += (gain[rows, None] - 1) * old  # ΔW by itself: W' − W would lose digits
         torch.add(old, delta, out=new)
         if out.dtype != dtype:
-            new.copy_(new.to(out.dtype))
-        written, flat = new - old, delta.view(-1)
+            new.copy_(new.to(out.dtype))  # what will be stored, so that the report measures the rounding
+        written, flat = new - old, delta.view(-1)  # before the write: old may be a view of out
         kept.append(torch.dot(written.reshape(-1), flat))
         whole.append(torch.dot(flat, flat))
         out[rows] = new
-    change = float(torch.stack(whole).double().sum())
+    change = float(torch.stack(whole).double().sum())  # one synchronization for all blocks
     share = float(torch.stack(kept).double().sum()) / change if change else 1.0
     merged = DenseWeight(out) if plain is None else weight
     return merged, SiteMerge(name, out.dtype, change**0.5, share)
@@ -256,7 +257,7 @@ def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool)
 
 def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
     """What of the update is in a weight that is quantized again, and what else."""
-    size = max(1, (1 << 20) // weight.in_features)
+    size = max(1, (1 << 20) // weight.in_features)  # entries that are dequantized at once
     sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
     for start in range(0, weight.out_features, size):
         rows = slice(start, start + size)
@@ -284,17 +285,17 @@ def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
 def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
     """Raise ValueError unless every entry of W' is certain to be finite: |W'| <= gain |W| + |B| |A|."""
     bound = factors.A.double().norm() * factors.B.double().norm()
-    if weight.dtype == torch.float16 or factors.gain is not None:
+    if weight.dtype == torch.float16 or factors.gain is not None:  # no W comes near the range of the wider dtypes
         gain = 1.0 if factors.gain is None else factors.gain.double().abs().max()
         bound = bound + gain * weight.dense().abs().max()
-    if not bound < torch.finfo(weight.dtype).max / 2:
+    if not bound < torch.finfo(weight.dtype).max / 2:  # half, for what rounding adds; "not <", so that NaN is refused
         raise ValueError(
             f"{name}: the merged weight would not be finite in {_short(weight.dtype)} (the update's size is "
             f"{float(bound):.3g}); nothing was merged. Check the adapter for NaN, or merge in float32"
         )
 
 
-def _keep(model: nn.Module, state: State, name: str) -> _Undo:
+def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:
     adapter = state.adapters[name]
     return _Undo(
         model,

@@ -26,7 +26,7 @@ BANK = "*"  # the key that a site's bank has among its updates; no adapter can h
 class Selection:
     """What `select` returns: use it in a `with` to have the previous choice back afterwards."""
 
-    def __init__(self, state: State, before: Choice) -> None:
+    def __init__(self, state: AdapterState, before: Choice) -> None:
         self._state = state
         self._before = before
 
@@ -41,7 +41,7 @@ class Selection:
         return f"Selection({now} on {model}, before: {_named(self._before)})"
 
 
-class State:
+class AdapterState:
     """The adapters of one model and the current choice; it hangs on the model as `reparam_state`."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -177,7 +177,7 @@ def _named(choice: Choice) -> str:
     return f"{len(choice)} rows: {counts}"
 
 
-def state_of(model: nn.Module) -> State:
+def state_of(model: nn.Module) -> AdapterState:
     """The state on the model. Raises ValueError where no adapter is."""
     state = getattr(model, "reparam_state", None)
     if state is None:

@@ -35,7 +35,7 @@ def compare(
 
     [bold]reparam compare --base ./model --data.train rows.jsonl --methods lora,dora --ranks 4,8 -o out/compare[/bold]
     """
-    from reparam.compare.plan import read
+    from reparam.compare.plan import read_plan
     from reparam.compare.run import compare as run
     from reparam.compare.workers import workers as made
 
@@ -54,6 +54,6 @@ def compare(
         "parameters": parameters,
     }
     own = {f"compare.{key}": value for key, value in given.items() if value is not None}
-    ended = run(read(plan, {**overrides, **own}), workers=made(workers), console=console)
+    ended = run(read_plan(plan, {**overrides, **own}), workers=made(workers), console=console)
     if ended.signal is not None:
         raise typer.Exit(128 + ended.signal)

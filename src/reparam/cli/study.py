@@ -40,14 +40,14 @@ def intrinsic(
 
     [bold]reparam intrinsic --base ./model --data rows.jsonl --grid 10:10000 --max_steps 200 -o out/d90[/bold]
     """
-    from reparam.recipes.intrinsic import Plan, intrinsic_to
+    from reparam.recipes.intrinsic import SearchPlan, intrinsic_to
     from reparam.recipes.subspace import grid as sizes
 
     taken = {"method.d": "--grid", "optim.learning_rate": "--rates"}
     clash = [f"--{key}: {instead} says that here" for key, instead in taken.items() if key in overrides]
     if clash:
         raise ConfigError("; ".join(clash))
-    plan = Plan(
+    plan = SearchPlan(
         sizes(grid, each),
         numbers(rates, "--rates"),
         numbers(full_rates, "--full-rates"),

@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.load import place
 from reparam.combine.lowrank import dare, factored, reduced, stacked, summed, ties
-from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, frozen, sites_of
+from reparam.combine.operands import (
+    Operand,
+    all_sites,
+    base_weight,
+    check_factors,
+    check_identity,
+    check_operands,
+    factors_of,
+)
 from reparam.core.base import Factors, Site, Weight
 from reparam.core.checks import finite, whole
 from reparam.io import files
@@ -88,7 +96,7 @@ class Blend:
         return place(model, self.record, Path(f"blend {name!r}"), name=name, activate=activate)
 
 
-def read(folder: str | Path) -> Operand:
+def read_operand(folder: str | Path) -> Operand:
     """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
     return Operand(str(folder), files.read(folder))
 
@@ -120,9 +128,11 @@ def blend(
     with a gain or biases and no base.
     """
     _check_settings(len(adapters), weights, space=space, rank=rank, density=density)
-    operands = [Operand(f"adapter {i + 1}", a) if isinstance(a, Record) else read(a) for i, a in enumerate(adapters)]
+    operands = [
+        Operand(f"adapter {i + 1}", a) if isinstance(a, Record) else read_operand(a) for i, a in enumerate(adapters)
+    ]
     if len(operands) > 1 or weights[0] != 1 or rank is not None or space in DENSE:
-        check(operands, base)
+        check_operands(operands, base)
     if space == "factor":
         check_factors(operands)
     used = [(operand, w) for operand, w in zip(operands, weights, strict=True) if w]
@@ -132,10 +142,10 @@ def blend(
         check_identity(operand, base)
 
     rule = _Rule(space, rank, density, seed)
-    sites, found, tensors = sites_of(operands), [], {}
+    sites, found, tensors = all_sites(operands), [], {}
     for name, site in sites.items():
         here = [(s, w) for s, w in used if name in s.record.sites]
-        weight = None if base is None else frozen(base, site)
+        weight = None if base is None else base_weight(base, site)
         changes = [factors_of(label, record, name, weight) for (label, record), _ in here]
         factors, size, lost = rule(changes, [w for _, w in here], site, weight)
         found.append(SiteBlend(name, len(factors.A), size, lost))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from reparam.adapter.attach import install, remove
 from reparam.adapter.selection import state_of
 from reparam.combine.lowrank import stacked
-from reparam.combine.operands import Operand, check, check_factors, check_identity, factors_of, sites_of
+from reparam.combine.operands import Operand, all_sites, check_factors, check_identity, check_operands, factors_of
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.method import Method
 from reparam.errors import FormatError
@@ -53,7 +53,7 @@ def candidates(model: nn.Module, operands: Sequence[Operand], *, space: str = "d
         raise ValueError(f"space={space!r}: weights can be searched for in delta and factor")
     if not operands:
         raise ValueError("no adapters are given")
-    check(operands, model)
+    check_operands(operands, model)
     for label, record in operands:
         biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
         if biases:
@@ -61,13 +61,13 @@ def candidates(model: nn.Module, operands: Sequence[Operand], *, space: str = "d
     if space == "factor":
         check_factors(operands)
     parts: dict[str, list[tuple[int, Factors]]] = {}
-    for name in sites_of(operands):
+    for name in all_sites(operands):
         owners = [(i, s) for i, s in enumerate(operands) if name in s.record.sites]
         parts[name] = [(i, factors_of(s.label, s.record, name)) for i, s in owners]
     for operand in operands:
         check_identity(operand, None)
     have = dict(walk(model))
-    _check_model(have, sites_of(operands))
+    _check_model(have, all_sites(operands))
     gates = Gates(len(operands))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     install(model, _Together(parts, gates, space), names=list(parts), replaced=[], name=NAME, bias=False)

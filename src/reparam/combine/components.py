@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reparam.adapter.updates import update_of
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Site, Update
@@ -79,18 +80,16 @@ def bare(method: Method, site: Site) -> tuple[Update, str]:
 
 
 def _part(record: Record, site: Site, label: str) -> Part:
-    update, start = bare(record.method, site)
-    own = {key: record.tensors[start + key] for key in update.roles if start + key in record.tensors}
     try:
-        update.fit(own)
-        update.load_state_dict(own)
-    except (ValueError, RuntimeError) as error:
-        raise FormatError(f"{label}: {site.name}: its tensors do not fit its settings: {error}") from error
-    update.double()
-    update.load_state_dict(own)  # anew, for what float32 would round
+        found = update_of(record, site.name, nothing(site), dtype=torch.float64).low_rank_part()
+    except ValueError as error:
+        raise FormatError(f"{label}: {error}") from error
+    assert found is not None, f"{record.method.name} has components, and its update has no low_rank_part"
+    update, start = found
     factors = update.factors(nothing(site))
     stored = len(factors.A)
-    cost = sum(tensor.nbytes for tensor in own.values()) // stored if stored else 0
+    size = sum(record.tensors[f"{site.name}.{start}{key}"].nbytes for key in update.roles)
+    cost = size // stored if stored else 0
     fixed = any(f"{site.name}.{key}" in record.tensors for key in ("bias", "magnitude"))
     least = 1 if fixed and record.method.drops_empty_sites else 0
     return Part(site, *singular(factors), stored, cost, least)

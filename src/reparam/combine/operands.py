@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from reparam.adapter.updates import update_of
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.errors import FormatError, InputDependentError
 from reparam.io.record import Record, listed
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
-from reparam.weights.dense import DenseWeight
+from reparam.weights.dense import DenseWeight, zero_weight
 
 
 class Operand(NamedTuple):
@@ -24,7 +24,7 @@ class Operand(NamedTuple):
     record: Record
 
 
-def sites_of(operands: Sequence[Operand]) -> dict[str, Site]:
+def all_sites(operands: Sequence[Operand]) -> dict[str, Site]:
     """All sites that any of them changes. Raises FormatError where they differ about one, naming both."""
     found: dict[str, Site] = {}
     told: dict[str, str] = {}
@@ -43,7 +43,7 @@ def sites_of(operands: Sequence[Operand]) -> dict[str, Site]:
     return found
 
 
-def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
+def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
     """Raise FormatError where they cannot be summed whatever the weights are: see `blend`."""
     first: Operand | None = None
     digests = None if base is None else fingerprint(base)
@@ -59,10 +59,8 @@ def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
                 f"{label}: it trains {listed(biases)}: what it changed of them is known with the base alone; give the "
                 f"base"
             )
-        with warnings.catch_warnings():  # about ranks, said when it was trained
-            warnings.simplefilter("ignore")
-            shared = record.method.shared(list(record.sites.values()))
-        if shared is not None:
+        record.method.check(list(record.sites.values()))
+        if record.method.shared(list(record.sites.values())) is not None:
             raise FormatError(
                 f"{label}: {record.method.name} has parts that all sites share, such as gates, so that no one matrix "
                 f"stands for its change"
@@ -73,7 +71,7 @@ def check(operands: Sequence[Operand], base: nn.Module | None) -> None:
         if own and first is not None and not agree(first.record.base.digests, own):  # type: ignore[union-attr]
             raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
         first = first or (Operand(label, record) if own else None)
-    sites_of(operands)
+    all_sites(operands)
 
 
 def check_factors(operands: Sequence[Operand]) -> None:
@@ -101,7 +99,7 @@ def check_identity(operand: Operand, base: nn.Module | None) -> None:
     """Raise RuntimeError unless the factors of the smallest site compute what the adapter does there."""
     label, record = operand
     site = min(record.sites.values(), key=lambda s: s.out_features * s.in_features)
-    weight = nothing(site) if base is None else frozen(base, site)
+    weight = nothing(site) if base is None else base_weight(base, site)
     update, factors = _update(label, record, site.name, weight), factors_of(label, record, site.name, weight)
     if site.kind == "vector":
         found, expected = update.effective_weight(weight), factors.apply(weight.tensor())
@@ -139,13 +137,8 @@ def factors_of(label: str, record: Record, name: str, weight: Weight | None = No
 
 def _update(label: str, record: Record, name: str, frozen: Weight) -> Update:
     """The update of one site with its saved values, in float64."""
-    start = f"{name}."
-    own = {k.removeprefix(start): t for k, t in record.tensors.items() if k.startswith(start) and k != f"{name}.bias"}
     try:
-        update = record.method.build(record.sites[name], frozen, None)
-        update.fit(own)
-        update.load_state_dict(own)
-        update = update.double().eval()
+        update = update_of(record, name, frozen, dtype=torch.float64).eval()
         update.factors(frozen)
     except (InputDependentError, ValueError, RuntimeError) as error:
         raise FormatError(f"{label}: {record.method.name} at {name} cannot be summed: {error}") from error
@@ -155,12 +148,11 @@ def _update(label: str, record: Record, name: str, frozen: Weight) -> Update:
 
 
 def nothing(site: Site) -> Weight:
-    """A matrix of zeros in this site's place, which takes no memory."""
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    return DenseWeight(zero.expand(site.out_features, site.in_features))
+    """A matrix of zeros in this site's place, in float64."""
+    return zero_weight(site.out_features, site.in_features, torch.float64)
 
 
-def frozen(model: nn.Module, site: Site) -> Weight:
+def base_weight(model: nn.Module, site: Site) -> Weight:
     """The model's own matrix at this site, in float64. Raises FormatError where it has none, or of another shape."""
     try:
         module = model.get_submodule(site.name)

@@ -37,7 +37,7 @@ class Tried:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class BestPoint:
     """The best point that was tried."""
 
     weights: tuple[float, ...]
@@ -54,7 +54,7 @@ def search(
     budget: int = 40,
     optimizer: str = "cobyla",
     seed: int = 0,
-) -> Found:
+) -> BestPoint:
     """The best of at most `budget` points of the box [-bound, bound]^n; it starts at 0.
 
     `f` takes points [K, n] in float64 and gives a value for each; less is better. NaN counts as infinity, with one
@@ -62,7 +62,7 @@ def search(
     nothing. The same `f` and seed give the same result. Raises ValueError for an unknown optimizer, for a bound, n or
     budget that cannot be, and for "cma" in one dimension.
     """
-    check(n, bound=bound, budget=budget, optimizer=optimizer)
+    check_search(n, bound=bound, budget=budget, optimizer=optimizer)
     first = n + 1 if optimizer == "cobyla" else _generation(n)
     if budget < first:
         warnings.warn(
@@ -79,10 +79,10 @@ def search(
     if log.met_nan:
         warnings.warn("the search met a loss that is NaN, and counted it as infinite", stacklevel=2)
     best = min(log.history, key=lambda tried: tried.value)
-    return Found(best.weights, best.value, tuple(log.history))
+    return BestPoint(best.weights, best.value, tuple(log.history))
 
 
-def check(n: int, *, bound: float, budget: int, optimizer: str) -> None:
+def check_search(n: int, *, bound: float, budget: int, optimizer: str) -> None:
     """Raise ValueError where `search` would, before there is anything to search with."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")

@@ -116,7 +116,7 @@ class Plan:
         return _resolved(self.common, {**contestant.settings, **more})
 
 
-def read(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
+def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     """The plan in a TOML file, if one is given, with dotted overrides such as {"compare.seeds": 5} on top.
 
     `compare.methods` may also be names, "lora,dora". Raises ConfigError, with all problems at once: whatever `resolve`

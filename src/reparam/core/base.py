@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from reparam.core.dtypes import wide
 from reparam.core.versions import Stamp, stamp
 
 Role = Literal["in", "out", "core", "gain", "route"]
@@ -218,8 +219,7 @@ class Update(nn.Module):
 
     def effective_weight(self, weight: Weight) -> Tensor:
         """W' [O, I] in float32 or more, differentiable. Sites that are vectors compute with it."""
-        w = weight.tensor()
-        return self.factors(weight).apply(w.to(torch.promote_types(w.dtype, torch.float32)))
+        return self.factors(weight).apply(wide(weight.tensor()))
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids [...] -> rows of W', [..., I], for embeddings: `gain[i] · W[i] + B[i] · A`."""

@@ -61,8 +61,15 @@ class Method:
         """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
         return None
 
+    def check(self, sites: list[Site]) -> None:
+        """Raise ValueError for settings that do not fit the sites as a whole."""
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        """What is worth a warning about these settings on these sites, a sentence each. `attach` warns of them."""
+        return []
+
     def shared(self, sites: list[Site]) -> nn.Module | None:
-        """Refuse what does not fit the sites as a whole; make the state common to all of them, or None.
+        """Make the state that all sites have in common, or None. `check` has passed for these sites.
 
         The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
         never as a submodule of its own.

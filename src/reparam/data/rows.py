@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from reparam.errors import DataError
 
-Kind = Literal["chat", "completion", "text"]
+RowKind = Literal["chat", "completion", "text"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = ("messages", "prompt", "completion", "text")
@@ -34,7 +34,7 @@ OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model":
 class Row:
     """One training row. Which of the fields holds its content depends on `kind`."""
 
-    kind: Kind
+    kind: RowKind
     source: str
     """Where it comes from, "file:line"."""
     messages: tuple[Mapping[str, Any], ...] = ()

@@ -107,7 +107,7 @@ def config_of(model: nn.Module) -> StorageConfig:
     return config_for(next(iter(held.values())), "all-linear" if set(usual) == set(held) else list(held))
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors as they go into files. Raises ValueError while adapters are on it."""
     sites = {path: module for path, module in walk(model) if isinstance(module, Adapted | Replaced)}
     if any(isinstance(module, Replaced) or module.updates for module in sites.values()):
@@ -125,7 +125,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         if module.weight.dense_or_none is not None:
             found |= {f"{path}.{name}": tensor.detach() for name, tensor in module.stock().items()}
             continue
-        found |= layout_of(module.weight.storage).state_of(module.weight, path)
+        found |= layout_of(module.weight.storage).tensors_of_weight(module.weight, path)
         if module.bias is not None:
             found[f"{path}.bias"] = module.bias.detach()
     return found

@@ -20,8 +20,8 @@ from reparam.hf.config import (
     StorageConfig,
     config_for,
     config_of,
+    file_tensors,
     from_bitsandbytes,
-    tensors_of,
     to_bitsandbytes,
 )
 from reparam.io.staged import staged_folder
@@ -97,7 +97,7 @@ def save_model(
     came from, which would be overwritten, and for a quantized model that the format has no place for.
     """
     target = Path(folder).resolve()
-    tensors = tensors_of(model)
+    tensors = file_tensors(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
     with staged_folder(target) as staging:

@@ -32,7 +32,7 @@ def open_model(
     an adapter that changes one of them. Raises ValueError when neither tells the base.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
-    if folder is not None and prompts.kind_of(folder) is not None:
+    if folder is not None and prompts.prompting_of(folder) is not None:
         path = base or prompts.base_of(folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
         return found.model, load_tokenizer(path), found

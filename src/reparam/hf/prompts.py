@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.selection import Choice, Selection, State, state_of
+from reparam.adapter.selection import AdapterState, Choice, Selection, state_of
 from reparam.adapter.without_sites import fill_from, put_on, read_back
 from reparam.core.method import Method
 from reparam.errors import FormatError
@@ -69,7 +69,7 @@ class Prompts(Adapter):
         own.copy_(value)
 
 
-class PromptState(State):
+class PromptState(AdapterState):
     """The choice among positions that train: one of them, or none."""
 
     def __init__(self, model: Any) -> None:
@@ -119,7 +119,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", activat
     `model` is a base, or has such positions already. Raises FormatError for a folder that is damaged or does not fit.
     """
     folder = Path(folder)
-    kind = kind_of(folder)
+    kind = prompting_of(folder)
     if kind is None:
         raise FormatError(f"{folder}: neither prefix nor prompt tuning is in {CONFIG}")
     config = _peft(kind).PeftConfig.from_pretrained(str(folder))
@@ -148,7 +148,7 @@ def _(adapter: Prompts, folder: Path) -> None:
     adapter.fill(folder)
 
 
-def kind_of(folder: Path) -> Prompting | None:
+def prompting_of(folder: Path) -> Prompting | None:
     """The method whose PEFT folder this is; None for any other folder."""
     if not (folder / CONFIG).is_file():
         return None

@@ -24,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
 from reparam.errors import FormatError
-from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, tensors_of
+from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, file_tensors
 from reparam.io.layouts import keys_in_files, layout_of
 from reparam.io.mapped import Mapped
 from reparam.io.record import listed
@@ -72,7 +72,7 @@ class Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes for each quantized entry, from which transformers plans a device map."""
-        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))
+        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))  # whole blocks of any size
         return sum(parameter.nbytes for parameter in weight.parameters()) / 128**2
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -129,9 +129,8 @@ class Quantizer(HfQuantizer):
         if self.pre_quantized and not self.problems:
             self.problems = [f"{path}.weight is not quantized, and config.json says that it is" for path in rest]
             self.problems += [] if self.sites else ["no matrix is quantized, and config.json says that some are"]
-        if (
-            self.pre_quantized and self.quantization_config.targets
-        ):  # without: an entry that says no more than "quantized"
+        # Without targets, config.json says no more than "quantized", and there is nothing to compare with.
+        if self.pre_quantized and self.quantization_config.targets:
             told = self.quantization_config.storage
             found = {path: model.get_submodule(path).weight.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
@@ -148,7 +147,7 @@ class Quantizer(HfQuantizer):
             if module.bias is not None:
                 if f"{path}.bias" in self.missing:  # it has been named by transformers, and not been given values
                     nn.init.zeros_(module.bias)
-                module.origin[0].bias = module.bias
+                module.origin[0].bias = module.bias  # the stock module, which `restore` puts back
         if self.pre_quantized and not self.quantization_config.targets:
             self.quantization_config = model.config.quantization_config = config_of(model)
         quantized = {id(p) for path in self.sites for p in model.get_submodule(path).weight.parameters()}
@@ -171,7 +170,7 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes; the configuration is made to say what is quantized now."""
-        tensors = tensors_of(model)
+        tensors = file_tensors(model)
         if storages_in(model):
             self.quantization_config = model.config.quantization_config = config_of(model)
         else:  # everything was dequantized since
@@ -197,13 +196,13 @@ class _Quantize(ConversionOps):
         quantizer.missing = missing
         for key in [key for key in input_dict if quantizer.param_needs_quantization(model, key)]:
             found = input_dict.pop(key)
-            missing.discard(key)
+            missing.discard(key)  # else transformers warns of it and initializes it
             try:
                 quantizer.quantize(model, key.removesuffix(".weight"), found[0] if isinstance(found, list) else found)
             except ValueError as error:  # all of them are raised at once, after loading
                 quantizer.problems.append(str(error))
             del found
-        quantizer.mapped.forget()
+        quantizer.mapped.forget()  # else the process grows by the pages of the file that were read
         return input_dict
 
 
@@ -222,7 +221,7 @@ class _Read(ConversionOps):
         model, name, quantizer = kwargs["model"], kwargs["full_layer_name"], self.quantizer
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         alone = parts.get("weight") if len(parts) == 1 else None
-        if alone is not None and alone.dtype not in (torch.uint8, torch.int8):
+        if alone is not None and alone.dtype not in (torch.uint8, torch.int8):  # a matrix that was left as it is
             return {"weight": alone.to(self.dtype)}
         quantizer.missing = kwargs["missing_keys"]
         quantizer.missing.discard(name)
@@ -249,7 +248,7 @@ class _Read(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What saving does: nothing, because `tensors_of` has done it."""
+        """What saving does: nothing, because `file_tensors` has done it."""
         return _Keep()
 
 

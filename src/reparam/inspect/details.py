@@ -68,7 +68,7 @@ def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None
     return Seen(sites, alike, found, scores)
 
 
-def told(asked: Closely, seen: Seen) -> dict[str, Any]:
+def as_json(asked: Closely, seen: Seen) -> dict[str, Any]:
     """What was found as plain values for JSON."""
     found: dict[str, Any] = {}
     if seen.sites:

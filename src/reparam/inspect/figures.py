@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from reparam.adapter.merge import SiteMerge
 from reparam.evaluation.png import write_png
 from reparam.inspect.amplification import Amplification
-from reparam.inspect.ranks import place, rank_map, short
+from reparam.inspect.ranks import layer_of, rank_map, short
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum
 
@@ -26,7 +26,7 @@ def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
     """Draw the singular values of each site, a panel for each kind of site and a line for each layer."""
     groups: dict[str, list[tuple[int, Spectrum]]] = {}
     for path, seen in found.items():
-        _, layer, kind = place(path)
+        _, layer, kind = layer_of(path)
         groups.setdefault(kind, []).append((-1 if layer is None else layer, seen))
     highest = max(layer for lines in groups.values() for layer, _ in lines)
     columns = min(_COLUMNS, len(groups))
@@ -60,7 +60,7 @@ def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
 
 def amplification(found: Mapping[str, Amplification], file: Path) -> None:
     """Draw what W has in ΔW's directions beside W's own and random ones, and |ΔW|; a column for each kind of site."""
-    names = list(dict.fromkeys(place(path)[2] for path in found))
+    names = list(dict.fromkeys(layer_of(path)[2] for path in found))
     figure = Figure(figsize=(2.5 + 0.9 * len(names), 4.5), layout="constrained", dpi=120)
     axes = figure.subplots()
     series = {
@@ -71,7 +71,7 @@ def amplification(found: Mapping[str, Amplification], file: Path) -> None:
     }
     for number, (key, (label, color, marker)) in enumerate(series.items()):
         beside = 0.15 * (number - 1.5)
-        points = [(names.index(place(path)[2]) + beside, getattr(seen, key)) for path, seen in found.items()]
+        points = [(names.index(layer_of(path)[2]) + beside, getattr(seen, key)) for path, seen in found.items()]
         x, y = zip(*points, strict=True)
         axes.scatter(x, y, color=color, marker=marker, label=label, s=22, alpha=0.7)
     axes.set_yscale("log")

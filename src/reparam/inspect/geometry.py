@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reparam.core.base import Factors, Weight
 from reparam.evaluation.png import write_png
-from reparam.inspect.ranks import place
+from reparam.inspect.ranks import layer_of
 
 Axis = Literal["output", "input"]
 Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # rows, and W and W' there
@@ -91,7 +91,7 @@ def plot(found: Mapping[str, Directions], file: Path) -> None:
     axes = figure.subplots()
     kinds: dict[str, list[tuple[float, float, int]]] = {}
     for path, moved in found.items():
-        _, layer, kind = place(path)
+        _, layer, kind = layer_of(path)
         kinds.setdefault(kind, []).append((moved.direction, moved.magnitude, -1 if layer is None else layer))
     highest = max(layer for points in kinds.values() for *_, layer in points)
     drawn = None

@@ -47,17 +47,17 @@ def rank_map(ranks: Mapping[str, int]) -> RankMap:
     >>> found.layers, found.kinds, found.ranks[1, "q"]
     ((0, 1, None), ('q', 'up', 'head'), 5)
     """
-    stacks = {stack for stack, layer, _ in map(place, ranks) if layer is not None}
+    stacks = {stack for stack, layer, _ in map(layer_of, ranks) if layer is not None}
     cells: dict[tuple[int | None, str], int] = {}
     for path, rank in ranks.items():
-        stack, layer, kind = place(path)
+        stack, layer, kind = layer_of(path)
         cells[layer, f"{stack}.{kind}" if layer is not None and len(stacks) > 1 else kind] = rank
     layers = sorted({layer for layer, _ in cells if layer is not None})
     outside = (None,) if any(layer is None for layer, _ in cells) else ()
     return RankMap((*layers, *outside), tuple(dict.fromkeys(kind for _, kind in cells)), cells)
 
 
-def place(path: str) -> tuple[str, int | None, str]:
+def layer_of(path: str) -> tuple[str, int | None, str]:
     """The stack of layers that a site is in, its layer, and the rest of its path."""
     parts = path.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)

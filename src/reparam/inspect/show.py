@@ -60,7 +60,7 @@ def show(
         told = dataclasses.asdict(summary) | {"correlation": summary.correlation}
         for site in told["sites"]:
             site["moved"] = site["moved"] and site["moved"]._asdict()
-        told |= closely.told(asked, seen)
+        told |= closely.as_json(asked, seen)
         console.print_json(json_.dumps(told))
         return
     settings = ", ".join(

@@ -18,19 +18,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from reparam.adapter.updates import update_of
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Factors, Weight
 from reparam.errors import InputDependentError
 from reparam.inspect.operators import leading, of_change
-from reparam.inspect.summary import frozen_weight, stand_alone
+from reparam.inspect.summary import frozen_weight
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
 
 LEADING = 32
 """How many values are looked for where ΔW has full rank."""
 
-Kind = Literal["all", "leading", "low-rank part"]
+SpectrumKind = Literal["all", "leading", "low-rank part"]
 
 
 class Spectrum(NamedTuple):
@@ -41,7 +42,7 @@ class Spectrum(NamedTuple):
     vh: Tensor  # [K, I]
     energy: float
     """|ΔW|², Frobenius: Σ of all σ², whether they are in `values` or not."""
-    kind: Kind
+    kind: SpectrumKind
     """all of ΔW; the leading ones of it; or all of s B A alone, where ΔW is not known without the base."""
 
     @property
@@ -94,8 +95,8 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
     their base.
     """
     known = nothing(record.sites[name]) if weight is None else weight
-    update = stand_alone(record, name, known)
-    kind: Kind = "all"
+    update = update_of(record, name, known)
+    kind: SpectrumKind = "all"
     try:
         factors = update.factors(known)
         if factors.gain is not None and weight is None:

@@ -6,21 +6,21 @@ With the base, the change is also compared with the weights it changes: |ΔW| / 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from reparam.core.base import Site, Update, Weight
+from reparam.adapter.updates import update_of
+from reparam.core.base import Site, Weight
 from reparam.errors import InputDependentError
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
-from reparam.sites.module import SHARED, is_quantized
-from reparam.weights.dense import DenseWeight
+from reparam.sites.module import is_quantized
+from reparam.weights.dense import DenseWeight, zero_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
     """
     folder = Path(folder)
     record = files.read(folder)
+    record.method.check(list(record.sites.values()))
     own = dict(base_tensors(model)) if model is not None else {}
     sites = []
     for name, site in record.sites.items():
@@ -96,9 +97,9 @@ def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
 @torch.no_grad()
 def _summarize_site(record: Record, name: str, site: Site, weight: Weight | None) -> SiteSummary:
     shape = site.out_features, site.in_features
-    known = weight if weight is not None else DenseWeight(torch.zeros(1, 1).expand(shape))
+    known = weight if weight is not None else zero_weight(*shape)
     norm = None if weight is None else float(weight.squared_norms(1).sum().sqrt())
-    update = stand_alone(record, name, known)
+    update = update_of(record, name, known)
     offset = 0.0 if (moved := update.bias_delta()) is None else float(moved.norm())
     try:
         factors = update.factors(known)
@@ -132,17 +133,3 @@ def _base(record: Record) -> str:
         return "not stated"
     quantizing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
     return (record.base.source or record.base.architecture) + (f", trained with {quantizing}" if quantizing else "")
-
-
-def stand_alone(record: Record, name: str, weight: Weight) -> Update:
-    """The update of one site with its saved values, on this frozen matrix, and what it shares with the others."""
-    with warnings.catch_warnings():  # said when it was trained
-        warnings.simplefilter("ignore")
-        shared = record.method.shared(list(record.sites.values()))
-    update = record.method.build(record.sites[name], weight, shared)
-    parts = [(name, update), *([] if shared is None else [(SHARED, shared)])]
-    with torch.no_grad():
-        for path, part in parts:
-            for key, parameter in part.named_parameters():
-                parameter.copy_(record.tensors[f"{path}.{key}"])
-    return update

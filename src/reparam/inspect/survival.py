@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from reparam.adapter.merge import SiteMerge, fold, measured
+from reparam.adapter.updates import update_of
 from reparam.core.base import Weight
 from reparam.core.registry import STORAGES
-from reparam.inspect.summary import stand_alone
 from reparam.io.record import Record
 from reparam.weights.dense import DenseWeight
 from reparam.weights.quantized import ROUNDINGS
@@ -43,11 +43,11 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
     for kind, dtype in DTYPES.items():
         copy = DenseWeight(w.to(dtype, copy=True))
         if bool(copy.W.isfinite().all()):
-            found[kind] = fold(name, copy, stand_alone(record, name, copy).factors(copy))[1]
+            found[kind] = fold(name, copy, update_of(record, name, copy).factors(copy))[1]
     storages = {kind: cls() for kind, cls in STORAGES.items() if kind != "dense"}
     for kind, storage in storages.items() if record.sites[name].kind == "linear" else ():
         quantized = storage.quantize(w)
-        factors = stand_alone(record, name, quantized).factors(quantized)
+        factors = update_of(record, name, quantized).factors(quantized)
         for rounding in ROUNDINGS if type(quantized).requantize is not Weight.requantize else ():
             merged = quantized.requantize(factors, rounding)
             found[f"{kind} {rounding}"] = measured(name, quantized, merged, factors)

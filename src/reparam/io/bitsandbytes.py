@@ -51,11 +51,11 @@ class _State:
     nested_offset: float | None = None
 
 
-def state_of(weight: NF4Weight, path: str) -> dict[str, Tensor]:
+def tensors_of_weight(weight: NF4Weight, path: str) -> dict[str, Tensor]:
     """The tensors of the module at `path`, under the keys above. No two of them share memory with each other.
 
     >>> from reparam.weights.nf4 import NF4
-    >>> state = state_of(NF4(double=False).quantize(torch.ones(2, 64)), "a")
+    >>> state = tensors_of_weight(NF4(double=False).quantize(torch.ones(2, 64)), "a")
     >>> [(key, *tensor.shape) for key, tensor in state.items()][:3]
     [('a.weight', 64, 1), ('a.weight.absmax', 2), ('a.weight.quant_map', 16)]
     """
@@ -80,10 +80,11 @@ def state_of(weight: NF4Weight, path: str) -> dict[str, Tensor]:
 
 
 def weight_from(state: Mapping[str, Tensor], path: str) -> NF4Weight:
-    """The weight of the module at `path`; the inverse of `state_of`. Keys that are not the weight's are not looked at.
+    """The weight of the module at `path`; the inverse of `tensors_of_weight`.
 
-    Its dtype is the one that the file says. Raises FormatError, with the path, for FP4, for tensors that are missing or
-    unknown, and for whatever has a dtype, a length or values that the format does not have.
+    Keys that are not the weight's are not looked at. Its dtype is the one that the file says. Raises FormatError, with
+    the path, for FP4, for tensors that are missing or unknown, and for whatever has a dtype, a length or values that
+    the format does not have.
     """
     start = f"{path}.weight"
     parts = {key[len(path) + 1 :]: value for key, value in state.items() if key == start or key.startswith(start + ".")}

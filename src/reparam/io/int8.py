@@ -21,21 +21,21 @@ KEYS = ("weight", "weight.absmax")
 """All keys that such a weight has, without its path."""
 
 
-def state_of(weight: Int8Weight, path: str) -> dict[str, Tensor]:
+def tensors_of_weight(weight: Int8Weight, path: str) -> dict[str, Tensor]:
     """The tensors of the module at `path`, under the keys above.
 
     >>> from reparam.weights.int8 import Int8
-    >>> state_of(Int8().quantize(torch.tensor([[1.0, -0.5]])), "a")
+    >>> tensors_of_weight(Int8().quantize(torch.tensor([[1.0, -0.5]])), "a")
     {'a.weight': tensor([[127, -64]], dtype=torch.int8), 'a.weight.absmax': tensor([1.])}
     """
     return {f"{path}.weight": weight.codes.detach(), f"{path}.weight.absmax": floats(weight.absmax.detach())}
 
 
 def weight_from(state: Mapping[str, Tensor], path: str) -> Int8Weight:
-    """The weight of the module at `path`; the inverse of `state_of`. Its dtype is float32: tensors do not say it.
+    """The weight of the module at `path`; the inverse of `tensors_of_weight`.
 
-    Raises FormatError, with the path, for tensors that are missing or unknown, or have a dtype, a length or values that
-    the format does not have.
+    Its dtype is float32: tensors do not say it. Raises FormatError, with the path, for tensors that are missing or
+    unknown, or have a dtype, a length or values that the format does not have.
     """
     start = f"{path}.weight"
     parts = {key[len(path) + 1 :]: value for key, value in state.items() if key == start or key.startswith(start + ".")}

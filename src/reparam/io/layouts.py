@@ -25,7 +25,7 @@ _OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8}
 class Layout(Protocol):
     """How the weights of one storage are in files."""
 
-    def state_of(self, weight: Any, path: str) -> dict[str, Tensor]:
+    def tensors_of_weight(self, weight: Any, path: str) -> dict[str, Tensor]:
         """The tensors of the module at `path`, by key."""
 
     def weight_from(self, state: Mapping[str, Tensor], path: str, shape: tuple[int, int]) -> Weight:
@@ -51,8 +51,8 @@ class _Own:
 
     module: Any
 
-    def state_of(self, weight: Any, path: str) -> dict[str, Tensor]:
-        return dict(self.module.state_of(weight, path))
+    def tensors_of_weight(self, weight: Any, path: str) -> dict[str, Tensor]:
+        return dict(self.module.tensors_of_weight(weight, path))
 
     def weight_from(self, state: Mapping[str, Tensor], path: str, shape: tuple[int, int]) -> Weight:
         weight: Weight = self.module.weight_from(state, path)
@@ -65,7 +65,7 @@ class _Plain:
 
     storage: Storage
 
-    def state_of(self, weight: Any, path: str) -> dict[str, Tensor]:
+    def tensors_of_weight(self, weight: Any, path: str) -> dict[str, Tensor]:
         return {f"{path}.weight.{name}": tensor.detach() for name, tensor in weight.state_dict().items()}
 
     def weight_from(self, state: Mapping[str, Tensor], path: str, shape: tuple[int, int]) -> Weight:

@@ -70,3 +70,9 @@ class Record:
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
     claims: Claims | None = None
     """What the file says about its own completeness, where that takes the model to check."""
+
+    def of(self, path: str) -> dict[str, Tensor]:
+        """The tensors of what is at this path, a site say, by their names in it; without the bias of a site."""
+        start = f"{path}."
+        own = {key.removeprefix(start): tensor for key, tensor in self.tensors.items() if key.startswith(start)}
+        return {key: tensor for key, tensor in own.items() if path not in self.sites or key != "bias"}

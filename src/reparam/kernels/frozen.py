@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reparam.core.dtypes import compute_dtype
+
 Unpack = Callable[..., Tensor]
 Product = Callable[..., Tensor | None]
 
@@ -103,9 +105,7 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
     torch.library.register_autograd(backward_name, differentiate_backward, setup_context=keep)
 
     def call(x: Tensor, parts: Sequence[Any], shape: Sequence[int], bias: Tensor | None) -> Tensor:
-        device = x.device.type
-        low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if low else x.dtype
+        dtype = compute_dtype(x)
         bias = bias if bias is None else bias.to(dtype)
         return run(x.to(dtype), *parts, list(shape), bias)
 

@@ -64,14 +64,14 @@ def dequantize(
     return out
 
 
-def compress(absmax: Tensor) -> Statistics:
+def compress_scales(absmax: Tensor) -> Statistics:
     """Double quantization of magnitudes, float32 [N]: eight bits each, and float32 for every 256.
 
-    >>> stats = compress(torch.tensor([0.5, 1.0]))
+    >>> stats = compress_scales(torch.tensor([0.5, 1.0]))
     >>> stats.absmax.tolist(), stats.offset.tolist()
     ([0, 255], [0.75])
     """
-    return reference.compress(absmax, torch.ops.reparam.nf4_nearest.default)
+    return reference.compress_scales(absmax, torch.ops.reparam.nf4_nearest.default)
 
 
 def few_rows(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: Sequence[int]) -> Tensor | None:
@@ -126,7 +126,7 @@ def _dequantize(
 @torch.library.impl(_NEAREST, "CompositeExplicitAutograd")
 def _nearest(scaled: Tensor) -> Tensor:
     kernels = _kernels("cpu") if scaled.device.type == "cpu" else None
-    return (reference if kernels is None else kernels).nearest(scaled)
+    return (reference if kernels is None else kernels).nearest_code(scaled)
 
 
 @torch.library.register_fake(_NEAREST)

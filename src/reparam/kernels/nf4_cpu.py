@@ -223,8 +223,8 @@ def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first:
         out.view(-1)[count * block :] = short
 
 
-def nearest(scaled: Tensor) -> Tensor:
-    """As `nf4_reference.nearest`."""
+def nearest_code(scaled: Tensor) -> Tensor:
+    """As `nf4_reference.nearest_code`."""
     scaled = scaled.contiguous()
     codes = torch.empty(scaled.shape, dtype=torch.uint8)
     at = codes.data_ptr(), scaled.data_ptr(), _MIDDLES.data_ptr()

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from reparam.kernels.nf4_tables import CODE, DYNAMIC, NESTED_BLOCK, THRESHOLDS, TINY, Statistics
 
 
-def nearest(scaled: Tensor) -> Tensor:
+def nearest_code(scaled: Tensor) -> Tensor:
     """The entry of the dynamic map nearest to each number, as uint8; a tie goes to the lower."""
     table = DYNAMIC.to(scaled.device)
     return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
-def compress(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = nearest) -> Statistics:
+def compress_scales(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = nearest_code) -> Statistics:
     """Double quantization of float32 absmax [N] (§3 "Double Quantization")."""
     offset = absmax.double().mean().float()  # a sum in float32 would depend on the number of threads
     rest = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)

@@ -5,12 +5,8 @@
 It is a gain in front of any low-rank update: W' = diag(g) (W₀ + ΔW) with g = m / n and n = ‖W₀ + ΔW‖ of each row. So
 `DoRAUpdate` holds such an update, calls it, and scales what comes out. The bias is not scaled.
 
-The norm needs neither ΔW nor a dense W₀, which is only ever applied to the R rows of A:
-
-    n² = ‖W₀‖² + 2 rowsum((W₀ Aᵀ) ∘ B) + rowsum((B (A Aᵀ)) ∘ B)        ‖W₀‖² once, B with the scale in it
-
-That is R more tokens through the frozen map, once for each change of A, B or W₀: n is kept in between, in inference and
-within gradient accumulation. Where ΔW nearly cancels W₀ the terms tell nothing, and those rows are measured directly.
+The norm needs neither ΔW nor a dense W₀ (`dora_norm.py`). It is measured once for each change of A, B or W₀: n is kept
+in between, in inference and within gradient accumulation.
 
 §4.3 holds n constant in the backward pass (`gradient="detached"`, the default of the paper's code and of PEFT);
 "exact" differentiates it. `norm_axis="output"` is one magnitude for each row of W [O, I], as in the paper's code, PEFT
@@ -35,14 +31,13 @@ from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import wrong_words
 from reparam.core.registry import method
 from reparam.core.versions import Stamp, Steps, stamp
+from reparam.methods.dora_norm import of_columns, of_rows
 from reparam.methods.full import of_matrix
 from reparam.methods.lora import LoRA
 
 GRADIENTS = ("detached", "exact")
 AXES = ("output", "input")
 _INNER = "low_rank."  # the names of the update underneath begin with this
-_LEAST = 1e-3
-"""Below this share of the terms' sizes, their sum is measured directly; in 16 bits, below 16 roundings."""
 _INVERTIBLE = 2.0**-10
 """Gains from here to its inverse can be divided out again without loss, in float16 too."""
 
@@ -130,6 +125,7 @@ class DoRAUpdate(Update):
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x W'ᵀ + bias [..., O]."""
         quiet = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        # `_modules` and not the attribute, which nn.Module looks up slowly: this runs at every site for every token.
         if quiet and self.dim == 1 and self._modules.get("low_rank") is not None:
             return self._applied(x, weight, bias)
         gain, invertible = self._gain(weight)
@@ -141,8 +137,9 @@ class DoRAUpdate(Update):
         if torch.compiler.is_compiling():
             y = (y * gain).to(y.dtype)
         elif not torch.is_grad_enabled():
-            y = y.mul_(gain)
+            y = y.mul_(gain)  # nobody else has this y: the inner update has just made it
         else:
+            # With a bias the next layer keeps the sum, so that to keep the scaled y instead of y saves nothing.
             y = _Scaled.apply(y, gain, invertible and bias is None)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -152,6 +149,7 @@ class DoRAUpdate(Update):
         rows = x.reshape(-1, weight.in_features)  # [N, I]
         y = weight(rows)
         if y.dtype not in kept.ready:
+            # Out of inference mode, whose tensors could not be kept for training.
             with torch.inference_mode(False), torch.no_grad():
                 A, B, _ = self._low_rank_factors(weight)
                 kept.ready[y.dtype] = A.detach().to(y.dtype), (kept.gain[:, None] * B).t().to(y.dtype)
@@ -203,7 +201,7 @@ class DoRAUpdate(Update):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.forget()
+        self.forget()  # a move changes dtype or device, and what is kept does not move along
         return super()._apply(fn, recurse)
 
     def _low_rank_factors(self, weight: Weight) -> Factors:
@@ -214,7 +212,7 @@ class DoRAUpdate(Update):
 
     def _gain(self, weight: Weight) -> tuple[Tensor, bool]:
         """g [L], differentiable, and whether it can be divided out again."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # a graph cannot tell whether what is kept still holds: measured each time
             norm, dead = self._measured(weight, weight.squared_norms(self.dim), grad=self.exact)
             return torch.where(dead, 1, self.magnitude / norm), False
         kept = self._norms(weight)
@@ -228,7 +226,7 @@ class DoRAUpdate(Update):
         squares, now, kept = weight.squared_norms(self.dim), stamp(self), self._kept
         if kept is not None and kept.squares is squares and kept.stamp == now and kept.steps == Steps.count:
             return kept
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # as in `_applied`
             norm, dead = self._measured(weight, squares, grad=False)
             gain = torch.where(dead, 1, self.magnitude / norm)
             size = gain.abs()
@@ -236,7 +234,7 @@ class DoRAUpdate(Update):
             found = _Norms(
                 now or (), Steps.count, squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
             )
-        self._kept = None if now is None else found
+        self._kept = None if now is None else found  # without a stamp, a change could not be seen
         return found
 
     def _measured(self, weight: Weight, squares: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:
@@ -245,54 +243,12 @@ class DoRAUpdate(Update):
         if self.low_rank is not None:
             with (
                 torch.set_grad_enabled(grad and torch.is_grad_enabled()),
-                torch.autocast(weight.device.type, enabled=False),
+                torch.autocast(weight.device.type, enabled=False),  # in 16 bits the terms would not add up
             ):
                 A, B, _ = self._low_rank_factors(weight)
-                total = _rows(weight, A, B, squares) if self.dim == 1 else _columns(weight, A, B, squares)
-        dead = (squares == 0) | (total <= 0)
+                total = of_rows(weight, A, B, squares) if self.dim == 1 else of_columns(weight, A, B, squares)
+        dead = (squares == 0) | (total <= 0)  # W₀ has no direction there, or W₀ + ΔW has none left
         return torch.where(dead, 1, total).sqrt().to(self.magnitude.dtype), dead
-
-
-def _rows(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
-    """‖W + B A‖² of each row [O] in float64, from A [R, I], B [O, R] and ‖W‖² [O]."""
-    product = weight(weight.cast(A)).double()  # [R, O]
-    a, b = A.double(), B.double()
-    cross = 2 * (product.t() * b).sum(1)
-    own = (b @ (a @ a.t()) * b).sum(1)
-    total, ids = _sum(squares, cross, own, weight)
-    if ids is None or not len(ids):
-        return total
-    size = max(1, (1 << 18) // weight.in_features)
-    direct = [(weight.rows(some).double() + b[some] @ a).square().sum(1) for some in ids.split(size)]
-    return total.index_put((ids,), torch.cat(direct))
-
-
-def _columns(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
-    """‖W + B A‖² of each column [I] in float64, from A [R, I], B [O, R] and ‖W‖² [I]; W is read in blocks of rows."""
-    product = torch.zeros_like(A)  # Bᵀ W
-    for rows, block in weight.blocks():
-        product = product + B[rows].t() @ block.to(A.dtype)
-    a, b = A.double(), B.double()
-    cross = 2 * (product.double() * a).sum(0)
-    own = ((b.t() @ b) @ a * a).sum(0)
-    total, ids = _sum(squares, cross, own, weight)
-    if ids is None or not len(ids):
-        return total
-    direct = torch.zeros_like(total[ids])
-    for rows, block in weight.blocks():
-        direct = direct + (block[:, ids].double() + b[rows] @ a[:, ids]).square().sum(0)
-    return total.index_put((ids,), direct)
-
-
-def _sum(squares: Tensor, cross: Tensor, own: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """The three terms together, and the places where they cancel; a compiled graph cannot branch on that, and stops."""
-    total = squares + cross + own
-    least = max(_LEAST, 16 * torch.finfo(weight.dtype).eps)
-    near = total < least * (squares + cross.abs() + own)
-    if not torch.compiler.is_compiling():
-        return total, near.nonzero().flatten()
-    torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; this needs the model uncompiled")
-    return total, None
 
 
 class _Scaled(torch.autograd.Function):

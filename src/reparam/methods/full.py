@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.dtypes import wide
 from reparam.core.method import Method
 from reparam.core.registry import method
 
@@ -93,5 +94,4 @@ def _stored(weight: Weight) -> Tensor:
     """W [O, I] in float32 or more; it may be the stored tensor itself."""
     if weight.dense_or_none is None:
         return weight.dense()
-    w = weight.dense_or_none.detach()
-    return w.to(torch.promote_types(w.dtype, torch.float32))
+    return wide(weight.dense_or_none.detach())

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -155,21 +154,30 @@ class Intrinsic(Method):
     def _factors(self, site: Site) -> bool:
         return self.space == "factor" and site.kind != "vector"
 
-    def shared(self, sites: list[Site]) -> Space:
-        """θ, and λ of each group. Refuses a d that λ uses up; warns where d is above the number of weights."""
-        tensors = {name: size for site in sites for name, size in self.sizes(site).items()}
-        groups = list(dict.fromkeys(map(self.group, tensors))) if self.mode == "said" else []
+    def _groups(self, sites: list[Site]) -> list[str]:
+        """What has a λ of its own at these sites."""
+        tensors = (name for site in sites for name in self.sizes(site))
+        return list(dict.fromkeys(map(self.group, tensors))) if self.mode == "said" else []
+
+    def check(self, sites: list[Site]) -> None:
+        """Refuse a d that λ uses up."""
+        groups = self._groups(sites)
         if self.d <= len(groups):
             raise ValueError(
                 f"intrinsic: mode='said' spends a number on each of {len(groups)} groups, and d={self.d} leaves none "
                 f"for the rest; raise d, or choose wider said_groups"
             )
-        total = sum(tensors.values())
-        if self.d > total:
-            warnings.warn(
-                f"intrinsic: d={self.d} is more than the {total} numbers that it moves, and reaches nothing more",
-                stacklevel=4,
-            )
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        """Where d is above the number of weights."""
+        total = sum(map(self.moved, sites))
+        if self.d <= total:
+            return []
+        return [f"intrinsic: d={self.d} is more than the {total} numbers that it moves, and reaches nothing more"]
+
+    def shared(self, sites: list[Site]) -> Space:
+        """θ, and λ of each group."""
+        groups = self._groups(sites)
         return Space(self.d - len(groups), groups)
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:

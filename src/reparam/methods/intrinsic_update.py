@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Update, Weight
+from reparam.core.dtypes import compute_dtype
 from reparam.methods.full import of_matrix
-from reparam.methods.lora import compute_dtype
 from reparam.methods.projections import Projection
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import whole, wrong_words
+from reparam.core.dtypes import compute_dtype
 from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.methods import patterns
@@ -120,17 +120,20 @@ class LoRA(Method):
             alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != self.alpha}),
         )
 
-    def shared(self, sites: list[Site]) -> None:
-        """Refuse patterns that match no site; warn where the rank is no longer low."""
+    def check(self, sites: list[Site]) -> None:
+        """Refuse patterns that match no site."""
         for field in ("rank_pattern", "alpha_pattern"):
             patterns.check_used(field, getattr(self, field), [site.name for site in sites], method="LoRA")
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        """Where the rank is no longer low."""
         high = [s for s in sites if self.at(s.name)[0] > min(s.out_features, s.in_features)]
-        if high:
-            warnings.warn(
-                f"LoRA: the rank exceeds the smaller side of {len(high)} sites (first: {high[0].name}, "
-                f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there",
-                stacklevel=4,
-            )
+        if not high:
+            return []
+        return [
+            f"LoRA: the rank exceeds the smaller side of {len(high)} sites (first: {high[0].name}, "
+            f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
+        ]
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:
         """A fresh update, drawn from the seed and the site's name."""
@@ -231,9 +234,3 @@ class _Down(torch.autograd.Function):
         else:
             g_x = g_x.addmm_(g_h, A)  # before g_A: g_x has just been written and is in the cache
         return g_x, g_h_t @ x if ctx.needs_input_grad[1] else None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that masters are cast to for an input x: autocast's, or x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

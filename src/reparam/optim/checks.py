@@ -14,7 +14,7 @@ from reparam.optim.adamw import FIELDS
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kind_of(tensor: Tensor) -> str:
+def dtype_and_shape(tensor: Tensor) -> str:
     """Dtype and shape, for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
@@ -47,7 +47,7 @@ def check_group(group: dict[str, Any]) -> None:
     problems += [f"{name} is not supported: leave it out" for name in ("amsgrad", "maximize") if group.get(name)]
     for parameter in group["params"]:
         if parameter.dtype not in _DTYPES or not parameter.is_contiguous():
-            kind = kind_of(parameter) + ("" if parameter.is_contiguous() else ", not contiguous")
+            kind = dtype_and_shape(parameter) + ("" if parameter.is_contiguous() else ", not contiguous")
             problems.append(
                 f"a parameter is {kind}: float32, bfloat16 or float16, contiguous; or use torch.optim.AdamW"
             )

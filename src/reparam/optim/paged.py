@@ -21,7 +21,7 @@ from torch import Tensor
 from reparam.core.shrink import Cuts
 from reparam.optim.adamw import FIELDS, States, adamw_, make_states, narrowed
 from reparam.optim.blockwise import BLOCK
-from reparam.optim.checks import check_group, check_pages, kind_of
+from reparam.optim.checks import check_group, check_pages, dtype_and_shape
 from reparam.optim.flat import Flat, Piece
 from reparam.optim.pager import Pager, Paging
 
@@ -269,8 +269,8 @@ class PagedAdamW(torch.optim.Optimizer):
         for name, tensor in own.items():
             if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"parameter {number}: the saved {name} is {kind_of(state[name])}, and this optimizer's is "
-                    f"{kind_of(tensor)}: it was saved with another model"
+                    f"parameter {number}: the saved {name} is {dtype_and_shape(state[name])}, and this optimizer's is "
+                    f"{dtype_and_shape(tensor)}: it was saved with another model"
                 )
 
 

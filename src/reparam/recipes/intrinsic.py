@@ -29,7 +29,7 @@ from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError, Stopped
 from reparam.io.staged import digest, write_file
-from reparam.recipes.subspace import Curve, Point, lora_rank, search
+from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
 from reparam.sites.fingerprint import fingerprint
@@ -44,7 +44,7 @@ NEVER = 10**9  # steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What is tried. Raises ValueError for what cannot be."""
 
     sizes: tuple[int, ...]
@@ -74,7 +74,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What was found; no curve where a signal ended it."""
 
     curve: Curve | None
@@ -84,7 +84,7 @@ class Outcome:
     signal: int | None = None
 
 
-def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
+def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> SearchOutcome:
     """Find d90, write the curve, and print it. `config.method` has the `subspace` whose d is varied.
 
     Raises ValueError for what the user can mend, among it a reference of which a share means nothing, before any
@@ -108,7 +108,7 @@ def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
     folder = Path(config.run.output)
     try:
         base, full = runs.reference(plan)
-        curve = search(
+        curve = search_dimension(
             lambda d: runs.point(subspace, d, plan),
             base=max(base, plan.chance) if metric == "exact" else base,
             full=full,
@@ -117,7 +117,7 @@ def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
             tolerance=plan.tolerance,
         )
     except Stopped as stopped:
-        return Outcome(None, metric, signal=stopped.number)
+        return SearchOutcome(None, metric, signal=stopped.number)
     rank = None if curve.d90 is None else lora_rank(curve.d90, sides) if sides else None
     figures = {
         **{"base model": config.base.path, "metric": metric, "base": curve.base, "full": curve.full},
@@ -132,7 +132,7 @@ def intrinsic_to(config: Config, plan: Plan, *, console: Console) -> Outcome:
     for line in conclusions(curve, sides=sides, rank=rank):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"curve: {folder / 'intrinsic.json'} and intrinsic.png", highlight=False, soft_wrap=True)
-    return Outcome(curve, metric, rank)
+    return SearchOutcome(curve, metric, rank)
 
 
 class Runs:
@@ -148,7 +148,7 @@ class Runs:
     def __init__(self, config: Config, metric: str, stamp: str, console: Console) -> None:
         self.config, self.metric, self.stamp, self.console = config, metric, stamp, console
 
-    def reference(self, plan: Plan) -> tuple[float, float]:
+    def reference(self, plan: SearchPlan) -> tuple[float, float]:
         """The metric of the base, and the best of full fine-tuning. Raises RuntimeError where all runs failed."""
         found = [self.run("full", METHODS["full"](), rate, 0) for rate in plan.full_rates]
         good = [result for result in found if result["failed"] is None]
@@ -156,7 +156,7 @@ class Runs:
             raise RuntimeError(f"full fine-tuning failed at every rate: {found[-1]['failed']}; try lower --full-rates")
         return float(good[0]["base"]), max(float(result["value"]) for result in good)
 
-    def point(self, subspace: Subspace, d: int, plan: Plan) -> Point:
+    def point(self, subspace: Subspace, d: int, plan: SearchPlan) -> Point:
         """What d dimensions reach."""
 
         def value(rate: float, number: int) -> float | None:

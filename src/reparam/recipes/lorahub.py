@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.adapter.attach import remove
-from reparam.combine.blend import Blend, blend, read
+from reparam.combine.blend import Blend, blend, read_operand
 from reparam.combine.candidates import Gates, candidates
-from reparam.combine.search import Found, check, search
+from reparam.combine.search import BestPoint, check_search, search
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
@@ -58,7 +58,7 @@ class Line:
 class Hub:
     """What the search found, and what it has to beat."""
 
-    found: Found
+    found: BestPoint
     lines: tuple[Line, ...]
     blend: Blend
     forwards: int
@@ -151,8 +151,8 @@ def search_to(
     for unusable rows, settings or adapters.
     """
     folders = folders_of(adapters, output)
-    check(len(folders), bound=bound, budget=budget, optimizer=optimizer)
-    operands = [read(folder) for folder in folders]
+    check_search(len(folders), bound=bound, budget=budget, optimizer=optimizer)
+    operands = [read_operand(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)
     assert first is not None
     remove(model, first.name)
@@ -181,7 +181,7 @@ def search_to(
 
 
 def _compared(
-    found: Found,
+    found: BestPoint,
     folders: Sequence[Path],
     losses: Losses,
     held_out: Encoded | None,

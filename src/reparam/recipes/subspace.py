@@ -103,7 +103,7 @@ def check_reference(base: float, full: float, share: float) -> None:
         )
 
 
-def search(
+def search_dimension(
     evaluate: Callable[[int], Point],
     *,
     base: float,
@@ -116,7 +116,7 @@ def search(
 
     Raises ValueError as `check_reference` does, and for a tolerance that is not above 1.
 
-    >>> curve = search(lambda d: Point(d, 0.1, (min(d / 100, 1.0),)), base=0.0, full=1.0, sizes=(10, 1000))
+    >>> curve = search_dimension(lambda d: Point(d, 0.1, (min(d / 100, 1.0),)), base=0.0, full=1.0, sizes=(10, 1000))
     >>> curve.d90, curve.below
     (100, 87)
     """

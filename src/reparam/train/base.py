@@ -54,7 +54,7 @@ KEYS = tuple(field.name for field in dataclasses.fields(BaseConfig) if field.nam
 """The keys of [base], whatever the storage."""
 
 
-def split(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_keys(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys of [base] whatever the storage, and the settings of the chosen one; `problems` gets what is neither.
 
     A setting of another storage at its default is left out, because it asks for nothing.

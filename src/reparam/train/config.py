@@ -24,7 +24,7 @@ from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.errors import ConfigError
-from reparam.train.base import KEYS, split
+from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
 
 # Names that users have for LoRA+, which is a rule of optimization and no method.
@@ -262,7 +262,7 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
     """The section [base] with the settings of its storage, or None after adding to `problems`."""
     before = len(problems)
-    common, settings = split(table, problems)
+    common, settings = split_keys(table, problems)
     chosen = None
     if len(problems) == before:
         chosen = build(find_storage(str(common.get("storage", "dense"))), settings, "base", problems)

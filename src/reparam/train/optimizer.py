@@ -47,7 +47,7 @@ class Rates:
     """How many numbers it trains."""
 
 
-def check(optim: OptimConfig) -> None:
+def check_optimizer(optim: OptimConfig) -> None:
     """Raise ConfigError for a name that nobody knows, and for settings that our optimizers would refuse."""
     kinds = (("name", optim.name, OptimizerNames), ("schedule", optim.schedule, SchedulerType))
     for key, value, known in kinds:
@@ -96,7 +96,7 @@ def groups(
         raise ConfigError(f"optim.lora_plus: {error}") from None
 
 
-def install(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
+def install_optimizer(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
     """Let the Trainer make our optimizer if its name is one of ours, over LoRA+'s groups if that is on.
 
     Otherwise over those that it makes, which are two: weight decay is not for biases and norms; LoRA+ divides these

@@ -85,7 +85,7 @@ def prepare(config: Config) -> Job:
         raise ConfigError(
             f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the file"
         )
-    optimizer.check(config.optim)
+    optimizer.check_optimizer(config.optim)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
@@ -194,7 +194,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         extra_loss=job.adapter.penalty,
         callbacks=[_Bind(job.adapter), show.callback(steps)],
     )
-    rates = optimizer.install(trainer, optim, job.adapter)
+    rates = optimizer.install_optimizer(trainer, optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     return trainer, rates
 

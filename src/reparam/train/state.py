@@ -45,7 +45,7 @@ class Stateful(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class TrainingState:
     """What `save_state` saved."""
 
     optimizer: dict[str, Any]
@@ -88,7 +88,7 @@ def save_state(
         write_tree(Path(folder), name, tree)
 
 
-def load_state(folder: str | os.PathLike[str]) -> State:
+def load_state(folder: str | os.PathLike[str]) -> TrainingState:
     """Read what `save_state` wrote, tensors on the CPU.
 
     Raises:
@@ -104,7 +104,7 @@ def load_state(folder: str | os.PathLike[str]) -> State:
         )
     trees = {name: read_tree(path, name) for name in _PARTS}
     rest = trees["progress"]
-    return State(trees["optimizer"], trees["scheduler"], trees["rng"], rest["progress"], rest["scaler"])
+    return TrainingState(trees["optimizer"], trees["scheduler"], trees["rng"], rest["progress"], rest["scaler"])
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from reparam.io.staged import staged_folder
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
 from reparam.train.order import ByEpoch, row_order, unsupported
-from reparam.train.state import State, load_state, random_state, restore_optimizer, save_state, set_random_state
+from reparam.train.state import TrainingState, load_state, random_state, restore_optimizer, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Trainer(transformers.Trainer):
         self._finite = Finite(self.run_folder, row_names)
         self._interrupts = Interrupts()
         self._stopping = False
-        self._loaded: State | None = None
+        self._loaded: TrainingState | None = None
         self._saved_step = 0
         self.add_callback(_Hooks(self))
 

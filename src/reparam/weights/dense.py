@@ -22,6 +22,11 @@ class Dense(Storage):
         return DenseWeight(w)
 
 
+def zero_weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> DenseWeight:
+    """A matrix of zeros, for what is computed without the base. It takes no memory: all entries are one number."""
+    return DenseWeight(torch.zeros(1, 1, dtype=dtype).expand(out_features, in_features))
+
+
 class DenseWeight(Weight):
     """W as one frozen parameter [O, I]."""
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from reparam.core.base import Storage
 from reparam.core.registry import storage
 from reparam.kernels.frozen import frozen_linear
-from reparam.kernels.nf4 import compress, dequantize, few_rows, quantize
+from reparam.kernels.nf4 import compress_scales, dequantize, few_rows, quantize
 from reparam.kernels.nf4_reference import expand, magnitudes
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, THRESHOLDS, TINY, Statistics
 from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, floats, frozen
@@ -51,7 +51,7 @@ class NF4(Storage):
         """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is quantized already."""
         check_quantizable(w, self.name)
         codes, absmax = quantize(w, self.block)
-        stats = compress(absmax) if self.double else Statistics(absmax)
+        stats = compress_scales(absmax) if self.double else Statistics(absmax)
         return NF4Weight(codes, stats, self.block, (w.shape[0], w.shape[1]), w.dtype)
 
 

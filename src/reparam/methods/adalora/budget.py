@@ -33,7 +33,7 @@ from reparam.methods.adalora.update import SVDUpdate
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Schedule:
     """When the budget falls; steps count from 0."""
 
     total: int
@@ -50,7 +50,7 @@ class Plan:
     def budget(self, step: int, first: int, last: int) -> int:
         """How many components have a place after this step, of `first` in the beginning and `last` in the end.
 
-        >>> [Plan(40, 5, 10, 5).budget(t, 12, 8) for t in (5, 6, 8, 11, 15, 39)]
+        >>> [Schedule(40, 5, 10, 5).budget(t, 12, 8) for t in (5, 6, 8, 11, 15, 39)]
         [12, 11, 10, 9, 8, 8]
         """
         if step <= self.tinit and step < self.final:
@@ -82,7 +82,7 @@ class Rules:
     orth_weight: float
     orth_form: str
 
-    def plan(self, total_steps: int) -> Plan:
+    def plan(self, total_steps: int) -> Schedule:
         """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
         tinit = total_steps // 6 if self.tinit is None else self.tinit
         tfinal = total_steps // 2 if self.tfinal is None else self.tfinal
@@ -97,7 +97,7 @@ class Rules:
                 f"AdaLoRA: milestones={self.milestones!r}: the budget falls after step {tinit} and before "
                 f"{total_steps - tfinal}, and {late[0]} is not in between"
             )
-        return Plan(total_steps, tinit, tfinal, self.delta_t, self.milestones)
+        return Schedule(total_steps, tinit, tfinal, self.delta_t, self.milestones)
 
 
 class Budget:
@@ -106,7 +106,7 @@ class Budget:
     def __init__(self, rules: Rules, updates: Mapping[str, SVDUpdate]) -> None:
         self.rules = rules
         self.updates = dict(updates)
-        self.plan_: Plan | None = None if rules.total_steps is None else rules.plan(rules.total_steps)
+        self.plan_: Schedule | None = None if rules.total_steps is None else rules.plan(rules.total_steps)
         self.step = 0
         self.first = sum(len(update.E) for update in self.updates.values())
         self.last = min(round(rules.target_r * len(self.updates)), self.first)

@@ -27,7 +27,7 @@ from reparam.core.checks import finite, whole, wrong_words
 from reparam.core.method import Method
 from reparam.core.registry import method
 from reparam.methods import patterns
-from reparam.methods.adalora.budget import Budget, Plan, Rules
+from reparam.methods.adalora.budget import Budget, Rules, Schedule
 from reparam.methods.adalora.update import SVDUpdate, components
 from reparam.methods.dora import DoRA
 from reparam.methods.lora import seeded
@@ -139,7 +139,7 @@ class AdaLoRA(Method):
         """The settings that the budget goes by."""
         return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
 
-    def plan(self, total_steps: int) -> Plan:
+    def plan(self, total_steps: int) -> Schedule:
         """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
         return self.rules.plan(total_steps)
 
@@ -152,7 +152,7 @@ class AdaLoRA(Method):
         """DoRA's default, where magnitudes train."""
         return "output" if self.magnitude else None
 
-    def shared(self, sites: list[Site]) -> None:
+    def check(self, sites: list[Site]) -> None:
         """Refuse patterns that match no site."""
         patterns.check_used("rank_pattern", self.rank_pattern, [site.name for site in sites], method="AdaLoRA")
 

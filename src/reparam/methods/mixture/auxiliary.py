@@ -14,8 +14,8 @@ from torch import Tensor
 
 from reparam.methods.mixture import experts, losses
 from reparam.methods.mixture.common import Common
-from reparam.methods.mixture.select import Choice
-from reparam.methods.mixture.settings import Settings
+from reparam.methods.mixture.select import Gating
+from reparam.methods.mixture.settings import MixtureSettings
 
 
 class RoutedSite(Protocol):
@@ -23,7 +23,7 @@ class RoutedSite(Protocol):
 
     A: Tensor  # [R, I]
     B: Tensor  # [O, R]
-    method: Settings
+    method: MixtureSettings
     ranks: tuple[int, ...]
     site: str
     leads: bool
@@ -34,7 +34,7 @@ class RoutedSite(Protocol):
         """What the sites of the mixture share."""
 
 
-def attached(y: Tensor, x: Tensor, choice: Choice, site: RoutedSite) -> Tensor:
+def with_losses(y: Tensor, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor:
     """y [..., O], the site's output for x [..., I], with its losses attached."""
     method, now = site.method, site.common.now
     if not (method.losses and site.training and torch.is_grad_enabled()):
@@ -48,7 +48,7 @@ def attached(y: Tensor, x: Tensor, choice: Choice, site: RoutedSite) -> Tensor:
     return y
 
 
-def _loss(name: str, x: Tensor, choice: Choice, site: RoutedSite) -> Tensor | None:
+def _loss(name: str, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor | None:
     """One auxiliary loss; None where another site of the scope has it."""
     method, now, lead = site.method, site.common.now, x.shape[:-1]
     if name == "contrastive":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reparam.core.checks import nearest
 from reparam.methods.mixture.routers import Router
-from reparam.methods.mixture.select import Choice
+from reparam.methods.mixture.select import Gating
 from reparam.methods.mixture.two_pass import FirstPass
 
 Tasks = int | str | Sequence[int | str] | Tensor
@@ -54,11 +54,11 @@ class Forward:
     """Factor of auxiliary losses: the part that this forward's loss has in the optimizer's step."""
     hidden: Tensor | None = None
     """[B, L, H], the base's last hidden states."""
-    kept: dict[str, Choice] | None = None
+    kept: dict[str, Gating] | None = None
     """Gates of whole sequences, kept with the cache that the model was called with."""
     continues: bool = False
     """Whether the cache holds tokens from before."""
-    gates: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    gates: dict[str, Gating] = dataclasses.field(default_factory=dict)
     losses: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[tuple[str, bool], int] = dataclasses.field(default_factory=dict)
     """How often each site was computed, in a backward pass and outside of one."""
@@ -72,7 +72,7 @@ class Forward:
         """Raise RuntimeError where backward passes compute a site more often than this forward: for another one."""
         if torch.compiler.is_compiling():
             return
-        backward = torch._C._current_graph_task_id() != -1
+        backward = torch._C._current_graph_task_id() != -1  # no public function of torch tells
         self.calls[site, backward] = self.calls.get((site, backward), 0) + 1
         if backward and self.calls[site, True] > self.calls.get((site, False), 0):
             raise RuntimeError(
@@ -85,6 +85,7 @@ class Forward:
         if gates.ndim == 1 or gates.shape[:-1] == lead:
             return gates
         rows = len(gates)
+        # Gates of rows, beside tokens in a dimension of their own, or in one with the rows, as in blocks of experts.
         if gates.ndim == 2 and lead and lead[0] == rows:
             return gates.view(rows, *[1] * (len(lead) - 1), -1)
         if gates.ndim == 2 and len(lead) == 1 and self.tokens is not None and lead[0] == rows * self.tokens:
@@ -113,6 +114,7 @@ class Forward:
         mask = self.mask
         if mask is None:
             return None
+        # With a cache the mask covers the tokens before as well, and the activation has the new ones alone.
         if len(lead) == 2 and mask.shape[0] == lead[0] and self.continues:
             mask = mask[:, -lead[1] :]
         if mask.shape != lead and mask.numel() != lead.numel():
@@ -138,9 +140,9 @@ class Forward:
         if self.labels is not None and self.labels.shape == lead:
             # A label at i is predicted from the tokens before i: those before the first are the prompt.
             answered = self.labels.ne(-100)
-            answered[:, 0] = False
+            answered[:, 0] = False  # the first token is predicted from nothing, whatever its label is
             return valid & (answered.cumsum(1) == 0)
-        if self.kept is not None:
+        if self.kept is not None:  # generation: the first forward with a cache holds the prompt
             return valid
         raise ValueError(
             "router 'sequence' looks at the prompt alone, and nothing says what the prompt is: train with labels, "
@@ -172,7 +174,8 @@ class Common(nn.Module):
         self.first_pass = FirstPass()
         self.silent = False  # while the first pass runs, sites are the base
         self.contrasts = True  # whether the contrastive loss is on
-        self.kept: weakref.WeakKeyDictionary[Any, dict[str, Choice]] = weakref.WeakKeyDictionary()
+        # Weak: gates of a sequence live as long as its cache does.
+        self.kept: weakref.WeakKeyDictionary[Any, dict[str, Gating]] = weakref.WeakKeyDictionary()
 
     def numbers(self, tasks: Tasks | None) -> Tensor | None:
         """Tasks by name or number as numbers, [] or [B]; None for None.
@@ -180,7 +183,7 @@ class Common(nn.Module):
         Raises ValueError for a name that is unknown, a number out of range, or what is neither.
         """
         if tasks is None or (isinstance(tasks, Tensor) and torch.compiler.is_compiling()):
-            return tasks
+            return tasks  # a graph cannot branch on values, so that they are not checked there
         if not isinstance(tasks, Tensor):
             if isinstance(tasks, int | str):
                 return torch.tensor(self._number(tasks))
@@ -221,7 +224,7 @@ class Common(nn.Module):
             return None
         given = self.given
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
-        batch = next((x for x in named if isinstance(x, Tensor)), None)
+        batch = next((x for x in named if isinstance(x, Tensor)), None)  # the inputs by name, else any: all have rows
         rows = None if batch is None or batch.ndim == 0 else batch.shape[0]
         tasks = self.numbers(kwargs.get(COLUMN)) if kwargs.get(COLUMN) is not None else given.tasks
         if tasks is not None and tasks.ndim and rows is not None and len(tasks) != rows:
@@ -234,7 +237,7 @@ class Common(nn.Module):
         config = getattr(model, "config", None)
         two_sided = bool(getattr(config, "is_encoder_decoder", False))
         mask = given.mask if given.mask is not None else kwargs.get("attention_mask")
-        labels = None if two_sided else kwargs.get("labels")
+        labels = None if two_sided else kwargs.get("labels")  # of the decoder, and say nothing of the encoder's prompt
         self.now = Forward(
             rows=rows,
             tokens=batch.shape[1] if batch is not None and batch.ndim > 1 else None,
@@ -249,6 +252,8 @@ class Common(nn.Module):
         cache: Any = kwargs.get("past_key_values")
         if hasattr(cache, "get_seq_length"):
             self.now.continues = cache.get_seq_length() > 0
+            # None for a cache that was filled without this adapter: its gates are not known, and a site that needs them
+            # raises.
             self.now.kept = self.kept.get(cache) if self.now.continues else self.kept.setdefault(cache, {})
         if any(router.reads == "hidden" for router in self.routers.values()):
             self.silent = True
@@ -298,4 +303,4 @@ def _share(labels: Any, items: Any, accumulation: int) -> Tensor | float:
     """The part of an optimizer's step that this forward is: by its tokens with loss where transformers counts them."""
     if items is None or not isinstance(labels, Tensor):
         return 1 / accumulation
-    return labels[..., 1:].ne(-100).sum() / items
+    return labels[..., 1:].ne(-100).sum() / items  # the first token has no loss

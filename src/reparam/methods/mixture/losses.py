@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reparam.core.dtypes import wide
+
 LEAST = 1e-4
 """Share of its input's size below which an expert's output has no direction to compare."""
 
@@ -80,7 +82,7 @@ def contrastive(outputs: Tensor, expert: Tensor, size: Tensor, *, temperature: f
     outputs [S, O] before gate and scale; expert [S], its number; size [S], the norm of the expert's input. Pairs whose
     output is below `LEAST` of that are left out: their direction is noise, and its gradient grows as 1 / norm.
     """
-    u = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    u = wide(outputs)
     there = u.detach().norm(dim=-1) > LEAST * size
     z = F.normalize(torch.where(there[:, None], u, torch.ones_like(u)), dim=-1)
     near = z @ z.t() / temperature

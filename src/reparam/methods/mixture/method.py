@@ -10,7 +10,6 @@ computes the gates and the others use them.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,14 +21,14 @@ from reparam.core.registry import method
 from reparam.methods.lora import seeded
 from reparam.methods.mixture import routers
 from reparam.methods.mixture.common import Common
-from reparam.methods.mixture.settings import Settings
+from reparam.methods.mixture.settings import MixtureSettings
 from reparam.methods.mixture.update import MixtureUpdate
 from reparam.methods.mixture.warmup import Warmup
 
 
 @method("mixture")
 @dataclasses.dataclass(frozen=True)
-class Mixture(Settings):
+class Mixture(MixtureSettings):
     """Configuration of a mixture.
 
     Raises ValueError for values out of range and for what cannot go together; for the sites, once they are known.
@@ -46,8 +45,8 @@ class Mixture(Settings):
         {"n": 3, "r": 2, "select": "top_k", "k": 2, "gate": "renorm", "losses": {"router_z": 1e-3}},
     )
 
-    def shared(self, sites: list[Site]) -> Common:
-        """Refuse what does not fit the sites; routers of a scope wider than a module."""
+    def check(self, sites: list[Site]) -> None:
+        """Refuse finished adapters that were not read or do not fit together, and sites that are all plain."""
         if self.frozen and not self.ranks:
             raise ValueError(
                 f"{self.name}: it mixes finished adapters and trains their weights alone; name their folders in "
@@ -56,15 +55,22 @@ class Mixture(Settings):
         uneven = [name for name, ranks in self.ranks.items() if len(set(ranks)) > 1]
         if self.combine == "factor" and uneven:
             raise ValueError(f"{self.name}: combine='factor' needs experts of one rank, unlike those at {uneven[0]}")
-        if self.select == "top_k" and self.gate == "one":
-            only = ", but for losses" if self.losses else " at all: it stays as it was drawn"
-            warnings.warn(f"{self.name}: gate='one' gives the router no gradient{only}; use prob or ste", stacklevel=4)
+        if all(map(self.is_plain, sites)):
+            raise ValueError(f"{self.name}: all {len(sites)} sites are plain by {self.plain!r}, and none is a mixture")
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        """Whether nothing teaches the router."""
+        if self.select != "top_k" or self.gate != "one":
+            return []
+        only = ", but for losses" if self.losses else " at all: it stays as it was drawn"
+        return [f"{self.name}: gate='one' gives the router no gradient{only}; use prob or ste"]
+
+    def shared(self, sites: list[Site]) -> Common:
+        """Routers of a scope wider than a module, and what is known of the current forward."""
         leaders: dict[str, Site] = {}
         for site in sites:
             if not self.is_plain(site):
                 leaders.setdefault(self.place(site), site)
-        if not leaders:
-            raise ValueError(f"{self.name}: all {len(sites)} sites are plain by {self.plain!r}, and none is a mixture")
         wide = {} if self.scope == "module" else {scope: self._router(site, scope) for scope, site in leaders.items()}
         return Common(self.tasks, wide, {scope: site.name for scope, site in leaders.items()}, self.n)
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reparam.core.dtypes import wide
+
 Reads = Literal["nothing", "tasks", "token", "sequence", "hidden"]
 
 
@@ -109,7 +111,7 @@ class Sequence(Router):
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
         """z [B, L, I] and which of its positions count, mask [B, L] bool -> [B, N]."""
-        kept = _wide(z).masked_fill(~mask.unsqueeze(-1), 0)
+        kept = wide(z).masked_fill(~mask.unsqueeze(-1), 0)
         mean = kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return _exact(F.normalize(mean, dim=-1, eps=1e-6), self.weight)
 
@@ -119,12 +121,8 @@ def _exact(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     device = z.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return F.linear(_wide(z), _wide(weight), None if bias is None else _wide(bias))
-    return F.linear(_wide(z), _wide(weight), None if bias is None else _wide(bias))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
+            return F.linear(wide(z), wide(weight), None if bias is None else wide(bias))
+    return F.linear(wide(z), wide(weight), None if bias is None else wide(bias))
 
 
 def _drawn(shape: tuple[int, ...], std: float | None, bound: float, generator: torch.Generator) -> Tensor:

@@ -21,12 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reparam.core.dtypes import wide
+
 SELECTS = ("softmax", "sigmoid", "top_k")
 GATES = ("prob", "renorm", "ste", "one")
 _EPS = 1e-12  # as in PEFT's Poly
 
 
-class Choice(NamedTuple):
+class Gating(NamedTuple):
     """What a router decided, [..., N]."""
 
     logits: Tensor
@@ -37,9 +39,9 @@ class Choice(NamedTuple):
     chosen: Tensor | None
     """Where an expert is used, bool; None where all are."""
 
-    def detached(self) -> Choice:
+    def detached(self) -> Gating:
         """The same, out of the graph."""
-        return Choice(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
+        return Gating(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
 
     @property
     def counted(self) -> Tensor:
@@ -56,21 +58,21 @@ def choose(
     gate: str = "prob",
     allowed: Tensor | None = None,
     sample: bool = False,
-) -> Choice:
+) -> Gating:
     """Probabilities and weights from logits [..., N].
 
     `allowed` [N] bool leaves experts out, and the others share their part in proportion. `sample` is for "sigmoid".
     """
     if select == "sigmoid":
         p = sigmoid_normalized(logits, temperature=temperature, allowed=allowed, sample=sample)
-        return Choice(logits, p, p, None)
+        return Gating(logits, p, p, None)
     p = softmax(logits, temperature=temperature, allowed=allowed)
     if select == "softmax":
-        return Choice(logits, p, p, None)
+        return Gating(logits, p, p, None)
     used = most_probable(p, k)
     if allowed is not None:
         used = used & allowed
-    return Choice(logits, p, gated(p, used, gate), used)
+    return Gating(logits, p, gated(p, used, gate), used)
 
 
 def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
@@ -79,7 +81,7 @@ def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None 
     >>> softmax(torch.zeros(4), allowed=torch.tensor([True, False, True, False])).tolist()
     [0.5, 0.0, 0.5, 0.0]
     """
-    z = _wide(logits)
+    z = wide(logits)
     z = z if temperature == 1 else z / temperature
     return torch.softmax(z if allowed is None else z.masked_fill(~allowed, -torch.inf), -1)
 
@@ -88,7 +90,7 @@ def sigmoid_normalized(
     logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None, sample: bool = False
 ) -> Tensor:
     """σ(z) / Σ σ(z); with `sample`, σ((z + log u − log(1 − u)) / τ) for σ(z), with u uniform in (0, 1)."""
-    z = _wide(logits)
+    z = wide(logits)
     if sample:
         u = torch.rand_like(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)
         z = (z + torch.log(u) - torch.log1p(-u)) / temperature
@@ -112,7 +114,3 @@ def gated(p: Tensor, used: Tensor, gate: str) -> Tensor:
     if gate == "renorm":
         return kept / kept.sum(-1, keepdim=True)
     return kept if gate == "prob" else chosen + kept - kept.detach()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype is torch.float32 else logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -32,7 +32,7 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Method):
+class MixtureSettings(Method):
     """What a mixture is made of. Raises ValueError for values out of range and for what cannot go together."""
 
     takes_context: ClassVar[bool] = True

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Site, Update, Weight
+from reparam.core.dtypes import compute_dtype
 from reparam.errors import InputDependentError
-from reparam.methods.lora import compute_dtype
 from reparam.methods.mixture import experts
-from reparam.methods.mixture.auxiliary import attached
+from reparam.methods.mixture.auxiliary import with_losses
 from reparam.methods.mixture.common import Common, Forward, key
 from reparam.methods.mixture.routers import Reads, Router
-from reparam.methods.mixture.select import Choice, choose
-from reparam.methods.mixture.settings import Settings
+from reparam.methods.mixture.select import Gating, choose
+from reparam.methods.mixture.settings import MixtureSettings
 
 
 class MixtureUpdate(Update):
@@ -52,7 +52,7 @@ class MixtureUpdate(Update):
     def __init__(
         self,
         site: Site,
-        method: Settings,
+        method: MixtureSettings,
         common: Common,
         *,
         tensors: Mapping[str, Tensor],
@@ -104,7 +104,7 @@ class MixtureUpdate(Update):
             g = now.spread(choice.weights, x.shape[:-1])
             y = torch.addcmul(y, y, g.to(y.dtype) @ (self.vectors - 1).to(y.dtype))
             y = y if bias is None else y + bias.to(y.dtype)
-            return attached(y, x, choice, self) if method.losses else y
+            return with_losses(y, x, choice, self) if method.losses else y
         choice = self.choice(x)
         rows = x.reshape(-1, x.shape[-1])  # [T, I]
         lead = x.shape[:-1]
@@ -114,9 +114,9 @@ class MixtureUpdate(Update):
         elif g.ndim != 2 or len(lead) != 1:
             g = (g if g.shape[:-1] == lead else g.expand(*lead, -1)).reshape(-1, method.n)
         y = self._low_rank(rows, g, choice, weight, bias).view(*lead, weight.out_features)
-        return attached(y, x, choice, self) if method.losses else y
+        return with_losses(y, x, choice, self) if method.losses else y
 
-    def _low_rank(self, rows: Tensor, g: Tensor, choice: Choice, weight: Weight, bias: Tensor | None) -> Tensor:
+    def _low_rank(self, rows: Tensor, g: Tensor, choice: Gating, weight: Weight, bias: Tensor | None) -> Tensor:
         """rows [T, I], weights [T, N] or [1, N] -> [T, O]."""
         method = self.method
         dtype = compute_dtype(rows)
@@ -136,7 +136,7 @@ class MixtureUpdate(Update):
             h = experts.delta(dropped, A, g, self.slots)
         return y.addmm_(h, B.t(), alpha=self.scale)
 
-    def _sparse(self, choice: Choice, tokens: int) -> bool:
+    def _sparse(self, choice: Gating, tokens: int) -> bool:
         """Whether each expert runs over its own tokens alone: where that is fewer operations by far."""
         method = self.method
         assert choice.chosen is not None
@@ -149,7 +149,7 @@ class MixtureUpdate(Update):
 
     # ---- gates
 
-    def choice(self, z: Tensor) -> Choice:
+    def choice(self, z: Tensor) -> Gating:
         """The gates for z [..., I] in the current forward: static [N], by row [B, N], or by token [..., N].
 
         Raises ValueError where a task is missing, and RuntimeError where the scope's gates have not been computed.
@@ -176,7 +176,7 @@ class MixtureUpdate(Update):
             now.gates[self.scope] = choice
         return choice
 
-    def _of_forward(self, router: Router, now: Forward) -> Choice:
+    def _of_forward(self, router: Router, now: Forward) -> Gating:
         """Gates that are the same at every site of the scope; computed once in a forward without gradients.
 
         With gradients each site computes them, so that checkpointed parts of the model do not share a graph.
@@ -206,7 +206,7 @@ class MixtureUpdate(Update):
             )
         return now.hidden
 
-    def _chosen(self, logits: Tensor, now: Forward) -> Choice:
+    def _chosen(self, logits: Tensor, now: Forward) -> Gating:
         method = self.method
         return choose(
             logits,
@@ -218,7 +218,7 @@ class MixtureUpdate(Update):
             sample=method.select == "sigmoid" and self.training,
         )
 
-    def _read(self, now: Forward, router: Router) -> Choice:
+    def _read(self, now: Forward, router: Router) -> Gating:
         choice = now.gates.get(self.scope)
         if choice is None:
             raise RuntimeError(
@@ -233,7 +233,7 @@ class MixtureUpdate(Update):
             )
         return choice
 
-    def _kept(self, now: Forward, name: str) -> Choice:
+    def _kept(self, now: Forward, name: str) -> Gating:
         if now.kept is None or name not in now.kept:
             raise RuntimeError(
                 f"{self.site}: the cache holds tokens that this adapter has not seen, so the gate of their sequence is "

@@ -1,0 +1,18 @@
+"""The dtypes that things are computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an input x meets a matrix: autocast's, which leaves float64 alone, or x's own."""
+    device = x.device.type
+    low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if low else x.dtype
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype where that is wider."""
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

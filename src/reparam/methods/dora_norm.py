@@ -1,0 +1,63 @@
+"""‖W₀ + B A‖² of each row or column, from the factors: neither ΔW nor a dense W₀ is built.
+
+    rows       n² = ‖W₀‖² + 2 rowsum((W₀ Aᵀ) ∘ B) + rowsum((B (A Aᵀ)) ∘ B)        ‖W₀‖² once, B with the scale in it
+    columns    n² = ‖W₀‖² + 2 colsum((Bᵀ W₀) ∘ A) + colsum(((Bᵀ B) A) ∘ A)
+
+For rows W₀ is only applied to the R rows of A: R more tokens through the frozen map. Where ΔW nearly cancels W₀ the
+terms tell nothing, and those rows or columns are measured directly.
+
+Shapes: O out_features, I in_features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reparam.core.base import Weight
+
+_LEAST = 1e-3
+"""Below this share of the terms' sizes, their sum is measured directly; in 16 bits, below 16 roundings."""
+_BLOCK = 1 << 18  # entries of W that are measured directly at once: 2 MiB in float64
+
+
+def of_rows(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
+    """‖W + B A‖² of each row [O] in float64, from A [R, I], B [O, R] and ‖W‖² [O]."""
+    product = weight(weight.cast(A)).double()  # [R, O]
+    a, b = A.double(), B.double()  # the terms are of the size of ‖W‖², and their sum may be far smaller
+    cross = 2 * (product.t() * b).sum(1)
+    own = (b @ (a @ a.t()) * b).sum(1)
+    total, ids = _sum(squares, cross, own, weight)
+    if ids is None or not len(ids):
+        return total
+    size = max(1, _BLOCK // weight.in_features)
+    direct = [(weight.rows(some).double() + b[some] @ a).square().sum(1) for some in ids.split(size)]
+    return total.index_put((ids,), torch.cat(direct))
+
+
+def of_columns(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
+    """‖W + B A‖² of each column [I] in float64, from A [R, I], B [O, R] and ‖W‖² [I]; W is read in blocks of rows."""
+    product = torch.zeros_like(A)  # Bᵀ W
+    for rows, block in weight.blocks():
+        product = product + B[rows].t() @ block.to(A.dtype)
+    a, b = A.double(), B.double()
+    cross = 2 * (product.double() * a).sum(0)
+    own = ((b.t() @ b) @ a * a).sum(0)
+    total, ids = _sum(squares, cross, own, weight)
+    if ids is None or not len(ids):
+        return total
+    direct = torch.zeros_like(total[ids])
+    for rows, block in weight.blocks():
+        direct = direct + (block[:, ids].double() + b[rows] @ a[:, ids]).square().sum(0)
+    return total.index_put((ids,), direct)
+
+
+def _sum(squares: Tensor, cross: Tensor, own: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """The three terms together, and the places where they cancel; a compiled graph cannot branch on that, and stops."""
+    total = squares + cross + own
+    least = max(_LEAST, 16 * torch.finfo(weight.dtype).eps)
+    near = total < least * (squares + cross.abs() + own)
+    if not torch.compiler.is_compiling():
+        return total, near.nonzero().flatten()
+    torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; this needs the model uncompiled")
+    return total, None
