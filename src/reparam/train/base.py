@@ -24,7 +24,8 @@ class BaseConfig:
     path: str = ""
     """Folder or hub id of the base model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the base's weights; auto keeps the dtype in the files. Adapters always train in float32."""
+    """Dtype of the base's weights: float32, bfloat16, float16, or auto (as in its files). Adapters always train in
+    float32."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     untie: bool = False

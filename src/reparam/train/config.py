@@ -45,7 +45,7 @@ class DataConfig:
     max_length: int = 1024
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of chats and completions count in the loss."""
+    """Which tokens of chats and completions count in the loss: answers, or all."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
@@ -108,7 +108,7 @@ class RunConfig:
     accumulation: int = 1
     """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward passes. bfloat16 uses autocast, whatever dtype the base has."""
+    """Precision of the forward and backward passes: float32, or bfloat16 by autocast, whatever dtype the base has."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
