@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from command import reparam
@@ -19,58 +18,67 @@ from reparam.core.documentation import documentation
 from reparam.core.registry import METHODS
 from reparam.train.config import SECTIONS, OptimConfig, fields_of
 
-# The package stands there empty, so that what is found is what the command line itself imports.
-ALONE = f"""
-import sys, types
-package = types.ModuleType("reparam")
-package.__path__, package.__version__ = [{str(Path(package.__file__).parent)!r}], {package.__version__!r}
-sys.modules["reparam"] = package
-for missing in {{missing!r}}:
+# Runs `python -m reparam` with the modules in `missing` made impossible to import, and reports what it imported.
+MAIN = """
+import runpy, sys
+for missing in {missing!r}:
     sys.modules[missing] = None
-from reparam.cli import main
-sys.argv = ["reparam", *{{arguments!r}}]
+sys.argv = ["reparam", *{arguments!r}]
 try:
-    main()
+    runpy.run_module("reparam", run_name="__main__", alter_sys=True)
 finally:
-    print("imported:", *{{{{"torch", "transformers"}}}} & set(sys.modules), file=sys.stderr)
+    print("imported:", *{{"torch", "transformers"}} & set(sys.modules), file=sys.stderr)
 """
 
 
-def alone(*arguments: str, missing: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    code = ALONE.format(missing=missing, arguments=arguments)
+def command(*arguments: str, missing: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    code = MAIN.format(missing=missing, arguments=arguments)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80", **environment}
     )
 
 
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "reparam", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"reparam {package.__version__}\n")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["merge", "--help"], ["generate", "--help"]])
 def test_help_and_version_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
-    done = alone(*arguments)
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.split() == ["imported:"]
     assert "reparam" in done.stdout
 
 
 def test_completion_imports_neither_and_names_every_verb() -> None:
-    done = alone(_REPARAM_COMPLETE="complete_bash", COMP_WORDS="reparam ", COMP_CWORD="1")
+    done = command(_REPARAM_COMPLETE="complete_bash", COMP_WORDS="reparam ", COMP_CWORD="1")
     assert done.stdout.split() == list(VERBS)
     assert done.stderr.split() == ["imported:"]
 
 
-def test_help_of_train_imports_no_transformers() -> None:
-    done = alone("train", "--help")
-    assert done.returncode == 0
+@pytest.mark.parametrize("verb", ["train", "compare", "intrinsic", "quantize"])
+def test_help_of_a_verb_imports_no_transformers(verb: str) -> None:
+    done = command(verb, "--help")
+    assert done.returncode == 0, done.stderr
     assert "transformers" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("package", "arguments"), [("typer", ["--help"]), ("transformers", ["train"]), ("pydantic", ["train", "--help"])]
+    ("missing", "arguments"), [("typer", ["--help"]), ("transformers", ["train"]), ("pydantic", ["train", "--help"])]
 )
-def test_a_missing_extra_gets_one_sentence(package: str, arguments: list[str]) -> None:
-    done = alone(*arguments, missing=(package,))
+def test_a_missing_extra_gets_one_sentence(missing: str, arguments: list[str]) -> None:
+    done = command(*arguments, missing=(missing,))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == f"The command line needs {package}: run  pip install 'reparam[cli]'"
+    assert done.stderr.splitlines()[0] == f"The command line needs {missing}: run  pip install 'reparam[cli]'"
     assert "Traceback" not in done.stderr
+
+
+def test_the_first_line_of_train_comes_before_transformers() -> None:
+    """It is printed although the import of transformers then fails."""
+    done = command("train", "--base", "model", "--data", "rows.jsonl", missing=("transformers",))
+    assert done.returncode == 2
+    assert done.stdout == "training lora on model with rows.jsonl; results go to out\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,8 +74,8 @@ def test_a_run_is_an_ordinary_adapter(found: Path, base: str, capsys: pytest.Cap
     ("more", "words"),
     [
         (("--grid", "10"), "expected two whole numbers"),
-        (("--method.d", 5), "--method.d: --grid says that here"),
-        (("--lr", 0.1), "--optim.learning_rate: --rates says that here"),
+        (("--method.d", 5), "--method.d: use --grid instead"),
+        (("--lr", 0.1), "--optim.learning_rate: use --rates instead"),
         (("--method", "lora"), "measured with the method 'intrinsic'"),
         (("--grid", "3:9", "--method.mode", "said"), "leaves none"),
         (("--grid", "10:99999999"), "only .* numbers move"),

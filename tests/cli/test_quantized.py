@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from command import reparam, train
 from transformers import AutoModelForCausalLM
 
 import reparam as library
+from reparam.core.registry import STORAGES
 from reparam.sites.walk import storages_in
 
 
@@ -146,8 +148,15 @@ def test_merging_says_onto_what(
 
 MISTAKES = {
     "block": (["quantize", "{base}", "{out}", "--block", "63"], "block=63: expected one of 32, 64, 128"),
+    "setting": (
+        ["quantize", "{base}", "{out}", "--storage", "int8", "--block", "32"],
+        "base.block is a setting of the storage nf4, and base.storage is int8",
+    ),
     "storage": (["quantize", "{base}", "{out}", "--storage", "nf5"], "unknown storage 'nf5' (did you mean 'nf4'?)"),
-    "nothing": (["quantize", "{base}", "{out}", "--storage", "dense"], "'dense' quantizes nothing; choose nf4 or int8"),
+    "nothing": (
+        ["quantize", "{base}", "{out}", "--storage", "dense"],
+        "'dense' quantizes nothing; choose one of int8, nf4",
+    ),
     "itself": (["quantize", "{base}", "{base}"], "is the folder of the base model"),
     "targets": (["quantize", "{base}", "{out}", "--targets", "q_prj"], "'q_prj' matches no module (did you mean"),
     "twice": (["quantize", "{quantized}", "{out}", "--storage", "int8"], "quantizing twice loses twice"),
@@ -167,6 +176,16 @@ MISTAKES = {
         "block=0: expected one of",
     ),
 }
+
+
+def test_quantize_takes_every_setting_of_every_storage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reparam("quantize", "--help") == 0
+    said = told(capsys)
+    for name, storage in STORAGES.items():
+        assert name in said or name == "dense"
+        for field in dataclasses.fields(storage):
+            assert f"--{field.name}" in said
+            assert f"--base.{field.name}" in said
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

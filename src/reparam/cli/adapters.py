@@ -16,16 +16,29 @@ def merge(
     base: Base = None,
     dtype: Dtype = "auto",
     onto: Annotated[
-        str, typer.Option(help="trained: the base as it was trained on, dequantized; original: the files' own weights.")
+        str,
+        typer.Option(
+            help="Weights to merge into. trained: those that the adapter was trained on, dequantized if they were "
+            "quantized; original: those in the base's files."
+        ),
     ] = "trained",
     into: Annotated[
-        str | None, typer.Option(help="nf4 or int8: write the storage of the base again, and lose part of the update.")
+        str | None,
+        typer.Option(
+            help="Quantize the merged weights again: the name of the storage that the adapter was trained on. "
+            "Rounding loses part of the update."
+        ),
     ] = None,
-    rounding: Annotated[str, typer.Option(help="With --into: aware of the update, or nearest.")] = "aware",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="With --into: aware chooses codes that keep more of the update; nearest chooses the nearest ones."
+        ),
+    ] = "aware",
     force: Annotated[bool, typer.Option(help="Merge even if less than 90 % of the update survives rounding.")] = False,
     task: TaskName = None,
 ) -> None:
-    """Fold an adapter into its base and write a plain model that stock tools load.
+    """Merge an adapter into its base and write a plain model that stock tools load.
 
     [bold]reparam merge merged --adapter out/first[/bold]
     """
@@ -46,45 +59,69 @@ def merge(
 
 
 def compose(
-    adapters: Annotated[list[str], typer.Argument(help="Folders of adapters on one base, ours, PEFT's or of runs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the adapter that is their sum.")],
-    weights: Annotated[str | None, typer.Option(help="A number for each: 0.5,0.3,0.2; by default the mean.")] = None,
+    adapters: Annotated[
+        list[str], typer.Argument(help="Folders of adapters of one base: reparam's, PEFT's, or of training runs.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the combined adapter.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One number per adapter: 0.5,0.3,0.2. By default all are equal and sum to 1.")
+    ] = None,
     space: Annotated[
-        str, typer.Option(help="delta: the sum of the changes; factor: LoraHub's, of the factors apart; ties; dare.")
+        str,
+        typer.Option(
+            help="How adapters are combined. delta: add the weight changes; factor: add the A and the B factors "
+            "separately, as LoraHub does; ties and dare: the methods of these names."
+        ),
     ] = "delta",
-    rank: Annotated[int | None, typer.Option(help="Highest rank of the result; by default what loses nothing.")] = None,
-    density: Annotated[float, typer.Option(help="ties and dare: the share of entries that stay.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="dare: what stays; cma: what is drawn.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(help="Largest rank of the result. By default, the smallest that is exact.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="With ties and dare: share of the entries that are kept.")] = 0.2,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the entries that dare keeps and of the candidates that cma draws.")
+    ] = 0,
     base: Annotated[
-        str | None, typer.Option("--base", "-b", help="Their base: for --search, DoRA's gain, and biases.")
+        str | None,
+        typer.Option(
+            "--base", "-b", help="Base of the adapters, which --search, DoRA's gain, and trained biases need."
+        ),
     ] = None,
     dtype: Dtype = "auto",
-    format: Annotated[str, typer.Option(help="reparam, or peft.")] = "reparam",
+    format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
     search: Annotated[
-        Path | None, typer.Option(help="LoraHub: JSONL file of a few rows; weights are searched for on them.")
+        Path | None, typer.Option(help="JSONL file of a few rows. LoraHub searches for the weights that fit them best.")
     ] = None,
-    valid: Annotated[Path | None, typer.Option(help="With --search: held-out rows to compare on.")] = None,
-    budget: Annotated[int, typer.Option(help="With --search: how many candidates are tried.")] = 40,
+    valid: Annotated[
+        Path | None, typer.Option(help="With --search: JSONL file of held-out rows to score the result on.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="With --search: number of candidates to try.")] = 40,
     optimizer: Annotated[
-        str, typer.Option(help="With --search: cobyla, the better one for few candidates; cma, for fewer forwards.")
+        str,
+        typer.Option(
+            help="With --search: cobyla gives better results with few candidates; cma needs fewer forward passes."
+        ),
     ] = "cobyla",
-    bound: Annotated[float, typer.Option(help="With --search: weights are from -bound to bound.")] = 1.5,
-    l1: Annotated[float, typer.Option(help="With --search: penalty on the weights' sizes.")] = 0.05,
-    l1_reduction: Annotated[str, typer.Option(help="With --search: mean of the sizes, or sum.")] = "mean",
-    max_length: Annotated[int, typer.Option(min=3, help="With --search: longest row in tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --search: rows in one forward.")] = 64,
+    bound: Annotated[float, typer.Option(help="With --search: weights lie between -bound and bound.")] = 1.5,
+    l1: Annotated[float, typer.Option(help="With --search: coefficient of the L1 penalty on the weights.")] = 0.05,
+    l1_reduction: Annotated[
+        str, typer.Option(help="With --search: whether the L1 penalty is the mean or the sum of the absolute weights.")
+    ] = "mean",
+    max_length: Annotated[int, typer.Option(min=3, help="With --search: maximum length of a row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --search: rows per forward pass.")] = 64,
 ) -> None:
-    """Add adapters up, with weights, into one ordinary adapter, and say what that lost.
+    """Combine adapters into one ordinary adapter, as a weighted sum, and report the approximation error.
 
     [bold]reparam compose out/a out/b out/c --weights 0.5,0.3,0.2 --output out/mix[/bold]
 
-    With --search the weights come from a few examples of a new task, without gradients (LoraHub).
+    With --search, LoraHub finds the weights from a few examples of a new task, without gradients.
 
     [bold]reparam compose out/a out/b out/c --search few.jsonl --output out/hub[/bold]
     """
     if search is not None:
         if weights is not None:
-            raise ValueError("--weights and --search exclude each other: the search finds the weights")
+            raise ValueError(
+                "--weights and --search exclude each other: --search finds the weights itself; leave one out"
+            )
         from reparam.recipes.lorahub import search_to
 
         search_to(
@@ -109,7 +146,7 @@ def compose(
         )
         return
     if valid is not None:
-        raise ValueError("--valid is for --search, which compares on it")
+        raise ValueError("--valid is for --search: it scores the weights that the search finds")
     from reparam.recipes.compose import compose_to
 
     compose_to(
@@ -128,30 +165,36 @@ def compose(
 
 
 def compress(
-    adapter: Annotated[str, typer.Argument(help="Folder of an adapter, ours, PEFT's or of a run.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter (reparam's or PEFT's) or of a training run.")],
     output: Annotated[Path, typer.Argument(help="New folder for the smaller adapter.")],
     energy: Annotated[
-        float | None, typer.Option(help="Share of |ΔW|² that each site keeps, with as few components as do.")
+        float | None, typer.Option(help="Share of |ΔW|² that each site keeps, at the smallest rank that does so.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Highest rank of a site.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank of a site.")] = None,
     bytes: Annotated[
-        int | None, typer.Option("--bytes", help="Size of all tensors; what holds most for its bytes stays.")
+        int | None,
+        typer.Option(
+            "--bytes", help="Largest size of all tensors together; components with the most |ΔW|² per byte are kept."
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL file of held-out rows: scores before and after.")] = None,
-    base: Annotated[str | None, typer.Option("--base", "-b", help="With --data: its base, if not as it says.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file of held-out rows to score before and after.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="With --data: base of the adapter, if not the one that the adapter names."),
+    ] = None,
     dtype: Dtype = "auto",
-    max_length: Annotated[int, typer.Option(min=3, help="With --data: longest row in tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --data: rows in one forward.")] = 16,
-    format: Annotated[str, typer.Option(help="reparam, or peft.")] = "reparam",
+    max_length: Annotated[int, typer.Option(min=3, help="With --data: maximum length of a row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: rows per forward pass.")] = 16,
+    format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
 ) -> None:
-    """Make a finished adapter smaller without its data: fewer components, the rest as near as can be.
+    """Make a finished adapter smaller without its training data: reduce ranks with the least possible error.
 
     [bold]reparam compress out/first out/small --energy 0.99[/bold]
     """
     from reparam.recipes.compress import compress_to
 
     if base is not None and data is None:
-        raise ValueError("--base is for --data, which runs it; ranks are chosen without the base")
+        raise ValueError("--base is for --data, which runs the base; ranks are chosen without the base")
     compress_to(
         output,
         adapter,
@@ -169,26 +212,37 @@ def compress(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of an adapter, ours or PEFT's, or of a model.")],
-    base: Annotated[str | None, typer.Option("--base", "-b", help="Its base, to compare |ΔW| with |W|.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter (reparam's or PEFT's) or of a model.")],
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Base of the adapter, to compare |ΔW| with |W|.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Folder for PNGs of what is shown.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="Of a mixture: JSONL file of rows to see its routers on.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for plots of the figures, as PNG files.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="For a mixture: JSONL file of rows to run its routers on.")] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Singular values of ΔW; with --base, what it amplifies.")
+        bool,
+        typer.Option("--deep", help="Show singular values of ΔW and, with --base, which directions of W it amplifies."),
     ] = False,
     survival: Annotated[
-        bool, typer.Option("--survival", help="With --base: what of ΔW merges into 16, 8 and 4 bits would keep.")
+        bool,
+        typer.Option(
+            "--survival", help="With --base: show how much of ΔW would survive a merge into 16, 8 and 4 bits."
+        ),
     ] = False,
     against: Annotated[
-        Path | None, typer.Option(help="Folder of another adapter: which directions they have in common.")
+        Path | None, typer.Option(help="Folder of another adapter; show which directions the two share.")
     ] = None,
     suggest: Annotated[
-        float | None, typer.Option(help="What could be dropped and shrunk, keeping this share of |ΔW|²: 0.99.")
+        float | None,
+        typer.Option(
+            help="Share of |ΔW|² to keep, such as 0.99; show which sites could be dropped or get a smaller rank."
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score on.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score the suggestion on.")
+    ] = None,
 ) -> None:
-    """Show what an adapter holds: method, sites, ranks, the size of the change, bytes. Of a model: what is quantized.
+    """Show an adapter's method, sites, ranks, size of the change, and bytes; or what is quantized in a model.
 
     [bold]reparam inspect out/first[/bold]
 

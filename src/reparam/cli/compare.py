@@ -7,31 +7,49 @@ from typing import Annotated, Any
 
 import typer
 
+import reparam.weights  # noqa: F401  (fills its registry)
 from reparam.cli.config_options import with_options
 from reparam.cli.options import console
+from reparam.core.registry import STORAGES
 
 
 @with_options
 def compare(
-    plan: Annotated[Path | None, typer.Argument(help="TOML file of the comparison; options come on top.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; settings go in the file.")] = None,
-    ranks: Annotated[str | None, typer.Option(help="Ranks of every method that has one: 4,8.")] = None,
-    storages: Annotated[str | None, typer.Option(help="dense, nf4, int8: how the base is kept.")] = None,
-    rates: Annotated[str | None, typer.Option(help="Learning rates that each contestant is tuned over.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Scored runs of each contestant.")] = None,
-    metric: Annotated[str | None, typer.Option(help="exact, loss or bits.")] = None,
-    test: Annotated[str | None, typer.Option(help="JSONL file that scores are reported on.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Rows that are scored at most.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Who the others are compared with.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Share of the contestants that goes on after a rung.")] = None,
-    minutes: Annotated[str | None, typer.Option(help="No run starts after this long.")] = None,
-    parameters: Annotated[str | None, typer.Option(help="Contestants that train more are left out.")] = None,
-    workers: Annotated[str, typer.Option(help="here, or ray: on a Ray cluster that runs already.")] = "here",
+    plan: Annotated[Path | None, typer.Argument(help="TOML file of the comparison; options override it.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names of methods, separated by commas. Their settings go into the file.")
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks that every method with a rank is compared at: 4,8.")] = None,
+    storages: Annotated[
+        str | None, typer.Option(help=f"Storages of the base, separated by commas: {', '.join(STORAGES)}.")
+    ] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates to tune each contestant over.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Number of scored runs of each contestant, each with its own seed.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="auto, exact (match of answers), loss, or bits (per byte).")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="JSONL file of the rows that the reported scores are computed on.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Maximum number of rows to score.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Label of the contestant that the others are compared with.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Share of the contestants that continue after each rung of tuning.")
+    ] = None,
+    minutes: Annotated[str | None, typer.Option(help="Start no further run after this many minutes.")] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Leave out contestants with more trained parameters than this.")
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Where runs execute: here, or ray (a running Ray cluster).")] = "here",
     overrides: Any = None,
 ) -> None:
     """Compare methods on your own task: tuned rates, seeds, intervals, costs, and a report with a recommendation.
 
-    A second call with the same output goes on where the first one stopped. Options of `train` apply to all contestants.
+    A second call with the same output continues where the first one stopped. Options of `train` apply to every run.
 
     [bold]reparam compare --base ./model --data.train rows.jsonl --methods lora,dora --ranks 4,8 -o out/compare[/bold]
     """

@@ -1,11 +1,11 @@
-"""Command-line options made from the configuration: `--section.key`, and the names that users know as aliases."""
+"""Command-line options made from the configuration: `--section.key`, with the aliases that other scripts use."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+import reparam.methods
+import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.cli.help import heading, row
 from reparam.core.base import Storage
 from reparam.core.documentation import documentation
-from reparam.core.registry import METHODS, find_method
+from reparam.core.registry import METHODS, STORAGES, find_method
+from reparam.train.base import KEYS
 from reparam.train.config import SECTIONS, fields_of
 
-# The names that PEFT's, TRL's and transformers' own scripts have for the same things.
+Key = tuple[type, dataclasses.Field[Any] | None]
+
+# What the scripts of PEFT, TRL and transformers call the same settings.
 ALIASES = {
     "base.path": ["--model_name_or_path", "--base", "--model"],
     "base.dtype": ["--dtype", "--torch_dtype"],
@@ -57,16 +62,16 @@ ALIASES = {
     "run.seed": ["--seed"],
 }
 TITLES = {
-    "base": "The frozen model  [base]",
-    "data": "What is learned  [data]",
-    "adapter": "Where the method goes  [adapter]",
-    "method": "The method and its settings  [method]",
-    "optim": "How it is optimized  [optim]",
-    "run": "How long, how large, and where results go  [run]",
+    "base": "Frozen base model  [base]",
+    "data": "Data and held-out rows  [data]",
+    "adapter": "Which modules are adapted  [adapter]",
+    "method": "Method and its settings  [method]",
+    "optim": "Optimizer  [optim]",
+    "run": "Length, batch size, output  [run]",
 }
 
 
-# What `--help` shows; the others work too, and `--help-all` shows them.
+# The options that `--help` shows. The others also work; `--help-all` shows all of them.
 USUAL = (
     "base.path",
     "base.storage",
@@ -89,22 +94,15 @@ USUAL = (
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command whose parameter `overrides` is a dictionary one option for each key of the configuration.
 
-    And `--help-all`, which shows every key, and `--help-method NAME`, which shows one method's settings.
+    Also add `--help-all`, which shows every key, and `--help-method NAME`, which shows one method's settings.
     """
     keys = _keys()
-    names = {key.replace(".", "__"): key for key in keys}
-
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
-        overrides = {names[n]: v for n, v in values.items() if n in names and v is not None}
-        own = {n: v for n, v in values.items() if n not in names and n not in HELPS}
-        command(**own, overrides=overrides)
 
     def help_all(ctx: typer.Context, asked: bool) -> None:
         if asked:
             for parameter in ctx.command.params:
-                if parameter.name in names:
-                    key = names[parameter.name]
+                key = (parameter.name or "").replace("__", ".", 1)
+                if key in keys:
                     parameter.hidden, parameter.help = False, _help(*keys[key], key)  # type: ignore[attr-defined]
             typer.echo(ctx.get_help())
             raise typer.Exit
@@ -116,23 +114,49 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         callback=_help_method,
         is_eager=True,
         metavar="NAME",
-        help="Show the settings of one method, with its defaults, and exit.",
+        help="Show the settings of one method with their defaults, and exit.",
     )
-    made = {name: (None, _option(key, *keys[key])) for name, key in names.items()}
     helps = {"help_all": (False, Annotated[bool, shown]), "help_method": (None, Annotated[str | None, method])}
+    return _extended(command, {key: _option(key, *pair) for key, pair in keys.items()}, helps)
+
+
+def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose parameter `overrides` is a dictionary one option for each setting of any storage.
+
+    The options are `--<setting>` and `--base.<setting>`; a setting named like an option of the command has the second
+    name only.
+    """
+    keys = {f"base.{name}": pair for name, pair in fields_of("base").items() if name not in KEYS}
+    taken = inspect.signature(command).parameters
+    short = {key: [f"--{name}"] for key in keys if (name := key.removeprefix("base.")) not in taken}
+    panel = "Settings of the storage  [base]"
+    options = {key: _option(key, *pair, short=short.get(key, []), panel=panel) for key, pair in keys.items()}
+    return _extended(command, options, {})
+
+
+def _extended(
+    command: Callable[..., None], options: dict[str, Any], more: dict[str, tuple[Any, Any]]
+) -> Callable[..., None]:
+    """The command with these options by dotted key, whose values it gets as `overrides`, and with `more` parameters."""
+    names = {key.replace(".", "__", 1): key for key in options}
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        overrides = {names[n]: v for n, v in values.items() if n in names and v is not None}
+        own = {n: v for n, v in values.items() if n not in names and n not in more}
+        command(**own, overrides=overrides)
+
+    made = {name: (None, options[key]) for name, key in names.items()}
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "overrides"]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (default, annotation) in (helps | made).items()
+        for name, (default, annotation) in (more | made).items()
     ]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapped.__wrapped__  # typer would read the signature underneath
     return wrapped
-
-
-HELPS = ("help_all", "help_method")
 
 
 def _help_method(ctx: typer.Context, name: str | None) -> None:
@@ -151,9 +175,9 @@ def _help_method(ctx: typer.Context, name: str | None) -> None:
     raise typer.Exit
 
 
-def _keys() -> dict[str, tuple[type, dataclasses.Field[Any] | None]]:
-    """Every dotted key with its class and field; a method's setting has the first method's."""
-    found: dict[str, tuple[type, dataclasses.Field[Any] | None]] = {}
+def _keys() -> dict[str, Key]:
+    """Every dotted key with its class and field. A setting of several methods has those of the first one."""
+    found: dict[str, Key] = {}
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{name}": pair for name, pair in fields_of(section).items()}
         if section == "adapter":
@@ -169,17 +193,23 @@ def _help(cls: type, field: dataclasses.Field[Any] | None, key: str) -> str:
     if field is None:
         return f"One of {', '.join(METHODS)}. [dim](default: lora)[/dim]"
     text, default = " ".join(documentation(cls).get(field.name, "").split()), field.default
+    if key == "base.storage":
+        text += f" One of {', '.join(STORAGES)}."
     text = f"{cls.name}: {text}" if issubclass(cls, Storage) else text
     plain = default is None or default is dataclasses.MISSING or default in ("", ())
     shown = default if not isinstance(default, tuple) else ",".join(map(str, default))
     return escape(text) + ("" if plain else f" [dim](default: {escape(str(shown))})[/dim]")
 
 
-def _option(key: str, cls: type, field: dataclasses.Field[Any] | None) -> Any:
-    usual = key in USUAL
-    settings: dict[str, Any] = {"hidden": not usual, "rich_help_panel": TITLES[key.partition(".")[0]]}
-    settings["help"] = _help(cls, field, key) if usual else ""
-    names = [f"--{key}", *ALIASES.get(key, [])]
+def _option(
+    key: str, cls: type, field: dataclasses.Field[Any] | None, *, short: Sequence[str] = (), panel: str | None = None
+) -> Any:
+    """The annotation of the option for a key. Without a panel of its own, it is hidden unless it is usual."""
+    shown = panel is not None or key in USUAL
+    settings: dict[str, Any] = {"hidden": not shown, "rich_help_panel": panel or TITLES[key.partition(".")[0]]}
+    settings["help"] = _help(cls, field, key) if shown else ""
+    names, aliases = [*short, f"--{key}"], ALIASES.get(key, [])
     if field is not None and isinstance(field.default, bool):
-        return Annotated[bool | None, typer.Option(f"--{key}/--no-{key}", *names[1:], **settings)]
-    return Annotated[str | None, typer.Option(*names, metavar="", show_default=False, **settings)]
+        flags = [f"{name}/--no-{name.removeprefix('--')}" for name in names]
+        return Annotated[bool | None, typer.Option(*flags, *aliases, **settings)]
+    return Annotated[str | None, typer.Option(*names, *aliases, metavar="", show_default=False, **settings)]

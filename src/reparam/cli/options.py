@@ -22,13 +22,13 @@ VERBS = {
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
     "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
-    "merge": ("adapters.merge", "Fold an adapter into its base and write a plain model."),
-    "compose": ("adapters.compose", "Add adapters up, with weights, into one adapter."),
+    "merge": ("adapters.merge", "Merge an adapter into its base and write a plain model."),
+    "compose": ("adapters.compose", "Combine adapters into one, as a weighted sum."),
     "compress": ("adapters.compress", "Make a finished adapter smaller without its data."),
     "inspect": ("adapters.inspect", "Show what an adapter or a quantized model holds."),
     "compare": ("compare.compare", "Compare methods on your own task and report which is best."),
     "quantize": ("models.quantize", "Quantize a model so that it loads in a quarter of the memory."),
-    "intrinsic": ("study.intrinsic", "Measure how many dimensions a task takes."),
+    "intrinsic": ("study.intrinsic", "Measure how many dimensions a task needs."),
 }
 
 
@@ -95,7 +95,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Adapt large models by reparameterizing their weights: train a small piece, prove it, fold it back.\n\n"
+    help="Adapt large models by reparameterizing their weights: train a small adapter, check it, merge it.\n\n"
     "Start with [bold]reparam demo[/bold], then [bold]reparam train --base.path MODEL --data.train rows.jsonl[/bold].",
 )
 
@@ -117,12 +117,14 @@ def _top(
 console = Console()
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
-    str | None, typer.Option("--adapter", "-a", help="Folder of an adapter, ours or PEFT's, or of a training run.")
+    str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")
 ]
-TaskName = Annotated[str | None, typer.Option(help="The task, for an adapter whose gates go by it.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options come on top.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
 StorageName = Annotated[
     str | None,
-    typer.Option("--storage", help="How the base is kept: dense, nf4 or int8; by default as the adapter was trained."),
+    typer.Option(
+        "--storage", help="Storage of the base, such as dense. By default, the one that the adapter was trained on."
+    ),
 ]

@@ -11,14 +11,14 @@ from reparam.cli.options import AdapterFolder, Base, Dtype, StorageName, TaskNam
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer or continue; without it, a chat starts.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to answer or continue. Without it, a chat starts.")] = None,
     base: Base = None,
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
     storage: StorageName = None,
     compare: Annotated[bool, typer.Option(help="Show the base model's answer beside the adapter's.")] = False,
     raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
     task: TaskName = None,
 ) -> None:
     """Generate text with a base model and, optionally, an adapter.
@@ -40,11 +40,11 @@ def evaluate(
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
     storage: StorageName = None,
-    max_length: Annotated[int, typer.Option(min=3, help="Longest row in tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward.")] = 16,
+    max_length: Annotated[int, typer.Option(min=3, help="Maximum length of a row in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score a base model and an adapter on held-out rows: exact match of answers, bits per byte of texts.
+    """Score a base model and an adapter on held-out rows: exact match for answers, bits per byte for texts.
 
     [bold]reparam eval test.jsonl --adapter out/first[/bold]
     """
@@ -55,12 +55,12 @@ def evaluate(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo writes.")] = Path(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
 ) -> None:
-    """The whole way on the embedded model and data: train, compare, merge, load with plain transformers."""
+    """Run every stage on the embedded model and data: train, compare, merge, load with plain transformers."""
     from reparam.recipes.demo import demo as run
 
     run(output, seed=seed, console=console)

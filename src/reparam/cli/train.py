@@ -15,18 +15,25 @@ def train(
     config: ConfigFile = None,
     overrides: Any = None,
 ) -> None:
-    """Train an adapter on JSONL rows, prove that it works, and print held-out scores before and after.
+    """Train an adapter on JSONL rows, check the saved adapter, and print held-out scores before and after.
 
     Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
-    Loss is on the answers only. A second call with the same output folder continues from its newest checkpoint.
+    The loss counts answer tokens only. A second call with the same output folder continues from its newest checkpoint.
 
     [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
     """
     from reparam.train.config import resolve
+
+    resolved = resolve(config, overrides)
+    base, rows = resolved.base.path, resolved.data.train
+    if base and rows:
+        line = f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    # These import transformers, which takes seconds.
     from reparam.train.run import train as run
     from reparam.train.show import Show
 
-    result = run(resolve(config, overrides), show=Show(console))
+    result = run(resolved, show=Show(console))
     if result.signal is not None:
         console.print(f"stopped by a signal; the same command continues from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)

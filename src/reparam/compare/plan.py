@@ -52,7 +52,7 @@ class CompareConfig:
     ranks: tuple[int, ...] = ()
     """Ranks of every method that has one; by default the method's own."""
     storages: tuple[str, ...] = ()
-    """Storages of the base: dense, nf4, int8; by default base.storage."""
+    """Storages of the base, by name; by default base.storage."""
     seeds: int = 3
     """Scored runs of each contestant, with seeds from run.seed on."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+import reparam.weights  # noqa: F401  (fills its registry)
 from reparam.adapter.quantize import reports
+from reparam.core.registry import STORAGES
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
 from reparam.train.base import BaseConfig
 
@@ -17,7 +19,8 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     Raises ValueError for a dense storage.
     """
     if base.quantization() is None:
-        raise ValueError("storage 'dense' quantizes nothing; choose nf4 or int8")
+        others = [name for name in STORAGES if name != "dense"]
+        raise ValueError(f"storage 'dense' quantizes nothing; choose one of {', '.join(others)}")
     check_not_base(output, base.path)
     tokenizer = load_tokenizer(base.path, revision=base.revision)
     model = load_base(

@@ -24,38 +24,39 @@ class BaseConfig:
     path: str = ""
     """Folder or hub id of the base model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the base's weights; auto is what the files hold. Adapters train in float32 in any case."""
+    """Dtype of the base's weights: float32, bfloat16, float16, or auto (as in its files). Adapters always train in
+    float32."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of the base model on the hub."""
     untie: bool = False
-    """Give the output head its own copy of a tied embedding, so that either can be a target."""
+    """Give the output head its own copy of a tied embedding, so that each can be adapted separately."""
     storage: str = "dense"
-    """How the frozen matrices are kept: dense, nf4 (QLoRA) or int8. They are quantized while the model is read."""
+    """Storage of the frozen matrices. All but dense quantize them while the model is read; QLoRA uses nf4."""
     quantized: tuple[str, ...] = ("all-linear",)
-    """Which matrices are quantized, named as adapter.targets are; by default not the embeddings and the output head."""
+    """Matrices to quantize, written like adapter.targets. The default leaves out the embeddings and the output head."""
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    """The storage's own settings; each is a key of [base] in files and options."""
+    """The settings of the storage; each is a key of [base] in files and options."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", find_storage(self.storage)(**self.settings).settings())
 
     def quantization(self) -> Storage | None:
-        """The storage with its settings; None for dense. Raises ValueError for what does not exist or cannot be."""
+        """The storage with its settings; None for dense. Raises ValueError for an unknown storage or setting."""
         return find_storage(self.storage)(**self.settings) if self.storage != "dense" else None
 
     def table(self) -> dict[str, Any]:
-        """The section as it stands in files, the storage's settings beside the other keys."""
+        """The section as it is written to files, with the storage's settings beside the other keys."""
         own = dataclasses.asdict(self)
         return own | own.pop("settings")
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(BaseConfig) if field.name != "settings")
-"""The keys of [base], whatever the storage."""
+"""The keys of [base] that do not depend on the storage."""
 
 
 def split_keys(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of [base] whatever the storage, and the settings of the chosen one; `problems` gets what is neither.
+    """The keys of [base] that every storage has, and the settings of the chosen one; other keys go to `problems`.
 
     A setting of another storage at its default is left out, because it asks for nothing.
     """

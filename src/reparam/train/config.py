@@ -27,105 +27,107 @@ from reparam.errors import ConfigError
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
 
-# Names that users have for LoRA+, which is a rule of optimization and no method.
+# Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learned, and what it is judged on."""
+    """The rows to train on, and the held-out rows."""
 
     train: str = ""
-    """JSONL file of rows with messages, prompt and completion, or text."""
+    """JSONL file of training rows. Each has messages, prompt and completion, or text."""
     valid: str | None = None
-    """JSONL file that scores are computed on; by default a share of the training rows is held out."""
+    """JSONL file of held-out rows to score. By default, a share of the training rows is held out."""
     holdout: float = 0.05
-    """Share of the training rows that is held out when there is no valid file."""
+    """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
-    """Longest row in tokens. Longer chats are cut at the end, longer texts are split."""
+    """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
     loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of chats and completions carry loss."""
+    """Which tokens of chats and completions count in the loss: answers, or all."""
     score_rows: int = 200
-    """How many held-out rows are answered before and after training, to count exact matches."""
+    """Number of held-out rows to answer before and after training, to count exact matches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Where the method goes."""
+    """Which modules are adapted."""
 
     targets: tuple[str, ...] | None = None
-    """all-linear, attention, mlp, everything, ends of paths, or re: and a regular expression; several separated by
-    commas. By default what is usual for the method: all-linear for most."""
+    """Modules to adapt, separated by commas: all-linear, attention, mlp, everything, the end of a module's path such as
+    q_proj, or re: followed by a regular expression. The default depends on the method; for most it is all-linear."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
-    """Ends of paths of modules that train whole and are saved with the adapter."""
+    """Modules to train in full and save with the adapter, each given by the end of its path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How it is optimized; names and meanings are those of transformers' TrainingArguments."""
+    """The optimizer. Names and meanings are those of transformers' TrainingArguments."""
 
     name: str = "adamw_torch"
-    """Optimizer; paged_adamw_32bit, paged_adamw_8bit and adamw_8bit are reparam's own."""
+    """Optimizer, as transformers names it. For paged_adamw_32bit, paged_adamw_8bit and adamw_8bit, reparam has its own
+    implementations."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: str = "cosine"
-    """Learning-rate schedule: cosine, linear, constant, constant_with_warmup and what else transformers knows."""
+    """Learning-rate schedule: cosine, linear, constant, constant_with_warmup, or another one of transformers."""
     warmup: float = 0.03
-    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+    """Number of linear warm-up steps; a value below 1 is a share of all steps."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
     budget: int | str = "512MiB"
-    """Most memory for a paged optimizer's states on the device: bytes, or 64MiB, 2GiB; the rest is paged out."""
+    """Maximum memory on the device for the states of a paged optimizer, in bytes or as 64MiB or 2GiB. The rest is paged
+    out."""
     page: int | str = "1MiB"
-    """How much a paged optimizer moves at a time."""
+    """Size of the pages that a paged optimizer moves, in bytes or as 1MiB."""
     lora_plus: float | None = None
-    """LoRA+: the rate of B, as a multiple of the learning rate; 16 is usual, and what --method lora++ stands for."""
+    """LoRA+: learning rate of B as a multiple of optim.learning_rate; usually 16. --method lora+ sets it to 16."""
     lora_plus_embedding: float = 1e-6
-    """LoRA+: the rate of adapted embeddings, no multiple of the learning rate."""
+    """LoRA+: learning rate of adapted embeddings, as an absolute value."""
     lora_plus_vectors: Literal["out", "in"] = "out"
-    """LoRA+: whether biases, norms and DoRA's magnitudes learn as fast as B (out) or as A (in)."""
+    """LoRA+: whether biases, norms and DoRA's magnitudes have the learning rate of B (out) or of A (in)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long, how large, and where results go."""
+    """Length of the run, batch size, checkpoints, and the output folder."""
 
     output: str = "out"
-    """Folder for the adapter, checkpoints, configuration, figures and plots."""
+    """Output folder for the adapter, checkpoints, configuration, figures and plots."""
     epochs: float = 1.0
-    """Passes over the training rows."""
+    """Number of passes over the training rows."""
     max_steps: int = -1
-    """Optimizer steps; when above 0 it counts instead of epochs."""
+    """Number of optimizer steps. If it is above 0, run.epochs is ignored."""
     batch_size: int = 8
-    """Rows in one forward, on each device."""
+    """Rows per forward pass on each device."""
     accumulation: int = 1
-    """Forwards in one optimizer step."""
+    """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of forward and backward; bfloat16 is autocast over whatever dtype the base has."""
+    """Precision of the forward and backward passes: float32, or bfloat16 by autocast, whatever dtype the base has."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
-    """Steps between evaluations of the held-out loss; 0 is a tenth of the run."""
+    """Number of steps between evaluations of the held-out loss; 0 means a tenth of the run."""
     save_every: int = 0
-    """Steps between checkpoints; 0 is a tenth of the run."""
+    """Number of steps between checkpoints; 0 means a tenth of the run."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
     log_every: int = 10
-    """Steps between log lines."""
+    """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
-    """tensorboard and the other loggers that transformers knows."""
+    """Loggers of transformers, such as tensorboard, separated by commas."""
     resume: bool = True
-    """Continue from the newest whole checkpoint in the output folder, when there is one."""
+    """Continue from the newest complete checkpoint in the output folder, if there is one."""
     seed: int = 0
-    """Seed of everything random: order of rows, dropout, initial values."""
+    """Seed of all random numbers: order of rows, dropout, initial values."""
 
     def steps(self, examples: int) -> int:
-        """How many steps a run over that many training examples makes."""
+        """The number of optimizer steps of a run over that many training examples."""
         rows = self.batch_size * self.accumulation
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
 
@@ -221,13 +223,13 @@ def read_tables(file: Path) -> dict[str, dict[str, Any]]:
     loose = [key for key, value in tables.items() if not isinstance(value, dict)]
     if loose:
         raise ConfigError(
-            f"{file}: {', '.join(loose)} stand outside a section; put them under one of [base], [data], ..."
+            f"{file}: keys outside a section: {', '.join(loose)}; put them under one of [base], [data], ..."
         )
     return tables
 
 
 def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
-    """Put a method's name that means LoRA+ as the two settings that it stands for."""
+    """Replace a method name that means LoRA+ by the two settings that it stands for."""
     name = str(tables.get("method", {}).get("name", "")).lower()
     if name not in LORA_PLUS:
         return
