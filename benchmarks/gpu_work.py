@@ -206,7 +206,7 @@ def largest(device: torch.device, *, quick: bool) -> list[Line]:
     step()
     peak = peak_of(step, device)
     seconds = statistics.median(step_seconds(step, 1, device) for _ in range(2 if quick else 5))
-    count = sum(module.weight.codes.numel() * 2 for module in model.modules() if hasattr(module, "updates"))
+    count = sum(module.frozen.codes.numel() * 2 for module in model.modules() if hasattr(module, "updates"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f"step of {count / 1e9:.1f} B quantized entries, {trained / 1e6:.0f} M trained, 1 x {tokens}"
     return [

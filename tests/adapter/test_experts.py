@@ -107,7 +107,7 @@ def test_a_static_mixture_of_finished_adapters_merges_to_their_weighted_sum(fold
         alone = models.llama()
         one = reparam.load(alone, folder)
         for path, module in one.modules.items():
-            factors = module.updates["default"].factors(module.weight)
+            factors = module.updates["default"].factors(module.frozen)
             with torch.no_grad():
                 expected.get_submodule(path).weight.add_(factors.B @ factors.A, alpha=weight)
     y = logits(model)

@@ -85,8 +85,8 @@ def test_the_report_is_by_site_and_by_dtype() -> None:
     model.model.layers[0].mlp.bfloat16()
     for update in [u for site, u in adapter.updates.items() if "layers.0.mlp" in site]:
         update.float()
-    before = {path: module.weight.tensor().clone() for path, module in adapter.modules.items()}
-    deltas = {path: u.factors(adapter.modules[path].weight) for path, u in adapter.updates.items()}
+    before = {path: module.frozen.tensor().clone() for path, module in adapter.modules.items()}
+    deltas = {path: u.factors(adapter.modules[path].frozen) for path, u in adapter.updates.items()}
     deltas = {path: (f.B.double() @ f.A.double()).detach() for path, f in deltas.items()}
     report = reparam.merge(model)
     assert [site.name for site in report.sites] == list(adapter.sites)
@@ -156,7 +156,7 @@ def test_a_float64_model_keeps_its_precision() -> None:
     model, adapter = adapted(lambda: models.llama().double())
     with torch.no_grad():
         for module in adapter.modules.values():
-            module.weight.tensor().mul_(1 + 1e-12)  # values that float32 does not have
+            module.frozen.tensor().mul_(1 + 1e-12)  # values that float32 does not have
     y = logits(model)
     reparam.merge(model)
     assert relative(logits(model), y) < 1e-12
@@ -348,7 +348,7 @@ def test_a_copy_is_merged_apart() -> None:
 def test_the_matrix_is_written_in_place() -> None:
     """Nothing the size of a weight is made on the way, and the module keeps its parameter."""
     model, _ = adapted()
-    places = {path: m.weight.tensor().data_ptr() for path, m in reparam.adapters(model)["a"].modules.items()}
+    places = {path: m.frozen.tensor().data_ptr() for path, m in reparam.adapters(model)["a"].modules.items()}
     reparam.merge(model)
     assert places
     for path, place in places.items():

@@ -172,7 +172,7 @@ def test_by_default_quantized_matrices_become_dense_in_the_models_dtype(storage:
     reparam.quantize(model, storage)
     adapter = trained(model)
     wanted = {
-        path: update.factors(adapter.modules[path].weight).apply(adapter.modules[path].weight.dense())
+        path: update.factors(adapter.modules[path].frozen).apply(adapter.modules[path].frozen.dense())
         for path, update in adapter.updates.items()
     }
     report = reparam.merge(model)

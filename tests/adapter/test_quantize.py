@@ -136,7 +136,7 @@ def test_the_head_and_the_embedding_stay_unless_they_are_named() -> None:
     model = quantized(targets=["embed_tokens", "lm_head", "re:.*layers.1.*q_proj"])
     assert set(matrices(model)) == {"lm_head", "model.embed_tokens", "model.layers.1.self_attn.q_proj"}
     assert isinstance(model.model.embed_tokens, Embedding)
-    table = model.model.embed_tokens.weight.dense()
+    table = model.model.embed_tokens.frozen.dense()
     assert torch.equal(model.model.embed_tokens(IDS), table[IDS])
     assert error(logits(model), logits(stock(llama(), matrices(model)))) < 1e-5
 
@@ -164,10 +164,10 @@ def test_a_transposed_matrix_is_quantized_as_it_is_applied() -> None:
     plain, model = models.gpt2(), models.gpt2()
     reparam.quantize(model, "nf4", targets="c_attn")
     block, original = model.transformer.h[0].attn.c_attn, plain.transformer.h[0].attn.c_attn
-    assert (block.weight.out_features, block.weight.in_features) == (96, 32)
-    assert torch.equal(block.weight.dense(), NF4().quantize(original.weight.t()).dense())
+    assert (block.frozen.out_features, block.frozen.in_features) == (96, 32)
+    assert torch.equal(block.frozen.dense(), NF4().quantize(original.weight.t()).dense())
     x = torch.randn(2, 32)
-    torch.testing.assert_close(block(x), x @ block.weight.dense().T + original.bias)
+    torch.testing.assert_close(block(x), x @ block.frozen.dense().T + original.bias)
     reparam.quantize(model, "dense", targets="c_attn")
     back = model.transformer.h[0].attn.c_attn
     assert type(back) is type(original)

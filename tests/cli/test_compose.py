@@ -45,8 +45,8 @@ def test_a_sum_is_exact_and_loads(
         for name, w in (("a", 0.5), ("b", -0.25)):
             library.load(model, parts / name)
             for module in library.adapters(model)["default"].modules.values():
-                factors = module.updates["default"].factors(module.weight)  # type: ignore[operator]
-                module.weight.dense_or_none.add_(w * factors.B @ factors.A)  # type: ignore[union-attr]
+                factors = module.updates["default"].factors(module.frozen)  # type: ignore[operator]
+                module.frozen.dense_or_none.add_(w * factors.B @ factors.A)  # type: ignore[union-attr]
             library.remove(model, "default")
         assert (model(ids).logits - found).abs().max() < 1e-4
 

@@ -49,7 +49,7 @@ class Biased(nn.Module):
 def oracle(model: One) -> nn.Module:
     """A plain module with the matrix W' and the bias of the adapted layer of `model`."""
     layer = model.q_proj
-    matrix = layer.weight.dense().double()
+    matrix = layer.frozen.dense().double()
     if model.kind == "embedding":
         plain: nn.Module = nn.Embedding(*matrix.shape).double()
     else:

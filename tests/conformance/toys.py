@@ -20,7 +20,6 @@ from reparam.core.registry import METHODS, STORAGES
 from reparam.errors import InputDependentError
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import Adapted
-from reparam.weights.dense import DenseWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,17 +249,13 @@ class ProductSite(Adapted):
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
         """Share its parameter."""
-        return cls(module, DenseWeight(module.weight))  # type: ignore[arg-type]
+        return cls(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
         if self.active is None:
-            return self.weight(x)
-        return self.updates[self.active](x, self.weight)
-
-    def stock(self) -> dict[str, Tensor]:
-        """`weight`."""
-        return {"weight": self.weight.tensor()}
+            return self.frozen(x)
+        return self.updates[self.active](x, self.frozen)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def test_a_storage_is_an_operator_that_agrees_with_its_matrix(name: str, dtype: 
 def test_the_dense_storage_takes_a_parameter_over() -> None:
     parameter = nn.Parameter(torch.randn(3, 4))
     weight = DenseWeight(parameter)
-    assert weight.W is parameter
+    assert weight.matrix is parameter
     assert not parameter.requires_grad
     assert weight.dense().data_ptr() == weight.tensor().data_ptr() == parameter.data_ptr()
     assert weight.dense_or_none is parameter

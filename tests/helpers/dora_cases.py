@@ -25,7 +25,7 @@ def layer(w: Tensor, *, r: int = 2, seed: int = 0, size: float = 0.3, **settings
     plain.weight = nn.Parameter(w.clone())
     adapted = Linear.wrap(plain)
     method = reparam.DoRA(**{"r": r, "alpha": 2.0 * r, **settings})
-    adapted.add("a", method.build(Site("layer", "linear", *w.shape), adapted.weight, None))
+    adapted.add("a", method.build(Site("layer", "linear", *w.shape), adapted.frozen, None))
     adapted.active = "a"
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Te
 def direction(adapted: Linear) -> Tensor:
     """W + s B A [O, I] in float64, dense."""
     A, B, s = factors_of(adapted)
-    return adapted.weight.tensor().double() + s * (B.double() @ A.double())
+    return adapted.frozen.tensor().double() + s * (B.double() @ A.double())
 
 
 def expected(adapted: Linear, *, detached: bool, dim: int = 1) -> Tensor:
@@ -66,4 +66,4 @@ def expected(adapted: Linear, *, detached: bool, dim: int = 1) -> Tensor:
 
 def actual(adapted: Linear) -> Tensor:
     """W' [O, I], by applying it."""
-    return adapted(torch.eye(adapted.weight.in_features, dtype=adapted.weight.dtype)).t()
+    return adapted(torch.eye(adapted.frozen.in_features, dtype=adapted.frozen.dtype)).t()

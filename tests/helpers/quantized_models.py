@@ -27,9 +27,9 @@ def quantized(storage: str | Storage = "nf4", **settings: Any) -> Any:
 def matrices(model: nn.Module) -> dict[str, Tensor]:
     """What the quantized matrices stand for."""
     return {
-        path: module.weight.dense().clone()
+        path: module.frozen.dense().clone()
         for path, module in model.named_modules()
-        if isinstance(module, Adapted) and module.weight.dense_or_none is None
+        if isinstance(module, Adapted) and module.frozen.dense_or_none is None
     }
 
 

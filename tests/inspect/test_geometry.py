@@ -61,8 +61,8 @@ def test_an_update_is_measured_on_its_matrix(storage: str) -> None:
         assert isinstance(update, DoRAUpdate)
         with torch.no_grad():
             update.magnitude *= 2  # of each row
-        w: Tensor = module.weight.tensor().double()
-        found = of_update(module.weight, update.factors(module.weight))
+        w: Tensor = module.frozen.tensor().double()
+        found = of_update(module.frozen, update.factors(module.frozen))
         assert found.magnitude == pytest.approx(float(w.norm(dim=1).mean()), rel=1e-5)
         assert found.direction == pytest.approx(0, abs=1e-9)
 

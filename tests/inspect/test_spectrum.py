@@ -110,7 +110,7 @@ def test_values_that_are_not_known_are_not_counted() -> None:
     w = DenseWeight(torch.randn(90, 80, generator=generator, dtype=torch.float64))
     factors = Factors(torch.zeros(1, 80).double(), torch.zeros(90, 1).double(), torch.full((90,), 1.5).double())
     _, values, _ = leading(of_change(w, factors), 32)
-    expected = torch.linalg.svdvals(w.W / 2)
+    expected = torch.linalg.svdvals(w.matrix / 2)
     assert (values <= expected[:32] + 1e-9).all()
     assert torch.allclose(values, expected[:32], rtol=0.05)
 

@@ -63,7 +63,7 @@ def digest(matrices: dict[str, Tensor]) -> str:
 def ours(model: Any) -> dict[str, Tensor]:
     """All quantized matrices in their dtype."""
     quantized = (item for item in model.named_modules() if isinstance(getattr(item[1], "weight", None), NF4Weight))
-    return {path: module.weight.tensor() for path, module in quantized}
+    return {path: module.frozen.tensor() for path, module in quantized}
 
 
 def theirs(model: Any) -> dict[str, Tensor]:

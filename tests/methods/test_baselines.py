@@ -92,7 +92,7 @@ def test_full_on_quantized_matrices_begins_at_their_unpacked_values(storage: str
     y = logits(model)
     adapter = reparam.attach(model, Full())
     for path, update in adapter.updates.items():
-        assert torch.equal(update.matrix, adapter.modules[path].weight.dense())
+        assert torch.equal(update.matrix, adapter.modules[path].frozen.dense())
     assert error(logits(model), y) < 1e-5
 
 

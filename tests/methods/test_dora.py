@@ -79,7 +79,7 @@ def test_the_length_of_the_direction_does_not_matter() -> None:
 def test_the_bias_is_not_scaled() -> None:
     adapted = layer(random(7, 5))
     x, bias = random(3, 5), random(7, seed=4)
-    with_bias = update_of(adapted)(x, adapted.weight, bias)
+    with_bias = update_of(adapted)(x, adapted.frozen, bias)
     torch.testing.assert_close(with_bias, adapted(x) + bias)
 
 
@@ -87,7 +87,7 @@ def test_magnitudes_alone() -> None:
     adapted = layer(random(7, 5), magnitude_only=True)
     update = update_of(adapted)
     assert [name for name, _ in update.named_parameters()] == ["magnitude"]
-    w = adapted.weight.tensor()
+    w = adapted.frozen.tensor()
     torch.testing.assert_close(actual(adapted), (update.magnitude / w.norm(dim=1))[:, None] * w)
     adapted(random(3, 5)).sum().backward()
     assert update.magnitude.grad is not None
@@ -128,11 +128,11 @@ def test_dropout_is_on_the_branch_alone_and_in_training_alone() -> None:
     found = adapted(x)
     torch.manual_seed(0)
     dropped = nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(found, gain * (x @ adapted.weight.tensor().t() + s * dropped @ A.t() @ B.t()))
-    base = gain * (x @ adapted.weight.tensor().t())
+    torch.testing.assert_close(found, gain * (x @ adapted.frozen.tensor().t() + s * dropped @ A.t() @ B.t()))
+    base = gain * (x @ adapted.frozen.tensor().t())
     with torch.no_grad():
         B.zero_()
-        update_of(adapted).magnitude.copy_(gain * adapted.weight.tensor().norm(dim=1))
+        update_of(adapted).magnitude.copy_(gain * adapted.frozen.tensor().norm(dim=1))
     torch.testing.assert_close(adapted(x), base)  # W is applied to the whole input
 
 
@@ -155,7 +155,7 @@ def test_the_norm_is_the_dense_one_also_where_the_update_cancels_the_matrix(
         B.copy_(-share * u)
     dim = 1 if axis == "output" else 0
     dense = direction(adapted).norm(dim=dim)
-    found = update_of(adapted)._norms(adapted.weight).norm
+    found = update_of(adapted)._norms(adapted.frozen).norm
     torch.testing.assert_close(found.double(), dense, rtol=1e-5 if dtype == torch.float32 else 1e-7, atol=0)
 
 
@@ -163,7 +163,7 @@ def test_the_norm_is_the_dense_one_also_where_the_update_cancels_the_matrix(
 def test_the_norm_in_16_bits(size: float) -> None:
     adapted = layer(random(64, 48, dtype=torch.bfloat16), r=4, size=size)
     dense = direction(adapted).norm(dim=1)
-    torch.testing.assert_close(update_of(adapted)._norms(adapted.weight).norm.double(), dense, rtol=5e-3, atol=0)
+    torch.testing.assert_close(update_of(adapted)._norms(adapted.frozen).norm.double(), dense, rtol=5e-3, atol=0)
 
 
 def test_a_total_cancellation_is_no_nan() -> None:
@@ -212,7 +212,7 @@ def test_a_dense_matrix_is_never_made() -> None:
 
     for gradient in ("detached", "exact"):
         adapted = layer(random(600, 500, dtype=torch.float32), gradient=gradient).train()
-        frozen = {adapted.weight.tensor().untyped_storage().data_ptr()}
+        frozen = {adapted.frozen.tensor().untyped_storage().data_ptr()}
         adapted(random(2, 500, dtype=torch.float32))  # ‖W‖² is measured, in blocks
         update_of(adapted).forget()
         with Largest() as largest:

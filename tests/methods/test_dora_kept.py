@@ -21,7 +21,7 @@ from reparam.weights.dense import DenseWeight
 def measured(adapted: Linear) -> Tensor:
     """The output for a fixed input, with whatever is kept."""
     with torch.no_grad():
-        return adapted(random(3, adapted.weight.in_features, dtype=adapted.weight.dtype))
+        return adapted(random(3, adapted.frozen.in_features, dtype=adapted.frozen.dtype))
 
 
 def anew(adapted: Linear) -> Tensor:
@@ -40,7 +40,7 @@ def sgd(adapted: Linear, optimizer: Any, **settings: Any) -> None:
 
 
 def write_base(adapted: Linear) -> None:
-    w = adapted.weight.dense_or_none
+    w = adapted.frozen.dense_or_none
     assert w is not None
     w.mul_(torch.linspace(1, 2, w.shape[1]))
 
@@ -50,8 +50,8 @@ CHANGES: dict[str, Any] = {
     "B in place": lambda a: factors_of(a)[1].mul_(2),
     "magnitude in place": lambda a: update_of(a).magnitude.mul_(2),
     "W in place": write_base,
-    "W in another storage": lambda a: a.hold(STORAGES["int8"]().quantize(a.weight.tensor())),
-    "W exchanged": lambda a: a.hold(DenseWeight(a.weight.tensor() * torch.linspace(1, 2, 40))),
+    "W in another storage": lambda a: a.hold(STORAGES["int8"]().quantize(a.frozen.tensor())),
+    "W exchanged": lambda a: a.hold(DenseWeight(a.frozen.tensor() * torch.linspace(1, 2, 40))),
     "state dict": lambda a: a.load_state_dict({k: 2 * v + 0.1 for k, v in a.state_dict().items()}),
     "state dict, assigned": lambda a: a.load_state_dict(
         {k: 2 * v + 0.1 for k, v in a.state_dict().items()}, assign=True

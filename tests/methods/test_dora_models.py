@@ -199,8 +199,8 @@ def test_magnitudes_lie_over_a_static_mixture() -> None:
     plain.weight = nn.Parameter(w.clone())
     adapted = Linear.wrap(plain)
     site = Site("layer", "linear", 6, 5)
-    mixture = Mixture(n=3, r=2, router="static", scope="module").build(site, adapted.weight, None)
-    adapted.add("a", reparam.DoRA().over(mixture.double(), site, adapted.weight))
+    mixture = Mixture(n=3, r=2, router="static", scope="module").build(site, adapted.frozen, None)
+    adapted.add("a", reparam.DoRA().over(mixture.double(), site, adapted.frozen))
     adapted.active = "a"
     adapted.double().eval()
     x = random(4, 5, seed=2)
@@ -210,8 +210,8 @@ def test_magnitudes_lie_over_a_static_mixture() -> None:
                 parameter += 0.3 * random(*parameter.shape, seed=10 * seed + number)
         update = update_of(adapted)
         assert update.low_rank is not None
-        moved = update.low_rank.factors(adapted.weight).apply(w)
+        moved = update.low_rank.factors(adapted.frozen).apply(w)
         expected = (update.magnitude / moved.norm(dim=1))[:, None] * moved
         with torch.no_grad():
             assert torch.allclose(adapted(x), x @ expected.T, atol=1e-10)
-            assert torch.allclose(update.factors(adapted.weight).apply(w), expected, atol=1e-10)
+            assert torch.allclose(update.factors(adapted.frozen).apply(w), expected, atol=1e-10)

@@ -31,7 +31,7 @@ def layer(outputs: int, inputs: int, method: reparam.LoRA, *, name: str = "layer
     for parameter in plain.parameters():
         nn.init.normal_(parameter, generator=generator)
     adapted = Linear.wrap(plain)
-    adapted.add("a", method.build(site(outputs, inputs, name=name), adapted.weight, None).double())
+    adapted.add("a", method.build(site(outputs, inputs, name=name), adapted.frozen, None).double())
     adapted.active = "a"
     if seed is not None:
         for parameter in adapted.updates["a"].parameters():
@@ -66,7 +66,7 @@ def batch(inputs: int, rows: int = 6, seed: int = 1) -> Tensor:
 def test_the_output_is_the_papers_equation(outputs: int, inputs: int, r: int, alpha: float, seed: int) -> None:
     adapted = layer(outputs, inputs, reparam.LoRA(r=r, alpha=alpha), seed=seed)
     update, x = update_of(adapted), batch(inputs)
-    W = adapted.weight.tensor()
+    W = adapted.frozen.tensor()
     expected = x @ W.T + adapted.bias + alpha / r * (x @ update.A.T) @ update.B.T
     torch.testing.assert_close(adapted(x), expected)
 
@@ -81,7 +81,7 @@ def test_gradients_are_the_closed_forms(
     update.A.requires_grad_(trains)
     G = torch.randn(6, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     adapted(x).backward(G)
-    A, B, W = update.A.detach(), update.B.detach(), adapted.weight.tensor().detach()
+    A, B, W = update.A.detach(), update.B.detach(), adapted.frozen.tensor().detach()
     torch.testing.assert_close(update.B.grad, s * G.T @ (x.detach() @ A.T))
     if trains:
         torch.testing.assert_close(update.A.grad, s * (G @ B).T @ x.detach())
@@ -89,7 +89,7 @@ def test_gradients_are_the_closed_forms(
         torch.testing.assert_close(x.grad, G @ W + s * (G @ B) @ A)
     assert (update.A.grad is None) == (not trains)
     assert (x.grad is None) == (not wants)
-    assert adapted.weight.tensor().grad is None
+    assert adapted.frozen.tensor().grad is None
 
 
 def test_second_derivatives_are_those_of_differences() -> None:
@@ -111,7 +111,7 @@ def test_an_input_that_others_read_too_gets_its_whole_gradient() -> None:
             y = first(h) * second(h) + h.sum(-1, keepdim=True)
         else:
             one, two = (
-                h @ (m.weight.tensor() + update_of(m).scale * update_of(m).B @ update_of(m).A).T + m.bias
+                h @ (m.frozen.tensor() + update_of(m).scale * update_of(m).B @ update_of(m).A).T + m.bias
                 for m in (first, second)
             )
             y = one * two + h.sum(-1, keepdim=True)
@@ -122,7 +122,7 @@ def test_an_input_that_others_read_too_gets_its_whole_gradient() -> None:
 @given(outputs=sizes, inputs=sizes, r=ranks, seed=st.integers(0, 99))
 def test_the_change_has_at_most_its_rank(outputs: int, inputs: int, r: int, seed: int) -> None:
     adapted = layer(outputs, inputs, reparam.LoRA(r=r), seed=seed)
-    factors = update_of(adapted).factors(adapted.weight)
+    factors = update_of(adapted).factors(adapted.frozen)
     assert int(torch.linalg.matrix_rank(factors.B @ factors.A)) <= min(r, outputs, inputs)
 
 
@@ -212,7 +212,7 @@ def test_a_pattern_is_not_a_part_of_a_name() -> None:
 )
 def test_the_distribution_of_a_fresh_adapter(settings: dict[str, Any], std: float, most: float) -> None:
     method = reparam.LoRA(r=64, **settings)
-    update = method.build(site(32, 400), Linear.wrap(nn.Linear(400, 32)).weight, None)
+    update = method.build(site(32, 400), Linear.wrap(nn.Linear(400, 32)).frozen, None)
     assert float(update.A.std()) == pytest.approx(std, rel=0.02)
     assert abs(float(update.A.mean())) < 0.02 * std
     assert float(update.A.abs().max()) <= most
@@ -305,7 +305,7 @@ def test_gradients_under_dropout_are_those_of_the_dropped_input() -> None:
     adapted(x).backward(G)
     torch.manual_seed(0)
     dropped = torch.nn.functional.dropout(torch.ones(6, 4, dtype=torch.float64), 0.5)
-    A, B, W = update.A.detach(), update.B.detach(), adapted.weight.tensor()
+    A, B, W = update.A.detach(), update.B.detach(), adapted.frozen.tensor()
     torch.testing.assert_close(update.A.grad, update.scale * (G @ B).T @ (x.detach() * dropped))
     torch.testing.assert_close(x.grad, G @ W + update.scale * (G @ B) @ A * dropped)
 
@@ -316,7 +316,7 @@ def test_the_embedding_looks_up_its_own_row() -> None:
     update = adapter.updates["0"].double()
     nn.init.normal_(update.B)  # type: ignore[arg-type]
     ids = torch.tensor([[0, 6, 2], [2, 2, 1]])
-    table = model[0].weight.tensor() + update.scale * update.B @ update.A
+    table = model[0].frozen.tensor() + update.scale * update.B @ update.A
     torch.testing.assert_close(model(ids), table[ids])
     model(ids).sum().backward()
     assert set(update.B.grad.abs().sum(1).nonzero().flatten().tolist()) == {0, 1, 2, 6}  # type: ignore[union-attr,operator]

@@ -66,7 +66,7 @@ def test_the_output_is_the_sum_over_experts(name: str) -> None:
     update, method = adapter.updates["0"], adapter.method
     tasks = torch.tensor([2, 0, 1])
     found = model(x, task=tasks) if name in BY_TASK else model(x)
-    base = nn.functional.linear(x, model[0].weight.tensor())
+    base = nn.functional.linear(x, model[0].frozen.tensor())
     router = update.router if update.router is not None else next(iter(adapter.shared.routers.values()))
     n, s = method.n, update.scale
     if name == "task_gated":

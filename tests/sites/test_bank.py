@@ -61,7 +61,7 @@ def test_a_slot_that_is_written_again_keeps_nothing_of_before() -> None:
     x = numbers(1, 2, 5)
     bank.write(0, Factors(numbers(6, 5), numbers(4, 6), numbers(4)), numbers(4))
     bank.write(0, Factors(numbers(1, 5, seed=1), numbers(4, 1, seed=2)))
-    torch.testing.assert_close(bank(x, weight), x @ (weight.W + numbers(4, 1, seed=2) @ numbers(1, 5, seed=1)).T)
+    torch.testing.assert_close(bank(x, weight), x @ (weight.matrix + numbers(4, 1, seed=2) @ numbers(1, 5, seed=1)).T)
     bank.write(0, None)
     torch.testing.assert_close(bank(x, weight), weight(x))
 

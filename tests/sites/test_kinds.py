@@ -59,7 +59,7 @@ def test_it_trains_is_saved_loaded_merged_and_restored(tmp_path: Path) -> None:
     adapter = attach(model, "one")
     assert torch.equal(model(X), base)
     assert adapter.sites == {"2": Site("2", "product", 7, 5)}
-    assert adapter.modules["2"].weight.tensor().data_ptr() == held
+    assert adapter.modules["2"].frozen.tensor().data_ptr() == held
     step(model, adapter)
     y = model(X)
     assert error(y, closed(adapter)) < 1e-12

@@ -207,8 +207,8 @@ def install(
             warnings.warn(note, stacklevel=3)
         shared = method.shared(list(sites.values()))
         if shared is not None:
-            shared.to(modules[names[0]].weight.device)
-        updates = {path: method.build(sites[path], module.weight, shared) for path, module in modules.items()}
+            shared.to(modules[names[0]].frozen.device)
+        updates = {path: method.build(sites[path], module.frozen, shared) for path, module in modules.items()}
         holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
         for path in names:

@@ -97,9 +97,9 @@ class MergeReport:
         for path, module in undo.modules.items():
             undo.model.set_submodule(path, module)
             if isinstance(module, Adapted) and path in undo.weights:
-                module.weight = undo.weights[path]
+                module.hold(undo.weights[path])
                 if path in undo.values:
-                    module.weight.dense_or_none.copy_(undo.values[path])  # type: ignore[union-attr]
+                    module.frozen.dense_or_none.copy_(undo.values[path])  # type: ignore[union-attr]
                 if path in undo.biases:
                     module.bias.copy_(undo.biases[path])  # type: ignore[union-attr]
                 elif module.bias is not None:
@@ -155,7 +155,7 @@ def merge(
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
-        _check_finite(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
+        _check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
     quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
@@ -164,10 +164,10 @@ def merge(
         if path in quantized:
             merged, site = quantized[path]
         else:
-            merged, site = fold(path, module.weight, module.updates[name].factors(module.weight))  # type: ignore[operator]
+            merged, site = fold(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
         sites.append(site)
-        if merged is not module.weight:
-            module.weight = merged
+        if merged is not module.frozen:
+            module.hold(merged)
         if _merge_bias(module, name):
             biased.append(path)
     for holder in adapter.replaced.values():
@@ -195,7 +195,7 @@ def _merge_bias(module: Adapted, name: str) -> bool:
     if module.bias is not None:
         module.bias.copy_(own)
         return False
-    module.set_bias(nn.Parameter(own.detach().to(module.weight.dtype), requires_grad=False))
+    module.set_bias(nn.Parameter(own.detach().to(module.frozen.dtype), requires_grad=False))
     return True
 
 
@@ -234,17 +234,17 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
 def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
     """The merged weights in the storage that they are in, and what became of the update; nothing is changed."""
     problems = [
-        f"{path} is {module.weight.storage.name}"
+        f"{path} is {module.frozen.storage.name}"
         for path, module in adapter.modules.items()
-        if module.weight.storage.name != into
+        if module.frozen.storage.name != into
     ]
     if problems:
         raise ValueError(f"into={into!r} is for matrices that are in {into} now: {listed(problems)}; leave it out")
     found = {}
     for path, module in adapter.modules.items():
-        factors = module.updates[adapter.name].factors(module.weight)  # type: ignore[operator]
-        merged = module.weight.requantize(factors, rounding)
-        found[path] = merged, measured(path, module.weight, merged, factors)
+        factors = module.updates[adapter.name].factors(module.frozen)  # type: ignore[operator]
+        merged = module.frozen.requantize(factors, rounding)
+        found[path] = merged, measured(path, module.frozen, merged, factors)
     share = survival([site for _, site in found.values()])[into]
     if share < LEAST and not force:
         how = "round with 'aware'" if rounding != "aware" else "force it"
@@ -302,8 +302,8 @@ def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:
         state,
         name,
         {**state.sites, **state.replaced, **({SHARED: getattr(model, SHARED)} if hasattr(model, SHARED) else {})},
-        {path: module.weight for path, module in adapter.modules.items()},
-        {p: m.weight.dense_or_none.clone() for p, m in adapter.modules.items() if m.weight.dense_or_none is not None},
+        {path: module.frozen for path, module in adapter.modules.items()},
+        {p: m.frozen.dense_or_none.clone() for p, m in adapter.modules.items() if m.frozen.dense_or_none is not None},
         {path: module.bias.clone() for path, module in adapter.modules.items() if module.bias is not None},
         {path: holder.origin for path, holder in adapter.replaced.items()},
     )

@@ -13,7 +13,7 @@ from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.sites import targets as targets_
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted, Replaced, is_quantized
 from reparam.sites.walk import storages_in, tied, walk
 
 
@@ -86,8 +86,8 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     sites = []
     for path in names:
         module = _requantized(path, model.get_submodule(path), chosen)
-        sites.append(_site(path, module.weight))
-        if module.weight.dense_or_none is not None and not module.updates:
+        sites.append(_site(path, module.frozen))
+        if module.frozen.dense_or_none is not None and not module.updates:
             model.set_submodule(path, module.restore())
         else:
             model.set_submodule(path, module)
@@ -106,14 +106,14 @@ def reports(model: nn.Module) -> list[QuantizeReport]:
     """What is quantized in a model, one report for each storage; none where everything is dense."""
     held: dict[Storage, list[QuantizedSite]] = {}
     for path, storage in storages_in(model).items():
-        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).weight))  # type: ignore[arg-type]
+        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).frozen))  # type: ignore[arg-type]
     left = dict(_left(model))
     return [QuantizeReport(storage, tuple(sites), left) for storage, sites in held.items()]
 
 
 def entries(model: nn.Module) -> int:
     """Numbers that the parameters of a model stand for: of a quantized matrix its O · I entries, not its bytes."""
-    quantized = [module.weight for _, module in walk(model) if isinstance(module, Adapted)]
+    quantized = [module.frozen for _, module in walk(model) if is_quantized(module)]
     stored = sum(p.numel() for weight in quantized for p in weight.parameters())
     meant = sum(weight.out_features * weight.in_features for weight in quantized)
     return sum(p.numel() for p in model.parameters()) - stored + meant
@@ -137,7 +137,7 @@ def _requantized(path: str, found: nn.Module, storage: Storage) -> Adapted:
     trains = isinstance(found, Adapted) or bool(found.weight.requires_grad)
     module = targets_.wrap(found)
     try:
-        weight = storage.quantize(module.weight.tensor())
+        weight = storage.quantize(module.frozen.tensor())
     except ValueError as error:
         if module is not found:  # wrapping froze the matrix, and transposed a Conv1D's
             module.restore().get_parameter("weight").requires_grad_(trains)
@@ -171,7 +171,7 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
         holder = module.origin if isinstance(module, Replaced) else module
         own = holder.named_parameters(recurse=holder is not module)
         if isinstance(module, Adapted):
-            own = iter([] if module.weight.dense_or_none is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
+            own = iter([] if module.frozen.dense_or_none is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
         for name, tensor in own:
             key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
             if tensor.ndim >= 2 and key not in seen:

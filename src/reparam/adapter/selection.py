@@ -141,13 +141,13 @@ class AdapterState:
         slot = self._slots.setdefault(adapter.name, next(i for i in range(len(taken) + 1) if i not in taken))
         for path, module in self.sites.items():
             if BANK not in module.updates:
-                module.updates[BANK] = Bank(module.weight, self._routing).train(module.training)
+                module.updates[BANK] = Bank(module.frozen, self._routing).train(module.training)
             bank: Bank = module.updates[BANK]  # type: ignore[assignment]
             update: Update | None = adapter.modules.get(path) and module.updates[adapter.name]  # type: ignore[assignment]
             own = module.biases[adapter.name] - module.bias if adapter.name in module.biases else None
             offset = None if update is None else update.bias_delta()
             added = own if offset is None else offset if own is None else own + offset
-            bank.write(slot, None if update is None else update.factors(module.weight), added)
+            bank.write(slot, None if update is None else update.factors(module.frozen), added)
 
     def _check_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: the batch must have as many rows as names were given."""

@@ -158,7 +158,7 @@ def base_weight(model: nn.Module, site: Site) -> Weight:
         module = model.get_submodule(site.name)
     except AttributeError:
         raise FormatError(f"the base has no module {site.name}, which the adapters change") from None
-    matrix = module.weight.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]
+    matrix = module.frozen.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]
     matrix = matrix.t() if is_conv1d(module) else matrix[:, None] if matrix.ndim == 1 else matrix
     if tuple(matrix.shape) != (site.out_features, site.in_features):
         raise FormatError(

@@ -41,7 +41,7 @@ def split(model: nn.Module, name: str) -> dict[str, Adapter]:
         check_name(model, called)
         with context(model, tasks=task if len(names) > 1 else None):
             changes[task] = {
-                path: update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()
+                path: update.factors(adapter.modules[path].frozen) for path, update in adapter.updates.items()
             }
     found = {}
     for task, factors in changes.items():

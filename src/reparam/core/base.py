@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
@@ -96,7 +96,7 @@ class Weight(nn.Module):
         """
         kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squared_norms", {})
         eager = not torch.compiler.is_compiling()
-        now = stamp(self) if eager else None
+        now = self.stamp() if eager else None
         if now is not None and dim in kept and kept[dim][0] == now:
             return kept[dim][1]
         with torch.inference_mode(False) if eager else contextlib.nullcontext(), torch.no_grad():
@@ -132,7 +132,15 @@ class Weight(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the matrix is."""
-        return next(self.parameters()).device
+        return next(iter(self.held())).device
+
+    def stamp(self) -> Stamp | None:
+        """What changes when the matrix is written to or exchanged, see `stamp` of `core/versions.py`."""
+        return stamp(self)
+
+    def held(self) -> Iterable[Tensor]:
+        """The tensors that the matrix is stored in: by default all parameters and buffers."""
+        return (*self.parameters(), *self.buffers())
 
 
 @dataclasses.dataclass(frozen=True)

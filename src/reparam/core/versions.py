@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Stamp = tuple[tuple[int, int, torch.dtype], ...]
@@ -14,16 +16,20 @@ def stamp(module: nn.Module) -> Stamp | None:
 
     None where that cannot be told, for tensors made under `torch.inference_mode`. Writing through `.data` is not seen.
     """
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    try:
-        found = tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors if t is not None])
-    except RuntimeError:  # inference tensors have no version; to ask each takes longer
-        return None
+    found = stamp_of(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
     for child in module._modules.values():
-        if (inner := () if child is None else stamp(child)) is None:
+        if found is None or (inner := () if child is None else stamp(child)) is None:
             return None
         found += inner
     return found
+
+
+def stamp_of(tensors: Iterable[Tensor]) -> Stamp | None:
+    """As `stamp`, of some tensors."""
+    try:
+        return tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors])
+    except RuntimeError:  # inference tensors have no version; to ask each takes longer
+        return None
 
 
 class Steps:

@@ -122,10 +122,10 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     for path, module in sites.items():
         assert isinstance(module, Adapted)
-        if module.weight.dense_or_none is not None:
+        if module.frozen.dense_or_none is not None:
             found |= {f"{path}.{name}": tensor.detach() for name, tensor in module.stock().items()}
             continue
-        found |= layout_of(module.weight.storage).tensors_of_weight(module.weight, path)
+        found |= layout_of(module.frozen.storage).tensors_of_weight(module.frozen, path)
         if module.bias is not None:
             found[f"{path}.bias"] = module.bias.detach()
     return found

@@ -26,7 +26,6 @@ from reparam.hf.config import (
 )
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
-from reparam.sites.module import Adapted
 from reparam.sites.walk import storages_in
 
 
@@ -120,7 +119,7 @@ def check_not_base(folder: str | Path, base: str) -> None:
 def vocabulary(model: nn.Module) -> int:
     """Number of rows of the input embedding."""
     module = model.get_input_embeddings()  # type: ignore[operator]
-    return int(module.weight.out_features if isinstance(module, Adapted) else module.weight.shape[0])
+    return int(module.weight.shape[0])
 
 
 def _storage_config(config: Any) -> StorageConfig | None:

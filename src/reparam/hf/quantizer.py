@@ -132,7 +132,7 @@ class Quantizer(HfQuantizer):
         # Without targets, config.json says no more than "quantized", and there is nothing to compare with.
         if self.pre_quantized and self.quantization_config.targets:
             told = self.quantization_config.storage
-            found = {path: model.get_submodule(path).weight.storage for path in self.sites}
+            found = {path: model.get_submodule(path).frozen.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
             if wrong:
                 count = f"{len(wrong)} matrices (first: {wrong[0]})"
@@ -150,7 +150,7 @@ class Quantizer(HfQuantizer):
                 module.origin[0].bias = module.bias  # the stock module, which `restore` puts back
         if self.pre_quantized and not self.quantization_config.targets:
             self.quantization_config = model.config.quantization_config = config_of(model)
-        quantized = {id(p) for path in self.sites for p in model.get_submodule(path).weight.parameters()}
+        quantized = {id(p) for path in self.sites for p in model.get_submodule(path).frozen.parameters()}
         left = {name: p.nbytes for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in quantized}
         self.report = QuantizeReport(self.quantization_config.storage, tuple(self.sites.values()), left)
         _log.info("%s", self.report)

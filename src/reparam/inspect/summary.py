@@ -123,7 +123,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
         return None
     module = model.get_submodule(site.name)
     if is_quantized(module):
-        return module.weight
+        return module.frozen
     matrix = own[f"{site.name}.weight"].detach()
     return DenseWeight(matrix.t() if site.transposed else matrix[:, None] if site.kind == "vector" else matrix)
 

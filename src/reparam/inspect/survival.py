@@ -42,7 +42,7 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
     found = {}
     for kind, dtype in DTYPES.items():
         copy = DenseWeight(w.to(dtype, copy=True))
-        if bool(copy.W.isfinite().all()):
+        if bool(copy.matrix.isfinite().all()):
             found[kind] = fold(name, copy, update_of(record, name, copy).factors(copy))[1]
     storages = {kind: cls() for kind, cls in STORAGES.items() if kind != "dense"}
     for kind, storage in storages.items() if record.sites[name].kind == "linear" else ():

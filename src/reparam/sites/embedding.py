@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from reparam.core.base import Site, Update
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted
-from reparam.weights.dense import DenseWeight
 
 
 @kind("embedding")
@@ -46,19 +45,15 @@ class Embedding(Adapted):
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
         """Take over an `nn.Embedding`, sharing its parameter."""
-        return cls(module, DenseWeight(module.weight))  # type: ignore[arg-type]
+        return cls(module)
 
     def check_update(self, update: Update) -> None:
         """The update must have rows."""
-        update.rows(torch.zeros(1, dtype=torch.int64, device=self.weight.device), self.weight)
+        update.rows(torch.zeros(1, dtype=torch.int64, device=self.frozen.device), self.frozen)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of the base, or of the active update's matrix."""
         name = self.active
         if name is None:
-            return self.weight.rows(ids)
-        return self.updates[name].rows(ids, self.weight)  # type: ignore[operator]
-
-    def stock(self) -> dict[str, Tensor]:
-        """`weight`."""
-        return {"weight": self.weight.tensor()}
+            return self.frozen.rows(ids)
+        return self.updates[name].rows(ids, self.frozen)  # type: ignore[operator]

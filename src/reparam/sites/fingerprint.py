@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     rest: dict[str, Tensor] = {}
     for path, module in _base_modules(model, ""):
         if is_quantized(module):
-            storages.add(module.weight.storage.name)
+            storages.add(module.frozen.storage.name)
         for name, tensor, matrix in _digested(module):
             (matrices if matrix else rest)[f"{path}.{name}".lstrip(".")] = tensor
     groups = {f"matrices ({'+'.join(sorted(storages)) or 'dense'})": matrices, "rest": rest}
@@ -65,7 +65,7 @@ def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         for name, tensor in _own(module).items():
             yield name, tensor, tensor.ndim == 2
         return
-    for name, tensor in module.weight.named_parameters():
+    for name, tensor in module.frozen.named_parameters():
         yield f"weight.{name}", tensor, True
     if module.bias is not None:
         yield "bias", module.bias, False

@@ -6,7 +6,6 @@ module that was here before, with new values (`merge.py`).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Self
 
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from reparam.core.base import Site, Update, Weight
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, is_conv1d
-from reparam.weights.dense import DenseWeight
 
 
 @kind("linear")
@@ -58,27 +56,15 @@ class Linear(Adapted):
         sizes = (columns, rows) if transposed else (rows, columns)
         return Site(name, cls.kind, *sizes, transposed=transposed, bias=bias)
 
-    def site(self, name: str) -> Site:
-        """This place; it is transposed where a `Conv1D` was."""
-        return dataclasses.replace(super().site(name), transposed=is_conv1d(self.origin[0]))
-
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
-        """Take over the parameters; the [I, O] matrix of a `Conv1D` is transposed here, once, as a view.
-
-        Nothing is copied, and the base computes what it did before, to the bit.
-        """
-        matrix: nn.Parameter = module.weight  # type: ignore[assignment]
-        if is_conv1d(module):
-            matrix = nn.Parameter(matrix.detach().t(), requires_grad=False)
-            module.weight = None  # type: ignore[assignment]
-        bias: Tensor | None = module.bias  # type: ignore[assignment]
-        return cls(module, DenseWeight(matrix), bias)
+        """Take over the parameters. Nothing is copied, and the base computes what it did before, to the bit."""
+        return cls(module, "transposed" if is_conv1d(module) else "rows")
 
     def forward(self, x: Tensor) -> Tensor:
         """The base map, or the active update's."""
         parts = self._modules  # nn.Module's look-up of an attribute takes longer than a small product
-        weight: Weight = parts["weight"]  # type: ignore[assignment]
+        weight: Weight = parts["frozen"]  # type: ignore[assignment]
         x = weight.cast(x)
         name = self.active
         if name is None:
@@ -86,13 +72,7 @@ class Linear(Adapted):
         update: Update = parts["updates"]._modules[name]  # type: ignore[assignment, union-attr]
         return update(x, weight, self.bias_of(name))
 
-    def stock(self) -> dict[str, Tensor]:
-        """`weight` and, where there is one, `bias`."""
-        matrix = self.weight.tensor()
-        found = {"weight": matrix.t() if is_conv1d(self.origin[0]) else matrix}
-        return found if self.bias is None else {**found, "bias": self.bias}
-
     def extra_repr(self) -> str:
         """Sizes, how the matrix is stored, and the active adapter."""
-        weight = self.weight
+        weight = self.frozen
         return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"

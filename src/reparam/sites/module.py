@@ -8,6 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
+from reparam.weights.dense import DenseWeight, Layout, as_parameter
+from reparam.weights.quantized import QuantizedMatrix
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+"""Where `nn.Module` keeps the hooks on its calls."""
 
 
 class Adapted(nn.Module):
@@ -29,15 +42,20 @@ class Adapted(nn.Module):
     can_add_bias: ClassVar[bool] = False
     """Whether an update may give a bias to a site that has none."""
 
-    def __init__(self, origin: nn.Module, weight: Weight, bias: Tensor | None = None) -> None:
+    def __init__(self, origin: nn.Module, layout: Layout = "rows") -> None:
         super().__init__()
-        self.weight = weight  # W [O, I]
-        self.bias = bias
+        self.layout: Layout = layout
+        # The module's own parameters, under their own names: whoever looks for them in the model finds them.
+        self._parameters["weight"] = origin._parameters["weight"]
+        self._parameters["bias"] = origin._parameters.get("bias")
+        self.frozen: Weight = DenseWeight.of(self, layout)  # W [O, I]
         self.updates = nn.ModuleDict()
         self.biases = nn.ParameterDict()  # an adapter's own bias [O], where it trains biases
         self.biased: set[str] = set()  # its keys, because asking a ParameterDict takes long
         self.active: str | None = None
         self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
+        for name in HOOKS:  # the very same tables, so that a handle that was given out still removes its hook
+            self.__dict__[name] = origin.__dict__[name]
         self.train(origin.training)
 
     @classmethod
@@ -70,7 +88,9 @@ class Adapted(nn.Module):
 
     def site(self, name: str) -> Site:
         """This place, under its path in the model."""
-        return Site(name, self.kind, self.weight.out_features, self.weight.in_features, bias=self.bias is not None)
+        w = self.frozen
+        transposed = self.layout == "transposed"
+        return Site(name, self.kind, w.out_features, w.in_features, transposed=transposed, bias=self.bias is not None)
 
     def check_update(self, update: Update) -> None:
         """Raise InputDependentError for an update without the form that this kind computes with; by default, none."""
@@ -93,7 +113,7 @@ class Adapted(nn.Module):
 
     def bias_of(self, name: str | None) -> Tensor | None:
         """The bias [O] that is used with this adapter."""
-        return self.biases[name].to(self.weight.dtype) if name in self.biased else self.bias
+        return self.biases[name].to(self.frozen.dtype) if name in self.biased else self.bias
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         """Hold this bias [O] from now on, here and in what was here before; None for none.
@@ -103,28 +123,47 @@ class Adapted(nn.Module):
         origin = self.origin[0]
         if bias is not None and "bias" not in origin._parameters:
             raise ValueError(f"{type(origin).__name__} has no place for a bias")
-        self.bias = origin.bias = bias  # type: ignore[assignment]
+        self._parameters["bias"] = origin.bias = bias  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's parameter in its layout; where the matrix is quantized, its dtype, shape and device alone."""
+        parameter = self._parameters.get("weight")
+        return QuantizedMatrix.of(self.frozen, self.layout) if parameter is None else parameter
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The frozen bias [O]."""
+        return self._parameters["bias"]
 
     def stock(self) -> dict[str, Tensor]:
-        """The frozen tensors under the names and in the layout that they had before."""
-        raise NotImplementedError
+        """The frozen tensors under the names and in the layout of the module that was here before."""
+        found = {"weight": as_parameter(self.frozen.tensor(), self.layout)}
+        return found if self.bias is None else {**found, "bias": self.bias}
 
     def restore(self) -> nn.Module:
         """The module as it was before, holding the current frozen weight and bias; if that is quantized, a bare one."""
-        if self.weight.dense_or_none is None:
-            return type(self)(self.origin[0], self.weight, self.bias).train(self.training)
         module = self.origin[0]
-        matrix = self.stock()["weight"]
-        if matrix is not module.weight:
-            module.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+        module._parameters["bias"] = self.bias
+        if self.frozen.dense_or_none is None:
+            bare = type(self)(module, self.layout).train(self.training)
+            bare.hold(self.frozen)
+            return bare
+        module._parameters["weight"] = self._parameters["weight"]
         return module.train(self.training)
 
     def hold(self, weight: Weight) -> None:
-        """Hold the same matrix in another storage; the dense one is let go, here and in what was here before."""
-        self.weight = weight
-        if weight.dense_or_none is None:
-            shape = weight.out_features, weight.in_features
-            self.origin[0].weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        """Hold this matrix [O, I] from now on, in its storage; the other one is let go."""
+        dense = weight.dense_or_none
+        if dense is None:
+            shape = as_parameter(torch.empty(weight.out_features, weight.in_features, device="meta"), self.layout)
+            self.origin[0]._parameters["weight"] = nn.Parameter(shape, requires_grad=False)
+            self._parameters.pop("weight", None)
+            self.frozen = weight
+        elif weight is not self.frozen:
+            matrix = as_parameter(dense.detach(), self.layout).contiguous()
+            self._parameters["weight"] = nn.Parameter(matrix, requires_grad=False)
+            self.frozen = DenseWeight.of(self, self.layout)
 
 
 SHARED = "reparam_shared"  # where `Shared` is in a model
@@ -178,7 +217,7 @@ class Replaced(nn.Module):
 
 def is_quantized(module: nn.Module) -> TypeGuard[Adapted]:
     """Whether this module's matrix is in a quantized storage."""
-    return isinstance(module, Adapted) and module.weight.dense_or_none is None
+    return isinstance(module, Adapted) and module.frozen.dense_or_none is None
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -17,7 +17,6 @@ from reparam.core.base import Site, Update
 from reparam.sites.bank import Bank
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted
-from reparam.weights.dense import DenseWeight
 
 
 @kind("vector")
@@ -48,18 +47,17 @@ class Norm(Adapted):
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
         """Take over the weight [n] and, where there is one, the bias [n]."""
-        column = nn.Parameter(module.weight.detach().unsqueeze(1), requires_grad=False)  # type: ignore[operator]
-        return cls(module, DenseWeight(column), getattr(module, "bias", None))
+        return cls(module, "column")
 
     def check_update(self, update: Update) -> None:
         """The update must have an effective weight."""
-        update.effective_weight(self.weight)
+        update.effective_weight(self.frozen)
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         """The module with its frozen tensors, or with the active update's; `rest` is handed on (a gate, say)."""
         name = self.active
         if name is None:
-            return self._computed(self.weight.tensor(), self.bias, x, *rest)
+            return self._computed(self.frozen.tensor(), self.bias, x, *rest)
         update: Update = self.updates[name]  # type: ignore[assignment]
         if isinstance(update, Bank):
             return self._mixed(update, x, *rest)
@@ -67,16 +65,11 @@ class Norm(Adapted):
         if offset is not None:
             assert bias is not None, "attach refuses a change of a bias that is not there"
             bias = (bias + offset).to(bias.dtype)
-        return self._computed(update.effective_weight(self.weight), bias, x, *rest)
-
-    def stock(self) -> dict[str, Tensor]:
-        """`weight` [n] and, where there is one, `bias`."""
-        found = {"weight": self.weight.tensor().squeeze(1)}
-        return found if self.bias is None else {**found, "bias": self.bias}
+        return self._computed(update.effective_weight(self.frozen), bias, x, *rest)
 
     def _computed(self, w: Tensor, bias: Tensor | None, *args: Tensor) -> Tensor:
         """What the module makes of its arguments with the weight `w` [n, 1]."""
-        own = {"weight": w.to(self.weight.dtype).squeeze(1)}
+        own = {"weight": w.to(self.frozen.dtype).squeeze(1)}
         if bias is not None:
             own["bias"] = bias
         return torch.func.functional_call(self.origin[0], own, args)
@@ -85,7 +78,7 @@ class Norm(Adapted):
         """A mixed batch: the module once for the base, and once more for each adapter, on its own rows."""
         rows, _ = bank.routing.split(args[0].shape)
         by_row = [arg.unflatten(0, (rows, -1)) for arg in args]
-        w = self.weight.tensor()
+        w = self.frozen.tensor()
         y = self._computed(w, self.bias, *args)
         out = y.unflatten(0, (rows, -1))  # a view
         for slot in bank.routing.slots.unique().tolist():

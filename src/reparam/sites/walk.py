@@ -44,9 +44,9 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
     if isinstance(module, Replaced):
         yield from _held(module.origin, path)
         return
-    own = [*module.weight.parameters()] if isinstance(module, Adapted) else [*module.parameters(recurse=False)]
-    if isinstance(module, Adapted) and isinstance(module.bias, nn.Parameter):
-        own.append(module.bias)
+    own = [*module.parameters(recurse=False)]
+    if is_quantized(module):
+        own += module.frozen.parameters()
     for parameter in own:
         yield path, parameter
     for name, child in () if isinstance(module, Adapted) else module._modules.items():
@@ -56,4 +56,4 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
 
 def storages_in(model: nn.Module) -> dict[str, Storage]:
     """The storages of the matrices that are quantized, by path."""
-    return {path: module.weight.storage for path, module in walk(model) if is_quantized(module)}
+    return {path: module.frozen.storage for path, module in walk(model) if is_quantized(module)}

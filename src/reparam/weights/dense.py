@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, MutableMapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,10 @@ from torch.nn import functional as F
 
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import storage
+from reparam.core.versions import Stamp, stamp_of
+
+Layout = Literal["rows", "transposed", "column"]
+"""How a module keeps its matrix W [O, I]: as it is, as [I, O], or, for I = 1, as a vector [O]."""
 
 
 @storage("dense")
@@ -28,13 +34,36 @@ def zero_weight(out_features: int, in_features: int, dtype: torch.dtype = torch.
 
 
 class DenseWeight(Weight):
-    """W as one frozen parameter [O, I]."""
+    """W as one frozen parameter: its own [O, I], or, with `of`, the parameter `weight` of a module in its layout.
+
+    The parameter of a module stays where torch, transformers and optimizers look for it. It is looked up at each use,
+    so that whoever exchanges it (a device map, FSDP, tying) exchanges it here as well.
+    """
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()
-        self.W = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # [O, I]; the same object keeps ties visible
-        self.W.requires_grad_(False)
+        self.weight = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # the same object keeps ties visible
+        self.weight.requires_grad_(False)
+        self.layout: Layout = "rows"
         self.out_features, self.in_features = w.shape
+        self._holder: MutableMapping[str, nn.Parameter | None] = self._parameters
+
+    @classmethod
+    def of(cls, module: nn.Module, layout: Layout) -> DenseWeight:
+        """W as the module's parameter `weight`, which is frozen."""
+        parameter = module._parameters["weight"]
+        assert parameter is not None
+        found = cls(parameter)
+        found.layout = layout
+        found.out_features, found.in_features = as_matrix(parameter, layout).shape
+        del found.weight
+        found._holder = module._parameters
+        return found
+
+    @property
+    def matrix(self) -> Tensor:
+        """W [O, I] itself, or a view of it."""
+        return as_matrix(self._holder["weight"], self.layout)  # type: ignore[arg-type]
 
     @property
     def storage(self) -> Dense:
@@ -44,30 +73,49 @@ class DenseWeight(Weight):
     @property
     def dense_or_none(self) -> Tensor:
         """W itself."""
-        return self.W
+        return self.matrix
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias [..., O]."""
-        return F.linear(x, self.W, bias)
+        return F.linear(x, self.matrix, bias)
 
     def cast(self, x: Tensor) -> Tensor:
         """x in the dtype of W, unless autocast takes care of it.
 
-        transformers keeps T5's `wo` in float32 in a 16-bit model, and casts for it only if `wo.weight` is a tensor.
+        transformers keeps T5's `wo` in float32 in a 16-bit model.
         """
-        if x.dtype is self.W.dtype or torch.is_autocast_enabled(x.device.type):
+        dtype = self.dtype
+        if x.dtype is dtype or torch.is_autocast_enabled(x.device.type):
             return x
-        return x.to(self.W.dtype)
+        return x.to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """W[ids], [..., I]."""
-        return F.embedding(ids, self.W)
+        return F.embedding(ids, self.matrix)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of W in float32; a view when W is float32."""
-        return self.W.detach()[rows].float()
+        return self.matrix.detach()[rows].float()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of W."""
-        return self.W.dtype
+        return self._holder["weight"].dtype  # type: ignore[union-attr]
+
+    def held(self) -> Iterable[Tensor]:
+        """The parameter."""
+        return (self._holder["weight"],)  # type: ignore[return-value]
+
+    def stamp(self) -> Stamp | None:
+        """What changes with the parameter."""
+        return stamp_of(self.held())
+
+
+def as_matrix(w: Tensor, layout: Layout) -> Tensor:
+    """A module's parameter as W [O, I]; a view."""
+    return w if layout == "rows" else w.t() if layout == "transposed" else w.unsqueeze(1)
+
+
+def as_parameter(w: Tensor, layout: Layout) -> Tensor:
+    """W [O, I] as a module keeps it; a view. The inverse of `as_matrix`."""
+    return w if layout == "rows" else w.t() if layout == "transposed" else w.squeeze(1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Weight
+from reparam.weights.dense import Layout, as_parameter
 from reparam.weights.rounding import moves
 
 ROUNDINGS = ("aware", "nearest")
@@ -79,6 +80,35 @@ class QuantizedWeight(Weight):
             basis = F.normalize(wanted[rows] - old[rows], dim=1).unsqueeze(2) if shared is None else shared
             steps[rows] = moves(wanted[rows] - near.dense(rows), *near.neighbors(rows), basis)
         return near.moved(steps)
+
+
+class QuantizedMatrix(Tensor):
+    """What a module shows as its `weight` while the matrix is quantized: dtype, shape and device, and no numbers.
+
+    Models read these of a child's weight. Anything that needs the numbers raises TypeError.
+    """
+
+    @classmethod
+    def of(cls, weight: Weight, layout: Layout) -> Self:
+        """The parameter that the module would have if this matrix [O, I] were dense."""
+        shape = as_parameter(torch.empty(weight.out_features, weight.in_features, device="meta"), layout).shape
+        found = Tensor._make_wrapper_subclass(cls, shape, dtype=weight.dtype, device=weight.device)
+        found.storage_name = weight.storage.name
+        return found
+
+    storage_name: str
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"QuantizedMatrix({self.storage_name}, {list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Refuse every operation."""
+        name = next(arg.storage_name for arg in args if isinstance(arg, cls))
+        raise TypeError(
+            f"{func}: this weight is quantized ({name}), and only calling its module computes with it; "
+            f"reparam.quantize(model, 'dense', targets=...) dequantizes it"
+        )
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
