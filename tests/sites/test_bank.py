@@ -76,5 +76,7 @@ def test_rows_and_tokens_are_told_from_the_shape() -> None:
             routing.split(torch.Size(shape))
     routing.tokens = 7
     assert routing.split(torch.Size([21, 5])) == (3, 7)
-    with pytest.raises(ValueError, match=r"cannot map an activation of shape \[14, 5\] to the 3 rows of the mixed batch"):
+    with pytest.raises(
+        ValueError, match=r"cannot map an activation of shape \[14, 5\] to the 3 rows of the mixed batch"
+    ):
         routing.split(torch.Size([14, 5]))
