@@ -9,8 +9,9 @@ The interface, in six lines:
     reparam.load(model, "out/task", name="task")
     reparam.merge(model)
 
-Quantized bases: `reparam.quantize(model, "nf4")`, or while transformers reads the model,
-`from_pretrained(path, quantization_config=reparam.NF4Config())`. Paged optimizer states: `reparam.optim.PagedAdamW`.
+To quantize the base model, call `reparam.quantize(model, "nf4")`, or pass a config to transformers when it loads the
+model: `from_pretrained(path, quantization_config=reparam.NF4Config())`. `reparam.optim.PagedAdamW` is an AdamW whose
+states are paged.
 
 `import reparam` imports nothing else, not even torch: each name is imported when it is first used.
 """
@@ -218,8 +219,8 @@ _HOMES = {  # the module that defines each name
     "Int8": "reparam.weights.int8",
     "NF4": "reparam.weights.nf4",
 }
-_OLD = {"pack": "reparam.adapter.quantize"}  # names that go with the next release; their functions warn
-_MODULES = {  # modules under a name of their own
+_OLD = {"pack": "reparam.adapter.quantize"}  # deprecated names, removed in the next release; their functions warn
+_MODULES = {  # submodules that are attributes of the package
     "adapter": "reparam.adapter",
     "cli": "reparam.cli",
     "combine": "reparam.combine",
@@ -246,10 +247,10 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-if not TYPE_CHECKING:  # a checker reads the imports above, and knows a misspelled name by them
+if not TYPE_CHECKING:  # a type checker reads the imports above and reports misspelled names
 
     def __getattr__(name: str) -> Any:
-        """Import what `name` stands for, and keep it. With the first method or storage, all of them are registered."""
+        """Import and cache `name`. Any name but a submodule or an error first registers all methods and storages."""
         if name in _MODULES:
             found = import_module(_MODULES[name])
         elif name in _OLD:

@@ -1,4 +1,4 @@
-"""`python -m reparam` is the command `reparam`."""
+"""`python -m reparam` runs the command `reparam`."""
 
 from reparam.cli import main
 

@@ -1,20 +1,20 @@
-"""Every error that the package defines, as one tree. What each means and what to do: docs/errors.md.
+"""All exceptions that the package defines. docs/errors.md explains what each means and what to do.
 
     ReparamError
-    ├── FormatError          (ValueError)          a file of an adapter is damaged, or does not fit the model
-    ├── InputDependentError  (ValueError)          no one matrix stands for the update
-    ├── BaseError            (ValueError)          a base model cannot be loaded as asked
-    ├── DataError            (ValueError)          rows cannot be trained on
-    ├── ConfigError          (ValueError)          the configuration is not usable
-    ├── StateError           (ValueError)          a training state cannot be saved or used
-    ├── RunLocked            (ValueError)          another process runs in the folder
+    ├── FormatError          (ValueError)          an adapter file is damaged or does not fit the model
+    ├── InputDependentError  (ValueError)          the update depends on its input and has no matrix
+    ├── BaseError            (ValueError)          the base model cannot be loaded with these settings
+    ├── DataError            (ValueError)          the data has rows that cannot be trained on
+    ├── ConfigError          (ValueError)          the configuration is invalid
+    ├── StateError           (ValueError)          a training state cannot be saved or restored
+    ├── RunLocked            (ValueError)          another process is using the run folder
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
-    ├── NothingLearned       (RuntimeError)        training left the model's outputs as they were
-    ├── DiskFull             (OSError)             there was no room for a result
-    └── Stopped                                    a signal ended a run
+    ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
+    ├── DiskFull             (OSError)             the disk has no room for a result
+    └── Stopped                                    a signal stopped the run
 
-Each is also the built-in error in parentheses, so that code that catches ValueError catches what it always did. A wrong
-argument of a function is a plain ValueError.
+Each class also inherits from the built-in exception in parentheses, so `except ValueError` catches it too. A wrong
+function argument raises a plain ValueError.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-SHOWN = 10  # problems that one error message spells out
+SHOWN = 10  # the most problems that one error message lists
 
 
 class ReparamError(Exception):
-    """Any error that this package defines; catch it to catch them all."""
+    """Base class of all errors that this package defines."""
 
 
 class FormatError(ReparamError, ValueError):
-    """A file is damaged, or does not fit the model; the message names the file, the tensor or key, and what to do."""
+    """A file is damaged or does not fit the model. The message names the file, the tensor or key, and the remedy."""
 
 
 class InputDependentError(ReparamError, ValueError):
-    """The update depends on its input, so that no one matrix stands for it: it cannot be merged or banked."""
+    """The update depends on its input, so it has no matrix ΔW: it cannot be merged or used in a mixed batch."""
 
 
 class BaseError(ReparamError, ValueError):
-    """A base model cannot be loaded as asked."""
+    """The base model or its tokenizer cannot be loaded with these settings."""
 
 
 class DataError(ReparamError, ValueError):
-    """Data that cannot be trained on. `problems` holds every finding; the message shows the first ten."""
+    """The data has rows that cannot be trained on. `problems` lists all of them; the message shows the first ten."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         assert problems
@@ -54,19 +54,22 @@ class DataError(ReparamError, ValueError):
 
 
 class ConfigError(ReparamError, ValueError):
-    """The configuration is not usable; the message names the key, the file it came from and what was expected."""
+    """The configuration is invalid. The message names the key, the file that sets it and the expected value."""
 
 
 class StateError(ReparamError, ValueError):
-    """A training state cannot be saved, or what was saved cannot be used."""
+    """A training state cannot be saved, or a saved training state cannot be restored."""
 
 
 class RunLocked(ReparamError, ValueError):  # noqa: N818  (reads as what happened)
-    """Another process runs in the folder."""
+    """Another process is using the run folder."""
 
 
 class NotFinite(ReparamError, FloatingPointError):  # noqa: N818  (reads as what happened)
-    """The loss, the penalty or the gradient is NaN or infinite; the weights are those before the step."""
+    """The loss, the penalty or the gradient is NaN or infinite. The weights are those from before the step.
+
+    `step` is the number of that optimizer step; `rows` names the data rows in its batch.
+    """
 
     def __init__(self, message: str, step: int, rows: list[str]) -> None:
         super().__init__(message)
@@ -75,15 +78,15 @@ class NotFinite(ReparamError, FloatingPointError):  # noqa: N818  (reads as what
 
 
 class NothingLearned(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
-    """The trained adapter does not change the model's outputs, or was not saved as it was trained."""
+    """The trained adapter does not change the model's outputs, or the saved adapter differs from the trained one."""
 
 
 class DiskFull(ReparamError, OSError):  # noqa: N818  (reads as what happened)
-    """There was no room for a result. Nothing was replaced: what was at the target before is still there."""
+    """The disk has no room for a result. Existing files were not replaced."""
 
 
 class Stopped(ReparamError):  # noqa: N818  (reads as what happened)
-    """A signal ended a run, after a checkpoint."""
+    """A signal stopped the run after it wrote a checkpoint. `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

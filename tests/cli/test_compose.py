@@ -79,7 +79,7 @@ def test_a_gain_is_added_with_the_base(parts: Path, base: str, tmp_path: Path) -
     ("arguments", "message"),
     [
         (["A", "B", "--weights", "0.5"], "2 adapters need as many weights, and there are 1"),
-        (["A", "B", "--weights", "0.5,x"], "'x' is no number"),
+        (["A", "B", "--weights", "0.5,x"], "'x' is not a number"),
         (["A", "B", "--weights", "nan,1"], "weight 1 is nan"),
         (["A", "B", "--space", "mean"], "expected one of delta, factor, ties, dare"),
         (["A", "B", "--space", "factor"], "space='delta' adds adapters of"),

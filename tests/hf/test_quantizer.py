@@ -36,7 +36,7 @@ CONFIGS: dict[str, Callable[[], StorageConfig]] = {
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="targets: no update goes on")
+        warnings.filterwarnings("ignore", message="targets: skipped")
         yield
 
 

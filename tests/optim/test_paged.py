@@ -203,19 +203,19 @@ def test_an_adapter_binds_to_it() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 16}, "bits is 16: 32 or 8"),
-        ({"page": 2047}, "page is 2047 bytes: at least 2048, the states of 256 elements at 32 bits"),
-        ({"bits": 8, "page": 519}, "page is 519 bytes: at least 520"),
+        ({"bits": 16}, "bits=16: expected 32 or 8"),
+        ({"page": 2047}, "page=2047 bytes: expected at least 2048, the states of 256 elements at 32 bits"),
+        ({"bits": 8, "page": 519}, "page=519 bytes: expected at least 520"),
         (
             {"page": 5000, "budget": 4000},
-            "budget is 4000 bytes, below one page of 4096: raise it, or set a smaller page",
+            r"budget=4000 bytes is less than one page \(4096 bytes\): raise budget or lower page",
         ),
-        ({"budget": 0}, "budget is 0 bytes, below one page of 1048576"),
+        ({"budget": 0}, r"budget=0 bytes is less than one page \(1048576 bytes"),
         ({"folder": "/no/such"}, "folder '/no/such' does not exist"),
-        ({"lr": -1.0, "eps": -2.0}, "lr is -1.0: at least 0; eps is -2.0: at least 0"),
-        ({"lr": float("nan")}, "lr is nan: at least 0"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1: at least 0"),
-        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\): each from 0 to below 1"),
+        ({"lr": -1.0, "eps": -2.0}, "lr=-1.0: expected at least 0; eps=-2.0: expected at least 0"),
+        ({"lr": float("nan")}, "lr=nan: expected at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1: expected at least 0"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): expected two numbers from 0 to below 1"),
     ],
     ids=str,
 )
@@ -227,7 +227,10 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
-        (torch.zeros(3, 2, dtype=torch.float64), r"a parameter is float64 \[3, 2\]: float32, bfloat16 or float16"),
+        (
+            torch.zeros(3, 2, dtype=torch.float64),
+            r"a parameter is float64 \[3, 2\]: expected contiguous float32, bfloat16 or float16",
+        ),
         (torch.zeros(3, 2).t(), r"a parameter is float32 \[2, 3\], not contiguous: "),
     ],
 )
@@ -241,7 +244,7 @@ def test_other_parameters(parameter: Tensor, message: str) -> None:
 def test_sparse_gradients() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="takes no sparse gradients: make the embedding with sparse=False"):
+    with pytest.raises(ValueError, match="does not support sparse gradients: create the embedding with sparse=False"):
         PagedAdamW(table.parameters()).step()
 
 
@@ -249,5 +252,5 @@ def test_parameters_on_two_devices() -> None:
     optimizer = PagedAdamW([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))])
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.zeros_like(p)
-    with pytest.raises(ValueError, match=re.escape("states are on cpu and a parameter is on meta: one optimizer for")):
+    with pytest.raises(ValueError, match=re.escape("states are on cpu but a parameter is on meta: use one optimizer")):
         optimizer.step()

@@ -88,14 +88,17 @@ def sgd() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (lambda: state(bits=8), "the saved state has 8 bits and this optimizer 32: set bits=8"),
-        (lambda: state(SIZES[:3]), r"the saved state has groups of \[3\] parameters, and this optimizer of \[7\]"),
+        (lambda: state(bits=8), "the saved state has 8 bits but this optimizer has 32: set bits=8"),
+        (
+            lambda: state(SIZES[:3]),
+            r"the saved state has parameter groups of sizes \[3\], but this optimizer has \[7\]",
+        ),
         (
             lambda: state([*SIZES[:6], (1999,)]),
-            r"parameter 6: the saved exp_avg is float32 \[1999\], and this optimizer's is float32 \[2000\]",
+            r"parameter 6: the saved exp_avg is float32 \[1999\], but this optimizer needs float32 \[2000\]",
         ),
-        (amsgrad, "amsgrad is not supported: leave it out"),
-        (sgd, "parameter 0: the saved state holds momentum_buffer, and one of 32 bits holds exp_avg, exp_avg_sq, step"),
+        (amsgrad, "amsgrad is not supported: set it to False"),
+        (sgd, "parameter 0: the saved state has momentum_buffer, but one of 32 bits has exp_avg, exp_avg_sq, step"),
     ],
     ids=["bits", "groups", "sizes", "amsgrad", "sgd"],
 )

@@ -143,7 +143,7 @@ def test_a_write_that_fails_is_an_error_then_and_ever_after(tmp_path: Path, limi
     pager.page(2)
     pager.page(1)
     limit(4096)
-    with pytest.raises(OSError, match=r"cannot write or read the file .*free some space.*go on from a checkpoint"):
+    with pytest.raises(OSError, match=r"cannot write or read the file .*free some space.*resume from a checkpoint"):
         pager.page(0)
     limit(2**30)
     for index in (1, 2):
@@ -153,10 +153,10 @@ def test_a_write_that_fails_is_an_error_then_and_ever_after(tmp_path: Path, limi
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     pager = Pager(SIZE, slots=1, device=CPU, folder=tmp_path / "missing")
-    with pytest.raises(OSError, match=r"cannot make the file for the optimizer's pages in .*missing"):
+    with pytest.raises(OSError, match=r"cannot create the file of the optimizer's pages in .*missing"):
         pager.grow(2)
 
 
 def test_a_device_without_a_store() -> None:
-    with pytest.raises(ValueError, match="pages of meta have nowhere to go: leave budget out"):
+    with pytest.raises(ValueError, match="pages on meta cannot be moved: leave budget out"):
         make_store(SIZE, torch.device("meta"), None)

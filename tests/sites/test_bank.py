@@ -72,9 +72,11 @@ def test_rows_and_tokens_are_told_from_the_shape() -> None:
     assert routing.split(torch.Size([3, 5])) == (3, 1)
     assert routing.split(torch.Size([3, 2, 2, 5])) == (3, 4)
     for shape in ([21, 5], [1, 7, 5], [7, 3, 5]):
-        with pytest.raises(ValueError, match="whose rows it cannot tell apart; select one adapter at a time"):
+        with pytest.raises(ValueError, match="rows of the mixed batch; select one adapter at a time"):
             routing.split(torch.Size(shape))
     routing.tokens = 7
     assert routing.split(torch.Size([21, 5])) == (3, 7)
-    with pytest.raises(ValueError, match=r"a mixed batch of 3 rows met an activation of shape \[14, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"cannot map an activation of shape \[14, 5\] to the 3 rows of the mixed batch"
+    ):
         routing.split(torch.Size([14, 5]))

@@ -101,11 +101,11 @@ def test_targets_reach_it_and_name_it() -> None:
     empty = nn.Sequential(Product(5, 0))
     with pytest.raises(ValueError, match="0: a product without rows"):
         targets.resolve(empty, "0")
-    with pytest.raises(ValueError, match=r"Tanh is not a linear map; adapters go on .*norms and products"):
+    with pytest.raises(ValueError, match=r"Tanh is not supported; adapters support .*norms and products"):
         targets.resolve(model, "1")
     with pytest.raises(ValueError, match="ReLU is not a product"):
         ProductSite.wrap(nn.ReLU())
-    with pytest.raises(ValueError, match="Tanh is not a linear map"):
+    with pytest.raises(ValueError, match="Tanh is not supported"):
         targets.wrap(nn.Tanh())
 
 

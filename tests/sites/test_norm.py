@@ -105,7 +105,9 @@ def test_everything_names_all_parameters_of_a_model(model: nn.Module) -> None:
 
 
 def test_what_everything_cannot_reach_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"embed_tokens \(it shares its weight with lm_head: reparam.untie") as told:
+    with pytest.warns(
+        UserWarning, match=r"embed_tokens \(it shares its weight with lm_head: call reparam.untie"
+    ) as told:
         names = resolve(models.tied_llama(), "everything")
     assert "lm_head" not in names
     assert "model.embed_tokens" not in names
@@ -293,10 +295,10 @@ def test_an_update_without_factors_is_refused_on_a_vector() -> None:
 
 def test_what_is_no_norm_is_refused() -> None:
     for module, why in (
-        (nn.BatchNorm1d(3), "modules or buffers"),
-        (nn.Linear(3, 1), "no norm"),
-        (nn.LayerNorm(3, elementwise_affine=False), "no norm"),
-        (nn.Bilinear(2, 2, 2), "no norm"),
+        (nn.BatchNorm1d(3), "submodules or buffers"),
+        (nn.Linear(3, 1), "not a norm"),
+        (nn.LayerNorm(3, elementwise_affine=False), "not a norm"),
+        (nn.Bilinear(2, 2, 2), "not a norm"),
     ):
         assert why in (Norm.unsupported_reason(module) or "")
         with pytest.raises(ValueError, match=why):

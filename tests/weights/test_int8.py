@@ -91,8 +91,8 @@ def test_numbers_at_both_ends_of_what_can_be_quantized() -> None:
 @pytest.mark.parametrize(
     ("w", "message"),
     [
-        (torch.ones(64), r"expected a matrix .* got float32 \[64\]$"),
-        (torch.ones(0, 3), r"with entries, got float32 \[0, 3\]$"),
+        (torch.ones(64), r"expected a non-empty matrix .* got float32 \[64\]$"),
+        (torch.ones(0, 3), r"numbers, got float32 \[0, 3\]$"),
         (Int8().quantize(torch.ones(2, 3)).codes, r"got int8 \[2, 3\]; is it quantized already\?$"),
         (torch.tensor([[1.0, float("nan")]]), r"NaN, infinity .*first at \[0, 1\]"),
         (torch.tensor([[1.0], [float("inf")]]).half(), r"NaN, infinity .*first at \[1, 0\]"),

@@ -199,4 +199,4 @@ def test_storages_of_installed_packages(tmp_path: Path) -> None:
     lines = found.splitlines()
     assert lines[0] == "Theirs(depth=4)"
     assert "theirs" in lines[1]
-    assert lines[2].count("could not register") == 1
+    assert lines[2].count("failed to register") == 1

@@ -1,1 +1,1 @@
-"""The nouns that everything else is written in: weights, updates, methods, storages, and their registries."""
+"""The base classes of the library (weights, sites, updates, methods, storages) and the registries."""

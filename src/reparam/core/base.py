@@ -1,7 +1,7 @@
-"""The nouns everything else is written in: a frozen weight, a site, and the trainable update that goes on it.
+"""The base classes: a frozen weight, a site in a model, and the trainable update at that site.
 
-A linear map W [O, I] stays frozen (`Weight`, quantized by a `Storage`); an `Update` owns the few parameters that change
-it. A `Method` (`core/method.py`) builds one update for each `Site`. What can be merged reduces to `Factors`:
+A linear map W [O, I] stays frozen (`Weight`, made by a `Storage`); an `Update` owns the few parameters that change it.
+A `Method` (`core/method.py`) builds one update for each `Site`. Every update that can be merged has `Factors`:
 
     W' = diag(gain) · W + B · A
 
@@ -23,11 +23,11 @@ from reparam.core.versions import Stamp, stamp
 
 Role = Literal["in", "out", "core", "gain", "route"]
 Kind = str  # the name of a kind of site, such as "linear"; `sites.kinds` registers them
-_BLOCK = 1 << 18  # entries of W that are read at once: 1 MiB in float32
+_BLOCK = 1 << 18  # entries of W read at a time: 1 MiB in float32
 
 
 class Factors(NamedTuple):
-    """The normal form of a change: `W' = diag(gain) · W + B · A`, with no gain meaning ones. Differentiable."""
+    """The normal form of an update, `W' = diag(gain) · W + B · A`; `gain=None` means all ones. Differentiable."""
 
     A: Tensor  # [R, I]
     B: Tensor  # [O, R]
@@ -39,21 +39,21 @@ class Factors(NamedTuple):
         return torch.addmm(kept, self.B.to(w.dtype), self.A.to(w.dtype))
 
     def change(self, w: Tensor, rows: slice = slice(None)) -> Tensor:
-        """ΔW [rows, I] in the dtype of `w`, which is W[rows]."""
+        """ΔW[rows] [rows, I] in the dtype of `w`; pass `w` = W[rows]."""
         low_rank = self.B[rows].to(w.dtype) @ self.A.to(w.dtype)
         return low_rank if self.gain is None else torch.addcmul(low_rank, self.gain[rows, None].to(w.dtype) - 1, w)
 
     def low_rank_norm(self) -> float:
-        """Frobenius norm of B·A from two [R, R] products, in float64; the matrix [O, I] is never built."""
+        """The Frobenius norm of B·A in float64, from two [R, R] products, without building the [O, I] matrix."""
         a, b = self.A.detach().double(), self.B.detach().double()
         return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 
 
 class Weight(nn.Module):
-    """How a frozen matrix W [O, I] is stored. An operator first, a matrix only on request.
+    """A frozen matrix W [O, I] in some storage format. `forward` applies it without building the matrix.
 
-    A subclass keeps its tensors as parameters or buffers and implements the methods below; its `Storage` makes it.
-    Nothing in it trains.
+    A subclass keeps its tensors as parameters or buffers and implements the methods below; its `Storage` creates it.
+    None of its tensors is trained.
     """
 
     out_features: int
@@ -61,12 +61,12 @@ class Weight(nn.Module):
 
     @property
     def storage(self) -> Storage:
-        """The configuration that makes more weights like this one."""
+        """The configuration that creates weights in this format."""
         raise NotImplementedError
 
     @property
     def dense_or_none(self) -> Tensor | None:
-        """The stored matrix [O, I] itself, where there is one that may be written to; None for a quantized storage."""
+        """The stored matrix [O, I] itself, which may be written to; None if the storage is quantized."""
         return None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,25 +74,25 @@ class Weight(nn.Module):
         raise NotImplementedError
 
     def cast(self, x: Tensor) -> Tensor:
-        """x in a dtype that `forward` and an update beside it can use; by default as it is."""
+        """x in a dtype that both `forward` and the update accept; by default x unchanged."""
         return x
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids [...] of integers below O -> the rows W[ids], [..., I]."""
+        """ids [...], integers from 0 to O - 1 -> the rows W[ids] [..., I]."""
         raise NotImplementedError
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """A block of rows of W as float32, [rows, I]. It may be a view of the storage: do not write to it."""
+        """These rows of W in float32 [rows, I]. The result may be a view of the stored matrix: do not write to it."""
         raise NotImplementedError
 
     def tensor(self) -> Tensor:
-        """W [O, I] in `dtype`: the stored tensor itself where it is plain, else a new one."""
+        """W [O, I] in `dtype`: the stored tensor itself if the storage is dense, otherwise a new tensor."""
         return self.dense().to(self.dtype) if self.dense_or_none is None else self.dense_or_none
 
     def squared_norms(self, dim: int) -> Tensor:
         """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
 
-        Kept until W changes, but not in a compiled graph, which cannot tell. W is read in blocks of rows.
+        Cached until W changes, except in a compiled graph, which cannot detect a change. W is read in blocks of rows.
         """
         kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squared_norms", {})
         eager = not torch.compiler.is_compiling()
@@ -107,45 +107,46 @@ class Weight(nn.Module):
         return total
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """W in blocks of rows [rows, I]: as it is stored where it is plain, else in float32."""
+        """W in blocks of rows [rows, I]: in its own dtype if the storage is dense, otherwise in float32."""
         size = max(1, _BLOCK // self.in_features)
         for start in range(0, self.out_features, size):
             rows = slice(start, start + size)
             yield rows, self.dense(rows) if self.dense_or_none is None else self.dense_or_none.detach()[rows]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.__dict__.pop("_squared_norms", None)  # a move through 16 bits and back can end at the same address
+        self.__dict__.pop("_squared_norms", None)  # a cast to 16 bits and back can reuse the same address
         return super()._apply(fn, recurse)
 
     def requantize(self, factors: Factors, rounding: str) -> Weight:
-        """W' in the same format; `rounding` is "nearest", or "aware", which keeps the update's effect where it can.
+        """W' in the same format.
 
-        Raises ValueError where the format has no such operation.
+        `rounding` is "nearest", or "aware", which chooses the codes so that the update keeps as much of its effect as
+        possible. Raises ValueError if the format does not implement this.
         """
-        raise ValueError(f"no merge into the storage {self.storage.name!r} itself is defined; merge into a dense one")
+        raise ValueError(f"storage {self.storage.name!r} does not support merging; merge into a dense weight instead")
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that results have."""
+        """The dtype of the results."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where the matrix is."""
+        """The device of the stored tensors."""
         return next(iter(self.held())).device
 
     def stamp(self) -> Stamp | None:
-        """What changes when the matrix is written to or exchanged, see `stamp` of `core/versions.py`."""
+        """A value that changes when the matrix is written or replaced; see `stamp` in `core/versions.py`."""
         return stamp(self)
 
     def held(self) -> Iterable[Tensor]:
-        """The tensors that the matrix is stored in: by default all parameters and buffers."""
+        """The tensors that store the matrix: by default all parameters and buffers."""
         return (*self.parameters(), *self.buffers())
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Configuration and factory of a weight: a frozen dataclass whose `__post_init__` refuses bad values.
+    """Configuration and factory of a weight format: a frozen dataclass whose `__post_init__` rejects bad values.
 
     A subclass is registered with `@storage("name")`, lists in `examples` the settings that the conformance suite
     builds, and implements `quantize`.
@@ -155,7 +156,7 @@ class Storage:
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def quantize(self, w: Tensor) -> Weight:
-        """Store `w` [O, I], of any floating dtype. Raises ValueError for values that the format cannot hold."""
+        """Store `w` [O, I], of any floating-point dtype. Raises ValueError for values that the format cannot hold."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -165,50 +166,52 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One place in a model where an update can go."""
+    """A place in a model where an update can be attached: one matrix and its bias."""
 
     name: str
     """Path of the module in the model, as `named_modules` gives it."""
     kind: Kind
-    """An embedding is a matrix too: a row per id, O = V rows of I = width. So is a vector, a norm's: [O = n, I = 1]."""
+    """Kind of the module. A linear map has W [O, I]; an embedding has one row per id, O = V and I = its width; a norm's
+    weight [n] is a "vector", a matrix with O = n and I = 1."""
     out_features: int
     in_features: int
     transposed: bool = False
-    """Whether the base keeps this matrix as [I, O], as GPT-2's Conv1D does. Only other libraries' files need it."""
+    """Whether the base model stores the matrix as [I, O], like GPT-2's Conv1D. Only other libraries' files use it."""
     bias: bool = False
-    """Whether the module has a bias [O]; not known of sites that were read from a file."""
+    """Whether the module has a bias [O]. It is False, meaning unknown, for sites that were read from a file."""
 
 
 class ExpertChoice(Protocol):
-    """How the update of one site divides its input among experts. What sites decide together has one `scope`."""
+    """How the update of one site routes its input to experts. Sites that share a decision have the same `scope`."""
 
     @property
     def scope(self) -> str:
-        """Path of the module, layer or block whose sites decide together; "" for the whole model."""
+        """Path of the module, layer or block whose sites share one decision; "" for the whole model."""
 
     @property
     def leads(self) -> bool:
-        """Whether this site is the first of its scope, which decides for the others."""
+        """Whether this site is the first of its scope and makes the decision for the others."""
 
     @property
     def experts(self) -> int:
-        """N, their number."""
+        """The number of experts, N."""
 
     def decided(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor] | None:
-        """What the update decides for its input x [..., I] in the current forward, token by token without padding.
+        """The routing decision for the input x [..., I] of the current forward, for the T tokens that are not padding.
 
-        That is where an expert counts as selected, bool, and its probability, both [T, N]; None where it is not asked.
+        Returns which experts are selected (bool) and their probabilities, both [T, N], or None if the router does not
+        run in this forward.
         """
 
     def products(self) -> Tensor:
-        """The inner products of the experts' changes, [N, N], in float64."""
+        """The inner products of the experts' weight changes [N, N] in float64."""
 
 
 class Update(nn.Module):
-    """The trainable part of one site. It decides itself when the frozen map is applied.
+    """The trainable part of one site. Its `forward` calls the frozen map itself.
 
-    `roles` gives every parameter its part ("in": what meets the input first, "out": what makes the output, "core",
-    "gain", "route"). Optimizer groups, weight decay and files go by roles, never by parts of names.
+    `roles` gives each parameter a role: "in" (applied to the input, LoRA's A), "out" (produces the output, LoRA's B),
+    "core", "gain" or "route". Optimizer groups, weight decay and files use roles, never parts of parameter names.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -218,15 +221,15 @@ class Update(nn.Module):
         raise NotImplementedError
 
     def factors(self, weight: Weight) -> Factors:
-        """The normal form, differentiable in the parameters. Raises `InputDependentError` where there is none."""
+        """The normal form, differentiable in the parameters. Raises `InputDependentError` if there is none."""
         raise NotImplementedError
 
     def bias_delta(self) -> Tensor | None:
-        """The change of the bias [O], differentiable, or None. `forward` adds it, to the bias that it is given."""
+        """The change of the bias [O], differentiable, or None. `forward` adds it to its argument `bias`."""
         return None
 
     def effective_weight(self, weight: Weight) -> Tensor:
-        """W' [O, I] in float32 or more, differentiable. Sites that are vectors compute with it."""
+        """W' [O, I] in float32 or wider, differentiable. Norm sites compute their output with it."""
         return self.factors(weight).apply(wide(weight.tensor()))
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
@@ -238,23 +241,23 @@ class Update(nn.Module):
         return found + (nn.functional.embedding(ids, factors.B) @ factors.A).to(found.dtype)
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take on the shapes of these saved tensors, where training makes parameters smaller; others stay."""
+        """Resize the parameters to these saved tensors. Methods whose parameters shrink in training override it."""
 
     def penalty(self) -> Tensor | None:
         """An extra loss (a scalar), or None."""
         return None
 
     def low_rank_part(self) -> tuple[Update, str] | None:
-        """The update inside that is a plain change B A, and what the names of its tensors begin with here; or None."""
+        """The inner update whose change is B A, and the prefix of its tensors' names in this update; or None."""
         return None
 
     def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
-        """Its parameters by name with which its change is U diag(s) Vh: u [O, R], s [R], vh [R, I].
+        """Parameters, by name, that make the change equal U diag(s) Vh: u [O, R], s [R], vh [R, I].
 
-        Asked of a `low_rank_part`.
+        Only called on a `low_rank_part`.
         """
         raise NotImplementedError
 
     def expert_choice(self) -> ExpertChoice | None:
-        """How it divides its input among experts; None for an update without experts."""
+        """How the update routes its input to experts; None if it has no experts."""
         return None

@@ -1,4 +1,4 @@
-"""What a setting may be: a number, which True is not, several with commas between them, or one of several words."""
+"""Checks of setting values: finite numbers, whole numbers, comma-separated numbers, and one of several words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 
 def finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number other than NaN and infinity.
+    """Whether `value` is an int or float that is finite; a bool is not a number.
 
     >>> finite(0.5), finite(True), finite(float("nan"))
     (True, False, False)
@@ -18,7 +18,7 @@ def finite(value: object) -> TypeGuard[int | float]:
 
 
 def whole(value: object, least: int) -> TypeGuard[int]:
-    """Whether it is a whole number of at least `least`.
+    """Whether `value` is an int of at least `least`; a bool is not a number.
 
     >>> whole(2, 1), whole(0, 1), whole(True, 1), whole(2.0, 1)
     (True, False, False, False)
@@ -27,7 +27,7 @@ def whole(value: object, least: int) -> TypeGuard[int]:
 
 
 def wrong_words(settings: object, choices: Mapping[str, Iterable[str]]) -> list[str]:
-    """A sentence for each of these fields of `settings` that is none of its words.
+    """One message for each of these fields of `settings` whose value is not one of its choices.
 
     >>> from types import SimpleNamespace
     >>> wrong_words(SimpleNamespace(mode="dad"), {"mode": ("did", "said")})
@@ -41,7 +41,7 @@ def wrong_words(settings: object, choices: Mapping[str, Iterable[str]]) -> list[
 
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Numbers with commas between them. Raises ValueError for anything else, which `what` is the name of.
+    """Parse comma-separated numbers. Raises ValueError for anything else; `what` names the option in the message.
 
     >>> numbers("0.5, -1", "--weights")
     (0.5, -1.0)
@@ -52,12 +52,12 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
             found.append(float(part))
         except ValueError:
             raise ValueError(
-                f"{what} {text!r}: {part.strip()!r} is no number; expected numbers with commas between them"
+                f"{what} {text!r}: {part.strip()!r} is not a number; expected comma-separated numbers"
             ) from None
     return tuple(found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" with the closest of the known names, or nothing."""
+    """The text " (did you mean 'x'?)" with up to three of the closest known names, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""

@@ -1,4 +1,4 @@
-"""What a method does around an optimizer step."""
+"""The interface of a method's actions before and after an optimizer step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 
 
 class Controller(Protocol):
-    """What must happen around an optimizer step, and the state that a checkpoint needs for it."""
+    """A method's actions before and after each optimizer step, with the state that a checkpoint saves for them."""
 
     def plan(self, total_steps: int | None) -> None:
-        """Called before the first step, with their number if it is known. Raises ValueError where it will not do."""
+        """Called before the first step with the number of steps, or None. Raises ValueError if it is unsuitable."""
 
     def before_step(self) -> None:
-        """Called with the gradients in place."""
+        """Called before each step, when the gradients have been computed."""
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Called after the parameters have moved, with the optimizer that moved them."""
+        """Called after each step, with the optimizer that made it."""
 
     def finish(self) -> str | None:
-        """Called at the end of training. A sentence for the user, where it ended before its time, or None."""
+        """Called at the end of training. Returns a message for the user if training ended too early, or None."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue exactly; tensors and plain values."""
+        """The state that `load_state_dict` needs to continue exactly: tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Restore a state that `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""What the source says of a dataclass's fields: the docstring under each."""
+"""Read the docstrings under the fields of a dataclass from its source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import sys
 
 @functools.cache
 def documentation(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, inherited ones too, by field; empty where there is no source."""
+    """The docstrings under the fields of a dataclass, inherited fields included, by field name.
+
+    Empty if the source is not available.
+    """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -21,10 +24,10 @@ def documentation(cls: type) -> dict[str, str]:
 
 @functools.cache
 def _of_module(module: str) -> dict[str, dict[str, str]]:
-    """The docstrings under the fields of every class at the top of a module, by class."""
+    """The field docstrings of every top-level class of a module: class name -> field name -> text."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
-    except (OSError, TypeError, KeyError):  # no source: a console, or bytecode alone
+    except (OSError, TypeError, KeyError):  # no source: an interactive session, or bytecode only
         return {}
     return {node.name: _of_class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
 

@@ -1,4 +1,4 @@
-"""The dtypes that things are computed in."""
+"""Rules for the dtype of a computation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an input x meets a matrix: autocast's, which leaves float64 alone, or x's own."""
+    """The dtype of a matrix product with input x: autocast's if autocast is on and x is not float64, else x's own."""
     device = x.device.type
     low = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if low else x.dtype
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or in its own dtype where that is wider."""
+    """x in float32, or in its own dtype if that is wider."""
     return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""A method: the configuration that builds one update for each site, and answers what others need to know of it.
+"""The base class of methods: a configuration that builds one update for each site.
 
-A method is one file. Whatever the rest of the package has to know of a method it asks here, or of its updates, never by
-asking for a class; every question has a default, and a method answers those that concern it.
+A method is one file. The rest of the package queries a method only through the attributes and functions below and those
+of its updates, never with `isinstance`. All of them but `build` have defaults; a method overrides those that it needs.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from reparam.core.controller import Controller
 
 
 class Subspace(Protocol):
-    """A method that trains as many numbers as it is told to, whatever its sites are: the dimensions of a subspace."""
+    """A method that trains a vector of a freely chosen dimension d: coordinates in a subspace of the weights."""
 
     @property
     def mode(self) -> str:
-        """What kind of subspace it is, in a word."""
+        """The kind of subspace, as one word."""
 
     def with_dimensions(self, d: int, draw: int = 0) -> Method:
-        """The configuration that trains `d` numbers; another `draw` is another subspace."""
+        """This configuration with dimension `d`; each `draw` gives a different random subspace."""
 
     def moved(self, site: Site) -> int:
-        """How many of the model's numbers move at this site."""
+        """The number of entries of the model's weights that change at this site."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Configuration and factory in one; a frozen dataclass whose `__post_init__` refuses bad values.
+    """Configuration and factory of updates: a frozen dataclass whose `__post_init__` rejects bad values.
 
     A subclass is registered with `@method("name")`, lists in `examples` the settings that the conformance suite
     builds, and implements `build`.
@@ -41,97 +41,97 @@ class Method:
     name: ClassVar[str]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     biases: ClassVar[bool] = False
-    """Whether the biases of its sites train as they are, whatever `attach` is told."""
+    """Whether the biases of its sites are always trained, even if `attach` is called with bias=False."""
     changes_weights: ClassVar[bool] = True
-    """Whether it goes on sites. If not, `reparam.adapter.without_sites` says how it is put on a model."""
+    """Whether the method is attached to sites. If not, `reparam.adapter.without_sites` puts it on a model."""
     takes_context: ClassVar[bool] = False
-    """Whether its shared state is a mixture's, which `reparam.context` tells tasks, masks and prompts to."""
+    """Whether its shared state is that of a mixture, to which `reparam.context` passes tasks, masks and prompts."""
     has_components: ClassVar[bool] = False
-    """Whether its changes are sums of components that can be dropped one by one. It then has `with_ranks`, and its
-    updates have a `low_rank_part`."""
+    """Whether its weight changes are sums of rank-1 components that can be dropped one by one. If so, it implements
+    `with_ranks`, and its updates implement `low_rank_part`."""
     drops_empty_sites: ClassVar[bool] = True
-    """Whether a site that has no component left leaves the adapter; otherwise it stays, with rank 0."""
+    """Whether a site with no components left is removed from the adapter; otherwise it stays with rank 0."""
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """The targets where none are given."""
+        """The targets that are used if the user gives none."""
         return ("all-linear",)
 
     def unsupported_reason(self, site: Site) -> str | None:
-        """Why it has no form for this site, or None. A word such as "all-linear" passes over such a site."""
+        """Why the method cannot adapt this site, or None if it can. Keywords such as "all-linear" skip such a site."""
         return None
 
     def check(self, sites: list[Site]) -> None:
-        """Raise ValueError for settings that do not fit the sites as a whole."""
+        """Raise ValueError if the settings do not fit these sites taken together."""
 
     def notes(self, sites: list[Site]) -> list[str]:
-        """What is worth a warning about these settings on these sites, a sentence each. `attach` warns of them."""
+        """Warnings about these settings on these sites, one sentence each. `attach` issues them."""
         return []
 
     def shared(self, sites: list[Site]) -> nn.Module | None:
-        """Make the state that all sites have in common, or None. `check` has passed for these sites.
+        """Create the module that all sites share, or return None. Called after `check` has passed for these sites.
 
-        The model's root owns the result, trains it, moves it and saves it. An update that uses it keeps it in a tuple,
-        never as a submodule of its own.
+        The model's root owns the module, so it is trained, moved and saved with the model. An update that uses it must
+        hold it in a tuple, not as a submodule.
 
-        If it has a `before_forward(model, args, kwargs)`, that is a forward pre-hook of the model while the adapter is
-        selected.
+        If the module has a method `before_forward(model, args, kwargs)`, it runs as a forward pre-hook of the model
+        while the adapter is selected.
         """
         return None
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """A fresh update for one site. It changes nothing yet: its output equals the base's."""
+        """Create the update for one site. Its initial output must equal that of the base model."""
         raise NotImplementedError
 
     def controller(self, updates: Mapping[str, Update]) -> Controller | None:
-        """What must happen around an optimizer step, for all updates by site, or None."""
+        """The actions before and after an optimizer step for these updates (site path -> update), or None."""
         return None
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
-        """The configuration that builds updates of these shapes: itself, unless training made them smaller."""
+        """The configuration that rebuilds these updates, e.g. with ranks that training reduced; by default self."""
         return self
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """The configuration that builds updates of these ranks, by site. Asked where it `has_components`."""
+        """The configuration that builds updates of these ranks (site path -> rank). Required if `has_components`."""
         raise NotImplementedError
 
     def no_components_reason(self) -> str | None:
-        """Why there are no components with these settings, though the method has some with others; or None."""
+        """Why these settings give no components although the method `has_components`; or None if they do."""
         return None
 
     @property
     def magnitude_axis(self) -> Literal["output", "input"] | None:
-        """What has a magnitude that trains: each row of W (output), each column (input), or nothing (None)."""
+        """Which parts of W have a trained magnitude: its rows ("output"), its columns ("input") or none (None)."""
         return None
 
     @property
     def known_tasks(self) -> tuple[str, ...] | None:
-        """The tasks that it goes by, a single one while they are not known; None where it goes by none."""
+        """The tasks that select experts, a single placeholder until they are known; None if tasks have no effect."""
         return None
 
     def with_tasks(self, names: tuple[str, ...]) -> Self:
-        """The configuration that goes by these tasks. Asked where there are `known_tasks`."""
+        """The configuration with these task names. Required if `known_tasks` is not None."""
         raise NotImplementedError
 
     @property
     def low_rank_tasks(self) -> tuple[str, ...] | None:
-        """The tasks for each of which it is a change of low rank, so that it can be split; None where it cannot."""
+        """The tasks into which `reparam.split` can split the adapter, one low-rank update each; None if it cannot."""
         return None
 
     @property
     def expert_folders(self) -> tuple[str, ...]:
-        """Folders of finished adapters that are its experts and have yet to be read."""
+        """Folders of trained adapters that become its experts and have not been read yet."""
         return ()
 
     def with_experts(self, names: tuple[str, ...], ranks: Mapping[str, tuple[int, ...]]) -> Self:
-        """The configuration with the experts that were read. Asked where there are `expert_folders`.
+        """The configuration with the experts that were read. Required if `expert_folders` is not empty.
 
-        `names` is what they are called, and `ranks` has the rank of each of them by site.
+        `names` are the names of the experts; `ranks` maps each site path to their ranks, in the same order.
         """
         raise NotImplementedError
 
     def subspace(self) -> Subspace | None:
-        """Itself, where the number of its dimensions is free; None for others."""
+        """self if the method is a `Subspace`, whose dimension can be chosen freely; otherwise None."""
         return None
 
     def settings(self) -> dict[str, Any]:

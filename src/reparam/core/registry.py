@@ -1,8 +1,8 @@
-"""Methods and storages by name: where each is registered, and how it is found.
+"""The registries of methods and storages by name.
 
-An installed package adds its own with an entry point in the group `reparam.methods` or `reparam.storages`: the name of
-the method or storage, and the module (or the class in it) whose import registers it. They are imported when a name is
-looked up that is not registered.
+An installed package can add its own with an entry point in the group `reparam.methods` or `reparam.storages`. The entry
+point has the name of the method or storage and refers to the module, or a class in it, whose import registers it. Entry
+points are loaded when a name that is not registered is looked up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _M = TypeVar("_M", bound=type[Method])
 
 
 def storage(name: str) -> Callable[[_S], _S]:
-    """Register a storage under `name`."""
+    """Class decorator that registers a storage under `name`."""
 
     def register(cls: _S) -> _S:
         assert name not in STORAGES, f"two storages are called {name}"
@@ -41,7 +41,7 @@ def storage(name: str) -> Callable[[_S], _S]:
 
 
 def method(name: str) -> Callable[[_M], _M]:
-    """Register a method under `name`."""
+    """Class decorator that registers a method under `name`."""
 
     def register(cls: _M) -> _M:
         assert name not in METHODS, f"two methods are called {name}"
@@ -53,7 +53,7 @@ def method(name: str) -> Callable[[_M], _M]:
 
 
 def find_method(name: str) -> type[Method]:
-    """The method registered under `name`. Raises ValueError that lists the names and the nearest one."""
+    """The method class registered under `name`. Raises ValueError, which lists the known names, if there is none."""
     if name not in METHODS:
         load_installed("reparam.methods")
     if name not in METHODS:
@@ -62,7 +62,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def find_storage(name: str) -> type[Storage]:
-    """The storage registered under `name`. Raises ValueError that lists the names and the nearest one."""
+    """The storage class registered under `name`. Raises ValueError, which lists the known names, if there is none."""
     if name not in STORAGES:
         load_installed("reparam.storages")
     if name not in STORAGES:
@@ -74,9 +74,9 @@ _loaded: set[tuple[str, str, str]] = set()
 
 
 def load_installed(group: str) -> None:
-    """Import what installed packages register in this group of entry points, each once.
+    """Load the entry points of this group from all installed packages, each once.
 
-    One that cannot be imported is a warning that names its package.
+    Warns with the package's name if an entry point cannot be loaded.
     """
     for entry in entry_points(group=group):
         key = (group, entry.name, entry.value)
@@ -85,9 +85,9 @@ def load_installed(group: str) -> None:
         _loaded.add(key)
         try:
             entry.load()
-        except Exception as error:  # a package of somebody else may fail in any way
+        except Exception as error:  # a third-party package may raise anything
             package = entry.dist.name if entry.dist is not None else entry.value
             warnings.warn(
-                f"the package {package} could not register {entry.name!r} ({group}): {type(error).__name__}: {error}",
+                f"package {package} failed to register {entry.name!r} ({group}): {type(error).__name__}: {error}",
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Parameters that become smaller in training, and optimizer states that follow them."""
+"""Shrink parameters during training, together with their optimizer states."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 Cuts = Mapping[nn.Parameter, tuple[int, Tensor]]
-"""Of each parameter, what is kept of one dimension: the dimension, and the indices [N] in ascending order."""
+"""For each parameter, the dimension that is cut and the indices [N] that are kept, in ascending order."""
 
 
 @runtime_checkable
 class Shrinks(Protocol):
-    """An optimizer whose states are not tensors beside the parameters, and which can narrow them itself."""
+    """An optimizer that does not keep its states as one tensor per parameter and can shrink them itself."""
 
     def shrinking(self, cuts: Cuts) -> contextlib.AbstractContextManager[None]:
-        """Within it the parameters become smaller; after it the states are those of what is left."""
+        """A context in which the caller shrinks the parameters; on exit, the optimizer has shrunk their states too."""
 
 
 def cannot_shrink(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> bool:
-    """Whether the states of these parameters are anything but scalars and tensors of their parameter's shape."""
+    """Whether any state tensor of these parameters is neither a scalar nor of its parameter's shape.
+
+    Always False for an optimizer that `Shrinks`.
+    """
     if isinstance(optimizer, Shrinks):
         return False
     states = ((p, value) for p in parameters for value in optimizer.state.get(p, {}).values())
@@ -30,14 +33,14 @@ def cannot_shrink(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
 
 
 def shrink(cuts: Cuts, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Keep these parts of the parameters, which stay the same objects, and of their states. Gradients are dropped."""
+    """Cut the parameters in place (they stay the same objects) and their optimizer states; set gradients to None."""
     own = optimizer.shrinking(cuts) if isinstance(optimizer, Shrinks) else contextlib.nullcontext()
     with own, torch.no_grad():
         for parameter, (dim, index) in cuts.items():
             parameter.grad = None
             kept = parameter.data.index_select(dim, index)
-            # A graph that is still held keeps the node that accumulates this gradient, with the shape of before. Torch
-            # makes a new one when the dtype changes.
+            # A graph that is still alive keeps this parameter's gradient accumulator, which expects the old shape.
+            # Changing the dtype makes torch create a new one.
             parameter.data = kept.to(torch.float16 if kept.dtype != torch.float16 else torch.float32)
             parameter.data = kept
     if optimizer is None or isinstance(optimizer, Shrinks):

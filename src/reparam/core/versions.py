@@ -1,4 +1,4 @@
-"""Telling whether tensors have changed since something was computed from them, without reading them."""
+"""Detect, without reading them, whether tensors have changed since something was computed from them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Stamp = tuple[tuple[int, int, torch.dtype], ...]
 
 
 def stamp(module: nn.Module) -> Stamp | None:
-    """What changes when a tensor of the module is written to or exchanged: address, version and dtype of each.
+    """Address, version counter and dtype of each tensor of the module: they change when one is written or replaced.
 
-    None where that cannot be told, for tensors made under `torch.inference_mode`. Writing through `.data` is not seen.
+    None for tensors made under `torch.inference_mode`, which have no version. Writes through `.data` are not detected.
     """
     found = stamp_of(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
     for child in module._modules.values():
@@ -25,21 +25,21 @@ def stamp(module: nn.Module) -> Stamp | None:
 
 
 def stamp_of(tensors: Iterable[Tensor]) -> Stamp | None:
-    """As `stamp`, of some tensors."""
+    """The same as `stamp`, for a group of tensors."""
     try:
         return tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors])
-    except RuntimeError:  # inference tensors have no version; to ask each takes longer
+    except RuntimeError:  # inference tensors have no version; checking each one first would be slower
         return None
 
 
 class Steps:
-    """How many optimizer steps this process has made. Fused kernels write to parameters past their version counters."""
+    """Counts the optimizer steps of this process. Fused kernels do not increment parameters' versions."""
 
     count = 0
 
     @classmethod
     def note(cls, *_: object) -> None:
-        """Called after each step of any optimizer."""
+        """Add one to the count; torch calls it after each step of any optimizer."""
         cls.count += 1
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and their groups: AdamW whose states are paged, in float32 or in 8 bits; LoRA+'s rates by role."""
+"""AdamW with paged states in float32 or 8 bits, and parameter groups with LoRA+'s learning rates."""
 
 from reparam.optim.groups import check_rates, lora_plus
 from reparam.optim.paged import PagedAdamW

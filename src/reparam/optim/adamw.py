@@ -1,10 +1,10 @@
-"""One AdamW step (arXiv 1711.05101) on a stretch of elements, apart from how their states are held.
+"""One AdamW step (arXiv 1711.05101) on a range of elements, and the storage of their states in 32 or 8 bits.
 
     p <- p - lr · weight_decay · p
     m <- β₁ m + (1 - β₁) g            v <- β₂ v + (1 - β₂) g²
     p <- p - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + eps)
 
-States are fields (m and v, or their codes and scales) in blocks of 256 elements. Shapes: N blocks.
+States consist of fields (m and v, or their codes and scales) in blocks of 256 elements. Shapes: N blocks.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from reparam.optim.flat import Field
 
 
 class States(Protocol):
-    """How the means and mean squares of the gradients are held."""
+    """How AdamW's first and second moments (m and v) are stored."""
 
     def read(self, fields: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and mean square, float32 [N, 256] each, from the blocks' fields, [N, width] each."""
+        """Read m and v, float32 [N, 256] each, from the blocks' fields, [N, width] each."""
 
     def write(self, fields: list[Tensor], m: Tensor, v: Tensor) -> None:
-        """Put back what `read` gave and a step changed, in any shape."""
+        """Write back the m and v that `read` returned and a step changed, float32 of any shape."""
 
 
 class Float32:
-    """As they are: 8 bytes per element, changed in place."""
+    """Moments in float32: 8 bytes per element, updated in place."""
 
     def read(self, fields: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The fields themselves."""
+        """Return the fields themselves, [N, 256] each."""
         return fields[0], fields[1]
 
     def write(self, fields: list[Tensor], m: Tensor, v: Tensor) -> None:
-        """Nothing: they are there."""
+        """Do nothing: a step changes the fields in place."""
 
 
 class Blockwise:
-    """In 8 bits, 2.03 bytes per element; each step is computed in float32 and rounded after the parameter's update."""
+    """Moments in 8 bits: 2.03 bytes per element. Steps are computed in float32, and the new moments rounded."""
 
     def __init__(self, device: torch.device) -> None:
         self.signed, self.unsigned = codebook(signed=True, device=device), codebook(signed=False, device=device)
 
     def read(self, fields: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """New tensors."""
+        """Dequantize m and v to new float32 tensors [N, 256]."""
         m, v, m_scale, v_scale = fields
         return dequantize(m, m_scale, self.signed), dequantize(v, v_scale, self.unsigned)
 
     def write(self, fields: list[Tensor], m: Tensor, v: Tensor) -> None:
-        """Round to the nearest levels."""
+        """Quantize m and v to the nearest levels and store the codes and scales."""
         new = *quantize(m.view(-1, BLOCK), self.signed), *quantize(v.view(-1, BLOCK), self.unsigned)
         for field, value in zip(fields, (new[0], new[2], new[1], new[3]), strict=True):
             field.copy_(value)
 
 
-# The names of the first two, and at 32 bits their contents, are those of torch.optim.AdamW's state dict.
+# The first two have the names and, with 32 bits, the contents of those in torch.optim.AdamW's state dict.
 FIELDS = {
     32: (Field("exp_avg", torch.float32, BLOCK), Field("exp_avg_sq", torch.float32, BLOCK)),
     8: (
@@ -71,7 +71,7 @@ FIELDS = {
 
 
 def make_states(bits: int, device: torch.device) -> States:
-    """The states of this many bits, on a device."""
+    """The storage for states of 32 or 8 bits; `device` holds the tables of 8-bit levels."""
     return Float32() if bits == 32 else Blockwise(device)
 
 
@@ -87,10 +87,10 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step on float32 tensors of one shape: parameter, gradient, mean, mean square; all but the gradient change.
+    """One AdamW step in place on the parameter p and its moments m and v; g is the gradient. All float32, of one shape.
 
     `step` counts from 1. The operations and their order are those of `torch.optim.AdamW(foreach=False)`, so that on
-    a CPU the bits are the same too, however the elements are cut into stretches.
+    a CPU the results are bitwise equal, however the elements are divided into ranges.
 
     >>> p, g, m, v = torch.ones(1), torch.ones(1), torch.zeros(1), torch.zeros(1)
     >>> adamw_(p, g, m, v, step=1, lr=0.25, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -107,7 +107,7 @@ def adamw_(
 
 
 def narrowed(state: Mapping[str, Tensor], dim: int, index: Tensor, *, bits: int) -> dict[str, Tensor]:
-    """A parameter's saved state when only `index` [N] of its dimension `dim` is left; 8 bits are rounded anew."""
+    """A parameter's saved state after its dimension `dim` is cut to `index` [n]. 8-bit moments are quantized again."""
     index = index.cpu()
     if bits == 32:
         return {key: value.index_select(dim, index) if value.ndim else value for key, value in state.items()}

@@ -1,13 +1,13 @@
-"""Blockwise 8-bit numbers: one byte per element and one float32 per block of 256 (Dettmers et al., arXiv 2110.02861).
+"""Blockwise 8-bit quantization: one byte per element and one float32 scale per block of 256 (arXiv 2110.02861).
 
-A block's values are divided by their largest magnitude, and each becomes the index of a level of the *dynamic map*
-(arXiv 1511.04561; not E4M3): seven decades, each with twice the levels of the one below. For e = 0..6 the magnitudes
-are the midpoints of `linspace(0.1, 1, n + 1)` times 10^(e-6), with n = 2^e and both signs, or n = 2^(e+1) and one sign;
-and 0, and 1. Shapes: N blocks of 256 elements.
+A block's values are divided by their largest magnitude, and each is replaced by the index of the nearest level of the
+*dynamic map* (arXiv 1511.04561; not E4M3). The map has seven decades, each with twice as many levels as the one below.
+For e = 0..6 the magnitudes are the midpoints of `linspace(0.1, 1, n + 1)` times 10^(e-6), with n = 2^e for the signed
+map and n = 2^(e+1) for the unsigned one; both also have 0 and 1. Shapes: N blocks of 256 elements.
 
-Nearest level, a tie to the lower one; but with one sign, nothing above 0 becomes 0. That map holds AdamW's mean
-squares, whose root the step is divided by: the square of a gradient 3000 times smaller than its block's largest is
-below half of the first level, and the step would be divided by eps alone.
+Ties go to the lower level, but the unsigned map never rounds a value above 0 to 0. It stores AdamW's second moments, by
+whose root the step is divided: if a gradient is 3000 times smaller than the largest of its block, its square is less
+than half of the first level, and rounding it to 0 would make AdamW divide the step by eps alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-_BUCKETS = 1 << 16  # one for each upper half of a float32: sign, exponent, 7 bits of the mantissa
+_BUCKETS = 1 << 16  # one per upper half of a float32: sign, exponent, 7 bits of the mantissa
 
 
 def dynamic_map(*, signed: bool) -> Tensor:
-    """The 256 levels, ascending, float32, on the CPU; bit for bit those of bitsandbytes, on any machine.
+    """The 256 levels in ascending order, float32 [256] on the CPU. On any machine they equal those of bitsandbytes.
 
-    Signed ones reach from -0.993 to 1, the others from 0 to 1.
+    The signed map covers -0.993 to 1, the unsigned map 0 to 1.
 
     >>> dynamic_map(signed=False)[[0, 1, 254, 255]]
     tensor([0.0000e+00, 3.2500e-07, 9.9648e-01, 1.0000e+00])
@@ -39,19 +39,19 @@ def dynamic_map(*, signed: bool) -> Tensor:
 
 
 class Codebook(NamedTuple):
-    """A map with what finds the nearest level in two look-ups, where a binary search takes eight steps.
+    """A map with tables that find the nearest level in two lookups, where a binary search would take eight steps.
 
-    No bucket of float32 numbers with the same upper half holds two thresholds, so that the level of a number is that
-    of its bucket's smallest, or the next.
+    A bucket holds the float32 numbers with the same upper 16 bits. At most one threshold between levels is in a bucket,
+    so the level of a number is that of the bucket's smallest number or the next one.
     """
 
     levels: Tensor  # [256] float32
     lowest: Tensor  # [65536] uint8, the level of each bucket's smallest number
-    threshold: Tensor  # [65536] float32, above which it is the next one
+    threshold: Tensor  # [65536] float32; numbers of the bucket above it have the next level
 
 
 def codebook(*, signed: bool, device: torch.device | str = "cpu") -> Codebook:
-    """The signed map, for means, or the other, for mean squares.
+    """The codebook of the signed map (for first moments) or of the unsigned map (for second moments).
 
     >>> codebook(signed=True).levels[127].item()
     0.0
@@ -68,9 +68,9 @@ def codebook(*, signed: bool, device: torch.device | str = "cpu") -> Codebook:
 
 
 def quantize(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, 256] and scales float32 [N, 1] of values float32 [N, 256].
+    """Quantize float32 values [N, 256] to uint8 codes [N, 256] and float32 scales [N, 1].
 
-    A block's scale is its largest magnitude, at least 1.2e-38. Values that are not finite spoil their own
+    The scale of a block is its largest magnitude, at least 1.2e-38. A value that is not finite corrupts only its own
     block.
 
     >>> codes, scales = quantize(torch.linspace(-1, 3, 256)[None], codebook(signed=True))
@@ -86,7 +86,7 @@ def quantize(values: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
-    """Values float32 [N, 256] of codes [N, 256] and scales [N, 1].
+    """The float32 values [N, 256] of uint8 codes [N, 256] and scales [N, 1].
 
     >>> book = codebook(signed=False)
     >>> dequantize(torch.tensor([[0, 255]], dtype=torch.uint8), torch.tensor([[2.0]]), book)
@@ -96,7 +96,7 @@ def dequantize(codes: Tensor, scales: Tensor, book: Codebook) -> Tensor:
 
 
 def _linspace(steps: int) -> Tensor:
-    """`torch.linspace(0.1, 1, steps + 1)` as a machine with fused multiply-add computes it; others are an ulp off."""
+    """`torch.linspace(0.1, 1, steps + 1)` as computed with fused multiply-add; without it, torch can be 1 ulp off."""
     start, end = torch.tensor(0.1), torch.tensor(1.0)
     step = ((end - start) / steps).double()
     index = torch.arange(steps + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What PagedAdamW refuses."""
+"""Checks of the settings and parameters of PagedAdamW."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_and_shape(tensor: Tensor) -> str:
-    """Dtype and shape, for a message."""
+    """Dtype and shape of a tensor, for messages: "float32 [2, 3]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def check_pages(bits: int, budget: int | None, page: int, folder: str | os.PathLike[str] | None) -> None:
-    """Raise ValueError with all that is wrong with the settings of pages."""
+    """Raise ValueError, listing all problems, if the settings of pages are invalid."""
     if bits not in FIELDS:
-        raise ValueError(f"bits is {bits!r}: 32 or 8")
+        raise ValueError(f"bits={bits!r}: expected 32 or 8")
     block = sum(field.block_bytes for field in FIELDS[bits])
     problems = []
     if page < block:
-        problems.append(f"page is {page!r} bytes: at least {block}, the states of 256 elements at {bits} bits")
+        problems.append(f"page={page!r} bytes: expected at least {block}, the states of 256 elements at {bits} bits")
     elif budget is not None and budget < page // block * block:
         problems.append(
-            f"budget is {budget!r} bytes, below one page of {page // block * block}: raise it, or set a smaller page"
+            f"budget={budget!r} bytes is less than one page ({page // block * block} bytes): raise budget or lower page"
         )
     if folder is not None and not Path(folder).is_dir():
         problems.append(f"folder {os.fspath(folder)!r} does not exist")
@@ -38,18 +38,18 @@ def check_pages(bits: int, budget: int | None, page: int, folder: str | os.PathL
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError with all that is wrong with a group of parameters."""
+    """Raise ValueError, listing all problems, if a parameter group is invalid."""
     problems = [
-        f"{name} is {group[name]!r}: at least 0" for name in ("lr", "eps", "weight_decay") if not group[name] >= 0
+        f"{name}={group[name]!r}: expected at least 0" for name in ("lr", "eps", "weight_decay") if not group[name] >= 0
     ]
     if not all(0 <= beta < 1 for beta in group["betas"]):
-        problems.append(f"betas is {group['betas']!r}: each from 0 to below 1")
-    problems += [f"{name} is not supported: leave it out" for name in ("amsgrad", "maximize") if group.get(name)]
+        problems.append(f"betas={group['betas']!r}: expected two numbers from 0 to below 1")
+    problems += [f"{name} is not supported: set it to False" for name in ("amsgrad", "maximize") if group.get(name)]
     for parameter in group["params"]:
         if parameter.dtype not in _DTYPES or not parameter.is_contiguous():
             kind = dtype_and_shape(parameter) + ("" if parameter.is_contiguous() else ", not contiguous")
             problems.append(
-                f"a parameter is {kind}: float32, bfloat16 or float16, contiguous; or use torch.optim.AdamW"
+                f"a parameter is {kind}: expected contiguous float32, bfloat16 or float16; or use torch.optim.AdamW"
             )
     if problems:
         raise ValueError("; ".join(problems))

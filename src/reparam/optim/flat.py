@@ -1,7 +1,7 @@
-"""The flat sequence of all states: where in which page a parameter's are.
+"""The layout of all optimizer states in pages.
 
-Parameters one after the other, each from a new block of 256 elements on, the blocks cut into pages. A page is its
-fields one after the other, each for all blocks of the page. Shapes: N blocks.
+The parameters' states follow one another; each parameter starts a new block of 256 elements, and the blocks are divided
+into pages. Within a page, each field is stored contiguously for all blocks of the page. Shapes: N blocks.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from reparam.optim.blockwise import BLOCK
 
 
 class Field(NamedTuple):
-    """One of the tensors that states consist of."""
+    """One tensor of the optimizer state: its name, its dtype and its width per block."""
 
     name: str
     dtype: torch.dtype
     width: int
-    """How many there are for a block: 256, one per element, or 1."""
+    """Numbers per block: 256 (one per element) or 1."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes for one block."""
+        """Bytes per block."""
         return self.dtype.itemsize * self.width
 
 
 class Piece(NamedTuple):
-    """A stretch of a parameter whose states are in one page."""
+    """A range of a parameter's elements whose states are in one page."""
 
     parameter: Tensor
-    elements: slice  # of the parameter, flat
+    elements: slice  # of the flattened parameter
     blocks: slice  # of the page
 
 
 class Flat:
-    """The order of parameters, and the size of pages: `page` bytes rounded down to whole blocks.
+    """The order of the parameters in pages of `page` bytes, rounded down to whole blocks.
 
     >>> flat = Flat((Field("m", torch.float32, BLOCK),), page=2048)
     >>> small, large = torch.ones(3, 5), torch.ones(300)
@@ -53,21 +53,21 @@ class Flat:
         block = sum(field.block_bytes for field in fields)
         self._page_blocks = page // block
         self.page = self._page_blocks * block
-        self._first: dict[Tensor, int] = {}  # parameter -> its first block, in order
+        self._first: dict[Tensor, int] = {}  # parameter -> number of its first block, in order
         self._blocks = 0
 
     @property
     def pages(self) -> int:
-        """How many there are."""
+        """The number of pages."""
         return -(-self._blocks // self._page_blocks)
 
     def add(self, parameter: Tensor) -> None:
-        """Put a parameter behind those that are there."""
+        """Append a parameter."""
         self._first[parameter] = self._blocks
         self._blocks += -(-parameter.numel() // BLOCK)
 
     def walk(self, parameters: Collection[Tensor]) -> dict[int, list[Piece]]:
-        """The pieces of these parameters by page, both in order; an empty parameter has none."""
+        """The pieces of these parameters by page number, both in order. A parameter without elements has no pieces."""
         walk: dict[int, list[Piece]] = {}
         for parameter in sorted(parameters, key=self._first.__getitem__):
             first, size = self._first[parameter], parameter.numel()
@@ -82,7 +82,7 @@ class Flat:
         return walk
 
     def cut(self, page: Tensor, blocks: slice) -> list[Tensor]:
-        """The fields of some blocks of a page, uint8 [bytes], as views [N, width] in their own dtypes."""
+        """The fields of these blocks of a page, uint8 [bytes], as views [N, width] in the fields' dtypes."""
         parts = page.split([field.block_bytes * self._page_blocks for field in self.fields])
         return [
             part.view(field.dtype).view(self._page_blocks, field.width)[blocks]
@@ -90,7 +90,7 @@ class Flat:
         ]
 
     def empty(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's states by field, zero, on the CPU: in its shape, or [N] where there is one for each block."""
+        """Zero states of a parameter on the CPU, by field name: in its shape, or [N] for a field of width 1."""
         blocks = -(-parameter.numel() // BLOCK)
         return {
             field.name: torch.zeros(parameter.shape if field.width == BLOCK else (blocks,), dtype=field.dtype)
@@ -98,7 +98,7 @@ class Flat:
         }
 
     def beside(self, piece: Piece, page: Tensor, own: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same stretch of the parameter's own states (as `empty` makes them) and of the page, field by field."""
+        """For each field, flat views of the piece in `own` (the states as `empty` makes them) and in the page."""
         for field, part in zip(self.fields, self.cut(page, piece.blocks), strict=True):
             scale = BLOCK // field.width
             stretch = slice(piece.elements.start // scale, -(-piece.elements.stop // scale))

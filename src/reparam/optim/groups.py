@@ -1,17 +1,17 @@
-"""LoRA+: what makes the output learns faster than what meets the input (Hayou, Ghosh & Yu 2024, arXiv 2402.12354).
+"""LoRA+: the factor B is trained with a larger learning rate than A (Hayou, Ghosh & Yu 2024, arXiv 2402.12354).
 
-    A <- A - η ĝ_A        B <- B - λ η ĝ_B        λ ≥ 1 fixed; only η is tuned
+    A <- A - η ĝ_A        B <- B - λ η ĝ_B        λ ≥ 1 is fixed; only η is tuned
 
-Forward, initial values, files and merging are LoRA's; all of it is parameter groups. They are made from declared roles,
-so that it works for any method whose updates have a parameter of the role "out".
+LoRA+ only changes the optimizer's parameter groups; forward, initialization, files and merging are those of LoRA. The
+groups follow the declared roles of parameters, so LoRA+ works for every method with parameters of the role "out".
 
-The paper's rule of thumb is λ = 16, and the released scripts use 10 to 80. It is no constant: the optimum reported for
-B = 0 at first is 4 to 8 on RoBERTa and 2 to 4 on Llama-7b; harder tasks are said to want a larger λ, and an η of about
-half of plain LoRA's. Compare with a LoRA whose own η was tuned too (arXiv 2602.04998 argues that it then matches).
+The paper recommends λ = 16, and the released scripts use 10 to 80. The best λ depends on the task: with B = 0 at the
+start, the paper reports 4 to 8 for RoBERTa and 2 to 4 for Llama-7b, a larger λ for harder tasks, and an η of about half
+of plain LoRA's. A fair baseline is a LoRA whose η was tuned too (arXiv 2602.04998 argues that it performs equally).
 
-Where texts and the released code (https://github.com/nikhil-ghosh-berkeley/loraplus; PEFT follows it) differ, the
-code counts here: vectors (biases, norm gains, DoRA's magnitudes) learn at λη too, and the factors of embeddings at a
-rate of their own, 1e-6, that is no multiple of η. Groups that would be empty are left out.
+If the paper and the released code (https://github.com/nikhil-ghosh-berkeley/loraplus, which PEFT follows) differ, this
+file follows the code: vectors (biases, norm gains, DoRA's magnitudes) also have the rate λη, and the factors of
+embeddings have a separate rate, 1e-6, which is not a multiple of η. Empty groups are omitted.
 """
 
 from __future__ import annotations
@@ -41,25 +41,30 @@ def lora_plus(
     weight_decay: float = 0.0,
     no_decay: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimizer: each parameter in one of them, in upstream's order, none of them empty.
+    """LoRA+ parameter groups for any optimizer, in the order of the released code. Each parameter is in one group.
 
-    "in" has the rate `lr`: A, cores, routers, matrices of modules that train whole. "out" has `lr · ratio`: B, and by
-    default vectors. "embedding" has `embedding_lr`: whatever is at an embedding. Beside what optimizers read, a group
-    has a `name` and `multiple`, its rate as a multiple of `lr`, which `check_rates` goes by. Decoupled weight decay
-    is in proportion to a group's rate, so that B's is `ratio` times A's.
+    - "in", with the rate `lr`: A, cores, routers, and matrices of fully trained modules.
+    - "embedding", with the rate `embedding_lr`: all parameters at embeddings.
+    - "out", with the rate `lr · ratio`: B and, by default, vectors.
+
+    Besides the keys that optimizers read, a group has a `name` and a `multiple`, its rate divided by `lr`, which
+    `check_rates` uses. Decoupled weight decay is proportional to the rate of a group, so B's is `ratio` times A's.
 
     Args:
-        parameters: name (a site's, a dot, and the rest), parameter and role: `adapter.named_parameters()`.
-        sites: by name, to know which are embeddings: `adapter.sites`.
+        parameters: tuples of name (the site's path, a dot, and the rest), parameter and role, as
+            `adapter.named_parameters()` yields them.
+        sites: the sites by path, which tell embeddings apart: `adapter.sites`.
         lr: η, above 0.
-        ratio: λ, above 0; a warning below 1, where B would be the slower one, and above 100.
+        ratio: λ, above 0. Warns below 1, which would train B more slowly than A, and above 100.
         embedding_lr: an absolute rate, at least 0.
-        vectors: whether gains, and what has one dimension and no role, learn as "out" does (upstream), or as "in".
-        weight_decay: at least 0; not for `no_decay`.
-        no_decay: by default what has one dimension and no role: biases and the gains of norms.
+        vectors: the group of gains and of one-dimensional parameters without a role: "out", as in the released
+            code, or "in".
+        weight_decay: at least 0; 0 is used for `no_decay`.
+        no_decay: by default the one-dimensional parameters without a role: biases and the gains of norms.
 
     Raises:
-        ValueError: a number out of range, frozen parameters, or nothing to give the ratio to; all at once.
+        ValueError: a number is out of range, parameters are frozen, or no parameter at a linear map has the role "out";
+            the message lists all problems.
 
     >>> import torch, reparam
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
@@ -81,12 +86,16 @@ def lora_plus(
         found = sorted({role or "none" for _, _, role in held})
         problems.append(
             f"of {len(held)} parameters none has the role 'out' at a linear map (roles: {', '.join(found) or 'none'}), "
-            f"so that this would be plain training; leave the ratio out, or use a method with two factors, such as lora"
+            f"so LoRA+ has no effect; leave it out, or use a method with two factors, such as lora"
         )
     if problems:
         raise ValueError("LoRA+: " + "; ".join(problems))
     if ratio < 1 or ratio > _HIGH:
-        why = "B would be slower than A, the reverse of LoRA+" if ratio < 1 else "the released scripts use at most 80"
+        why = (
+            "B would learn more slowly than A, the reverse of LoRA+"
+            if ratio < 1
+            else "the released scripts use at most 80"
+        )
         warnings.warn(f"LoRA+: ratio={ratio!r}: {why}; 16 is usual", stacklevel=2)
     kept = {id(p) for p in no_decay} if no_decay is not None else {id(p) for _, p, role in held if _loose(p, role)}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {
@@ -110,12 +119,12 @@ def lora_plus(
 
 
 def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check that the rates of an optimizer's groups still stand in the proportions that `lora_plus` gave them.
+    """Check that the rates of an optimizer's groups still have the ratios that `lora_plus` gave them.
 
-    Schedules that multiply keep them, at any step; whatever sets a rate as such does not. Groups from elsewhere are
-    left out. Rates may be tensors; the relative tolerance is 1e-5.
+    Schedules that multiply all rates keep the ratios; code that sets a rate directly can break them. Groups that
+    `lora_plus` did not make are ignored. Rates may be tensors; the relative tolerance is 1e-5.
 
-    Raises ValueError when they do not, or when no group is LoRA+'s.
+    Raises ValueError if a ratio has changed, or if no group is from `lora_plus`.
 
     >>> groups = [{"name": "in", "lr": 0.5, "multiple": 1.0}, {"name": "out", "lr": 8.0, "multiple": 16.0}]
     >>> check_rates(groups)
@@ -128,7 +137,9 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
     """
     own = [group for group in groups if "multiple" in group]
     if not own:
-        raise ValueError("LoRA+: none of the optimizer's groups is from lora_plus(...): make the optimizer from those")
+        raise ValueError(
+            "LoRA+: none of the optimizer's groups is from lora_plus(...): create the optimizer with those groups"
+        )
     most = max(own, key=lambda group: group["multiple"])
     unit = float(most["lr"]) / most["multiple"]
     wrong = [
@@ -139,8 +150,8 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
     if wrong:
         raise ValueError(
             f"LoRA+: {'; '.join(wrong)}, because {most['name']!r} has {float(most['lr']):g} and the ratio of their "
-            f"rates is fixed. Something set rates as such (a schedule with a lowest or highest rate, one rate for all "
-            f"groups): use a schedule that multiplies, such as cosine, linear or constant"
+            f"rates is fixed. Something set the rates directly (a schedule with a minimum or maximum rate, or one rate "
+            f"for all groups): use a schedule that multiplies them, such as cosine, linear or constant"
         )
 
 
@@ -154,7 +165,7 @@ def _bad_numbers(lr: float, ratio: float, embedding_lr: float, weight_decay: flo
 
 
 def _kind(name: str, parameter: nn.Parameter, role: Role | None, sites: Mapping[str, Site], vectors: str) -> str:
-    """ "in", "out" or "embedding"."""
+    """The group of a parameter: "in", "out" or "embedding"."""
     parts = name.split(".")
     paths = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
     site = next((sites[path] for path in paths if path in sites), None)
@@ -166,5 +177,5 @@ def _kind(name: str, parameter: nn.Parameter, role: Role | None, sites: Mapping[
 
 
 def _loose(parameter: nn.Parameter, role: Role | None) -> bool:
-    """Whether it is a bias, or a gain of a norm that trains whole: one dimension, and no part of an update."""
+    """Whether it is one-dimensional without a role: a bias, or the gain of a fully trained norm."""
     return role is None and parameter.ndim == 1

@@ -1,11 +1,10 @@
-"""AdamW with paged states, after QLoRA (arXiv 2305.14314, section 3), in float32 or in blockwise 8 bits.
+"""AdamW with paged states (QLoRA, arXiv 2305.14314, section 3), in float32 or blockwise 8 bits.
 
-All states are one flat sequence, cut into pages: many small factors share a page, and a large tensor spans several
-(bitsandbytes pages whole tensors, and none below 100,000 elements). A step walks the pages in the order of the
-parameters, with the next one on its way while one is updated. The step after it walks them back: what is on the device
-at the end of one is what the other begins with, so that of P pages with room for S only P - S are read and written,
-where going round would move all P. AdamW works element by element, so that neither pages nor the way through them
-change a bit of the result.
+All states form one flat sequence, which is divided into pages: many small factors share a page, and a large tensor
+spans several. (bitsandbytes pages whole tensors, and only those of at least 100,000 elements.) A step updates the pages
+in the order of the parameters and prefetches the next page while it updates one. The following step goes through the
+pages in reverse, so it starts with those that are still on the device: with P pages and room for S, a step moves only
+P - S pages, not all P. AdamW is elementwise, so neither paging nor this order changes the result.
 """
 
 from __future__ import annotations
@@ -27,29 +26,29 @@ from reparam.optim.pager import Pager, Paging
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW whose states are held in pages, of which at most a budget is on the device.
+    """AdamW that keeps its states in pages and at most `budget` bytes of them on the device (arXiv 2305.14314, §3).
 
-    With 32 bits and parameters in float32 it computes what `torch.optim.AdamW` does, on a CPU bit for bit, and either
-    loads the other's state dict. With 8 bits, moments are rounded after each step. Parameters in bfloat16 and float16
-    are updated in float32 and rounded.
+    With 32 bits and float32 parameters it computes the same as `torch.optim.AdamW`, on a CPU bit for bit, and the two
+    can load each other's state dicts. With 8 bits, the moments are rounded after each step. Parameters in bfloat16 and
+    float16 are updated in float32 and then rounded.
 
     Args:
-        params: parameters, or groups of them; contiguous, of one device.
+        params: parameters or parameter groups; contiguous float32, bfloat16 or float16 tensors, all on one device.
         lr: learning rate, at least 0.
-        betas: decay of the mean and of the mean square, from 0 to below 1.
-        eps: added to the root of the mean square, at least 0.
+        betas: decay rates of the first and second moment, each from 0 to below 1.
+        eps: added to the square root of the second moment, at least 0.
         weight_decay: decoupled weight decay, at least 0.
         bits: 32 or 8, per moment and element.
-        budget: the most bytes of states on the device; None for all. A step needs some room beside them, up to 24
-            bytes per element of one page.
-        page: bytes of a page, rounded down to whole blocks of 2048 bytes (32 bits) or 520 bytes (8 bits). Two pages in
-            the budget are needed to move one while the other is updated.
-        folder: where the file is that a CPU's pages move to; by default the system's folder for temporary files, which
-            on some systems is memory. A CUDA device's pages move to host memory.
+        budget: the maximum bytes of states on the device; None for no limit. A step needs additional memory, up to
+            24 bytes per element of one page.
+        page: bytes of a page, rounded down to whole blocks of 2048 bytes (32 bits) or 520 bytes (8 bits). The budget
+            must hold two pages for one to be transferred while the other is updated.
+        folder: the folder of the page file if the parameters are on the CPU; by default the system's temporary
+            folder, which on some systems is in memory. On a CUDA device, pages move to pinned host memory.
 
     Raises:
-        ValueError: a value out of range, a parameter of another kind; all that is wrong with the settings at once.
-        OSError: in `step` or `load_state_dict`: the pages do not fit on the disk, or it fails.
+        ValueError: a setting is out of range, or a parameter has another dtype or is not contiguous.
+        OSError: (in `step` or `load_state_dict`) the page file does not fit on the disk or cannot be read or written.
 
     >>> layer = torch.nn.Linear(512, 512)
     >>> optimizer = PagedAdamW(layer.parameters(), lr=1e-3, bits=8, budget=2**18, page=2**17)
@@ -84,13 +83,13 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @property
     def paging(self) -> Paging:
-        """What the pager has done since the optimizer was made or loaded."""
+        """Counters of the pager since the optimizer was created or its state was loaded."""
         return self._pager.paging if self._pager is not None else Paging()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the new group's states follow those that are there.
+        """Add a parameter group, as in torch. Its states are placed after the existing ones.
 
-        Raises ValueError for settings out of range, and parameters that are not contiguous or of another dtype.
+        Raises ValueError if a setting is out of range, or if a parameter has another dtype or is not contiguous.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -104,11 +103,11 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient; returns the closure's loss, if there is a closure.
+        """Update the parameters that have a gradient. Returns the closure's loss, or None without a closure.
 
         Raises:
-            ValueError: sparse gradients, or parameters that are not all on the device of the states.
-            OSError: the pages do not fit on the disk, or it fails.
+            ValueError: a gradient is sparse, or a parameter is not on the device of the states.
+            OSError: the page file does not fit on the disk or cannot be read or written.
         """
         loss = None
         if closure is not None:
@@ -116,7 +115,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(p.grad.is_sparse for p in present):
-            raise ValueError("PagedAdamW takes no sparse gradients: make the embedding with sparse=False")
+            raise ValueError("PagedAdamW does not support sparse gradients: create the embedding with sparse=False")
         if not present:
             return loss
         self._advance(present)
@@ -127,7 +126,7 @@ class PagedAdamW(torch.optim.Optimizer):
         for parameter in present:
             state = self.state[parameter]
             if "step" not in state:
-                state["step"] = torch.tensor(0.0)  # as torch keeps it
+                state["step"] = torch.tensor(0.0)  # a float tensor, as in torch
             state["step"] += 1
         settings = {p: group for group in self.param_groups for p in group["params"]}
         walk = self._flat.walk(present)
@@ -141,10 +140,11 @@ class PagedAdamW(torch.optim.Optimizer):
         self._backwards = not self._backwards
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, a copy on the CPU; the same whatever the budget and the page.
+        """The state dict in torch's format, as a copy on the CPU. It does not depend on `budget` and `page`.
 
-        For each parameter that was updated: `step`, and `exp_avg` and `exp_avg_sq` in its shape, float32; or with 8
-        bits uint8, and `exp_avg_scale` and `exp_avg_sq_scale`, float32, one for every 256 elements.
+        For each parameter that was updated it has `step`, and `exp_avg` and `exp_avg_sq` in the parameter's shape. They
+        are float32; with 8 bits they are uint8, and `exp_avg_scale` and `exp_avg_sq_scale` hold one float32 for every
+        256 elements.
         """
         saved = super().state_dict()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -161,16 +161,21 @@ class PagedAdamW(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state dict, bit for bit; budget and page may be others. Counters begin again.
+        """Restore a state dict, bit for bit. `budget` and `page` may differ from those it was saved with.
+
+        The counters in `paging` start again from 0.
 
         Raises:
-            ValueError: it is of other parameters, of other bits, or of another optimizer; nothing is changed then.
-            OSError: the pages do not fit on the disk, or it fails.
+            ValueError: it was saved for other parameters, with other bits, or by another optimizer; nothing is changed.
+            OSError: the page file does not fit on the disk or cannot be read or written.
         """
         groups, saved = self.param_groups, state_dict["param_groups"]
         there, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
         if there != here:
-            raise ValueError(f"the saved state has groups of {there} parameters, and this optimizer of {here}")
+            raise ValueError(
+                f"the saved state has parameter groups of sizes {there}, but this optimizer has {here}: create "
+                "it with the same groups"
+            )
         for group in saved:
             check_group({**group, "params": []})
         ids = [i for group in saved for i in group["params"]]
@@ -186,7 +191,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def shrinking(self, cuts: Cuts) -> Iterator[None]:
-        """Within it parameters become smaller; see `reparam.core.shrink`. Moments of 8 bits are rounded anew."""
+        """A context in which parameters become smaller (`reparam.core.shrink`). 8-bit moments are quantized again."""
         saved, parameters = self.state_dict(), [p for group in self.param_groups for p in group["params"]]
         yield
         self._flat = Flat(self._flat.fields, page=self._flat.page)
@@ -208,7 +213,7 @@ class PagedAdamW(torch.optim.Optimizer):
                     of_page.copy_(part)
 
     def _ready(self, parameters: list[Tensor]) -> Pager:
-        """The pager, made when it is first needed: parameters may move to their device until then."""
+        """The pager, created when it is first needed, so that parameters can be moved to their device before."""
         if self._pager is None:
             device = parameters[0].device
             self._pager = Pager(self._flat.page, slots=self._slots, device=device, folder=self._folder)
@@ -216,14 +221,14 @@ class PagedAdamW(torch.optim.Optimizer):
         elsewhere = [p.device for p in parameters if p.device != self._pager.device]
         if elsewhere:
             raise ValueError(
-                f"states are on {self._pager.device} and a parameter is on {elsewhere[0]}: one optimizer for each "
-                "device; after moving parameters, load the state dict again"
+                f"the states are on {self._pager.device} but a parameter is on {elsewhere[0]}: use one optimizer per "
+                "device, and load the state dict again after moving parameters"
             )
         self._pager.grow(self._flat.pages)
         return self._pager
 
     def _update(self, run: list[Piece], page: Tensor, settings: dict[Tensor, dict[str, Any]]) -> None:
-        """Update pieces whose blocks are next to each other."""
+        """Update the pieces of a run, whose blocks are adjacent in the page."""
         assert self._states is not None
         first, last = run[0].blocks.start, run[-1].blocks.stop
         fields = self._flat.cut(page, slice(first, last))
@@ -234,14 +239,14 @@ class PagedAdamW(torch.optim.Optimizer):
             self._update_piece(piece, m[begin:end], v[begin:end], settings[piece.parameter])
             rest = slice(end, (piece.blocks.stop - first) * BLOCK)
             if end < rest.stop:
-                m[rest] = v[rest] = 0  # it must not reach the scale of the last block
+                m[rest] = v[rest] = 0  # padding must not affect the scale of the last block
         self._states.write(fields, m, v)
 
     def _update_piece(self, piece: Piece, m: Tensor, v: Tensor, group: dict[str, Any]) -> None:
         parameter = piece.parameter
         assert parameter.grad is not None
         flat = parameter.view(-1)[piece.elements]
-        master = flat.float()  # itself, if it is float32
+        master = flat.float()  # a view if it is float32
         adamw_(
             master,
             parameter.grad.reshape(-1)[piece.elements].float(),
@@ -260,22 +265,22 @@ class PagedAdamW(torch.optim.Optimizer):
         own = self._flat.empty(parameter)
         other = 8 if self.bits == 32 else 32
         if state.keys() == {"step", *(field.name for field in FIELDS[other])}:
-            raise ValueError(f"the saved state has {other} bits and this optimizer {self.bits}: set bits={other}")
+            raise ValueError(f"the saved state has {other} bits but this optimizer has {self.bits}: set bits={other}")
         if state.keys() != {"step", *own}:
             raise ValueError(
-                f"parameter {number}: the saved state holds {', '.join(sorted(state))}, and one of {self.bits} bits "
-                f"holds {', '.join(sorted({'step', *own}))}: it is of another optimizer"
+                f"parameter {number}: the saved state has {', '.join(sorted(state))}, but one of {self.bits} bits has "
+                f"{', '.join(sorted({'step', *own}))}: it was saved by another optimizer"
             )
         for name, tensor in own.items():
             if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"parameter {number}: the saved {name} is {dtype_and_shape(state[name])}, and this optimizer's is "
-                    f"{dtype_and_shape(tensor)}: it was saved with another model"
+                    f"parameter {number}: the saved {name} is {dtype_and_shape(state[name])}, but this optimizer needs "
+                    f"{dtype_and_shape(tensor)}: it was saved for another model"
                 )
 
 
 def _runs(pieces: list[Piece]) -> list[list[Piece]]:
-    """The pieces of a page, those next to each other together."""
+    """Group the pieces of a page into runs of adjacent blocks."""
     runs: list[list[Piece]] = []
     for piece in pieces:
         if runs and runs[-1][-1].blocks.stop == piece.blocks.start:

@@ -1,7 +1,7 @@
-"""A pager: fixed pages of bytes on a device, of which a budget holds some; the others are in a store.
+"""A pager: pages of a fixed size in bytes, a limited number of them on a device and the others in a store.
 
-The page that was used longest ago makes room for the next (LRU). A page that was never used is zeros, and costs no
-transfer. Every page that is asked for is taken to be changed, so that each one that leaves is written.
+The least recently used page is evicted (LRU). A page that was never used is all zeros and needs no transfer. Every page
+that is requested counts as changed, so every evicted page is written to the store.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from reparam.optim.store import Store, Wait, make_store
 
 @dataclasses.dataclass(frozen=True)
 class Paging:
-    """What a pager has done so far. All but `peak_resident` and `total` count up."""
+    """Counters of a pager. All but `peak_resident` and `total` are cumulative."""
 
     faults: int = 0
-    """Pages that were read back while an update waited for them."""
+    """Pages that were read from the store while an update waited for them."""
     prefetched: int = 0
-    """Pages that were read back ahead of their update."""
+    """Pages that were read from the store ahead of their update."""
     evictions: int = 0
-    """Pages that left the device."""
+    """Pages that were moved from the device to the store."""
     bytes_in: int = 0
-    """Bytes that were read back."""
+    """Bytes that were read from the store."""
     bytes_out: int = 0
-    """Bytes that were written."""
+    """Bytes that were written to the store."""
     peak_resident: int = 0
-    """The most bytes of pages on the device at once; at most the budget."""
+    """The largest number of bytes on the device at any time; at most the budget."""
     total: int = 0
-    """Bytes of all pages."""
+    """Bytes of all pages, on the device and in the store."""
 
 
 class Pager:
-    """Pages by number, uint8 [page] each.
+    """Access to pages by number; each page is uint8 [page].
 
     Args:
         page: bytes of a page.
-        slots: how many pages the device may hold; None for all.
-        device: where they are used.
-        folder: of the file that a CPU's pages go to; the system's temporary one by default.
+        slots: the maximum number of pages on the device, at least 1; None for no limit.
+        device: the device on which pages are used.
+        folder: the folder of the page file of a CPU; by default the system's temporary folder.
 
     >>> pager = Pager(4, slots=1, device=torch.device("cpu"))
     >>> pager.grow(2)
@@ -59,7 +59,7 @@ class Pager:
         assert slots is None or slots > 0, slots
         self.device = device
         self._page, self._slots, self._folder = page, slots, folder
-        self._resident: OrderedDict[int, Tensor] = OrderedDict()  # the one that was used longest ago first
+        self._resident: OrderedDict[int, Tensor] = OrderedDict()  # least recently used first
         self._arriving: dict[int, Wait] = {}
         self._written: set[int] = set()
         self._store: Store | None = None
@@ -67,20 +67,20 @@ class Pager:
 
     @property
     def paging(self) -> Paging:
-        """The counters."""
+        """The counters so far."""
         faults, ahead, evictions, page = self._faults, self._prefetched, self._evictions, self._page
         moved = (faults + ahead) * page, evictions * page
         return Paging(faults, ahead, evictions, *moved, self._peak * page, self._count * page)
 
     def grow(self, count: int) -> None:
-        """Have `count` pages in all. Raises OSError when those that do not fit on the device have no room."""
+        """Set the total number of pages. Raises OSError if the page file has no room for those beyond the budget."""
         if self._slots is not None and count > self._slots:
             self._store = self._store or make_store(self._page, self.device, self._folder)
             self._store.reserve(count)
         self._count = count
 
     def page(self, index: int) -> Tensor:
-        """The page, to read and change until another one is asked for. Raises OSError when a transfer fails."""
+        """The page, to be read and changed until another one is requested. Raises OSError if a transfer fails."""
         assert index < self._count, (index, self._count)
         if index not in self._resident:
             if index in self._written:
@@ -96,13 +96,13 @@ class Pager:
         return self._resident[index]
 
     def prefetch(self, index: int) -> None:
-        """Start to bring in a page that will be asked for next. The page that was asked for last stays."""
+        """Start to read the page that will be requested next. The page that was requested last stays on the device."""
         if index in self._written and index not in self._resident and self._slots != 1:
             self._fetch(index)
             self._prefetched += 1
 
     def peek(self, index: int) -> Tensor:
-        """The page, to read only; nothing moves, and nothing is counted."""
+        """The page, read-only, without changing which pages are on the device or the counters."""
         if index in self._resident:
             self._settle(index)
             return self._resident[index]
@@ -116,7 +116,7 @@ class Pager:
         self._resident[index] = buffer
 
     def _room(self) -> tuple[Tensor, int | None]:
-        """A buffer, and the page in it that has to leave."""
+        """A buffer for a page, and the number of the page in it that must be evicted, or None."""
         if self._slots is None or len(self._resident) < self._slots:
             self._peak = max(self._peak, len(self._resident) + 1)
             return torch.empty(self._page, dtype=torch.uint8, device=self.device), None
@@ -132,6 +132,6 @@ class Pager:
         return self._store.exchange(buffer, leaving, entering)
 
     def _settle(self, index: int) -> None:
-        """Wait for a page that is on its way."""
+        """Wait for the transfer of a page, if one is in progress."""
         if (wait := self._arriving.pop(index, None)) is not None:
             wait()

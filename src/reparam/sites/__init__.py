@@ -1,6 +1,6 @@
-"""Sites: the modules that take the place of a model's own, which modules can be one, and how bases are told apart.
+"""Sites: the modules that replace a model's own modules, target resolution, and fingerprints of base models.
 
-Every file in this folder is imported with it, so that each kind of site registers itself.
+Importing this package imports every file in it, so that each kind of site registers itself.
 """
 
 import importlib

@@ -1,11 +1,11 @@
-"""Mixed batches: one more update, a bank of factor slots with one slot index per row of the batch.
+"""Mixed batches: a bank holds the factors of several adapters, and each row of a batch uses one of its slots.
 
-Every update that has factors can be in it, on every storage. Row b of the batch uses slot s = slots[b], or, where that
-is -1, the base alone:
+A bank can hold every update that has factors, on any storage. Row b of the batch uses slot s = slots[b], or only the
+base model if slots[b] is -1:
 
     y[b] = gain[s] ∘ (W x[b]) + B[s] (A[s] x[b]) + bias[s]
 
-Shapes: S slots, R the largest rank so far, B rows, T tokens in a row.
+Shapes: S slots, R largest rank so far, B rows of the batch, T tokens in a row.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from reparam.kernels.rows import bank_update_
 
 @dataclasses.dataclass
 class Routing:
-    """Which slot each row of the next batches uses; one object is shared by all banks of a model."""
+    """The slot of each row of the next batches. All banks of a model share one object."""
 
-    slots: Tensor  # [B] int64, -1 for the base
+    slots: Tensor  # [B] int64, -1 for the base model
     tokens: int | None = None
-    """Tokens in a row of the batch that is being computed, as the model's input has them."""
+    """Tokens per row in the model's current input, or None if unknown."""
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
-        """Rows and tokens of an activation with this shape. Raises ValueError where rows cannot be told apart."""
+        """Rows and tokens of an activation with this shape. Raises ValueError if it cannot be divided into rows."""
         rows = len(self.slots)
         flat = shape[:-1].numel()
         known = shape[0] == rows or (len(shape) == 2 and self.tokens is not None and shape[0] == rows * self.tokens)
         if not known:
             raise ValueError(
-                f"a mixed batch of {rows} rows met an activation of shape {list(shape)} whose rows it cannot tell "
-                f"apart; select one adapter at a time for this model"
+                f"cannot map an activation of shape {list(shape)} to the {rows} rows of the mixed batch; "
+                f"select one adapter at a time for this model"
             )
         return rows, flat // rows
 
 
 class Bank(Update):
-    """Factors of many adapters at one site. Slots are written when they are first selected, not when loaded."""
+    """The factors of several adapters at one site. A slot is written when its adapter is first selected."""
 
     A: Tensor  # [S, R, I]
     B_t: Tensor  # [S, R, O]
     ranks: Tensor  # [S]
     gain: Tensor | None  # [S, O]
-    bias: Tensor | None  # [S, O], what is added to the frozen bias
+    bias: Tensor | None  # [S, O], added to the frozen bias
 
     def __init__(self, weight: Weight, routing: Routing) -> None:
         super().__init__()
@@ -61,7 +61,10 @@ class Bank(Update):
 
     @torch.no_grad()
     def write(self, slot: int, factors: Factors | None, bias: Tensor | None = None) -> None:
-        """Fill a slot; None means that the adapter leaves this site alone. Grows by doubling."""
+        """Fill a slot. `factors=None` means that the adapter does not change this site's weight.
+
+        The number of slots grows by doubling.
+        """
         rank = 0 if factors is None else len(factors.A)
         self._grow(slot + 1, rank)
         self.ranks[slot] = rank
@@ -78,13 +81,13 @@ class Bank(Update):
                 table[slot] = fill if value is None else value
 
     def read(self, slot: int) -> tuple[Factors, Tensor | None]:
-        """What is in a slot: its factors, and what is added to the frozen bias, or None."""
+        """The factors in a slot, and the change of the frozen bias [O] or None."""
         gain = None if self.gain is None else self.gain[slot]
         bias = None if self.bias is None else self.bias[slot]
         return Factors(self.A[slot], self.B_t[slot].t(), gain), bias
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [B, T, I] or [B·T, I] -> each row through its own adapter."""
+        """x [B, T, I] or [B·T, I] -> the output of each row under its own adapter, [..., O]."""
         if torch.is_grad_enabled() and self.training:
             raise ValueError("a mixed batch is for inference: select one adapter to train it, or call model.eval()")
         rows, tokens = self.routing.split(x.shape)
@@ -99,7 +102,7 @@ class Bank(Update):
         return y
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
-        """ids [B, T] -> rows of each row's own matrix, [B, T, I]. Here O = V: `B_t` is looked up, A multiplied."""
+        """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index `B_t`."""
         rows, tokens = self.routing.split(torch.Size((*ids.shape, 1)))
         slots = self.routing.slots
         y = weight.rows(ids)

@@ -1,4 +1,4 @@
-"""An embedding as a site: E' [V, I] = diag(gain) E + B A, looked up row by row."""
+"""The site of an embedding: E' [V, I] = diag(gain) E + B A, computed only for the rows that are looked up."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Embedding(Adapted):
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """It is another module, or one where a lookup is not the whole map."""
+        """The reason if it is another module, or its forward does more than a lookup; otherwise None."""
         name = type(module).__name__
         if not isinstance(module, nn.Embedding):
             return f"{name} is not an embedding"
         if "forward" in vars(module):
-            return f"{name} has a forward of its own set on it (by a device map or a hook); load the model without that"
+            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
         if type(module).forward is not nn.Embedding.forward:
             return f"{name} overrides nn.Embedding.forward, which an update would bypass"
         if module.max_norm is not None:
@@ -39,7 +39,7 @@ class Embedding(Adapted):
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> Site:
-        """A row for each id: O = V, I = width."""
+        """One row per id: O = V, I = width."""
         return Site(name, cls.kind, *module.weight.shape)  # type: ignore[misc]
 
     @classmethod
@@ -48,11 +48,11 @@ class Embedding(Adapted):
         return cls(module)
 
     def check_update(self, update: Update) -> None:
-        """The update must have rows."""
+        """Raise InputDependentError if the update cannot compute rows of W'."""
         update.rows(torch.zeros(1, dtype=torch.int64, device=self.frozen.device), self.frozen)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows of the base, or of the active update's matrix."""
+        """The rows of the base matrix or, if an adapter is active, of its W'."""
         name = self.active
         if name is None:
             return self.frozen.rows(ids)

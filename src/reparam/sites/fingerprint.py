@@ -1,14 +1,14 @@
-"""Telling one base model from another, cheaply enough for every save and load.
+"""Fingerprints of base models, cheap enough to compute at every save and load.
 
-A fingerprint is a SHA-256 over every parameter's name, shape and up to 256 of its elements, taken at fixed places that
-are spread over the whole tensor. The elements are digested as bfloat16 and as float16, so that a model which is loaded
-in another dtype than it was saved in agrees in one of the two; where all are float32, also as that, and two such models
-are compared exactly. Matrices and the rest are digested apart, because a quantized storage changes the former alone; of
-a quantized matrix, the quantized tensors are digested.
+A fingerprint is a SHA-256 over the name and shape of every parameter and up to 256 of its elements, sampled at fixed
+positions across the whole tensor. The elements are digested as bfloat16 and as float16, so that a model loaded in
+another dtype than it was saved in still matches in one of the two. If all parameters are float32 or float64, they are
+also digested as float32, and two such models are compared exactly. Matrices and all other parameters have separate
+digests, because quantizing changes only the matrices; for a quantized matrix, its quantized tensors are digested.
 
-It catches another model, other sizes or names, and any training of the whole model. It does not see a change of a few
-elements, such as some rows of an embedding, nor buffers; nor, between dtypes, what rounding hides. It is the same with
-and without adapters on the model.
+A fingerprint detects another model, other sizes or names, and training of the whole model. It does not detect changes
+of a few elements, such as some rows of an embedding, changes of buffers, or differences that a cast to another dtype
+rounds away. Adapters on the model do not change it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of the base under any adapters: `<group> as <dtype>` -> hexadecimal; compare with `agree`."""
+    """Digests of the base model, ignoring adapters: "<group> as <dtype>" -> hexadecimal. Compare them with `agree`."""
     storages: set[str] = set()
     matrices: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -44,7 +44,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two fingerprints can be of the same base: each group that both have agrees, in float32 or in a half."""
+    """Whether two fingerprints can be of the same base model.
+
+    Every group that both contain must agree: in float32 if both have that digest, otherwise in bfloat16 or float16.
+    """
     groups: dict[str, dict[str, bool]] = {}
     for key in one.keys() & other.keys():
         group, _, dtype = key.partition(" as ")
@@ -53,14 +56,14 @@ def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base model's parameters under the names and in the layout that they have without adapters."""
+    """The base model's parameters, with the names and layout that they have without adapters."""
     for path, module in _base_modules(model, ""):
         for name, tensor in _own(module).items():
             yield f"{path}.{name}".lstrip("."), tensor
 
 
 def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether it is a matrix or a part of a quantized one, of what this module holds itself."""
+    """The module's own tensors: name, tensor, and whether it is a matrix or part of a quantized one."""
     if not is_quantized(module):
         for name, tensor in _own(module).items():
             yield name, tensor, tensor.ndim == 2
@@ -99,7 +102,7 @@ def _digests(tensors: list[tuple[str, Tensor]]) -> dict[torch.dtype, str]:
 
 
 def _sample(tensor: Tensor, places: dict[tuple[int, torch.device], Tensor]) -> Tensor:
-    """Up to SAMPLES elements [n] of the tensor, which is not copied. `places` caches indices by size."""
+    """Up to SAMPLES elements [n] of the tensor, without copying it. `places` caches the indices by size and device."""
     key = (tensor.numel(), tensor.device)
     if key not in places:
         places[key] = _places(tensor.numel()).to(tensor.device)
@@ -109,7 +112,7 @@ def _sample(tensor: Tensor, places: dict[tuple[int, torch.device], Tensor]) -> T
 
 
 def _places(size: int) -> Tensor:
-    """One index in each of SAMPLES equal stretches of range(size), not always at the same place in it."""
+    """One index in each of SAMPLES equal intervals of range(size), at a varying position within the interval."""
     count = min(size, SAMPLES)
     k = torch.arange(count)
     start, end = k * size // max(count, 1), (k + 1) * size // max(count, 1)

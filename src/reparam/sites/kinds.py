@@ -1,6 +1,7 @@
-"""The kinds of sites by name: where each is registered, and which of them a module is.
+"""The registry of the kinds of sites, and the lookup of a module's kind.
 
-A kind is one file in this folder: a subclass of `Adapted` with `@kind("name")` on it. Adding one changes no other file.
+A kind is one file in this folder: a subclass of `Adapted` decorated with `@kind("name")`. No other file has to change
+when a kind is added.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _A = TypeVar("_A", bound=type[Adapted])
 
 
 def kind(name: str) -> Callable[[_A], _A]:
-    """Register a kind of site under `name`, which goes into files."""
+    """Class decorator that registers a kind of site under `name`, which adapter files contain."""
 
     def register(cls: _A) -> _A:
         assert name not in KINDS, f"two kinds of sites are called {name}"
@@ -30,7 +31,7 @@ def kind(name: str) -> Callable[[_A], _A]:
 
 
 def kind_of(module: nn.Module) -> type[Adapted] | None:
-    """The kind that claims this module, adapted or not; None where no kind does. At most one kind claims a module."""
+    """The kind of this module, adapted or not; None if no kind claims it. At most one kind claims a module."""
     if isinstance(module, Adapted):
         return type(module)
     return next((cls for cls in KINDS.values() if cls.claims(module)), None)

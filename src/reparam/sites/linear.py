@@ -1,7 +1,7 @@
-"""The module that goes into a model in place of a linear map: a frozen weight, a bias, and named updates.
+"""The site of a linear map: a frozen weight, a bias, and updates by adapter name.
 
-One update at most is active; None is the base model. There is no merged state: folding an update gives back the
-module that was here before, with new values (`merge.py`).
+At most one update is active; with none, the site computes the base map. There is no merged state: `adapter/merge.py`
+puts the original module back, with the merged values.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Linear(Adapted):
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """It is another module, or one that computes something else, or one whose weight is read without a call."""
+        """The reason if it is another module, overrides forward, or is bypassed by its parent; otherwise None."""
         name = type(module).__name__
         if "forward" in vars(module):
-            return f"{name} has a forward of its own set on it (by a device map or a hook); load the model without that"
+            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
         if is_conv1d(module):
             return None
         if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -50,7 +50,7 @@ class Linear(Adapted):
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> Site:
-        """Its matrix is [O, I], a `Conv1D`'s [I, O]."""
+        """O and I from the matrix, which is [O, I], or [I, O] in a `Conv1D`."""
         rows, columns = module.weight.shape  # type: ignore[misc]
         transposed, bias = is_conv1d(module), module.bias is not None
         sizes = (columns, rows) if transposed else (rows, columns)
@@ -58,12 +58,12 @@ class Linear(Adapted):
 
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
-        """Take over the parameters. Nothing is copied, and the base computes what it did before, to the bit."""
+        """Take over the parameters without copying them; the output of the base model stays the same, bit for bit."""
         return cls(module, "transposed" if is_conv1d(module) else "rows")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base map, or the active update's."""
-        parts = self._modules  # nn.Module's look-up of an attribute takes longer than a small product
+        """The output of the base map or, if an adapter is active, of its update."""
+        parts = self._modules  # nn.Module's attribute lookup takes longer than a small matrix product
         weight: Weight = parts["frozen"]  # type: ignore[assignment]
         x = weight.cast(x)
         name = self.active
@@ -73,6 +73,6 @@ class Linear(Adapted):
         return update(x, weight, self.bias_of(name))
 
     def extra_repr(self) -> str:
-        """Sizes, how the matrix is stored, and the active adapter."""
+        """Sizes, storage and the active adapter, for `repr`."""
         weight = self.frozen
         return f"in={weight.in_features}, out={weight.out_features}, {weight.storage.name}, active={self.active}"

@@ -1,4 +1,4 @@
-"""The modules that adapters put into a model: at a site, in the place of a module trained whole, and at the root."""
+"""The modules that adapters add to a model: sites, copies of fully trained modules, and shared state at the root."""
 
 from __future__ import annotations
 
@@ -20,83 +20,83 @@ HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-"""Where `nn.Module` keeps the hooks on its calls."""
+"""The attributes in which `nn.Module` keeps its hooks."""
 
 
 class Adapted(nn.Module):
-    """A module at a site: the frozen weight, the updates by adapter name, and the choice among them.
+    """The module at a site: the frozen weight, the updates by adapter name, and the name of the active adapter.
 
-    A subclass is one kind of site, registered with `@kind("name")`. It says which modules it stands in for (`claims`,
-    `unsupported_reason`, `describe`), takes one over (`adopt`), and implements `forward` and `stock`.
+    A subclass is one kind of site, registered with `@kind("name")`. It determines which modules it can replace
+    (`claims`, `unsupported_reason`, `describe`), replaces one (`adopt`), and implements `forward` and `stock`.
     """
 
     kind: ClassVar[Kind]
     plural: ClassVar[str]
-    """What messages call modules of this kind."""
+    """The plural noun for modules of this kind in messages."""
     is_map: ClassVar[bool] = False
-    """Whether "all-linear", "attention" and "mlp" mean modules of this kind."""
+    """Whether the targets "all-linear", "attention" and "mlp" include modules of this kind."""
     is_matrix: ClassVar[bool] = True
-    """Whether regular expressions and the settings of PEFT's files mean it too, and a storage can quantize it."""
+    """Whether regular-expression targets and PEFT's settings include this kind, and storages can quantize it."""
     stands_for: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    """The parameters of the module that the site adapts; others of three dimensions are reported as missed."""
+    """The module's parameters that the site adapts. Its other three-dimensional parameters are reported as skipped."""
     can_add_bias: ClassVar[bool] = False
-    """Whether an update may give a bias to a site that has none."""
+    """Whether an update can add a bias to a site without one."""
 
     def __init__(self, origin: nn.Module, layout: Layout = "rows") -> None:
         super().__init__()
         self.layout: Layout = layout
-        # The module's own parameters, under their own names: whoever looks for them in the model finds them.
+        # The original parameters keep their names, so that other code finds them in the model.
         self._parameters["weight"] = origin._parameters["weight"]
         self._parameters["bias"] = origin._parameters.get("bias")
         self.frozen: Weight = DenseWeight.of(self, layout)  # W [O, I]
         self.updates = nn.ModuleDict()
-        self.biases = nn.ParameterDict()  # an adapter's own bias [O], where it trains biases
-        self.biased: set[str] = set()  # its keys, because asking a ParameterDict takes long
+        self.biases = nn.ParameterDict()  # adapter name -> its trained bias [O]
+        self.biased: set[str] = set()  # the keys of `biases`; a lookup in a ParameterDict is slow
         self.active: str | None = None
-        self.origin = (origin,)  # what was here before; in a tuple, so that it is no submodule
-        for name in HOOKS:  # the very same tables, so that a handle that was given out still removes its hook
+        self.origin = (origin,)  # the original module, in a tuple so that it is not a submodule
+        for name in HOOKS:  # the same dicts, so that existing handles still remove their hooks
             self.__dict__[name] = origin.__dict__[name]
         self.train(origin.training)
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """Whether this module is of this kind, supported or not. No two kinds may claim one module."""
+        """Whether this module is of this kind, supported or not. Two kinds must not claim the same module."""
         raise NotImplementedError
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """Why this kind cannot stand in for the module, or None."""
+        """Why this kind cannot replace the module, or None if it can."""
         raise NotImplementedError
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> Site:
-        """The site that a supported module would be, under its path in the model."""
+        """The site for a supported module; `name` is its path in the model."""
         raise NotImplementedError
 
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
-        """The adapted form of a supported module. Nothing is copied."""
+        """Create the replacement for a supported module, without copying its parameters."""
         raise NotImplementedError
 
     @classmethod
     def wrap(cls, module: nn.Module) -> Self:
-        """The adapted form of a module. Raises ValueError where this kind cannot stand in for it."""
+        """Create the replacement for a module. Raises ValueError if this kind does not support it."""
         problem = cls.unsupported_reason(module)
         if problem:
             raise ValueError(problem)
         return cls.adopt(module)
 
     def site(self, name: str) -> Site:
-        """This place, under its path in the model."""
+        """The site of this module; `name` is its path in the model."""
         w = self.frozen
         transposed = self.layout == "transposed"
         return Site(name, self.kind, w.out_features, w.in_features, transposed=transposed, bias=self.bias is not None)
 
     def check_update(self, update: Update) -> None:
-        """Raise InputDependentError for an update without the form that this kind computes with; by default, none."""
+        """Raise InputDependentError if this kind cannot compute with the update. The default accepts every update."""
 
     def add(self, name: str, update: Update, *, bias: bool = False) -> None:
-        """Hold `update` under the adapter's name; with `bias`, also a copy of the bias to train, in float32 or more."""
+        """Add an adapter's update; with `bias`, also a trainable copy of the bias in float32 or wider."""
         self.updates[name] = update
         if bias and self.bias is not None:
             dtype = torch.promote_types(self.bias.dtype, torch.float32)
@@ -104,7 +104,7 @@ class Adapted(nn.Module):
             self.biased.add(name)
 
     def drop(self, name: str) -> None:
-        """Forget the adapter's update and bias."""
+        """Remove the adapter's update and bias, if it has any here."""
         if name in self.updates:
             del self.updates[name]
         if name in self.biased:
@@ -112,22 +112,22 @@ class Adapted(nn.Module):
             self.biased.remove(name)
 
     def bias_of(self, name: str | None) -> Tensor | None:
-        """The bias [O] that is used with this adapter."""
+        """The bias [O] used with this adapter (None for the base model), or None if there is none."""
         return self.biases[name].to(self.frozen.dtype) if name in self.biased else self.bias
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
-        """Hold this bias [O] from now on, here and in what was here before; None for none.
+        """Replace the bias [O], here and in the original module; None removes it.
 
-        Raises ValueError where that computes without one.
+        Raises ValueError if the original module has no bias parameter.
         """
         origin = self.origin[0]
         if bias is not None and "bias" not in origin._parameters:
-            raise ValueError(f"{type(origin).__name__} has no place for a bias")
+            raise ValueError(f"{type(origin).__name__} has no bias parameter, so no bias can be added")
         self._parameters["bias"] = origin.bias = bias  # type: ignore[assignment]
 
     @property
     def weight(self) -> Tensor:
-        """The module's parameter in its layout; where the matrix is quantized, its dtype, shape and device alone."""
+        """The parameter of the original module; a `QuantizedMatrix` if the matrix is quantized."""
         parameter = self._parameters.get("weight")
         return QuantizedMatrix.of(self.frozen, self.layout) if parameter is None else parameter
 
@@ -137,12 +137,12 @@ class Adapted(nn.Module):
         return self._parameters["bias"]
 
     def stock(self) -> dict[str, Tensor]:
-        """The frozen tensors under the names and in the layout of the module that was here before."""
+        """The frozen tensors with the names and layout that they have in the original module."""
         found = {"weight": as_parameter(self.frozen.tensor(), self.layout)}
         return found if self.bias is None else {**found, "bias": self.bias}
 
     def restore(self) -> nn.Module:
-        """The module as it was before, holding the current frozen weight and bias; if that is quantized, a bare one."""
+        """The original module with the current weight and bias; for a quantized weight, a site without updates."""
         module = self.origin[0]
         module._parameters["bias"] = self.bias
         if self.frozen.dense_or_none is None:
@@ -153,7 +153,7 @@ class Adapted(nn.Module):
         return module.train(self.training)
 
     def hold(self, weight: Weight) -> None:
-        """Hold this matrix [O, I] from now on, in its storage; the other one is let go."""
+        """Replace the matrix by `weight` [O, I], in the storage of that; the old one is released."""
         dense = weight.dense_or_none
         if dense is None:
             shape = as_parameter(torch.empty(weight.out_features, weight.in_features, device="meta"), self.layout)
@@ -166,37 +166,40 @@ class Adapted(nn.Module):
             self.frozen = DenseWeight.of(self, self.layout)
 
 
-SHARED = "reparam_shared"  # where `Shared` is in a model
+SHARED = "reparam_shared"  # name of the `Shared` submodule in a model
 
 
 class Shared(nn.ModuleDict):
-    """What all sites of an adapter have in common, by adapter. It is owned once, by the model's root."""
+    """The modules that all sites of an adapter share, by adapter name. A child of the model's root."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself: a root that is an `nn.Sequential` calls every module it owns, this one included."""
+        """Return x unchanged, because a root that is an `nn.Sequential` calls all its children, including this one."""
         return x
 
 
 class Replaced(nn.Module):
-    """A module that an adapter trains whole (a task's head, say): the original, and a full copy for each adapter."""
+    """A fully trained module (for example a task head): the original, and one full copy for each adapter."""
 
     def __init__(self, origin: nn.Module) -> None:
         super().__init__()
         self.origin = origin
         self.updates = nn.ModuleDict()
         self.active: str | None = None
-        self.rows: list[str | None] | None = None  # of a mixed batch: the adapter of each row
+        self.rows: list[str | None] | None = None  # in a mixed batch: the adapter of each row
 
     def copy_of(self, name: str | None) -> nn.Module:
-        """The copy that this adapter uses: its own, or the original."""
+        """The module that this adapter uses: its own copy, or the original if it has none."""
         return self.updates[name] if name is not None and name in self.updates else self.origin
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whatever the chosen copy computes; in a mixed batch, each copy on its own rows of x [B, ...]."""
+        """The output of the active copy; in a mixed batch, each copy computes its own rows of x [B, ...]."""
         if self.rows is None:
             return self.copy_of(self.active)(x)
         if len(x) != len(self.rows):
-            raise ValueError(f"a mixed batch of {len(self.rows)} rows met an activation of shape {list(x.shape)}")
+            raise ValueError(
+                f"cannot map an activation of shape {list(x.shape)} to the {len(self.rows)} rows of the mixed batch; "
+                f"select one adapter at a time for this model"
+            )
         parts: dict[str | None, list[int]] = {}
         for row, name in enumerate(self.rows):
             parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
@@ -206,20 +209,20 @@ class Replaced(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the chosen copy, which models read for its dtype."""
+        """The weight of the active copy. Models read its dtype."""
         return self.copy_of(self.active).weight  # type: ignore[return-value]
 
     def drop(self, name: str) -> None:
-        """Forget the adapter's copy."""
+        """Remove the adapter's copy, if it has one."""
         if name in self.updates:
             del self.updates[name]
 
 
 def is_quantized(module: nn.Module) -> TypeGuard[Adapted]:
-    """Whether this module's matrix is in a quantized storage."""
+    """Whether this module is a site with a quantized weight."""
     return isinstance(module, Adapted) and module.frozen.dense_or_none is None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D`, told by name: this file imports torch only."""
+    """Whether this is transformers' `Conv1D`. The check is by class name, because this file imports only torch."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -1,7 +1,7 @@
-"""A norm as a site: its weight [n] is a matrix W' = diag(gain) W + B A of one column [n, 1], its bias [n] the bias.
+"""The site of a norm: its weight [n] is a matrix of one column [n, 1], so that W' = diag(gain) W + B A applies to it.
 
-The module itself computes, with the changed tensors in the place of its own: whatever it does with them (T5's norm, or
-Gemma's 1 + weight) is right.
+The output is computed by the original module with the adapted weight and bias in place of its own, so norms that use
+them differently (such as Gemma's 1 + weight) are computed correctly.
 
 Shapes: n length of the vector, B rows of a batch.
 """
@@ -21,40 +21,40 @@ from reparam.sites.module import Adapted
 
 @kind("vector")
 class Norm(Adapted):
-    """x [..., n] -> what the module computes with its own, or the active update's, weight and bias."""
+    """x [..., n] -> the original module's output with the base weight and bias, or with those of the active adapter."""
 
     plural = "norms"
     is_matrix = False
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """A module whose parameters are a weight [n] and, maybe, a bias [n], and that holds nothing else."""
+        """A module that holds a weight [n], an optional bias [n], and no other parameter, module or buffer."""
         return _parameters_problem(module) is None
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """It has other parameters, modules or buffers, or a forward that a hook set on it."""
+        """The reason if it has other parameters, modules or buffers, or a patched forward; otherwise None."""
         if "forward" in vars(module) and cls.claims(module):
             name = type(module).__name__
-            return f"{name} has a forward of its own set on it (by a device map or a hook); load the model without that"
+            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
         return _parameters_problem(module)
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> Site:
-        """One column: O = n, I = 1."""
+        """A matrix of one column: O = n, I = 1."""
         return Site(name, cls.kind, len(module.weight), 1, bias=getattr(module, "bias", None) is not None)  # type: ignore[arg-type]
 
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
-        """Take over the weight [n] and, where there is one, the bias [n]."""
+        """Take over the weight [n] and the bias [n], if any."""
         return cls(module, "column")
 
     def check_update(self, update: Update) -> None:
-        """The update must have an effective weight."""
+        """Raise InputDependentError if the update has no effective weight."""
         update.effective_weight(self.frozen)
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        """The module with its frozen tensors, or with the active update's; `rest` is handed on (a gate, say)."""
+        """The original module's output with the frozen or adapted tensors; `rest` (such as a gate) is passed on."""
         name = self.active
         if name is None:
             return self._computed(self.frozen.tensor(), self.bias, x, *rest)
@@ -63,19 +63,19 @@ class Norm(Adapted):
             return self._mixed(update, x, *rest)
         bias, offset = self.bias_of(name), update.bias_delta()
         if offset is not None:
-            assert bias is not None, "attach refuses a change of a bias that is not there"
+            assert bias is not None, "attach rejects bias updates for sites without a bias"
             bias = (bias + offset).to(bias.dtype)
         return self._computed(update.effective_weight(self.frozen), bias, x, *rest)
 
     def _computed(self, w: Tensor, bias: Tensor | None, *args: Tensor) -> Tensor:
-        """What the module makes of its arguments with the weight `w` [n, 1]."""
+        """The original module's output for these arguments, with the weight `w` [n, 1] and this bias."""
         own = {"weight": w.to(self.frozen.dtype).squeeze(1)}
         if bias is not None:
             own["bias"] = bias
         return torch.func.functional_call(self.origin[0], own, args)
 
     def _mixed(self, bank: Bank, *args: Tensor) -> Tensor:
-        """A mixed batch: the module once for the base, and once more for each adapter, on its own rows."""
+        """A mixed batch: compute all rows with the base weight, then each adapter's rows with its own."""
         rows, _ = bank.routing.split(args[0].shape)
         by_row = [arg.unflatten(0, (rows, -1)) for arg in args]
         w = self.frozen.tensor()
@@ -92,11 +92,11 @@ class Norm(Adapted):
 
 
 def _parameters_problem(module: nn.Module) -> str | None:
-    """Why what the module holds is not what a norm holds, or None."""
+    """Why the module's parameters are not those of a norm, or None."""
     name = type(module).__name__
     own = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
     if own not in ({"weight": 1}, {"weight": 1, "bias": 1}):
-        return f"{name} is no norm: its parameters are not one weight [n] and, maybe, one bias [n]"
+        return f"{name} is not a norm: its parameters are not one weight [n] and an optional bias [n]"
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
-        return f"{name} has modules or buffers of its own"
+        return f"{name} has submodules or buffers, so it is not a supported norm"
     return None

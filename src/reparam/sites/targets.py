@@ -1,4 +1,4 @@
-"""Which modules an adapter goes on: from "all-linear", a suffix or a regular expression to sites of the model."""
+"""Resolve targets ("all-linear", a path suffix, a regular expression) to the modules of a model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ KEYWORDS = ("all-linear", "attention", "mlp", "everything")
 
 
 def resolve(model: nn.Module, targets: Targets) -> list[str]:
-    """Paths of the modules that `targets` names, in the model's order.
+    """The paths of the modules that `targets` selects, in the model's order. Several targets can be given:
 
-    "all-linear" is every linear map but the output head; "attention" and "mlp" are the linear maps of the repeated
-    blocks inside, and outside, an attention module; "everything" is all linear maps, embeddings and norms but those
-    that share their weight; `re:...` is a regular expression for the whole path of a linear map or an embedding;
-    anything else is a path or the end of one, a norm's too. Several may be given. Raises ValueError, with all problems
-    at once, where one of them matches nothing (naming the nearest) or something that no update can go on. Warns, naming
-    them, of weights that one of the four words stands for and that no update can go on, such as fused experts.
+    - "all-linear": all linear maps except the output head.
+    - "attention" and "mlp": the linear maps of the repeated blocks inside and outside an attention module.
+    - "everything": all linear maps, embeddings and norms that do not share their weight with another module.
+    - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
+    - anything else: a module's path or the end of one; it can also select a norm.
+
+    Raises ValueError, listing all problems, if a target matches no module or a module that cannot be adapted. Warns if
+    one of the four keywords skips weights that cannot be adapted, such as fused experts.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
@@ -58,14 +60,14 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     left = "; ".join(f"{name} ({why})" for name, why in list(missed.items())[:3])
     left += f"; and {len(missed) - 3} more" if len(missed) > 3 else ""
     if problems:
-        raise ValueError("targets: " + "; ".join(problems[:10]) + (f"; no update can go on {left}" if left else ""))
+        raise ValueError("targets: " + "; ".join(problems[:10]) + (f"; unsupported: {left}" if left else ""))
     if left:
-        warnings.warn(f"targets: no update goes on {left}; they stay as they are in the base", stacklevel=3)
+        warnings.warn(f"targets: skipped {left}; these weights stay unchanged", stacklevel=3)
     return [name for name in modules if name in found]
 
 
 def fused(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Parameters that hold a matrix for each of several experts, which no module stands for: path -> what it is."""
+    """Three-dimensional parameters, such as the fused matrices of several experts: path -> description."""
     return {
         f"{path}.{name}": f"a fused weight {list(parameter.shape)}"
         for path, module in modules.items()
@@ -76,51 +78,55 @@ def fused(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _held_by_site(module: nn.Module, name: str) -> bool:
-    """Whether the site that this module is, or would be, stands for its parameter `name`."""
+    """Whether the site of this module adapts the parameter `name`."""
     cls = kind_of(module)
     return cls is not None and name in cls.stands_for
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
-    """Adaptable modules whose whole path the regular expression matches; a bad one is added to the problems."""
+    """Paths that the regular expression fully matches, without norms; adds to `problems` if it is invalid."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        problems.append(f"{pattern!r} is no regular expression: {error}")
+        problems.append(f"{pattern!r} is not a valid regular expression: {error}")
         return []
     return [name for name, module in modules.items() if compiled.fullmatch(name) and is_matrix(module)]
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether an update can go on this module, and it is no norm: those are named, or "everything"."""
+    """Whether this module can be adapted and is not a norm. Norms are selected only by path or by "everything"."""
     kind = kind_of(module)
     return kind is not None and kind.is_matrix and unsupported_reason(module) is None
 
 
 def _everything(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str]]:
-    """Every site of a model, and what trains nowhere then, with the reason."""
+    """The paths of all sites of a model, and the skipped weights with the reason for each."""
     names = [name for name, module in modules.items() if unsupported_reason(module) is None]
     missed = {}
     for name, others in tied(model, names).items():
-        missed[name] = f"it shares its weight with {', '.join(others)}: reparam.untie(model), or base.untie, ends that"
+        missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
         if not isinstance(module, Adapted | Replaced) and path not in names:
             own = (f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
-            missed |= {name: f"a parameter of a {type(module).__name__}" for name in own if name not in missed}
+            missed |= {
+                name: f"a parameter of the unsupported module {type(module).__name__}"
+                for name in own
+                if name not in missed
+            }
     return [name for name in names if name not in missed], missed
 
 
 def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
     usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)}
     return (
-        f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible ends of paths "
-        f"are {', '.join(sorted(usable)) or 'none'}"
+        f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible path "
+        f"endings are {', '.join(sorted(usable)) or 'none'}"
     )
 
 
 def ending(model: nn.Module, end: str) -> list[str]:
-    """Paths of the modules of any kind whose path is `end` or ends with it. Raises ValueError where there is none."""
+    """The paths of all modules, of any type, whose path is `end` or ends with it. Raises ValueError if none does."""
     modules = dict(walk(model))
     found = [name for name in modules if name == end or name.endswith("." + end)]
     if not found:
@@ -129,25 +135,25 @@ def ending(model: nn.Module, end: str) -> list[str]:
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Why no update can go on this module, or None."""
+    """Why this module cannot be adapted, or None if it can."""
     if isinstance(module, Adapted):
         return None
     if isinstance(module, Replaced):
-        return f"{', '.join(module.updates)} trains this module whole, so that no update of it can be added"
+        return f"{', '.join(module.updates)} trains a full copy of this module, so no update can be attached to it"
     kind = kind_of(module)
     if kind is None:
         *most, last = (cls.plural for cls in KINDS.values())
-        return f"{type(module).__name__} is not a linear map; adapters go on {', '.join(most)} and {last}"
+        return f"{type(module).__name__} is not supported; adapters support {', '.join(most)} and {last}"
     return kind.unsupported_reason(module)
 
 
 def unsupported_whole(module: nn.Module) -> str | None:
-    """Why `Replaced` cannot stand in for this module, or None: it hands on one input, and no attributes."""
+    """Why `Replaced`, which passes on one input and no attributes, cannot replace this module; or None if it can."""
     if isinstance(module, Adapted | Replaced):
         return None
     kind = type(module).__name__
     if type(module).forward is nn.Module.forward:
-        return f"a {kind} has no forward of its own"
+        return f"{kind} does not define forward"
     takes = inspect.signature(module.forward).parameters.values()
     names = [p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
@@ -162,7 +168,7 @@ def _keyword(target: str, linear: list[str], *, head: str | None) -> list[str]:
 
 
 def _head(model: nn.Module) -> str | None:
-    """Path of the output head: what transformers calls the output embeddings, or a classifier at the top level."""
+    """Path of the output head: `model.get_output_embeddings()`, or else a top-level lm_head, score or classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     for name, module in model.named_modules():
@@ -172,7 +178,7 @@ def _head(model: nn.Module) -> str | None:
 
 
 def wrap(module: nn.Module) -> Adapted:
-    """The adapted form of a module that `resolve` allowed."""
+    """The adapted form of a module that `resolve` selected; an adapted module is returned as it is."""
     if isinstance(module, Adapted):
         return module
     kind = kind_of(module)
@@ -182,7 +188,7 @@ def wrap(module: nn.Module) -> Adapted:
 
 
 def site_of(path: str, module: nn.Module) -> Site:
-    """The site that a module which `resolve` allowed is, or would be."""
+    """The site for a module that `resolve` selected, adapted or not; `path` is its path in the model."""
     if isinstance(module, Adapted):
         return module.site(path)
     kind = kind_of(module)
@@ -192,6 +198,6 @@ def site_of(path: str, module: nn.Module) -> Site:
 
 
 def sizes(module: nn.Module) -> tuple[str, int, int]:
-    """Kind, O and I that a module has, or would have, as a site."""
+    """Kind, O and I of a module's site, adapted or not."""
     site = site_of("", module)
     return site.kind, site.out_features, site.in_features

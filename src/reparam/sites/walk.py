@@ -1,4 +1,4 @@
-"""The modules and parameters of a model by path, adapted or not."""
+"""Iterate over the modules and parameters of a model, with or without adapters, by path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by path, not looking inside adapted or replaced ones: the cost does not grow with the adapters."""
+    """All modules by path, except those inside sites or `Replaced`: the cost does not grow with the adapters."""
     yield from _below(model, "", {model})
 
 
@@ -25,7 +25,7 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
 
 
 def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """For each of `names` that shares a parameter with modules outside of it: the paths of those."""
+    """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules."""
     holders: dict[int, list[str]] = {}
     for path, parameter in _held(model, ""):
         holders.setdefault(id(parameter), []).append(path)
@@ -40,7 +40,7 @@ def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base model's parameters, each under the path of every module that holds it."""
+    """The base model's parameters; a shared parameter is listed once for each module that holds it."""
     if isinstance(module, Replaced):
         yield from _held(module.origin, path)
         return
@@ -55,5 +55,5 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def storages_in(model: nn.Module) -> dict[str, Storage]:
-    """The storages of the matrices that are quantized, by path."""
+    """The storage of each quantized matrix, by module path."""
     return {path: module.frozen.storage for path, module in walk(model) if is_quantized(module)}

@@ -1,4 +1,4 @@
-"""Storages: one file for each way of keeping a frozen matrix. Every file in this folder is imported with it."""
+"""Storages: one file for each format of a frozen matrix. Importing this package imports all of them."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""The plain storage: W [O, I] as it came, in its own dtype."""
+"""The dense storage: W [O, I] unchanged, in its own dtype."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Layout = Literal["rows", "transposed", "column"]
 @storage("dense")
 @dataclasses.dataclass(frozen=True)
 class Dense(Storage):
-    """W as it is; nothing to set."""
+    """Configuration of the dense storage; it has no settings."""
 
     def quantize(self, w: Tensor) -> DenseWeight:
-        """Keep `w` [O, I] as it is; a parameter is taken over, not copied."""
+        """Wrap `w` [O, I] without copying it."""
         return DenseWeight(w)
 
 
 def zero_weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> DenseWeight:
-    """A matrix of zeros, for what is computed without the base. It takes no memory: all entries are one number."""
+    """A zero matrix [O, I], to compute an update without a base matrix. Its entries share one number in memory."""
     return DenseWeight(torch.zeros(1, 1, dtype=dtype).expand(out_features, in_features))
 
 
 class DenseWeight(Weight):
-    """W as one frozen parameter: its own [O, I], or, with `of`, the parameter `weight` of a module in its layout.
+    """A weight that is one frozen parameter: its own, or the parameter `weight` of a module (see `of`).
 
     The parameter of a module stays where torch, transformers and optimizers look for it. It is looked up at each use,
-    so that whoever exchanges it (a device map, FSDP, tying) exchanges it here as well.
+    so that code that replaces it (a device map, FSDP, weight tying) replaces it here as well.
     """
 
     def __init__(self, w: Tensor) -> None:
@@ -50,7 +50,7 @@ class DenseWeight(Weight):
 
     @classmethod
     def of(cls, module: nn.Module, layout: Layout) -> DenseWeight:
-        """W as the module's parameter `weight`, which is frozen."""
+        """The parameter `weight` of a module, which it keeps and which is frozen, as a weight."""
         parameter = module._parameters["weight"]
         assert parameter is not None
         found = cls(parameter)
@@ -62,17 +62,17 @@ class DenseWeight(Weight):
 
     @property
     def matrix(self) -> Tensor:
-        """W [O, I] itself, or a view of it."""
+        """W [O, I]: the parameter or a view of it."""
         return as_matrix(self._holder["weight"], self.layout)  # type: ignore[arg-type]
 
     @property
     def storage(self) -> Dense:
-        """`Dense()`."""
+        """The configuration, `Dense()`."""
         return Dense()
 
     @property
     def dense_or_none(self) -> Tensor:
-        """W itself."""
+        """W [O, I]: the parameter or a view of it."""
         return self.matrix
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class DenseWeight(Weight):
         return F.linear(x, self.matrix, bias)
 
     def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype of W, unless autocast takes care of it.
+        """x in the dtype of W; under autocast, x unchanged.
 
         transformers keeps T5's `wo` in float32 in a 16-bit model.
         """
@@ -90,11 +90,11 @@ class DenseWeight(Weight):
         return x.to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """W[ids], [..., I]."""
+        """ids [...] -> the rows W[ids] [..., I]."""
         return F.embedding(ids, self.matrix)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of W in float32; a view when W is float32."""
+        """These rows of W in float32 [rows, I]; a view if W is float32."""
         return self.matrix.detach()[rows].float()
 
     @property
@@ -107,7 +107,7 @@ class DenseWeight(Weight):
         return (self._holder["weight"],)  # type: ignore[return-value]
 
     def stamp(self) -> Stamp | None:
-        """What changes with the parameter."""
+        """A value that changes when the parameter is written or replaced."""
         return stamp_of(self.held())
 
 

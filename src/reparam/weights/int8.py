@@ -1,9 +1,9 @@
-"""Eight bits an entry: whole numbers from -127 to 127 with the largest magnitude of each row (absmax).
+"""The int8 storage: integers from -127 to 127, 8 bits per entry, scaled by the largest magnitude of each row (absmax).
 
     q = round(127 · w / absmax),    ŵ = q · (absmax / 127)
 
-[2, 3, 4, 1000] becomes [0, 0, 1, 127]: one outlier in a row costs all others, which is what blocks (NF4) are for.
-Rounding is half to even. Shapes: O out_features, I in_features.
+One outlier in a row makes its other entries less precise: [2, 3, 4, 1000] becomes [0, 0, 1, 127]. NF4 limits this to
+blocks. Ties are rounded to even. Shapes: O out_features, I in_features.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LEVELS = 127
 @storage("int8")
 @dataclasses.dataclass(frozen=True)
 class Int8(Storage):
-    """Configuration of int8; nothing to set.
+    """Configuration of the int8 storage; it has no settings.
 
     >>> Int8().quantize(torch.tensor([[2.0, 3.0, 4.0, 1000.0]])).codes.tolist()
     [[0, 0, 1, 127]]
     """
 
     def quantize(self, w: Tensor) -> Int8Weight:
-        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is quantized already."""
+        """Quantize `w` [O, I]. Raises ValueError unless it is a non-empty matrix of finite floating-point values."""
         check_quantizable(w, self.name)
         wide = w.detach().float()
         absmax = wide.abs().amax(1)  # [O]
@@ -40,7 +40,7 @@ class Int8(Storage):
 
 
 class Int8Weight(QuantizedWeight):
-    """Whole numbers, and one magnitude for each row."""
+    """Codes int8 [O, I], and one float32 absmax per row [O]."""
 
     def __init__(self, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:
         super().__init__((codes.shape[0], codes.shape[1]), dtype, codes.device)
@@ -49,7 +49,7 @@ class Int8Weight(QuantizedWeight):
 
     @property
     def storage(self) -> Int8:
-        """`Int8()`."""
+        """The configuration, `Int8()`."""
         return Int8()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,25 +57,25 @@ class Int8Weight(QuantizedWeight):
         return _linear(x, (self.codes, floats(self.absmax)), self.shape, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows W[ids], [..., I]."""
+        """ids [...] -> the rows W[ids] [..., I] in `dtype`."""
         return _values(F.embedding(ids, self.codes), floats(self.absmax)[ids]).to(self.dtype)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of W in float32."""
+        """These rows of W in float32 [rows, I]."""
         return _values(self.codes[rows], floats(self.absmax)[rows])
 
     def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """One step of each row's scale up and down."""
+        """The step absmax / 127 of each row, up and down; 0 for codes at the end of the range."""
         codes, step = self.codes[rows], (floats(self.absmax)[rows] / LEVELS)[:, None]
         return torch.where(codes < LEVELS, step, 0), torch.where(codes > -LEVELS, -step, 0)
 
     def coded(self, w: Tensor) -> Int8Weight:
-        """The same magnitudes with the nearest codes."""
+        """The same absmax with the codes nearest to `w` [O, I]."""
         absmax = floats(self.absmax).clone()
         return Int8Weight(_codes(w, absmax), absmax, self.dtype)
 
     def moved(self, steps: Tensor) -> Int8Weight:
-        """The same magnitudes with other codes."""
+        """The same absmax with `steps` int8 [O, I] added to the codes."""
         return Int8Weight(self.codes + steps, floats(self.absmax).clone(), self.dtype)
 
 

@@ -1,7 +1,7 @@
-"""NF4 with double quantization: 4.127 bits an entry (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, §3).
+"""The NF4 storage with double quantization: 4.127 bits per entry (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, §3).
 
-The arithmetic is in `kernels/nf4.py`; this is the module that holds the result. Bits an entry, in blocks of 64:
-4 + 32/64 = 4.5 plain, 4 + 8/64 + 32/(64 · 256) = 4.126953125 doubly quantized.
+The arithmetic is in `kernels/nf4.py`. Bits per entry with blocks of 64: 4 + 32/64 = 4.5 without double quantization,
+4 + 8/64 + 32/(64 · 256) = 4.126953125 with it.
 
 Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
 """
@@ -29,7 +29,7 @@ from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, 
 @storage("nf4")
 @dataclasses.dataclass(frozen=True)
 class NF4(Storage):
-    """Configuration of NF4. Raises ValueError for a block size that the format does not have.
+    """Configuration of the NF4 storage. Raises ValueError if `block` is not a power of two from 32 to 4096.
 
     >>> weight = NF4().quantize(torch.randn(128, 128))
     >>> sum(p.nbytes for p in weight.parameters()) * 8 / 128**2
@@ -39,16 +39,16 @@ class NF4(Storage):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"block": 32, "double": False})
 
     block: int = 64
-    """Entries that share one magnitude: 32, 64, 128, ... 4096."""
+    """Entries per block, which share one scale (absmax): a power of two from 32 to 4096."""
     double: bool = True
-    """Keep the magnitudes in 8 bits too."""
+    """Double quantization: store the scales of the blocks in 8 bits instead of float32."""
 
     def __post_init__(self) -> None:
         if type(self.block) is not int or self.block not in BLOCKS:
             raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
 
     def quantize(self, w: Tensor) -> NF4Weight:
-        """Quantize `w` [O, I]. Raises ValueError for what is no matrix, is not finite, or is quantized already."""
+        """Quantize `w` [O, I]. Raises ValueError unless it is a non-empty matrix of finite floating-point values."""
         check_quantizable(w, self.name)
         codes, absmax = quantize(w, self.block)
         stats = compress_scales(absmax) if self.double else Statistics(absmax)
@@ -56,9 +56,9 @@ class NF4(Storage):
 
 
 class NF4Weight(QuantizedWeight):
-    """Quantized codes, and the magnitude of each block.
+    """4-bit codes, and the largest magnitude (absmax) of each block.
 
-    The tensors are those of a bitsandbytes file; its constant tables are kept only where they are not the standard.
+    The tensors are those of a bitsandbytes file; its map of magnitudes is kept only if it is not the standard one.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class NF4Weight(QuantizedWeight):
 
     @property
     def storage(self) -> NF4:
-        """Its block size, and whether magnitudes are doubly quantized."""
+        """The configuration: block size, and whether the magnitudes are doubly quantized."""
         return NF4(self.block, self.nested is not None)
 
     @property
     def statistics(self) -> Statistics:
-        """The magnitudes as float32 or doubly quantized; views."""
+        """The blocks' magnitudes, in float32 or doubly quantized, as views of the stored tensors."""
         if self.nested is None:
             return Statistics(floats(self.absmax))
         assert self.offset is not None
@@ -93,8 +93,8 @@ class NF4Weight(QuantizedWeight):
         return _linear(x, (self.codes, *self.statistics, self.block), self.shape, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows W[ids], [..., I]."""
-        ids = ids.long()  # 32 bits may be too few for the entries of an embedding
+        """ids [...] -> the rows W[ids] [..., I] in `dtype`."""
+        ids = ids.long()  # an index into an embedding's entries can exceed 32 bits
         torch._assert_async(
             ((ids >= 0) & (ids < self.out_features)).all(), f"nf4: an id is not one of the {self.out_features} rows"
         )
@@ -102,19 +102,19 @@ class NF4Weight(QuantizedWeight):
         return self.at(entries).to(self.dtype)
 
     def at(self, entries: Tensor) -> Tensor:
-        """entries [...] of integers below n -> those of the flattened matrix in float32, [...]."""
+        """entries [...], integers from 0 to n - 1 -> these entries of the flattened matrix, float32 [...]."""
         index = self._index(entries).long()
         return CODE.to(index.device)[index] * magnitudes(self.statistics, entries // self.block)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of W in float32."""
+        """These rows of W in float32 [rows, I]; the slice must have step 1."""
         start, stop, step = rows.indices(self.out_features)
-        assert step == 1, "rows are a plain slice"
+        assert step == 1, "rows must be a slice with step 1"
         stop = max(start, stop)
         return _rows(self.codes, self.statistics, self.block, self.in_features, start, stop, torch.float32)
 
     def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The gaps to the levels above and below, times the block's magnitude."""
+        """The gaps to the levels above and below [rows, I], times the block's magnitude."""
         start, stop, _ = rows.indices(self.out_features)
         size = self.in_features
         entries = torch.arange(start * size, stop * size, device=self.device).view(-1, size)
@@ -125,16 +125,16 @@ class NF4Weight(QuantizedWeight):
         return up * absmax, down * absmax
 
     def coded(self, w: Tensor) -> NF4Weight:
-        """The same magnitudes with the nearest codes."""
+        """The same magnitudes with the codes nearest to `w` [O, I]."""
         flat = w.reshape(-1)
         absmax = expand(self.statistics).repeat_interleave(self.block)[: len(flat)]
         scaled = flat / torch.where(absmax.abs() < TINY, TINY, absmax)
         return self._with(torch.bucketize(scaled, THRESHOLDS.to(w.device), out_int32=True).to(torch.uint8))
 
     def moved(self, steps: Tensor) -> NF4Weight:
-        """The same magnitudes with other codes."""
+        """The same magnitudes with `steps` int8 [O, I] added to the codes."""
         index = torch.stack([self.codes >> 4, self.codes & 15], 1).view(-1)[: steps.numel()]
-        return self._with(index + steps.reshape(-1).to(torch.uint8))  # -1 is 255 there, and wraps around
+        return self._with(index + steps.reshape(-1).to(torch.uint8))  # -1 becomes 255; the sum wraps around
 
     def _with(self, index: Tensor) -> NF4Weight:
         """The same magnitudes with these codes, uint8 [n]."""
@@ -143,7 +143,7 @@ class NF4Weight(QuantizedWeight):
         return NF4Weight(codes, copy.deepcopy(self.statistics), self.block, self.shape, self.dtype)
 
     def _index(self, entries: Tensor) -> Tensor:
-        """The codes, 0 to 15, of entries of the flattened matrix."""
+        """The codes (0 to 15) of these entries [...] of the flattened matrix."""
         half = self.codes[entries >> 1]
         return torch.where(entries & 1 == 0, half >> 4, half & 15)
 
@@ -151,7 +151,7 @@ class NF4Weight(QuantizedWeight):
 def _rows(
     codes: Tensor, stats: Statistics, block: int, inputs: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
-    """W[start:stop]: the whole blocks around these rows, less what is ahead of them."""
+    """W[start:stop] [rows, I]: dequantize from the first block that contains them, then cut what precedes them."""
     first = start * inputs // block
     ahead = start * inputs - first * block
     count = ahead + (stop - start) * inputs

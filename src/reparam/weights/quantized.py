@@ -1,4 +1,4 @@
-"""What quantized storages share: how they keep float32 statistics, remember a dtype, and refuse bad input."""
+"""The base class of quantized weights: float32 statistics, the dtype of results, requantizing, and input checks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from reparam.weights.rounding import moves
 
 ROUNDINGS = ("aware", "nearest")
 _PIECE = 1 << 22
-"""Entries that are rounded at once: some ten temporaries of 16 MiB."""
+"""Entries rounded at a time; about ten temporaries of 16 MiB each."""
 
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST = 2.0**100
-"""About 1e30. Beyond it the sums and products that statistics are made of can overflow float32."""
+"""About 1.3e30. Larger values can overflow float32 in the sums and products that compute the statistics."""
 
 
 class QuantizedWeight(Weight):
-    """A weight of whole numbers. Its results have the dtype that the matrix had, or that the model was moved to since.
+    """A weight of integer codes. Results have the dtype of the quantized matrix or of the last `model.to(dtype)`.
 
-    Statistics in float32 are kept as the bits of int32, because `.to(bfloat16)`, `.half()` and mixed-precision
-    policies round every floating-point tensor that they find.
+    float32 statistics are stored as int32 tensors with the same bits, because `.to(bfloat16)`, `.half()` and
+    mixed-precision policies would round floating-point tensors.
     """
 
     like: Tensor
@@ -33,36 +33,36 @@ class QuantizedWeight(Weight):
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        # No entries; it is there because `model.to(dtype)` changes its dtype, and so says what results are to be.
+        # An empty tensor whose dtype is that of the results; `model.to(dtype)` changes it.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix that was quantized, or the one that the model was moved to."""
+        """The dtype of results: that of the quantized matrix, or of the last `model.to(dtype)`."""
         return self.like.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
-        """O and I."""
+        """(O, I)."""
         return self.out_features, self.in_features
 
     def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """How entries of these rows [rows, I] change when their code is one higher, and one lower; 0 at the ends."""
+        """How these entries [rows, I] change if their code is one higher, and one lower; 0 if no such code exists."""
         raise NotImplementedError
 
     def coded(self, w: Tensor) -> Self:
-        """The same statistics with the codes that are nearest to `w` [O, I]."""
+        """A weight with the same statistics and the codes nearest to `w` [O, I]."""
         raise NotImplementedError
 
     def moved(self, steps: Tensor) -> Self:
-        """The same statistics with each code moved by so many levels, int8 [O, I]."""
+        """A weight with the same statistics and each code moved by `steps` levels, int8 [O, I]."""
         raise NotImplementedError
 
     def requantize(self, factors: Factors, rounding: str) -> Weight:
-        """W' in the same format. Raises ValueError for an unknown rounding.
+        """W' in the same format. Raises ValueError for an unknown `rounding`.
 
-        "nearest" quantizes W' anew. "aware" begins there, or at the nearest codes with the magnitudes as they are,
-        which leaves entries alone that did not change; and moves codes so that ΔW keeps its effect, see `rounding.py`.
+        "nearest" quantizes W' from scratch. "aware" starts from that result or from the nearest codes with the old
+        statistics, whichever is closer to W', and moves codes so that ΔW keeps its effect (see `rounding.py`).
         """
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding={rounding!r}: expected one of {', '.join(ROUNDINGS)}")
@@ -112,30 +112,30 @@ class QuantizedMatrix(Tensor):
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that never trains."""
+    """A parameter with requires_grad=False."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def bits(statistics: Tensor) -> nn.Parameter:
-    """float32 as a frozen parameter of int32."""
+    """A frozen int32 parameter with the bits of this float32 tensor."""
     return frozen(statistics.contiguous().view(torch.int32))
 
 
 def floats(stored: Tensor) -> Tensor:
-    """The float32 that `bits` stored; a view."""
+    """The float32 tensor that `bits` stored, as a view."""
     return stored.view(torch.float32)
 
 
 def check_quantizable(w: Tensor, storage: str) -> None:
-    """Raise ValueError unless `w` is a matrix of finite floating-point numbers with entries."""
+    """Raise ValueError unless `w` is a non-empty matrix of floating-point numbers, finite and at most `LARGEST`."""
     if w.ndim != 2 or w.dtype not in PACKABLE or not w.numel():
         raise ValueError(
-            f"{storage}: expected a matrix of floating-point numbers with entries, got {str(w.dtype)[6:]} "
+            f"{storage}: expected a non-empty matrix of floating-point numbers, got {str(w.dtype)[6:]} "
             f"{list(w.shape)}" + ("; is it quantized already?" if w.dtype not in PACKABLE else "")
         )
     if not w.is_meta and not all(abs(float(end)) <= LARGEST for end in w.detach().aminmax()):  # one pass, no copy
         place = [int(i) for i in (~(w.detach().abs().float() <= LARGEST)).nonzero()[0]]
         raise ValueError(
-            f"{storage}: the matrix holds NaN, infinity or numbers beyond 1e30 (first at {place}), which would spoil "
-            f"their whole block"
+            f"{storage}: the matrix contains NaN, infinity or values beyond 1e30 (first at {place}), which would "
+            f"corrupt all entries with the same scale"
         )
