@@ -222,7 +222,7 @@ def test_the_report_says_what_is_held_and_what_was() -> None:
         "quantized 14 matrices into nf4 (block=32, double=False): 60 KiB -> 9.375 KiB, 5 bits an entry; left as they "
         "are: model.embed_tokens.weight, lm_head.weight (24.25 KiB)"
     )
-    held = [p for m in model.modules() if isinstance(m, Adapted) for p in m.weight.parameters()]
+    held = [p for m in model.modules() if isinstance(m, Adapted) for p in m.frozen.parameters()]
     assert sum(p.nbytes for p in held) == sum(site.bytes for site in report.sites)
 
 

@@ -34,7 +34,7 @@ def test_a_record_gives_the_updates_that_its_model_has(name: str) -> None:
     move(adapter, 1)
     record = adapter.record()
     for site, expected in adapter.updates.items():
-        weight = adapter.modules[site].weight
+        weight = adapter.modules[site].frozen
         found = update_of(record, site, weight)
         assert found.state_dict().keys() == expected.state_dict().keys()
         for one, other in zip(found.factors(weight), expected.factors(weight), strict=True):  # type: ignore[operator]
@@ -62,7 +62,7 @@ def test_tensors_that_do_not_fit_are_refused_by_the_name_of_their_site(change: d
     kept = {key: t for key, t in record.tensors.items() if not key.endswith(".A")}
     wrong = dataclasses.replace(record, tensors=kept | {f"{site}.{key}": t for key, t in change.items()})
     with pytest.raises(FormatError, match=f"{site}: its tensors do not fit its settings"):
-        update_of(wrong, site, adapter.modules[site].weight)
+        update_of(wrong, site, adapter.modules[site].frozen)
 
 
 def test_a_check_refuses_and_says_nothing_else_and_notes_are_sentences() -> None:

@@ -181,4 +181,4 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 def _site(path: str, weight: Weight) -> QuantizedSite:
     entries = weight.out_features * weight.in_features
-    return QuantizedSite(path, entries, sum(p.nbytes for p in weight.parameters()), entries * weight.dtype.itemsize)
+    return QuantizedSite(path, entries, sum(t.nbytes for t in weight.held()), entries * weight.dtype.itemsize)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
@@ -133,13 +133,13 @@ class Weight(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the stored tensors."""
-        return next(iter(self.held())).device
+        return self.held()[0].device
 
     def stamp(self) -> Stamp | None:
         """A value that changes when the matrix is written or replaced; see `stamp` in `core/versions.py`."""
         return stamp(self)
 
-    def held(self) -> Iterable[Tensor]:
+    def held(self) -> tuple[Tensor, ...]:
         """The tensors that store the matrix: by default all parameters and buffers."""
         return (*self.parameters(), *self.buffers())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Literal
 
 import torch
@@ -40,25 +40,19 @@ class DenseWeight(Weight):
     so that code that replaces it (a device map, FSDP, weight tying) replaces it here as well.
     """
 
-    def __init__(self, w: Tensor) -> None:
+    def __init__(self, w: Tensor, *, of: nn.Module | None = None, layout: Layout = "rows") -> None:
         super().__init__()
-        self.weight = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # the same object keeps ties visible
-        self.weight.requires_grad_(False)
-        self.layout: Layout = "rows"
-        self.out_features, self.in_features = w.shape
-        self._holder: MutableMapping[str, nn.Parameter | None] = self._parameters
+        self.out_features, self.in_features = as_matrix(w, layout).shape
+        self.layout: Layout = layout
+        self._holder: MutableMapping[str, nn.Parameter | None] = (self if of is None else of)._parameters
+        if of is None:
+            self.weight = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # the same object, so ties are kept
+        self.held()[0].requires_grad_(False)
 
     @classmethod
     def of(cls, module: nn.Module, layout: Layout) -> DenseWeight:
-        """The parameter `weight` of a module, which it keeps and which is frozen, as a weight."""
-        parameter = module._parameters["weight"]
-        assert parameter is not None
-        found = cls(parameter)
-        found.layout = layout
-        found.out_features, found.in_features = as_matrix(parameter, layout).shape
-        del found.weight
-        found._holder = module._parameters
-        return found
+        """The parameter `weight` of a module, which keeps it, as a weight; the parameter is frozen."""
+        return cls(module._parameters["weight"], of=module, layout=layout)  # type: ignore[arg-type]
 
     @property
     def matrix(self) -> Tensor:
@@ -102,7 +96,7 @@ class DenseWeight(Weight):
         """The dtype of W."""
         return self._holder["weight"].dtype  # type: ignore[union-attr]
 
-    def held(self) -> Iterable[Tensor]:
+    def held(self) -> tuple[Tensor, ...]:
         """The parameter."""
         return (self._holder["weight"],)  # type: ignore[return-value]
 
