@@ -153,7 +153,7 @@ def test_a_run_refuses_places(kind: type[Prompting], tmp_path: Path) -> None:
         "method.name": kind.name,
         "method.tokens": 4,
     }
-    with pytest.raises(ConfigError, match="goes on no module"):
+    with pytest.raises(ConfigError, match="does not change modules"):
         prepare(resolve(None, {**own, "adapter.targets": "attention"}))
     job = prepare(resolve(None, own))
     assert isinstance(job.adapter, Prompts)
