@@ -240,7 +240,7 @@ def test_settings():
 def test_report_reads_well():
     tokenizer = kit.make()
     encoded = encode([completion("ab", "cdefgh", 1), completion("ab", "c", 2)], tokenizer, max_length=6)
-    assert str(encoded.report) == "2 rows; 10 tokens, 6 of them with loss (60%); longest row 9; 1 row cut"
+    assert str(encoded.report) == "2 rows; 10 tokens, 6 of them with loss (60%); longest row 9; 1 row truncated"
     pieces = encode([text("abcdefghi")], tokenizer, max_length=4)
     assert str(pieces.report) == (
         "1 row; 10 tokens, 7 of them with loss (70%); longest row 10; 1 row split, 3 pieces in all"

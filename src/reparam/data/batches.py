@@ -56,7 +56,7 @@ class Report:
             f"longest row {self.longest:,}",
         ]
         if self.truncated:
-            parts.append(f"{counted(self.truncated, 'row')} cut")
+            parts.append(f"{counted(self.truncated, 'row')} truncated")
         if self.split:
             parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} pieces in all")
         return "; ".join(parts)
