@@ -16,12 +16,12 @@ import reparam.methods
 import reparam.weights  # noqa: F401  (both fill their registries)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
+from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, Selection, state_of
 from reparam.core.base import Update
-from reparam.core.checks import nearest
+from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
-from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
 from reparam.sites.walk import tied, walk
@@ -154,7 +154,8 @@ def unwrap(model: nn.Module) -> None:
             model.set_submodule(path, module.origin)
     if hasattr(model, SHARED):
         delattr(model, SHARED)
-    del model.reparam_state
+    state.leave()
+    describe(model)
 
 
 def untie(model: nn.Module) -> None:
@@ -235,7 +236,7 @@ def install(
         getattr(model, SHARED)[name] = shared
     adapter.controller = method.controller(adapter.updates)
     if not hasattr(model, "reparam_state"):
-        model.reparam_state = AdapterState(model)  # type: ignore[assignment]
+        AdapterState(model).join()
     state_of(model).adopt(adapter)
     return adapter
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from reparam.adapter.updates import update_of
 from reparam.core.base import Factors
+from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.errors import FormatError
 from reparam.io import files
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.weights.dense import zero_weight
 

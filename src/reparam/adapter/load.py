@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
-from reparam.core.checks import nearest
+from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
 from reparam.io import files
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 from reparam.sites.module import Replaced
@@ -37,7 +37,7 @@ def load(
     another adapter, and ValueError for a name that is taken; the model is then as it was.
     """
     check_name(model, name)
-    return place(model, files.read(folder), Path(folder), name=name, activate=activate, check_base=check_base)
+    return place(model, files.read(folder, name), Path(folder), name=name, activate=activate, check_base=check_base)
 
 
 def place(

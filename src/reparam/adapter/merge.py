@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import unwrap
+from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Factors, Weight
-from reparam.io.record import listed
+from reparam.core.checks import listed
 from reparam.sites.module import SHARED, Adapted
 from reparam.weights.dense import DenseWeight
 
@@ -106,7 +107,8 @@ class MergeReport:
                     module.set_bias(None)
         for path, origin in undo.origins.items():
             undo.state.replaced[path].origin = origin
-        undo.model.reparam_state = undo.state  # type: ignore[assignment]
+        undo.state.join()
+        describe(undo.model)
         undo.state.select(undo.choice)
 
     def __str__(self) -> str:

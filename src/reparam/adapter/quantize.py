@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +94,7 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
             model.set_submodule(path, module)
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
+    describe(model)
     return QuantizeReport(chosen, tuple(sites), dict(_left(model)))
 
 
@@ -100,6 +102,42 @@ def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets 
     """The old name of `quantize`, for one release. Warns."""
     warnings.warn("reparam.pack is now reparam.quantize; the old name goes with the next release", FutureWarning, 2)
     return quantize(model, storage, targets=targets)
+
+
+METHOD = "reparam"
+"""The `quant_method` of our quantized models in `config.json`."""
+
+
+def entry_of(storage: Storage, targets: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` in `config.json` of a model with these matrices in a storage."""
+    return {"quant_method": METHOD, "storage": storage.name, **storage.settings(), "targets": list(targets)}
+
+
+def usual_targets(model: nn.Module) -> list[str]:
+    """The quantized matrices: "all-linear" where that names exactly these, else their paths."""
+    held = storages_in(model)
+    with warnings.catch_warnings():  # matrices that cannot be quantized were reported when the others were
+        warnings.simplefilter("ignore")
+        usual = targets_.resolve(model, "all-linear")
+    return ["all-linear"] if set(usual) == set(held) else list(held)
+
+
+def describe(model: nn.Module) -> None:
+    """Let the configuration of a transformers model say what is quantized in it now, so that its files can be read.
+
+    A model that transformers quantized while loading it does that itself when it is saved.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained") or getattr(model, "hf_quantizer", None) is not None:
+        return
+    held = set(storages_in(model).values())
+    if len(held) == 1:
+        config.quantization_config = entry_of(held.pop(), usual_targets(model))
+    elif held:
+        names = "+".join(sorted(storage.name for storage in held))
+        config.quantization_config = {"quant_method": METHOD, "storage": names}
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def reports(model: nn.Module) -> list[QuantizeReport]:

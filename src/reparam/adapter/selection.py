@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from reparam.core.base import Update
 from reparam.core.checks import nearest
 from reparam.core.versions import Steps
+from reparam.io import whole
+from reparam.io.record import Record
 from reparam.sites.bank import Bank, Routing
 from reparam.sites.module import SHARED, Adapted, Replaced
 
@@ -54,6 +56,21 @@ class AdapterState:
         self._slots: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._hook: Any = None
+        self._entry_hooks: tuple[Any, ...] = ()
+
+    def join(self) -> None:
+        """Put this state on the model, which then describes its adapters in its state dict."""
+        self.model.reparam_state = self  # type: ignore[assignment]
+        self._entry_hooks = (
+            self.model.register_state_dict_post_hook(_add_entry),
+            self.model.register_load_state_dict_pre_hook(_drop_entry),
+        )
+
+    def leave(self) -> None:
+        """Take this state off the model."""
+        for hook in self._entry_hooks:
+            hook.remove()
+        del self.model.reparam_state
 
     def adopt(self, adapter: Adapter) -> None:
         """Know about a new adapter."""
@@ -175,6 +192,20 @@ def _named(choice: Choice) -> str:
         return repr(choice)
     counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
     return f"{len(choice)} rows: {counts}"
+
+
+def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Describe the adapters beside their tensors, so that `load` finds them in the files of the model."""
+    records = {
+        name: Record(adapter.method.with_ranks_of(adapter.updates), adapter.sites, {}, tuple(adapter.replaced))
+        for name, adapter in state_of(model).adapters.items()
+    }
+    tensors[prefix + whole.ENTRY] = whole.entry(records)
+
+
+def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Leave the description of the adapters out of what is loaded: the model has them."""
+    tensors.pop(prefix + whole.ENTRY, None)
 
 
 def state_of(model: nn.Module) -> AdapterState:

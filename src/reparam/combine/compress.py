@@ -29,10 +29,10 @@ from reparam.adapter.adapter import Adapter
 from reparam.adapter.load import place
 from reparam.adapter.quantize import size
 from reparam.combine.components import Part, bare, by_bytes, by_energy, held, parts_of
-from reparam.core.checks import finite, whole
+from reparam.core.checks import finite, listed, whole
 from reparam.core.method import Method
 from reparam.io import files
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import nn
 
 from reparam.adapter.updates import update_of
 from reparam.core.base import Factors, Site, Update, Weight
+from reparam.core.checks import listed
 from reparam.errors import FormatError, InputDependentError
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
 from reparam.weights.dense import DenseWeight, zero_weight

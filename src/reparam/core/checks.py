@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 
@@ -61,3 +61,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The text " (did you mean 'x'?)" with up to three of the closest known names, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def listed(problems: Sequence[str], *, shown: int = 5) -> str:
+    """The first few problems, and how many more there are."""
+    more = len(problems) - shown
+    return "; ".join(problems[:shown]) + (f"; and {more} more" if more > 0 else "")

@@ -2,35 +2,32 @@
 
     {"quant_method": "reparam", "storage": "nf4", "block": 64, "double": true, "targets": ["all-linear"]}
 
-Both formats store the tensors of NF4 as bitsandbytes does (`io/bitsandbytes.py`), so that only this entry differs.
-`io/int8.py` defines the tensors of int8, `io/layouts.py` those of any other storage.
+Both formats store the tensors of NF4 as bitsandbytes does (`weights/bitsandbytes.py`), so that only this entry differs.
+`weights/int8_files.py` defines the tensors of int8, `weights/layouts.py` those of any other storage.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
+from reparam.adapter.quantize import METHOD, entry_of, usual_targets
 from reparam.core.base import Storage
+from reparam.core.checks import listed
+from reparam.core.plain import decode
 from reparam.core.registry import STORAGES, find_storage
 from reparam.errors import FormatError
-from reparam.io.layouts import layout_of
-from reparam.io.plain import decode
-from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced
 from reparam.sites.walk import storages_in, walk
 from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4
-
-METHOD = "reparam"
 
 
 @register_quantization_config(METHOD)
@@ -47,8 +44,7 @@ class StorageConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for `config.json`."""
-        start = {"quant_method": METHOD, "storage": self.storage.name}
-        return {**start, **self.storage.settings(), "targets": list(self.targets)}
+        return entry_of(self.storage, self.targets)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -113,34 +109,17 @@ def config_of(model: nn.Module) -> StorageConfig:
         raise ValueError(
             f"the model's quantized matrices use {' and '.join(names) or 'no storage'}; a saved model can have only one"
         )
-    with warnings.catch_warnings():  # `quantize` already warned of what it skipped
-        warnings.simplefilter("ignore")
-        usual = targets_.resolve(model, "all-linear")
-    return config_for(next(iter(held.values())), "all-linear" if set(usual) == set(held) else list(held))
+    storage = next(iter(held.values()))
+    return config_for(storage, usual_targets(model))
 
 
-def file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors to write into the model's files, by key. Raises ValueError while the model has adapters."""
-    sites = {path: module for path, module in walk(model) if isinstance(module, Adapted | Replaced)}
-    if any(isinstance(module, Replaced) or module.updates for module in sites.values()):
+def check_without_adapters(model: nn.Module) -> None:
+    """Raise ValueError if adapters are on the model."""
+    if any(isinstance(m, Replaced) or (isinstance(m, Adapted) and m.updates) for _, m in walk(model)):
         raise ValueError(
-            "the model has adapters, which its files cannot hold: save the adapter alone (adapter.save) and set "
-            "save_strategy='no' in a Trainer, or call reparam.merge(model) first"
+            "the model has adapters on it, and this writes a model without adapters: save the adapter "
+            "(adapter.save), or call reparam.merge(model) first"
         )
-    found = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if not any(key[:at] in sites for at, letter in enumerate(key) if letter == ".")
-    }
-    for path, module in sites.items():
-        assert isinstance(module, Adapted)
-        if module.frozen.dense_or_none is not None:
-            found |= {f"{path}.{name}": tensor.detach() for name, tensor in module.stock().items()}
-            continue
-        found |= layout_of(module.frozen.storage).tensors_of_weight(module.frozen, path)
-        if module.bias is not None:
-            found[f"{path}.bias"] = module.bias.detach()
-    return found
 
 
 # ---- bitsandbytes

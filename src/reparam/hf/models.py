@@ -18,9 +18,9 @@ from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers the q
 from reparam.hf.config import (
     METHOD,
     StorageConfig,
+    check_without_adapters,
     config_for,
     config_of,
-    file_tensors,
     from_bitsandbytes,
     to_bitsandbytes,
 )
@@ -96,11 +96,11 @@ def save_model(
     loaded from, and if the format cannot store the quantized matrices.
     """
     target = Path(folder).resolve()
-    tensors = file_tensors(model)
+    check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
     with staged_folder(target) as staging:
-        model.save_pretrained(staging, state_dict=tensors)  # type: ignore[operator]
+        model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         if entry is not None:
             file = staging / "config.json"
             config = {**json.loads(file.read_text()), "quantization_config": entry}

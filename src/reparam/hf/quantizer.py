@@ -22,14 +22,14 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
+from reparam.core.checks import listed
 from reparam.errors import FormatError
-from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of, file_tensors
-from reparam.io.layouts import keys_in_files, layout_of
+from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of
 from reparam.io.mapped import Mapped
-from reparam.io.record import listed
 from reparam.sites import targets as targets_
 from reparam.sites.module import is_conv1d
 from reparam.sites.walk import storages_in
+from reparam.weights.layouts import keys_in_files, layout_of
 
 __all__ = ["Int8Config", "NF4Config", "Quantizer"]
 _log = logging.getLogger(__name__)
@@ -176,12 +176,11 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes. Updates the quantization config to what is quantized now."""
-        tensors = file_tensors(model)
         if storages_in(model):
             self.quantization_config = model.config.quantization_config = config_of(model)
         else:  # everything was dequantized after loading
             self.remove_quantization_config(model)
-        return tensors, {}
+        return model.state_dict(), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         held = storages_in(model)
@@ -254,7 +253,7 @@ class _Read(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """The operation on saving: none, because `file_tensors` already made the tensors."""
+        """The operation on saving: none, because the state dict has the tensors of the files already."""
         return _Keep()
 
 

@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from reparam.adapter.merge import SiteMerge
+from reparam.core.checks import listed
 from reparam.errors import FormatError, InputDependentError
 from reparam.inspect.amplification import Amplification, amplification
 from reparam.inspect.similarity import Similarity, similarity
 from reparam.inspect.spectrum import Spectrum, spectra, spectrum, weights
 from reparam.inspect.survival import survivals
 from reparam.io import files
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 
 SHARES = (0.9, 0.99)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from reparam.errors import FormatError
-from reparam.io import native, peft
+from reparam.io import native, peft, whole
 from reparam.io.record import Record
 from reparam.io.staged import staged_folder
 
 FORMATS = {"reparam": native, "peft": peft}
 
 
-def read(folder: str | Path) -> Record:
+def read(folder: str | Path, name: str | None = None) -> Record:
     """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -24,6 +24,8 @@ def read(folder: str | Path) -> Record:
         return found[0].read(folder)
     if found:
         raise FormatError(f"{folder}: holds both {native.CONFIG} and {peft.CONFIG}; move one of the two adapters away")
+    if whole.has_adapters(folder):
+        return whole.read(folder, name)
     below = sorted({file.parent.name for module in FORMATS.values() for file in folder.glob(f"*/{module.CONFIG}")})
     hint = f". There are adapters in its subfolders: {', '.join(below)}" if below else ""
     raise FormatError(f"{folder}: no adapter here: neither {native.CONFIG} nor {peft.CONFIG} was found{hint}")

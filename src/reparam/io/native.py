@@ -21,11 +21,12 @@ from torch import Tensor
 
 import reparam.methods  # noqa: F401  (fills its registry)
 from reparam.core.base import Kind, Site
+from reparam.core.checks import listed
 from reparam.core.method import Method
+from reparam.core.plain import decode
 from reparam.core.registry import find_method
 from reparam.errors import FormatError
-from reparam.io.plain import decode
-from reparam.io.record import Base, Record, listed
+from reparam.io.record import Base, Record
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
 
@@ -36,7 +37,9 @@ WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.b
 
 
 @dataclasses.dataclass(frozen=True)
-class _Site:
+class SiteEntry:
+    """A site as files describe it."""
+
     kind: Kind
     shape: tuple[int, int]
     transposed: bool = False
@@ -56,7 +59,7 @@ class _Config:
     version: int
     method: str
     settings: dict[str, Any]
-    sites: dict[str, _Site]
+    sites: dict[str, SiteEntry]
     replaced: list[str]
     base: Base | None
     weights: _Weights
@@ -71,7 +74,7 @@ def files(record: Record) -> dict[str, bytes]:
         version=VERSION,
         method=record.method.name,
         settings=record.method.settings(),
-        sites={n: _Site(s.kind, (s.out_features, s.in_features), s.transposed) for n, s in record.sites.items()},
+        sites=site_entries(record),
         replaced=list(record.replaced),
         base=record.base,
         weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
@@ -98,14 +101,6 @@ def read(folder: Path) -> Record:
             f"the setting in Python and save the adapter again"
         )
     config = decode(_Config, values, file)
-    kinds = ", ".join(repr(kind) for kind in KINDS)
-    odd = [
-        f"sites[{name!r}].kind: expected one of {kinds}, found {site.kind!r}"
-        for name, site in config.sites.items()
-        if site.kind not in KINDS
-    ]
-    if odd:
-        raise FormatError(f"{file}: {listed(odd)}")
     if config.weights.file != WEIGHTS:  # never a path to follow
         raise FormatError(f"{file}: weights.file: expected {WEIGHTS!r}, found {config.weights.file!r}")
     weights = read_bytes(folder / WEIGHTS)
@@ -115,28 +110,40 @@ def read(folder: Path) -> Record:
             f"damaged or comes from another save"
         )
     record = Record(
-        method=_method(config, file),
+        method=method_of(config.method, config.settings, file),
         sites={n: Site(n, s.kind, *s.shape, transposed=s.transposed) for n, s in config.sites.items()},
         tensors=parse_tensors(weights, folder / WEIGHTS),
         replaced=tuple(config.replaced),
         base=config.base,
     )
-    _check_whole(record, folder)
+    check_whole(record, folder)
     return record
 
 
-def _method(config: _Config, file: Path) -> Method:
+def site_entries(record: Record) -> dict[str, SiteEntry]:
+    """The sites of an adapter as files describe them."""
+    return {n: SiteEntry(s.kind, (s.out_features, s.in_features), s.transposed) for n, s in record.sites.items()}
+
+
+def method_of(name: str, settings: dict[str, Any], file: object) -> Method:
+    """The method with these settings. Raises FormatError, with the file, for an unknown name or a bad setting."""
     try:
-        return decode(find_method(config.method), config.settings, f"{file}: settings")
+        return decode(find_method(name), settings, f"{file}: settings")
     except FormatError:
         raise
     except ValueError as error:
         raise FormatError(f"{file}: {error}") from None
 
 
-def _check_whole(record: Record, folder: Path) -> None:
-    """The settings and the tensors speak of the same sites and modules."""
+def check_whole(record: Record, folder: Path) -> None:
+    """Raise FormatError unless the sites are possible and every tensor belongs to a site or a replaced module."""
+    kinds = ", ".join(repr(kind) for kind in KINDS)
     problems = [
+        f"{CONFIG}: sites[{name!r}].kind: expected one of {kinds}, found {site.kind!r}"
+        for name, site in record.sites.items()
+        if site.kind not in KINDS
+    ]
+    problems += [
         f"{CONFIG}: sites[{name!r}]: no matrix has {site.out_features} x {site.in_features} elements"
         for name, site in record.sites.items()
         if min(site.out_features, site.in_features) < 1
@@ -199,6 +206,11 @@ def parse_tensors(content: bytes, file: Path) -> dict[str, Tensor]:
         tensors = load_tensors(content)
     except Exception as error:  # whatever the library raises on bytes that it cannot read
         raise FormatError(f"{file}: not a whole safetensors file ({error})") from None
+    return checked(tensors, file)
+
+
+def checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors. Raises FormatError if there are none, and for dtypes that no adapter has, NaN and infinity."""
     if not tensors:
         raise FormatError(f"{file}: holds no tensors, so it would change nothing")
     odd = [f"{key} is {value.dtype}" for key, value in tensors.items() if value.dtype not in (*FLOATS, *WHOLE)]

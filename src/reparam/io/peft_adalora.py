@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.core.checks import listed
+from reparam.core.plain import decode
 from reparam.errors import FormatError
 from reparam.io import peft_lora
 from reparam.io.peft_config import parse
 from reparam.io.peft_factors import sites_of, sort
 from reparam.io.peft_formats import PREFIX, Folder, PeftFormat, peft_format
-from reparam.io.plain import decode
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.methods import patterns
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.lora import LoRA

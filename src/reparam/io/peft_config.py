@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.core.plain import decode
 from reparam.errors import FormatError
-from reparam.io.plain import decode
 
 NEUTRAL = {
     # about the file, not the function

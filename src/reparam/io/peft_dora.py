@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io.peft_config import parse
 from reparam.io.peft_factors import sites_of, sort, tensors_of
 from reparam.io.peft_formats import PREFIX, Folder, PeftFormat, peft_format
 from reparam.io.peft_lora import check_ranks, method_of, settings_of
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.methods.dora import DoRA
 
 MAGNITUDE = ".lora_magnitude_vector"

@@ -14,12 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.errors import FormatError
 from reparam.io.native import FLOATS
 from reparam.io.peft_config import Honored
 from reparam.io.peft_formats import PREFIX
-from reparam.io.record import Base, Record, listed
+from reparam.io.record import Base, Record
 
 PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
     ".lora_A.weight": ("linear", "A", False),

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.core.registry import load_installed
 from reparam.errors import FormatError
 from reparam.io.native import parse_tensors, read_bytes
 from reparam.io.peft_config import OTHERS
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from reparam.core.base import Site
+from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io.peft_config import Honored, parse
 from reparam.io.peft_factors import replaced_of, sites_of, sort, targets_of, tensors_of
 from reparam.io.peft_formats import WEIGHTS, Folder, PeftFormat, peft_format
-from reparam.io.record import Record, listed
+from reparam.io.record import Record
 from reparam.methods.lora import LoRA
 
 _L = TypeVar("_L", bound=LoRA)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -35,12 +34,6 @@ class Base:
     """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
     packing: tuple[Packing, ...] = ()
     """How its matrices were quantized; what is in none of these was dense."""
-
-
-def listed(problems: Sequence[str], *, shown: int = 5) -> str:
-    """The first few problems, and how many more there are."""
-    more = len(problems) - shown
-    return "; ".join(problems[:shown]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Claims(Protocol):

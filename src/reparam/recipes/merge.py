@@ -10,11 +10,11 @@ from rich.console import Console
 from reparam.adapter.context import context
 from reparam.adapter.merge import MergeReport, merge
 from reparam.adapter.quantize import quantize, reports
+from reparam.core.checks import listed
 from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
-from reparam.io.record import listed
 from reparam.sites.walk import storages_in
 
 ONTO = ("trained", "original")

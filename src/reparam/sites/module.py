@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
+from reparam.errors import FormatError
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
+from reparam.weights.layouts import layout_of
 from reparam.weights.quantized import QuantizedMatrix
 
 HOOKS = (
@@ -136,6 +138,42 @@ class Adapted(nn.Module):
         """The frozen bias [O]."""
         return self._parameters["bias"]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's tensors under the names that they have in the files of a model, and the adapters' tensors."""
+        found = super().state_dict(*args, **kwargs)
+        if is_quantized(self):
+            prefix = kwargs.get("prefix", "")
+            for name in self.frozen.state_dict():
+                del found[f"{prefix}frozen.{name}"]
+            own = layout_of(self.frozen.storage).tensors_of_weight(self.frozen, ".")
+            found.update({prefix + name[2:]: tensor for name, tensor in own.items()})
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if is_quantized(self):
+            self._translate(state_dict, prefix, missing=args[2], errors=args[4])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translate(self, state: dict[str, Any], prefix: str, *, missing: list[str], errors: list[str]) -> None:
+        """Rename the tensors of a quantized matrix from their names in files to those that the weight has for them."""
+        path = f"{prefix}weight"
+        parts = {key: state.pop(key) for key in list(state) if f"{key}.".startswith(f"{path}.")}
+        shape = self.frozen.out_features, self.frozen.in_features
+        weight = self.frozen
+        try:
+            if parts:
+                own = {f"..{key.removeprefix(prefix)}": tensor for key, tensor in parts.items()}
+                weight = layout_of(weight.storage).weight_from(own, ".", shape)
+                if (weight.out_features, weight.in_features) != shape:
+                    raise FormatError(f"{path}: {weight.out_features} x {weight.in_features}, expected {list(shape)}")
+            else:
+                missing.append(path)
+        except FormatError as error:
+            errors.append(f"{path}: {error}")
+        if weight.storage != self.frozen.storage:
+            self.hold(weight.to(self.frozen.device, self.frozen.dtype))
+        state |= {f"{prefix}frozen.{name}": part for name, part in weight.state_dict().items()}
+
     def stock(self) -> dict[str, Tensor]:
         """The frozen tensors with the names and layout that they have in the original module."""
         found = {"weight": as_parameter(self.frozen.tensor(), self.layout)}
@@ -206,6 +244,19 @@ class Replaced(nn.Module):
         found = torch.cat([self.copy_of(name)(x[rows]) for name, rows in parts.items()])
         order = [row for rows in parts.values() for row in rows]
         return found[torch.tensor(order, device=found.device).argsort()]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original module's tensors under the names that they have without adapters, and the copies' tensors."""
+        found = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in self.origin.state_dict():
+            found[prefix + name] = found.pop(f"{prefix}origin.{name}")
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [k for k in state_dict if not k.startswith((f"{prefix}updates.", f"{prefix}origin."))]:
+            state_dict[f"{prefix}origin.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def weight(self) -> Tensor:

@@ -23,9 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reparam.core.checks import listed
+from reparam.core.plain import decode
 from reparam.errors import FormatError
-from reparam.io.plain import decode
-from reparam.io.record import listed
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, NESTED_BLOCK, Statistics
 from reparam.weights.nf4 import NF4Weight
 

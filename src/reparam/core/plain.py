@@ -9,9 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from reparam.core.checks import nearest
+from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
-from reparam.io.record import listed
 
 T = TypeVar("T")
 _NAMES: dict[Any, str] = {

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from reparam.core.base import Storage, Weight
+from reparam.core.checks import listed
 from reparam.errors import FormatError
-from reparam.io import bitsandbytes, int8
-from reparam.io.record import listed
+from reparam.weights import bitsandbytes, int8_files
 
-_OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8}
+_OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8_files}
 
 
 class Layout(Protocol):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from reparam.core.checks import listed
 from reparam.errors import FormatError
-from reparam.io.record import listed
 from reparam.weights.int8 import Int8Weight
 from reparam.weights.quantized import floats
 

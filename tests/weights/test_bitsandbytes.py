@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from reparam import NF4, FormatError, quantize
 from reparam.errors import BaseError
 from reparam.hf.models import load_base, save_model
-from reparam.io.bitsandbytes import FP4, NESTED, STATE, tensors_of_weight, weight_from
+from reparam.weights.bitsandbytes import FP4, NESTED, STATE, tensors_of_weight, weight_from
 from reparam.weights.nf4 import NF4Weight
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bitsandbytes_nf4"
