@@ -142,7 +142,7 @@ class Shared(nn.ModuleDict):
 
 
 class Replaced(nn.Module):
-    """A fully trained module (for example a task head): the original, and one full copy for each adapter."""
+    """A module that adapters train in full (for example a task head): the original and one copy per adapter."""
 
     def __init__(self, origin: nn.Module) -> None:
         super().__init__()

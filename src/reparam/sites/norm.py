@@ -29,7 +29,7 @@ class Norm(Adapted):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """A module that holds a weight [n], an optional bias [n], and no other parameter, module or buffer."""
+        """Whether the module holds a weight [n], an optional bias [n], and no other parameter, module or buffer."""
         return _parameters_problem(module) is None
 
     @classmethod
