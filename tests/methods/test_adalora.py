@@ -237,7 +237,7 @@ def test_the_reported_loss_is_the_tasks() -> None:
         ({"score": "late"}, "score='late': expected one of after, before"),
         ({"alpha": 0}, "alpha=0: expected a finite number above 0"),
         ({"dropout": 1.0}, r"dropout=1.0: expected a probability in \[0, 1\)"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is not a valid regular expression"),
         ({"total_steps": 10, "tinit": 5, "tfinal": 5}, "10 steps are too few for tinit=5 and tfinal=5"),
         ({"total_steps": 10, "tinit": 2, "tfinal": 5, "milestones": (6,)}, "milestones=.* and 6 is not in between"),
     ],
