@@ -39,5 +39,5 @@ def check_used(field: str, patterns: Iterable[str], names: Iterable[str], *, met
 
 
 def exactly(values: Mapping[str, _T]) -> dict[str, _T]:
-    """A pattern for each path that matches no other path. Longer paths come first, as they may end with shorter ones."""
+    """A pattern for each path that matches no other path. Longer paths come first: one may end with a shorter one."""
     return {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}
