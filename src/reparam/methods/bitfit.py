@@ -42,7 +42,7 @@ class BitFit(Method):
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """The whole model, of which layers without a bias are skipped."""
+        """The whole model; layers without a bias are skipped."""
         return ("everything",)
 
     def unsupported_reason(self, site: Site) -> str | None:

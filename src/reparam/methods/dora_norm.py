@@ -3,9 +3,9 @@
     rows       n² = ‖W₀‖² + 2 rowsum((W₀ Aᵀ) ∘ B) + rowsum((B (A Aᵀ)) ∘ B)
     columns    n² = ‖W₀‖² + 2 colsum((Bᵀ W₀) ∘ A) + colsum(((Bᵀ B) A) ∘ A)
 
-B includes the scale s, and ‖W₀‖² is computed once. For rows, W₀ is applied to the R rows of A only, which costs as much
-as R more tokens in the frozen layer. Where ΔW nearly cancels W₀, the sum of the terms is too inexact, and the norms of
-those rows or columns are computed directly.
+B includes the scale s, and ‖W₀‖² is computed only once. For rows, W₀ is applied to the R rows of A only, which costs as
+much as R more tokens in the frozen layer. Where ΔW nearly cancels W₀, the sum of the terms is too inexact, and the
+norms of those rows or columns are computed directly.
 
 Shapes: O out_features, I in_features, R rank.
 """

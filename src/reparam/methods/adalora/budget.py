@@ -169,7 +169,7 @@ class Budget:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Update the importances, and mask or remove components when the schedule says so.
+        """Update the importances, and mask or remove components at the steps of the schedule.
 
         Raises ValueError if an importance is NaN or infinite.
         """
@@ -243,7 +243,7 @@ class Budget:
         return [parameter for update in self.updates.values() for parameter, _ in update.parts()]
 
     def _orthogonal(self) -> None:
-        """The gradient of γ R(P, Q): with squared norms (paper) or the mean norm (reference) of QQᵀ - 1, PᵀP - 1."""
+        """Add the gradient of γ R(P, Q): squared norms (paper) or the mean norm (reference) of QQᵀ − 1 and PᵀP − 1."""
         squared = self.rules.orth_form == "paper"
         factor = self.rules.orth_weight * (4.0 if squared else 1.0 / len(self.updates))
         for update in self.updates.values():

@@ -149,7 +149,7 @@ class AdaLoRA(Method):
 
     @property
     def magnitude_axis(self) -> Literal["output"] | None:
-        """ "output" if magnitudes train, else None."""
+        """The axis "output" if magnitudes train, else None."""
         return "output" if self.magnitude else None
 
     def check(self, sites: list[Site]) -> None:

@@ -43,12 +43,12 @@ class Given:
 class Forward:
     """The inputs of one forward pass that sites need, and the gates and losses that they have computed so far."""
 
-    rows: int | None = None
-    tokens: int | None = None
-    tasks: Tensor | None = None
+    rows: int | None = None  # B
+    tokens: int | None = None  # L
+    tasks: Tensor | None = None  # as in `Given`, like mask, prompt and experts
     mask: Tensor | None = None
     prompt: Tensor | None = None
-    labels: Tensor | None = None
+    labels: Tensor | None = None  # [B, L] int64, -100 for tokens without a loss
     experts: Tensor | None = None
     share: Tensor | float = 1.0
     """Factor of auxiliary losses: the share of this forward pass in the optimizer step, from 0 to 1."""

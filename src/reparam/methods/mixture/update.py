@@ -271,7 +271,7 @@ class MixtureUpdate(Update):
             try:
                 logits = router(common.known_task().to(part.device))
             except ValueError as error:
-                raise InputDependentError(f"{self.site}: router {method.router!r} needs the task: {error}") from None
+                raise InputDependentError(f"{self.site}: router {method.router!r} reads the task: {error}") from None
         else:
             raise InputDependentError(
                 f"{self.site}: the weights of router {method.router!r} depend on the input, so no single matrix "
