@@ -237,9 +237,9 @@ def test_the_reported_loss_is_the_tasks() -> None:
         ({"score": "late"}, "score='late': expected one of after, before"),
         ({"alpha": 0}, "alpha=0: expected a finite number above 0"),
         ({"dropout": 1.0}, r"dropout=1.0: expected a probability in \[0, 1\)"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is not a valid regular expression"),
         ({"total_steps": 10, "tinit": 5, "tfinal": 5}, "10 steps are too few for tinit=5 and tfinal=5"),
-        ({"total_steps": 10, "tinit": 2, "tfinal": 5, "milestones": (6,)}, "milestones=.* and 6 is not in between"),
+        ({"total_steps": 10, "tinit": 2, "tfinal": 5, "milestones": (6,)}, "milestones=.* 6 is outside of the fall"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -250,13 +250,13 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
 def test_the_number_of_steps_is_asked_for() -> None:
     _, adapter, _ = adapted(total_steps=None)
     optimizer = torch.optim.AdamW(adapter.parameters())
-    with pytest.raises(ValueError, match=r"the number of optimizer steps is not known.*total_steps=\.\.\."):
+    with pytest.raises(ValueError, match=r"needs the number of optimizer steps.*total_steps=\.\.\."):
         adapter.bind(optimizer)
     with pytest.raises(ValueError, match="5 steps are too few for tinit=2 and tfinal=3"):
         adapter.bind(optimizer, total_steps=5)
     adapter.bind(optimizer, total_steps=6)
     _, adapter, _ = adapted()
-    with pytest.raises(ValueError, match="total_steps=10, and the run has 11 steps"):
+    with pytest.raises(ValueError, match="total_steps=10, but the run has 11 steps"):
         adapter.bind(torch.optim.AdamW(adapter.parameters()), total_steps=11)
 
 

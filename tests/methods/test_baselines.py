@@ -270,7 +270,7 @@ def test_a_bottleneck_is_used_alone_and_says_so(tmp_path: Path) -> None:
         reparam.merge(model)
     with pytest.raises(InputDependentError, match="mixed batch"):
         reparam.select(model, ["one", None, "one"])
-    with pytest.raises(ValueError, match="a bottleneck goes after, or beside, a linear map"):
+    with pytest.raises(ValueError, match="a bottleneck needs a linear layer"):
         reparam.attach(model, Bottleneck(), targets="embed_tokens", name="two")
     adapter.save(tmp_path / "a")
     other = models.llama()

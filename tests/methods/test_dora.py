@@ -114,7 +114,7 @@ def test_rows_and_columns_of_zeros_are_plain_lora(gradient: str, axis: str) -> N
 def test_what_is_not_finite_is_refused() -> None:
     w = random(3, 3, dtype=torch.float32)
     w[1, 1] = torch.inf
-    with pytest.raises(ValueError, match="DoRA: layer: the norm of 1 rows is not finite"):
+    with pytest.raises(ValueError, match="DoRA: layer: 1 rows of the base weight have a norm that is not finite"):
         layer(w)
 
 

@@ -46,7 +46,7 @@ def test_the_prompt_is_what_comes_before_the_first_label() -> None:
         all_of_it = model(input_ids=IDS, labels=IDS).logits  # the first token is predicted from nothing
         with reparam.context(model, prompt=1):
             assert torch.equal(model(input_ids=IDS).logits, all_of_it)
-    with pytest.raises(ValueError, match="nothing says what the prompt is"):
+    with pytest.raises(ValueError, match="the prompt's length is unknown"):
         logits(model)
 
 
@@ -129,17 +129,17 @@ def test_xlora_refuses_a_cache_that_was_cut_and_a_layer_alone() -> None:
     with torch.no_grad():
         model(IDS, past_key_values=cache)
         cache.crop(-2)
-        with pytest.raises(ValueError, match="the cache holds 5 tokens, and the first pass has seen 7"):
+        with pytest.raises(ValueError, match="the cache holds 5 tokens, but the first pass has seen 7"):
             model(IDS[:, 5:], past_key_values=cache)
     assert not adapter.shared.silent
     fresh, _ = adapted("xlora")
-    with pytest.raises(RuntimeError, match="needs a forward of the whole model"):
+    with pytest.raises(RuntimeError, match="needs a forward pass of the whole model"):
         fresh.model.layers[0].mlp.up_proj(torch.zeros(1, 2, 32))
     with pytest.raises(ValueError, match="no plain sites"):
         METHODS["xlora"](plain="q_proj", frozen=False)
     other = models.llama()
     reparam.attach(other, METHODS["xlora"](n=2, r=2, frozen=False), targets=["down_proj"])
-    with pytest.raises(ValueError, match="width of the first site's input, 48"):
+    with pytest.raises(ValueError, match="input width of the first site, 48"):
         logits(other)
 
 

@@ -138,7 +138,7 @@ def test_the_contrastive_loss_waits_for_outputs_to_compare() -> None:
     other, again = adapted("moelora_contrastive", contrastive_warmup=0.1)
     other.train()
     again.bind(torch.optim.SGD(again.parameters(), lr=1e-3), total_steps=20)
-    assert "begin after step 2, and there were 0 steps" in again.finish()
+    assert "starts after step 2, and there were 0 steps" in again.finish()
     again.controller.load_state_dict({"steps": 2})
     models.loss(other).backward()
     assert "contrastive" in again.losses()
