@@ -48,7 +48,7 @@ def test_train_says_what_it_trains_and_which_tokens_carry_loss(
     assert "everything else is frozen" in out
     assert "⟦" in out  # the log form of the preview
     assert "step 6/6" in out
-    assert "computes what was trained, bit for bit" in " ".join(out.split())
+    assert "its outputs equal those of the trained one bit for bit" in " ".join(out.split())
     settings = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())["settings"]
     assert settings["r"] == 2
 
@@ -183,7 +183,7 @@ def test_an_adapter_that_does_nothing_is_an_error(
 ) -> None:
     code = train(base, rows, tmp_path / "out", "--learning_rate", "1e-30")
     assert code == 1
-    assert "does not change a single output" in " ".join(capsys.readouterr().err.split())
+    assert "does not change any output" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(

@@ -76,7 +76,7 @@ def test_the_task_is_named_where_the_adapter_is_used(
         (["generate", "def f(a):", "--raw", "--task", "lenght"], "'lenght' is not one of the 2 tasks"),
         (["merge", "OUT"], "router 'task_embedding' reads the task: merging needs one task"),
         (["merge", "OUT", "--task", "third"], "'third' is not one of the 2 tasks"),
-        (["eval", "ROWS"], 'no "task", which this method goes by'),
+        (["eval", "ROWS"], 'no "task", which this method depends on'),
     ],
 )
 def test_a_task_that_is_missing_or_unknown_is_one_sentence(

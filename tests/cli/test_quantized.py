@@ -159,7 +159,7 @@ MISTAKES = {
     ),
     "itself": (["quantize", "{base}", "{base}"], "is the folder of the base model"),
     "targets": (["quantize", "{base}", "{out}", "--targets", "q_prj"], "'q_prj' matches no module (did you mean"),
-    "twice": (["quantize", "{quantized}", "{out}", "--storage", "int8"], "quantizing twice loses twice"),
+    "twice": (["quantize", "{quantized}", "{out}", "--storage", "int8"], "would lose precision twice"),
     "format": (["quantize", "{base}", "{out}", "--format", "gguf"], "format='gguf': expected 'reparam'"),
     "onto": (["merge", "{out}", "-a", "{trained}", "--onto", "base"], "onto='base': expected one of trained, original"),
     "both": (
@@ -169,7 +169,7 @@ MISTAKES = {
     "into": (["merge", "{out}", "-a", "{trained}", "--into", "int8"], "into='int8' is for matrices that are in int8"),
     "lost": (
         ["merge", "{out}", "-a", "{trained}", "-b", "{quantized}", "--onto", "original"],
-        "its matrices are quantized, and what they were before is lost; give --base",
+        "so the dense values are lost; pass the original model with --base",
     ),
     "train": (
         ["train", "--base.path", "{base}", "--data.train", "x", "--base.storage", "nf4", "--base.block", "0"],

@@ -153,7 +153,7 @@ def shown(data: Encoded, *, terminal: bool, rows: int = 3, encoding: str = "utf-
 
 def test_preview_in_a_log_brackets_what_carries_loss():
     lines = shown(encoded("the name", "b", "c"), terminal=False, rows=2).splitlines()
-    assert lines[0] == "⟦tokens that carry loss⟧ tokens that are only read"
+    assert lines[0] == "⟦tokens with loss⟧ tokens without loss"
     assert lines[2] == "<|user|>q<|end|><|assistant|>⟦the name<|end|>⟧"
     assert lines[3].startswith("f.jsonl:2: 6 tokens, 2 with loss")
     assert len(lines) == 5

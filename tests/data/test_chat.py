@@ -104,7 +104,7 @@ def test_answer_that_spells_out_the_end_token_is_whole_and_warned_of():
     tokenizer = kit.make(kit.CHATML)
     encoded = encode([chat("u:q", "a:x<|end|>y")], tokenizer, max_length=500)
     assert with_loss(encoded, tokenizer) == "x<|end|>y<|end|>"
-    assert "spells out a special token" in encoded.report.warnings[0]
+    assert "contains the text of a special token" in encoded.report.warnings[0]
 
 
 def test_markers_around_content_and_end_need_no_warning():
@@ -259,7 +259,7 @@ def test_no_answer_in_a_chat():
 def test_template_that_marks_no_answer():
     template = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + kit.UNMARKED
     (found,) = problems([chat("u:q", "a:b")], kit.make(template))
-    assert "the chat template marks nothing of this chat as an answer" in found
+    assert "the chat template marks no part of this chat as an answer" in found
 
 
 def test_no_chat_template():

@@ -138,7 +138,7 @@ def test_what_the_text_spells_out_is_not_added_again():
     for i in range(2):
         ids = encoded[i]["input_ids"].tolist()
         assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (1, 1)
-    assert "spells out a special token" in encoded.report.warnings[0]
+    assert "contains the text of a special token" in encoded.report.warnings[0]
 
 
 def test_tokenizer_without_end_token_is_reported():
@@ -213,7 +213,7 @@ def test_ids_beyond_the_vocabulary_name_token_and_row():
     rows = [completion("q", "b", 1), completion("<extra>", "b", 2), completion("q", "<extra><more>", 3)]
     found = problems(rows, tokenizer, vocab_size=size)
     assert found[0].startswith(
-        f"f.jsonl:2: the token '<extra>' has the id {size}, beyond the model's vocabulary of {size} (2 rows)"
+        f"f.jsonl:2: the token '<extra>' has the id {size}, outside the model's vocabulary of {size} (2 rows)"
     )
     assert found[1].startswith(f"f.jsonl:3: the token '<more>' has the id {size + 1}")
     encode(rows, tokenizer, max_length=500, vocab_size=size + 2)
@@ -224,13 +224,13 @@ def test_all_kinds_of_problems_at_once():
     found = problems(rows, kit.make(), max_length=50, vocab_size=3)
     assert "cuts off the whole answer" in found[0]
     assert "no message has the role 'assistant'" in found[1]
-    assert "beyond the model's vocabulary" in found[2]
+    assert "outside the model's vocabulary" in found[2]
 
 
 def test_settings():
     found = problems([], kit.make(), max_length=2, loss_on="answer")
     assert len(found) == 3
-    assert "the least is 3" in found[1]
+    assert "the minimum is 3" in found[1]
     assert "expected 'answers' or 'all'" in found[2]
 
 
@@ -240,7 +240,7 @@ def test_settings():
 def test_report_reads_well():
     tokenizer = kit.make()
     encoded = encode([completion("ab", "cdefgh", 1), completion("ab", "c", 2)], tokenizer, max_length=6)
-    assert str(encoded.report) == "2 rows; 10 tokens, 6 of them with loss (60%); longest row 9; 1 row cut"
+    assert str(encoded.report) == "2 rows; 10 tokens, 6 of them with loss (60%); longest row 9; 1 row truncated"
     pieces = encode([text("abcdefghi")], tokenizer, max_length=4)
     assert str(pieces.report) == (
         "1 row; 10 tokens, 7 of them with loss (70%); longest row 10; 1 row split, 3 pieces in all"

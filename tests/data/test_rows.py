@@ -87,17 +87,17 @@ def test_no_such_file_names_the_nearest(tmp_path):
     write(tmp_path, CHAT)
     (tmp_path / "other.txt").touch()
     (found,) = problems(tmp_path / "row.jsonl")
-    assert found == f"{tmp_path / 'row.jsonl'}: no such file; that folder has rows.jsonl"
+    assert found == f"{tmp_path / 'row.jsonl'}: no such file; that folder contains rows.jsonl"
 
 
 def test_no_such_folder(tmp_path):
     (found,) = problems(tmp_path / "data" / "rows.jsonl")
-    assert "nor is there a folder" in found
+    assert "does not exist" in found
 
 
 def test_a_folder(tmp_path):
     (found,) = problems(tmp_path)
-    assert "a folder; name one JSONL file in it" in found
+    assert "is a folder; name a JSONL file in it" in found
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\n", b"\xef\xbb\xbf"])
@@ -114,7 +114,7 @@ def test_malformed_json_has_line_and_column(tmp_path):
 
 def test_a_pretty_printed_array_gets_a_hint(tmp_path):
     found = problems(write(tmp_path, "[", '{"text": "a"}', "]"))
-    assert "one complete object on each line" in found[0]
+    assert "one complete object per line" in found[0]
 
 
 def test_absurd_json_is_a_problem_of_its_line(tmp_path):

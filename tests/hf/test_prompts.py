@@ -114,7 +114,7 @@ def test_what_it_cannot_do_is_refused(kind: type[Prompting], tmp_path: Path) -> 
     with pytest.raises(ValueError, match=rf"{name} cannot go on .*adds positions and changes no weight"):
         reparam.attach(models.llama(), kind())
     adapter = moved(kind)
-    with pytest.raises(ValueError, match="no mixed batches"):
+    with pytest.raises(ValueError, match="do not support mixed batches"):
         reparam.select(adapter.model, ["default", None, "default"])
     with pytest.raises(ValueError, match="changes no weight, so that there is nothing to merge"):
         reparam.merge(adapter.model)
@@ -122,7 +122,7 @@ def test_what_it_cannot_do_is_refused(kind: type[Prompting], tmp_path: Path) -> 
         reparam.remove(adapter.model, "default")
     quantized = models.llama()
     reparam.quantize(quantized, "int8")
-    with pytest.raises(ValueError, match=r"how a base was quantized; use base\.storage dense"):
+    with pytest.raises(ValueError, match=r"how the base was quantized; use base\.storage dense"):
         prompts.attach(quantized, kind())
     with pytest.raises(ValueError, match=r"tokens=0: expected a whole number"):
         kind(tokens=0)
@@ -153,7 +153,7 @@ def test_a_run_refuses_places(kind: type[Prompting], tmp_path: Path) -> None:
         "method.name": kind.name,
         "method.tokens": 4,
     }
-    with pytest.raises(ConfigError, match="goes on no module"):
+    with pytest.raises(ConfigError, match="does not change modules"):
         prepare(resolve(None, {**own, "adapter.targets": "attention"}))
     job = prepare(resolve(None, own))
     assert isinstance(job.adapter, Prompts)

@@ -224,7 +224,7 @@ def test_reparam_train_gives_the_length_and_an_interrupted_run_is_the_same(tmp_p
         cut.mkdir()
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", cut / f"checkpoint-{stop}")
         found, text = go(cut.name)
-        assert f"continuing from {cut}/checkpoint-{stop}" in text
+        assert f"resuming from {cut}/checkpoint-{stop}" in text
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[key], whole[key]) for key in whole)
     short = {**common, "run.max_steps": 5, "method.tinit": 2, "method.tfinal": 3, "run.output": str(tmp_path / "short")}

@@ -83,7 +83,7 @@ def damage_remove(path: Path) -> str:
 
 def damage_uncommit(path: Path) -> str:
     (path / "manifest.json").unlink()
-    return "manifest.json is missing: it was never committed"
+    return "manifest.json is missing: the checkpoint was not completed"
 
 
 def damage_cut_manifest(path: Path) -> str:
@@ -98,7 +98,7 @@ def damage_shape_of_manifest(path: Path) -> str:
 
 def damage_format(path: Path) -> str:
     (path / "manifest.json").write_text('{"format": 7, "step": 20, "files": {}}')
-    return "manifest.json has format 7, and this version reads 1"
+    return "manifest.json has format 7, but this version reads only 1"
 
 
 def damage_escape(path: Path) -> str:
@@ -111,7 +111,7 @@ def damage_rename(path: Path) -> str:
     other = path.with_name("checkpoint-10")
     (other / "manifest.json").write_bytes((path / "manifest.json").read_bytes())
     os.rename(other, path.with_name("checkpoint-30"))
-    return "manifest.json is of step 20; weights was changed.*"
+    return "manifest.json belongs to step 20; weights was changed.*"
 
 
 DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
@@ -164,12 +164,10 @@ def small_files():
 
 
 def test_a_full_disk_names_the_checkpoint_that_is_left(tmp_path, small_files):
-    with pytest.raises(DiskFull, match="there is no older one"):
+    with pytest.raises(DiskFull, match="there is no older checkpoint"):
         save(tmp_path, 1, size=1 << 17)
     save(tmp_path, 2)
-    with pytest.raises(
-        DiskFull, match=r"checkpoint-3 .*File too large.*the old one, checkpoint-2, is intact"
-    ) as caught:
+    with pytest.raises(DiskFull, match=r"checkpoint-3 .*File too large.*checkpoint-2 is intact") as caught:
         save(tmp_path, 3, size=1 << 17)
     assert isinstance(caught.value.__cause__.__cause__, OSError)
     assert caught.value.__cause__.__cause__.errno == errno.EFBIG

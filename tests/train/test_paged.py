@@ -66,8 +66,8 @@ def test_32_bits_train_what_torch_does_bit_for_bit(common: dict[str, Any], tmp_p
     assert paging["peak_resident"] == 12 * 1024 < paging["total"]
     assert paging["bytes_in"] == 4096 * (paging["faults"] + paging["prefetched"]) > 0
     assert result.paging is not None
-    assert f"at most 0.01 MiB of {paging['total'] / 2**20:.2f} MiB of states resident" in printed
-    assert f"{paging['prefetched']:,} fetched ahead" in printed
+    assert f"at most 0.01 MiB of {paging['total'] / 2**20:.2f} MiB of states on the device" in printed
+    assert f"{paging['prefetched']:,} pages prefetched" in printed
     assert json.loads((tmp_path / "torch" / "figures.json").read_text())["paging"] is None
 
 
@@ -98,14 +98,14 @@ def test_bits_cannot_change_in_a_run(common: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": "64MB"}, "optim.budget: '64MB' is no number of bytes; write 67108864, 65536KiB, 64MiB or 1GiB"),
-        ({"page": "-1"}, "optim.page: '-1' is no number of bytes"),
+        ({"budget": "64MB"}, "optim.budget: '64MB' is not a number of bytes; write 67108864, 65536KiB, 64MiB or 1GiB"),
+        ({"page": "-1"}, "optim.page: '-1' is not a number of bytes"),
         (
             {"budget": "1KiB"},
             r"optim: budget=1024 bytes is less than one page \(1048320 bytes\): raise budget or lower page",
         ),
         ({"learning_rate": -1.0}, "optim: lr=-1.0: expected at least 0"),
-        ({"name": "paged_adamw_4bit"}, "optim.name: transformers knows no 'paged_adamw_4bit'"),
+        ({"name": "paged_adamw_4bit"}, "optim.name: 'paged_adamw_4bit' is unknown to transformers"),
     ],
     ids=str,
 )

@@ -106,7 +106,7 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     net = Net()
     optimizer = OPTIMIZERS["AdamW"](net)
     save_state(tmp_path, optimizer=optimizer, scheduler=schedule(optimizer), progress={})
-    with pytest.raises(StateError, match="not of this optimizer"):
+    with pytest.raises(StateError, match="does not fit this optimizer"):
         restore_optimizer(torch.optim.AdamW(net.parameters()), load_state(tmp_path).optimizer)
 
 

@@ -41,7 +41,11 @@ def test_what_changes_the_order_of_the_rows_is_refused(tmp_path):
     changed = trainer(tmp_path, data=rows(20), per_device_train_batch_size=1, seed=3)
     with pytest.raises(ValueError, match="order") as caught:
         changed.train(resume_from_checkpoint=True)
-    for part in ("training rows was 10 and is 20", "train_batch_size was 2 and is 1", "data_seed was 42 and is 3"):
+    for part in (
+        "training rows was 10 and is now 20",
+        "train_batch_size was 2 and is now 1",
+        "data_seed was 42 and is now 3",
+    ):
         assert part in str(caught.value)
 
 
@@ -53,7 +57,7 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
 
 def test_a_path_to_resume_from(tmp_path):
     trainer(tmp_path, save_steps=2, max_steps=4).train()
-    with pytest.raises(ValueError, match=r"checkpoint-4 would stay the newest"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 is the newest"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(ValueError, match=r"checkpoint-9: it does not exist"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

@@ -1,1 +1,1 @@
-"""Rows of text or chats on their way to batches: read, rendered, masked, encoded, collated, shown."""
+"""Training data: read rows, render chats, tokenize, mask the loss, collate batches, and print a preview."""

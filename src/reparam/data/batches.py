@@ -1,6 +1,6 @@
-"""Encoded rows as a dataset, and the collator that makes padded batches of them.
+"""The dataset of encoded rows, and the collator that makes padded batches.
 
-E examples (a row, or a piece of a long text row), T tokens of one example, B examples in a batch.
+Shapes: E examples (an example is a row, or a piece of a long text row), T tokens of an example, B examples in a batch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label that cross entropy ignores
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun.
+    """A number with its noun, in the singular or plural.
 
     >>> counted(1, "row"), counted(1200, "row")
     ('1 row', '1,200 rows')
@@ -30,22 +30,22 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What encoding found."""
+    """Counts of an encoded data set, and the warnings about it."""
 
     rows: int
     examples: int
-    """Rows and pieces of rows that one epoch goes through."""
+    """Number of examples per epoch: rows, and pieces of long text rows."""
     tokens: int
     loss_tokens: int
-    """Tokens that are predicted with loss."""
+    """Number of tokens whose prediction counts in the loss."""
     text_bytes: int
-    """UTF-8 bytes of text rows that these stand for; 0 for other rows."""
+    """UTF-8 bytes that the loss tokens of text rows represent; 0 without text rows."""
     longest: int
-    """Tokens of the longest row before anything was cut or split."""
+    """Length of the longest row in tokens, before truncation and splitting."""
     truncated: int
-    """Chats and completions that lost tokens with loss to `max_length`."""
+    """Number of chats and completions that lost loss tokens because they exceed `max_length`."""
     split: int
-    """Text rows that became several pieces."""
+    """Number of text rows that were split into pieces."""
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Report:
             f"longest row {self.longest:,}",
         ]
         if self.truncated:
-            parts.append(f"{counted(self.truncated, 'row')} cut")
+            parts.append(f"{counted(self.truncated, 'row')} truncated")
         if self.split:
             parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} pieces in all")
         return "; ".join(parts)
@@ -64,25 +64,27 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Encoded(Dataset[dict[str, Tensor]]):
-    """A map-style dataset of examples, stored flat. `encoded[i]` has
+    """A map-style dataset of examples, stored in flat tensors. `encoded[i]` is a dict of
 
-    input_ids [T] int64, labels [T] int64 (the id, or -100 where there is no loss), row [] int64, which is i, and, where
-    there are tasks, task [] int64.
+    input_ids [T] int64, labels [T] int64 (the token id, or -100 for tokens without loss), row [] int64 (the index i)
+    and, if the data has tasks, task [] int64.
+
+    Raises IndexError for an index outside 0 ... E - 1.
     """
 
     ids: Tensor
-    """[sum of T] int32."""
+    """Token ids of all examples, [sum of T] int32."""
     loss: Tensor
-    """[sum of T] bool. False for the first token of each example, which nothing predicts."""
+    """Which tokens carry loss, [sum of T] bool. False for the first token of each example: nothing predicts it."""
     starts: Tensor
-    """[E + 1] int64, where each example begins in `ids`."""
+    """Index in `ids` at which each example begins, and the end of the last one, [E + 1] int64."""
     text_bytes: Tensor
-    """[E] int64, UTF-8 bytes that the loss tokens of a text row stand for, for bits per byte; 0 for other rows."""
+    """UTF-8 bytes that the loss tokens of a text row represent, [E] int64; 0 for other rows. Used for bits per byte."""
     sources: Sequence[str]
-    """[E] "file:line"."""
+    """Where each example comes from, as "file:line", [E]."""
     report: Report
     tasks: Tensor | None = None
-    """[E] int64, the number of the example's task, for methods that go by it."""
+    """Number of each example's task, [E] int64, for methods that depend on the task."""
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -101,21 +103,22 @@ class Encoded(Dataset[dict[str, Tensor]]):
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to fill up with. Any id will do, because padding is masked by its position."""
+    """The token id to pad with. Any id works, because padding is masked by position."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in candidates if i is not None)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of examples, filled up on the right to the longest.
+    """Makes a batch of examples, padded on the right to the longest one.
 
-    Padding is known by its position, never by its id, so an end token keeps its loss where it is also the pad token.
-    The batch: input_ids, labels (-100 at padding), attention_mask, all [B, T] int64, and row [B] int64, the numbers
-    of the examples, so that a loss that is not finite can name its rows; and task [B] int64 where the examples have
-    one, which an adapter that goes by tasks takes out of the model's arguments. Models take no `row`: pop it before the
-    forward pass. With transformers' Trainer (remove_unused_columns=False) the place is `compute_loss`, which training
-    and evaluation share:
+    A batch has input_ids, labels (-100 at padding) and attention_mask, all [B, T] int64; row [B] int64, the indices of
+    the examples, so that an error message about a loss that is not finite can name them; and, if the examples have
+    tasks, task [B] int64, which an adapter that depends on the task removes from the model's arguments. Padding is
+    masked by position, not by id, so an end token that is also the pad token keeps its loss.
+
+    Models do not accept `row`: remove it before the forward pass. With transformers' Trainer
+    (remove_unused_columns=False), do so in `compute_loss`, which training and evaluation share:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             rows = inputs.pop("row")
@@ -129,10 +132,10 @@ class Collator:
 
     pad_id: int
     multiple_of: int = 1
-    """The padded length is a multiple of this; 8 suits tensor cores."""
+    """The padded length is rounded up to a multiple of this number; 8 suits tensor cores."""
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The batch of these examples."""
+        """Collate examples into one batch of tensors."""
         longest = max(len(e["input_ids"]) for e in examples)
         size = (len(examples), -(-longest // self.multiple_of) * self.multiple_of)
         ids = torch.full(size, self.pad_id, dtype=torch.int64)  # [B, T]

@@ -1,14 +1,14 @@
-"""Which characters of a rendered chat carry loss: the answers, each with the token that ends its turn.
+"""Render a chat with its template, and find the characters that carry loss: each answer and its end-of-turn token.
 
-A template with `{% generation %}` marks its answers itself. For one without, the answer to message i is what
+A template with `{% generation %}` marks the answers itself. With any other template, the answer in message i is what
 
     render(messages[:i + 1])    adds to    render(messages[:i], add_generation_prompt=True)
 
-up to the special tokens behind its content. This needs a template that is *prefix stable*: a rendered answer stays as
-it is when messages follow, but for the token that ends it. Of one that is not (it drops the reasoning of earlier turns,
-say) the model would learn answers that it must not give, so it is refused.
+including the special tokens after its content. The template must be *prefix stable*: a rendered answer must not change
+when messages follow, except for the token that ends it. A template that is not prefix stable (for example, one that
+drops the reasoning of earlier turns) is refused, because the model would learn answers in a wrong form.
 
-Templates also lose messages in silence: a role that they do not know, a content that they cut. Both are found here.
+Some templates silently drop a message with an unknown role or part of a content. This file reports both as errors.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
-PROBE = "QZXJQ"  # content that no template writes by itself
+PROBE = "QZXJQ"  # a content that no template contains
 
 
 class Rendered(NamedTuple):
-    """One chat as text."""
+    """A chat rendered as text."""
 
     text: str
     spans: list[Span]
     """Character ranges [start, end) of `text` that carry loss, ascending."""
     warning: str = ""
-    """What is odd about this chat, in words that are the same for all chats with the oddity."""
+    """A warning about this chat, or "". The text is the same for all chats that have the same problem."""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A pattern that finds the tokenizer's special tokens in text, the longest first."""
+    """A regular expression for the tokenizer's special tokens; longer tokens match first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. The tokenizer must have one.
+    """The chat template of a tokenizer, which must have one.
 
-    The template runs in jinja2's sandbox; whatever it raises comes out as a ValueError.
+    The template runs in jinja2's sandbox; its errors are raised as ValueError.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,12 +54,13 @@ class ChatTemplate:
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._specials = special_tokens(tokenizer)
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
-        self._ignored: dict[tuple[tuple[str, bool], ...], int | None] = {}  # by form: the message that changes nothing
+        self._ignored: dict[tuple[tuple[str, bool], ...], int | None] = {}  # cache of `_ignored_message`
 
     def render(self, messages: Messages, *, loss_on: Literal["answers", "all"]) -> Rendered:
-        """The chat as text, with the ranges that carry loss.
+        """Render the chat as text, with the character ranges that carry loss.
 
-        Raises ValueError: the template refuses the messages, ignores one, drops content, or is not prefix stable.
+        `loss_on` is "answers" (messages with the role "assistant") or "all". Raises ValueError if the template refuses
+        the messages, ignores one of them, drops content, or is not prefix stable.
         """
         text, spans = self._text(messages)
         self._check_all_appear(messages, text)
@@ -70,11 +71,11 @@ class ChatTemplate:
         return self._by_prefix(messages, text)
 
     def _text(self, messages: Messages, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The rendering and the ranges inside `{% generation %}`."""
+        """The rendered text, and the character ranges inside `{% generation %}`."""
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:  # not apply_chat_template: it keeps the character ranges to itself
+        try:  # not apply_chat_template, which does not return the character ranges
             result: Any = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
                 chat_template=self._template,
@@ -87,24 +88,24 @@ class ChatTemplate:
         texts, spans = result
         return texts[0], spans[0] if spans else []
 
-    # --- what the template ignores ---
+    # --- messages that the template ignores ---
 
     def _check_all_appear(self, messages: Messages, text: str) -> None:
-        """Raise ValueError if a message or its content left no trace in the rendering."""
+        """Raise ValueError if a message, or part of an answer, is missing from the rendered text."""
         for number, message in enumerate(messages, start=1):
             if message["content"].strip() in text:
                 continue
             probe = [*messages[: number - 1], {**message, "content": PROBE}, *messages[number:]]
             if PROBE not in self._text(probe)[0]:
                 raise ValueError(_ignored(number, message))
-            if message["role"] == "assistant":  # the content of others may be changed, for example quoted as JSON
+            if message["role"] == "assistant":  # templates may change other contents, for example quote them as JSON
                 raise ValueError(f"the chat template changes or drops part of the answer in message {number}")
         if (index := self._ignored_message(messages, text)) is not None:
             raise ValueError(_ignored(index + 1, messages[index]))
 
     def _ignored_message(self, messages: Messages, text: str) -> int | None:
-        """The message without which the rendering is the same. One answer for all chats of the same form."""
-        blank = [not message["content"].strip() for message in messages]  # a template may well leave out what is empty
+        """Index of a message that the rendered text does not depend on, or None; cached per sequence of roles."""
+        blank = [not message["content"].strip() for message in messages]  # a template may leave out empty messages
         form = tuple(zip((message["role"] for message in messages), blank, strict=True))
         if form not in self._ignored:
             whole = range(len(messages)) if len(messages) > 1 else ()
@@ -116,13 +117,13 @@ class ChatTemplate:
     def _same_without(self, index: int, messages: Messages, text: str) -> bool:
         try:
             return self._text([*messages[:index], *messages[index + 1 :]])[0] == text
-        except ValueError:  # the template notices that the message is missing
+        except ValueError:  # the template refuses the chat without this message
             return False
 
-    # --- where the answers are ---
+    # --- ranges of the answers ---
 
     def _with_end_tokens(self, text: str, spans: Sequence[Span]) -> Rendered:
-        """The template's own ranges, each with the special token that ends the turn."""
+        """The ranges that the template marks, each extended by the special token that ends the turn."""
         result: list[Span] = []
         warning = ""
         for start, end in _joined(spans):
@@ -138,7 +139,7 @@ class ChatTemplate:
         return Rendered(text, result, warning)
 
     def _by_prefix(self, messages: Messages, text: str) -> Rendered:
-        """The ranges found by rendering the messages before and up to each answer."""
+        """Find the ranges by rendering the messages before each answer, and the messages up to and including it."""
         spans: list[Span] = []
         warning = ""
         for i, message in enumerate(messages):
@@ -158,15 +159,17 @@ class ChatTemplate:
         return Rendered(text, spans, warning)
 
     def _end_of_turn(self, stop: int, upto: str, text: str) -> int | None:
-        """Where the special tokens end that close the answer whose content ends at `stop`; None without such tokens.
+        """End of the special tokens that follow the answer whose content ends at `stop`; None if there are none.
 
-        `upto` ends with this answer, `text` may go on, and may close the answer with another token than the last one.
+        `upto` ends with this answer. `text` may continue, and may end this answer with another token than `upto` does.
         """
         first = self._specials.search(upto, stop)
         if first is None or not text.startswith(upto[: first.start()]):
             return None
         end = first.end()
-        while following := self._specials.match(upto, end):  # the end of the answer, then the end of the turn
+        while following := self._specials.match(
+            upto, end
+        ):  # for example, the end of the answer, then the end of the turn
             end = following.end()
         if text.startswith(upto[:end]):
             return end
@@ -175,9 +178,9 @@ class ChatTemplate:
 
 
 END_ADDED = (
-    "the {% generation %} part of the chat template leaves out the token that ends a turn; it carries loss all the same"
+    "the {% generation %} part of the chat template leaves out the token that ends a turn; it carries loss anyway"
 )
-NO_END = "the chat template ends an answer without a special token, so the model does not learn where to stop"
+NO_END = "the chat template puts no special token after an answer, so the model does not learn where to stop"
 
 
 def _ignored(number: int, message: Mapping[str, Any]) -> str:
@@ -188,23 +191,23 @@ def _ignored(number: int, message: Mapping[str, Any]) -> str:
 
 
 def _unstable(why: str, expected: str, actual: str) -> str:
-    """The message of a template that is not prefix stable, with the first place that differs."""
+    """The error message for a template that is not prefix stable, with the first difference."""
     at = _common(expected, actual)
     return (
         f"the chat template is not prefix stable: {why} ({actual[at : at + 20]!r} where {expected[at : at + 20]!r} was "
-        "expected). Write such rows as prompt and completion, one for each answer, use a template with "
-        "{% generation %} markers, or loss_on='all'"
+        "expected). Write such rows as prompt and completion, one row per answer, use a template with "
+        "{% generation %} markers, or set loss_on='all'"
     )
 
 
 def _common(a: str, b: str) -> int:
-    """The length of the common beginning."""
+    """Length of the common prefix in characters."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Ranges without gaps between them made one."""
+    """Merge ranges that follow each other without a gap."""
     result: list[Span] = []
     for start, end in spans:
         if result and result[-1][1] == start:

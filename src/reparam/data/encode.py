@@ -1,8 +1,8 @@
-"""From rows to a dataset of token ids and labels.
+"""Encode rows into a dataset of token ids and labels.
 
-Which tokens carry loss is decided in `data.tokenize`; here rows get the length they may have. Chats and completions
-longer than `max_length` lose their end. A text row becomes consecutive pieces that together are the row; the first
-token of a piece has nothing before it and is not predicted. Whatever would train nothing is refused.
+`data.tokenize` decides which tokens carry loss; this file enforces `max_length`. Chats and completions that are longer
+lose their end. Longer text rows are split into consecutive pieces; the first token of a piece has no context and is not
+predicted. Rows without loss tokens are refused.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from reparam.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 1024  # rows tokenized at once: enough for speed, and their offsets take little memory
-SHORTEST = 3  # the least max_length with which every piece of a text predicts a token
+BATCH = 1024  # rows per tokenizer call: large enough for speed, small enough to keep the offsets in memory
+SHORTEST = 3  # smallest max_length with which every piece of a text row has a predicted token
 
 
 def encode(
@@ -40,14 +40,14 @@ def encode(
 ) -> Encoded:
     """Tokenize rows and mark the tokens that carry loss.
 
-    `max_length` is in tokens. `loss_on="all"` puts loss on prompts as well; text rows have it everywhere either way.
-    `vocab_size` is the number of embeddings of the model. With `tasks`, each row names one of them in its column
-    "task", and the examples have its number.
+    `max_length` is in tokens, at least 3. With `loss_on="all"`, prompts carry loss, too; text rows always carry loss on
+    all tokens. `vocab_size` is the number of rows of the model's input embedding. With `tasks`, the column "task" of
+    each row must name one of them, and each example gets its index.
 
-    Raises DataError with everything that is wrong: no rows; a tokenizer without offsets, or without a chat template
-    where there are chats; a chat that its template refuses, ignores in part, or renders so that the answers cannot be
-    found; rows in which no token carries loss; rows whose whole answer lies beyond `max_length`; ids beyond the
-    vocabulary; a row without a task where there are some.
+    Raises DataError with all problems: no rows; a slow tokenizer, or one without a chat template if there are chats; a
+    chat that the template refuses, partly ignores, or renders so that the answers cannot be located; rows without loss
+    tokens; rows whose whole answer lies beyond `max_length`; token ids outside the vocabulary; rows without a known
+    task.
     """
     if problems := _obstacles(rows, tokenizer, max_length=max_length, loss_on=loss_on):
         raise DataError(problems)
@@ -63,32 +63,32 @@ def encode(
 
 
 def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, loss_on: str) -> list[str]:
-    """What makes it pointless to look at single rows."""
+    """Problems that prevent encoding any row."""
     problems: list[str] = []
     if not rows:
         problems.append("there are no rows to encode")
     if max_length < SHORTEST:
-        problems.append(f"max_length={max_length} is too short; the least is {SHORTEST}")
+        problems.append(f"max_length={max_length} is too short; the minimum is {SHORTEST}")
     if loss_on not in ("answers", "all"):
         problems.append(f"loss_on={loss_on!r}; expected 'answers' or 'all'")
     if not tokenizer.is_fast:
-        problems.append(f"{type(tokenizer).__name__} gives no offsets; load the fast version of this tokenizer")
+        problems.append(f"{type(tokenizer).__name__} returns no offsets; load the fast version of this tokenizer")
     chats = [row for row in rows if row.kind == "chat"]
     if chats and not tokenizer.chat_template:
         problems.append(
             f"{chats[0].source}: the tokenizer has no chat template, which {counted(len(chats), 'chat row')} need; "
-            "train on prompt and completion instead, put a chat_template.jinja beside the tokenizer's files, or take "
-            "a base that was tuned for chats"
+            "train on prompt and completion instead, add a chat_template.jinja to the tokenizer's folder, or use a "
+            "base model that was tuned for chats"
         )
     return problems
 
 
 class _Store:
-    """Takes tokenized rows and holds their examples flat: Python lists would take ten times the memory."""
+    """Collects examples in flat arrays, because Python lists would take ten times the memory."""
 
     def __init__(self, findings: Findings, *, max_length: int, tasks: Mapping[int, int]) -> None:
         self._findings = findings
-        self._task_of = tasks  # by the id of the row
+        self._task_of = tasks  # id(row) -> number of its task
         self._tasks = array("q")
         self._max_length = max_length
         self._ids = array("i")
@@ -99,7 +99,7 @@ class _Store:
         self._longest = self._truncated = self._split = 0
 
     def add(self, row: Row, tokens: Tokens) -> None:
-        """Add the examples of one row, or note why it has none."""
+        """Add the examples of a row, or record why the row is refused."""
         ids, spans = tokens.ids, tokens.spans
         self._findings.check_vocabulary(row, ids)
         self._longest = max(self._longest, len(ids))
@@ -120,10 +120,10 @@ class _Store:
         length = len(tokens.ids)
         cuts = [*range(0, length, self._max_length), length]
         if cuts[-1] - cuts[-2] == 1 and len(cuts) > 2:
-            cuts[-2] -= 1  # a piece of one token would predict nothing
+            cuts[-2] -= 1  # a piece of one token has no predicted token
         self._split += len(cuts) > 2
         for start, end in pairwise(cuts):
-            text = row.text[tokens.ends[start] : tokens.ends[end - 1]]  # what the tokens after the first stand for
+            text = row.text[tokens.ends[start] : tokens.ends[end - 1]]  # the text of all tokens but the first
             self._append(row, tokens.ids[start:end], [(1, end - start)], text_bytes=len(text.encode()))
 
     def _append(self, row: Row, ids: list[int], predicted: Sequence[Span], *, text_bytes: int = 0) -> None:
@@ -165,12 +165,12 @@ class _Store:
 
 
 def _why_nothing(row: Row) -> str:
-    """Why a row of this kind has no token that carries loss."""
+    """Why no token of this row carries loss."""
     match row.kind:
         case "chat" if not any(message["role"] == "assistant" for message in row.messages):
             return "no token carries loss, because no message has the role 'assistant'"
         case "chat":
-            return "no token carries loss, because the chat template marks nothing of this chat as an answer"
+            return "no token carries loss, because the chat template marks no part of this chat as an answer"
         case "completion":
             return "no token carries loss, because the completion is empty"
         case _:

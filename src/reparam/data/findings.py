@@ -1,4 +1,4 @@
-"""Problems and warnings of encoding, collected over all rows so that they can be reported at once."""
+"""Collect the problems and warnings of all rows during encoding, to report them together."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Findings:
-    """What is wrong with rows, and what is odd about them.
+    """The problems and warnings found in rows.
 
-    Rows are named one by one where the reason differs, and together where it is the same.
+    Rows with the same problem or warning are reported together, all others one by one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int | None) -> None:
@@ -24,30 +24,30 @@ class Findings:
         self._max_length = max_length
         self._vocab_size = vocab_size
         self._refused: list[str] = []
-        self._no_answer: list[tuple[str, int]] = []  # rows whose answer is cut off, and their length
-        self._beyond: dict[int, list[str]] = {}  # id beyond the vocabulary -> rows
-        self._odd: dict[str, list[str]] = {}  # what is odd -> rows
+        self._no_answer: list[tuple[str, int]] = []  # (source, tokens) of rows without any answer left
+        self._beyond: dict[int, list[str]] = {}  # token id outside the vocabulary -> rows
+        self._odd: dict[str, list[str]] = {}  # warning -> rows
 
     def refuse(self, row: Row, why: str) -> None:
-        """This row cannot be trained on."""
+        """Record why a row cannot be trained on."""
         self._refused.append(f"{row.source}: {why}")
 
     def answer_cut_off(self, row: Row, length: int) -> None:
-        """This row, `length` tokens long, has its whole answer beyond the maximum length."""
+        """Record a row of `length` tokens whose whole answer lies beyond the maximum length."""
         self._no_answer.append((row.source, length))
 
     def check_vocabulary(self, row: Row, ids: Sequence[int]) -> None:
-        """Note the ids that the model has no embedding for."""
+        """Record the token ids that the model has no embedding for."""
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
             for token in {i for i in ids if i >= self._vocab_size}:
                 self._beyond.setdefault(token, []).append(row.source)
 
     def warn(self, row: Row, what: str) -> None:
-        """This row is odd. Rows with the same `what` are reported together."""
+        """Record a warning about a row. Rows with the same `what` are reported together."""
         self._odd.setdefault(what, []).append(row.source)
 
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each oddity."""
+        """All warnings, each with the number of rows and the first of them."""
         return tuple(
             f"{what} ({counted(len(sources), 'row')}, first {sources[0]})" for what, sources in self._odd.items()
         )
@@ -71,7 +71,7 @@ class Findings:
 
     def _beyond_vocabulary(self) -> list[str]:
         return [
-            f"{sources[0]}: the token {self._tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, beyond the "
+            f"{sources[0]}: the token {self._tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, outside the "
             f"model's vocabulary of {self._vocab_size} ({counted(len(sources), 'row')}); use the tokenizer that "
             "belongs to the model, or enlarge the model's embeddings"
             for token, sources in sorted(self._beyond.items())

@@ -1,7 +1,7 @@
-"""What a model will be trained on, shown: the first rows with the tokens that carry loss set apart.
+"""A preview of the training data: the first rows, with the tokens that carry loss highlighted.
 
-On a terminal they are green and bold, the rest is dim; elsewhere they stand in ⟦ ⟧, so that a log stays readable.
-Newlines and control characters are visible in both.
+On a terminal, these tokens are bold and green, and all others are dim. Elsewhere, such as in a log file, they are
+enclosed in ⟦ ⟧. Newlines and control characters are shown as symbols.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from reparam.data.batches import Encoded, counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 400  # characters of one run of tokens that are shown; the middle of a longer one is left out
+LONGEST = 400  # characters shown per run of tokens; the middle of a longer run is left out
 LOSS, NO_LOSS = "bold green", "dim"
 
 
 def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, rows: int = 3) -> Preview:
-    """The first `rows` examples, ready for `rich.print` or `Console.print`."""
+    """A preview of the first `rows` examples, for `rich.print` or `Console.print`."""
     return Preview(encoded, tokenizer, rows=rows)
 
 
 class Preview:
-    """A rich renderable; made by `preview`."""
+    """The rich renderable that `preview` returns."""
 
     def __init__(self, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> None:
         self._encoded = encoded
@@ -40,9 +40,9 @@ class Preview:
         color = console.is_terminal and console.color_system is not None
         opening, closing = ("", "") if color else ("[[", "]]") if options.ascii_only else ("⟦", "⟧")
         yield Text.assemble(
-            (f"{opening}tokens that carry loss{closing}", LOSS if color else ""),
+            (f"{opening}tokens with loss{closing}", LOSS if color else ""),
             " ",
-            ("tokens that are only read", NO_LOSS if color else ""),
+            ("tokens without loss", NO_LOSS if color else ""),
         )
         for index in range(self._rows):
             runs = list(self._runs(index))
@@ -60,7 +60,7 @@ class Preview:
             yield body
 
     def _runs(self, index: int) -> Iterator[tuple[bool, int, str]]:
-        """Runs of neighboring tokens, with and without loss in turn: (carries loss, tokens, text)."""
+        """Runs of consecutive tokens that all carry loss or all do not: (carries loss, number of tokens, text)."""
         example = self._encoded[index]
         pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)
         for carries, run in groupby(pairs, key=lambda pair: pair[0] == pair[1]):
@@ -69,7 +69,7 @@ class Preview:
 
 
 def visible(text: str, *, ascii_only: bool = False) -> str:
-    """The text with newlines marked and control characters replaced by symbols or escapes.
+    """The text with newlines marked, and control characters replaced by symbols or escape sequences.
 
     >>> visible("a\\tb\\x1b[31m")
     'a⇥b␛[31m'

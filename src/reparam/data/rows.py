@@ -1,14 +1,14 @@
-"""Training rows as they stand in a JSONL file: one JSON object on each line, in one of three formats.
+"""Read training rows from a JSONL file: one JSON object per line, in one of three formats.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}     chat
     {"prompt": "...", "completion": "..."}                                                          completion
     {"text": "..."}                                                                                 text
 
-Other keys (a task, a score) are kept in `Row.columns`. One file may hold chats and completions, because both are a
-prompt and an answer that carries the loss. Plain text does not mix with them: its whole text carries loss, long rows
-are split instead of cut, and its score is bits per byte, so the figures of a mixed file would mean nothing.
+`Row.columns` holds all other keys, such as a task. A file may mix chats and completions, because both consist of a
+prompt and an answer that carries the loss. It cannot mix them with text rows: all tokens of a text carry loss, long
+texts are split instead of truncated, and their score is bits per byte, so scores of a mixed file would be meaningless.
 
-Reading checks everything and reports all problems at once, each with its file and line.
+All rows are checked, and all problems are reported together, each with its file and line.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model":
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row. Which of the fields holds its content depends on `kind`."""
+    """A training row. `kind` determines which fields hold its content."""
 
     kind: RowKind
     source: str
-    """Where it comes from, "file:line"."""
+    """Where the row comes from, as "file:line"."""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """Of a chat: dictionaries with a "role", a "content" and whatever else the file had."""
+    """Messages of a chat: dictionaries with a "role", a "content" and any other keys of the file."""
     prompt: str = ""
-    """Of a completion: what comes before the answer."""
+    """Prompt of a completion row."""
     completion: str = ""
-    """Of a completion: the answer."""
+    """Answer of a completion row."""
     text: str = ""
-    """Of a text row."""
+    """Content of a text row."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """The keys that are not part of the format."""
+    """All other keys of the JSON object."""
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a JSONL file (UTF-8, with or without a byte order mark; blank lines are skipped).
+    """Read all rows of a JSONL file (UTF-8, with or without a byte order mark; blank lines are skipped).
 
-    Raises DataError: no such file, an empty one, bytes that are not UTF-8, malformed JSON (line and column), a row
-    that is not an object, has none or several of the formats, wrong types, an unknown role, missing content, or text
-    rows beside rows of another format.
+    Raises DataError if the file does not exist or is empty, for bytes that are not UTF-8, for malformed JSON (with line
+    and column), for a row that is not an object, matches none or several of the formats, or has a wrong type, an
+    unknown role or no content, and for a file that mixes text rows with other rows.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "rows.jsonl"
@@ -79,32 +79,32 @@ def read_rows(path: str | Path) -> list[Row]:
         offset += len(line) + 1
     problems.extend(_mixture(rows))
     if not rows and not problems:
-        problems.append(f"{path}: the file is empty; expected one JSON object on each line with {FORMATS}")
+        problems.append(f"{path}: the file is empty; expected one JSON object per line with {FORMATS}")
     if problems:
         raise DataError(problems)
     return rows
 
 
 def _content(path: Path) -> bytes:
-    """The file's bytes. Raises DataError naming the nearest files when it does not exist."""
+    """The bytes of the file. If it does not exist, raises DataError that names similar files."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
         message = f"{path}: no such file"
         if not path.parent.is_dir():
-            raise DataError([f"{message}, nor is there a folder {path.parent}"]) from None
+            raise DataError([f"{message}; its folder {path.parent} does not exist"]) from None
         names = sorted(p.name for p in path.parent.iterdir() if p.is_file())
         near = difflib.get_close_matches(path.name, names, cutoff=0.5) or [n for n in names if n.endswith(".jsonl")][:3]
-        hint = f"; that folder has {', '.join(near)}" if near else ""
+        hint = f"; that folder contains {', '.join(near)}" if near else ""
         raise DataError([message + hint]) from None
     except IsADirectoryError:
-        raise DataError([f"{path}: a folder; name one JSONL file in it"]) from None
+        raise DataError([f"{path}: is a folder; name a JSONL file in it"]) from None
     except OSError as error:
         raise DataError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
 def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, Any] | None:
-    """The object on one line, or None if the line is blank. `bias_delta` is where the line begins in the file."""
+    """The object on a line, or None for a blank line. `offset` is the position of the line's first byte in the file."""
     if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError([f"{source}: the file is UTF-16; save it as UTF-8"])
     try:
@@ -119,9 +119,9 @@ def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, A
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; JSONL has one complete object on each line" if first and text.strip() in ("[", "{", "[{") else ""
+        hint = "; JSONL has one complete object per line" if first and text.strip() in ("[", "{", "[{") else ""
         raise DataError([f"{source}:{error.colno}: malformed JSON: {error.msg}{hint}"]) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets nested as deep
+    except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deeply
         raise DataError([f"{source}: malformed JSON: {error}"]) from None
     if not isinstance(value, dict):
         raise DataError([f"{source}: expected an object with {FORMATS}, got {_kind_of(value)}"])
@@ -129,7 +129,7 @@ def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, A
 
 
 def _row(value: dict[str, Any], source: str) -> Row:
-    """The row in one object. Raises DataError with everything that is wrong with it."""
+    """Convert a JSON object to a row. Raises DataError with all its problems."""
     present = [key for key in KEYS if key in value]
     columns = {k: v for k, v in value.items() if k not in KEYS}
     match present:
@@ -155,7 +155,7 @@ def _row(value: dict[str, Any], source: str) -> Row:
 
 
 def _strings(value: dict[str, Any], keys: Sequence[str], source: str) -> None:
-    """Check that these keys hold text that can be encoded."""
+    """Raise DataError unless these keys hold strings that UTF-8 can encode."""
     problems = [problem for key in keys if (problem := _string_problem(value[key], f'{source}: "{key}"'))]
     if problems:
         raise DataError(problems)
@@ -166,7 +166,7 @@ def _string_problem(value: object, where: str) -> str | None:
         return f"{where} must be a string, got {_kind_of(value)}"
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer can read it
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer accepts
         return f"{where} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}"
     return None
 
@@ -206,20 +206,20 @@ def _role_problems(message: dict[str, Any], where: str) -> list[str]:
 
 
 def _mixture(rows: Sequence[Row]) -> list[str]:
-    """The problem of a file that holds text rows and others."""
+    """The problem of a file that mixes text rows with other rows."""
     texts = [row for row in rows if row.kind == "text"]
     others = [row for row in rows if row.kind != "text"]
     if not texts or not others:
         return []
     text, other = texts[0], others[0]
     return [
-        f"{text.source}: a text row in a file that also has {other.kind} rows ({other.source}); they are cut and "
-        f"scored in different ways, so put the {len(texts):,} text rows into a file of their own"
+        f"{text.source}: a text row in a file that also has {other.kind} rows ({other.source}); the two are truncated "
+        f"and scored differently, so move the {len(texts):,} text rows to a separate file"
     ]
 
 
 def _nearest(value: Mapping[str, Any], expected: Sequence[str]) -> str:
-    """A hint if one of the keys is nearly one of those expected."""
+    """A hint if a key resembles an expected one; otherwise ""."""
     for key in value:
         close = difflib.get_close_matches(key.lower(), expected, n=1, cutoff=0.75)
         if close and key not in expected:
@@ -228,6 +228,6 @@ def _nearest(value: Mapping[str, Any], expected: Sequence[str]) -> str:
 
 
 def _kind_of(value: object) -> str:
-    """The JSON name of a value's type."""
+    """The JSON name of a value's type, with an article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""The task of each row, for methods that go by it: the column "task", a text or a whole number."""
+"""The task of each row, for methods that depend on it: the column "task", a string or an integer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMN = "task"
 
 
 def task_names(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The tasks that the rows name, sorted. Raises DataError, with all of them, for rows that name none."""
+    """The distinct tasks of the rows, sorted. Raises DataError that lists all rows without a task."""
     problems = [problem for row in rows if (problem := _missing(row))]
     if problems:
         raise DataError(problems)
@@ -20,14 +20,16 @@ def task_names(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def task_numbers(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
-    """The number of each row's task among `names`. Raises DataError for rows without a task or with another one."""
+    """Index of each row's task in `names`. Raises DataError for rows whose task is missing or not in `names`."""
     known = {name: number for number, name in enumerate(names)}
     problems = []
     for row in rows:
         if problem := _missing(row):
             problems.append(problem)
         elif (name := str(row.columns[COLUMN])) not in known:
-            problems.append(f"{row.source}: the task {name!r} is none of {', '.join(names)}{nearest(name, names)}")
+            problems.append(
+                f"{row.source}: unknown task {name!r}; expected one of {', '.join(names)}{nearest(name, names)}"
+            )
     if problems:
         raise DataError(problems)
     return [known[str(row.columns[COLUMN])] for row in rows]
@@ -37,4 +39,4 @@ def _missing(row: Row) -> str | None:
     value = row.columns.get(COLUMN)
     if isinstance(value, str | int) and not isinstance(value, bool):
         return None
-    return f'{row.source}: no "{COLUMN}", which this method goes by; give each row a text or a whole number'
+    return f'{row.source}: no "{COLUMN}", which this method depends on; give each row a string or an integer'

@@ -1,9 +1,9 @@
-"""Token ids of rows, and which of them carry loss. By kind of row:
+"""Tokenize rows and decide which tokens carry loss. By kind of row:
 
-- chat: the answers, each with the token that ends its turn (`train.chat` finds them in the rendered text).
-- completion: the completion and the end token. Prompt and completion are tokenized apart, so no token spans the
-  boundary, and the ids of the prompt are those that generation will see.
-- text: everything, with the end token.
+- chat: the answers, each with the token that ends its turn (`data.chat` finds them in the rendered text).
+- completion: the completion and the end token. Prompt and completion are tokenized separately, so that no token spans
+  the boundary, and the prompt has the same ids as in generation.
+- text: all tokens, including the end token.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ LossOn = Literal["answers", "all"]
 
 
 class Tokens(NamedTuple):
-    """One tokenized row."""
+    """A tokenized row."""
 
     ids: list[int]
     spans: list[Span]
     """Token ranges [start, end) that carry loss, ascending."""
     ends: list[int]
-    """Of a text row: where each token ends, in characters of the text. Else empty."""
+    """For a text row, the character position in the text at which each token ends; empty for other rows."""
 
 
 class Tokenizer:
-    """Tokenizes rows in batches. Needs a fast tokenizer, and a chat template where there are chats.
+    """Tokenizes rows in batches. Needs a fast tokenizer, and a chat template if there are chats.
 
-    Tokens that the tokenizer puts before a text (the beginning of a sequence) go before completions and texts, and its
-    end token behind them, once: not where the row spells them out. A chat has those that its template writes.
+    Completion and text rows get the tokens that the tokenizer puts at the start of a sequence and its end token, unless
+    the row already contains them. Chats get only the special tokens of their template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, findings: Findings, *, loss_on: LossOn) -> None:
@@ -52,7 +52,7 @@ class Tokenizer:
         self._prefix: list[int] = probe["input_ids"][:leading]
 
     def __call__(self, rows: Sequence[Row]) -> list[tuple[Row, Tokens]]:
-        """The rows in their order, without those that the findings now refuse."""
+        """Tokenize rows. Keeps their order, and leaves out rows that are refused and recorded in the findings."""
         done: dict[int, Tokens] = {}  # by position in `rows`
         for kind, tokenize in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
             chosen = [i for i, row in enumerate(rows) if row.kind == kind]
@@ -61,7 +61,7 @@ class Tokenizer:
         return [(rows[i], done[i]) for i in sorted(done)]
 
     def _ids_and_offsets(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
-        """The ids of each text and the characters that each token stands for; no special tokens are added."""
+        """The token ids of each text and the character range of each token; no special tokens are added."""
         if not texts:
             return [], []
         batch = self._tokenizer(
@@ -71,11 +71,11 @@ class Tokenizer:
             truncation=False,
             return_attention_mask=False,
             return_offsets_mapping=True,
-            verbose=False,  # it would warn of rows longer than the model's limit, which are cut or split later
+            verbose=False,  # do not warn of rows longer than the model's limit; they are truncated or split later
         )
         return batch["input_ids"], batch["offset_mapping"]
 
-    # --- the three kinds; each yields (position, tokens) ---
+    # --- the three kinds of rows; each yields (position in `rows`, tokens) ---
 
     def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         assert self._template is not None
@@ -119,11 +119,11 @@ class Tokenizer:
     # --- details ---
 
     def _before(self, ids: list[int]) -> list[int]:
-        """What the tokenizer puts before a text, unless the text begins with it."""
+        """The start tokens of the tokenizer, or none if the text already begins with them."""
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
     def _after(self, row: Row, ids: list[int]) -> list[int]:
-        """The end token, unless the text ends with it."""
+        """The end token, or none if the text already ends with it."""
         end = self._tokenizer.eos_token_id
         if end is None:
             self._findings.warn(row, "the tokenizer has no end token, so the model does not learn where to stop")
@@ -132,15 +132,17 @@ class Tokenizer:
 
     def _look_at(self, row: Row, *contents: str) -> None:
         if any(self._specials.search(content) for content in contents):
-            self._findings.warn(row, "the content spells out a special token, which is read as that token")
+            self._findings.warn(
+                row, "the content contains the text of a special token, which is tokenized as that token"
+            )
 
     def _token_spans(
         self, row: Row, spans: Sequence[Span], *, ids: Sequence[int], offsets: Sequence[Span]
     ) -> list[Span]:
-        """Ranges of tokens for ranges of characters.
+        """Convert character ranges to token ranges.
 
-        A token that begins before an answer and ends in it belongs to the answer; only special tokens do not, which
-        may swallow the space behind them.
+        A token that begins before an answer and ends inside it belongs to the answer, unless it is a special token: the
+        offsets of a special token may include the space after it.
         """
         starts = [start for start, _ in offsets]
         result: list[Span] = []

@@ -1,1 +1,1 @@
-"""Held-out scores of a model and an adapter."""
+"""Score a model, with and without an adapter, on held-out rows."""

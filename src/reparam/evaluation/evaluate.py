@@ -1,4 +1,4 @@
-"""`reparam eval`: scores of a base and an adapter on a file of rows."""
+"""Score a base model and an adapter on a file of rows: the command `reparam eval`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from reparam.io.record import Record
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of the base and, where one was given, of the adapter."""
+    """Scores of the base model and, if one was given, of the adapter. `answers` holds pairs (base, adapter)."""
 
     base: tuple[Score, ...]
     adapter: tuple[Score, ...] | None
     answers: tuple[tuple[Answer, Answer], ...]
 
     def show(self, console: Console, *, json: bool = False) -> None:
-        """Print as tables, or as one JSON object."""
+        """Print the scores as tables, with up to five answers, or only the scores as a JSON object."""
         if json:
             found = {"base": [dataclasses.asdict(s) for s in self.base]}
             if self.adapter is not None:
@@ -58,7 +58,12 @@ def evaluate(
     batch: int,
     storage: str | None = None,
 ) -> Evaluation:
-    """Score on the rows of `data`. Raises ValueError for unusable data, base or adapter."""
+    """Score the base model and, if given, the adapter on the rows of the JSONL file `data`.
+
+    `max_length` is in tokens, `batch` in rows. Without `base`, the adapter's files name the base model; `dtype` and
+    `storage` are those of `reparam.hf.open.open_model`. Raises ValueError if the data, the base model or the adapter
+    cannot be used.
+    """
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
     size, tasks = vocabulary(model), tasks_of(model)
@@ -75,7 +80,7 @@ def evaluate(
 def scores(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], encoded: Encoded, *, batch: int
 ) -> tuple[tuple[Score, ...], list[Answer]]:
-    """The scores of a model as it is now, and its answers; `encoded` are the same rows."""
+    """Score the model with the selected adapter. Returns scores and answers. `encoded` holds the same rows, encoded."""
     answers = answer(model, tokenizer, rows)
     found = [score_loss(model, encoded, tokenizer, batch=batch)] + ([score_answers(answers)] if answers else [])
     return tuple(found), answers
@@ -84,9 +89,9 @@ def scores(
 def shrunk(
     data: Path, base: str | None, adapter: str | Path, small: Record, *, dtype: str, max_length: int, batch: int
 ) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
-    """The scores on the rows of `data` with an adapter, and with a smaller one made of it.
+    """Score an adapter and the smaller adapter `small` that was made from it, on the rows of `data`.
 
-    Raises ValueError for unusable data, base or adapter.
+    Returns the scores of both. Raises ValueError if the data, the base model or the adapter cannot be used.
     """
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Figures as PNG files."""
+"""Write figures as PNG files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reparam.io.staged import write_file
 
 
 def write_png(figure: Figure, file: Path) -> None:
-    """Write the figure, whole or not at all."""
+    """Write a matplotlib figure to a PNG file, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_file(file, buffer.getvalue())

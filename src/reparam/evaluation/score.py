@@ -1,4 +1,4 @@
-"""Held-out scores: exact matches of answers, bits per byte of texts, loss per token; each with its 95 % interval."""
+"""Scores on held-out rows: exact match, bits per byte and loss per token, each with a 95 % confidence interval."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A figure and how far it can be trusted."""
+    """A score with its 95 % confidence interval over held-out rows."""
 
     name: str
     value: float
+    """A share in 0 ... 1 for exact match, nats for loss per token, bits for bits per byte."""
     low: float
+    """Lower end of the interval."""
     high: float
-    """Ends of the 95 % interval over held-out rows."""
+    """Upper end of the interval."""
     rows: int
+    """Number of scored rows; for the two losses, of examples (a long text row is split into several)."""
     larger_is_better: bool
 
     def __str__(self) -> str:
@@ -41,7 +44,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said to one held-out row."""
+    """The answer of a model to a held-out row."""
 
     source: str
     question: str
@@ -50,14 +53,15 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Equal apart from white space around."""
+        """Whether the answer equals the expected one, ignoring leading and trailing white space."""
         return self.expected.strip() == self.given.strip()
 
 
 def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int = 8) -> Score:
-    """Bits per byte where the rows are texts, else nats per token that carries loss.
+    """Bits per byte for text rows; otherwise the mean loss, in nats, per token that carries loss.
 
-    The interval is that of a ratio of sums over rows: 1.96 standard errors of the per-row residuals.
+    The score is a ratio of two sums over examples. Its 95 % interval is ±1.96 standard errors, estimated from the
+    residuals of the examples. `batch` is the number of examples per forward pass.
     """
     nats, tokens = token_losses(model, encoded, tokenizer, batch=batch)
     texts = bool(encoded.text_bytes.sum())
@@ -74,7 +78,7 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
 def token_losses(
     model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """For each example, the sum of its tokens' cross entropies in nats [E] and how many tokens those are [E]."""
+    """The summed cross entropy in nats and the number of loss tokens of each example, both [E] float64."""
     collate = Collator(padding_id(tokenizer))
     device = next(model.parameters()).device
     nats, tokens = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.float64)
@@ -96,7 +100,7 @@ def token_losses(
 
 
 def score_answers(answers: Sequence[Answer]) -> Score:
-    """Share of exact matches, with Wilson's interval."""
+    """The share of exact matches (0 ... 1) with its Wilson score interval. `answers` must not be empty."""
     n, right = len(answers), sum(answer.right for answer in answers)
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -112,9 +116,11 @@ def answer(
     batch: int = 32,
     max_new_tokens: int | None = None,
 ) -> list[Answer]:
-    """Greedy answers to chats (their last turn) and completions; text rows have no answer and are left out.
+    """Generate greedy answers to completions and to the last turn of chats.
 
-    `max_new_tokens` is by default what the longest expected answer needs, and a few more.
+    Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
+    prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8.
+    Raises DataError if the selected adapter depends on the task and a row has no known task.
     """
     asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
@@ -141,10 +147,11 @@ def complete(
     max_new_tokens: int = 64,
     tasks: Sequence[int | str] | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts given as token ids; padded on the left, so that a batch changes nothing.
+    """Generate greedy continuations of prompts, which are lists of token ids.
 
-    Where trained positions stand in front of the text, padding would come between them: then nothing is padded.
-    `tasks` are the names or numbers of the prompts' tasks, for an adapter that goes by them.
+    Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
+    would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
+    are the names or numbers of the prompts' tasks, for an adapter that depends on them.
     """
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)
@@ -173,7 +180,7 @@ def complete(
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:
-    """Up to `size` of the numbers at a time, in their order; unless `padded`, of one length."""
+    """Split `order` into batches of up to `size` indices; unless `padded`, all prompts of a batch have one length."""
     groups = [order] if padded else [list(g) for _, g in itertools.groupby(order, key=lambda i: lengths[i])]
     for group in groups:
         for start in range(0, len(group), size):
@@ -181,7 +188,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded:
 
 
 def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
-    """Question and expected answer, or None for a chat that does not end with an answer."""
+    """The question and the expected answer of a row, or None for a chat that does not end with an answer."""
     if row.kind == "completion":
         return row.prompt, row.completion
     *before, last = row.messages

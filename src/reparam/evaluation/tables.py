@@ -1,4 +1,4 @@
-"""Scores and answers as tables for a terminal."""
+"""Tables of scores and answers for a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reparam.evaluation.score import Answer, Score
 def scores_table(
     before: Sequence[Score], after: Sequence[Score], *, names: tuple[str, str] = ("base", "with adapter")
 ) -> Table:
-    """Held-out scores of base and adapter, or of what else `names` says, with their intervals."""
+    """A table of two lists of held-out scores with their intervals. `names` are the headings of the two columns."""
     table = Table()
     for column in ("held-out score", f"{names[0]}, 95 % interval", names[1], "rows"):
         table.add_column(column)
@@ -29,7 +29,7 @@ def scores_table(
 
 
 def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
-    """Questions with the base's and the adapter's answers."""
+    """A table of questions with the expected answer and the answers (base model, adapter); correct ones are green."""
     table = Table(show_lines=True)
     for column in ("held-out question", "expected", "base", "with adapter"):
         table.add_column(column, overflow="fold", max_width=44)

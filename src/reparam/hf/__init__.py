@@ -1,1 +1,1 @@
-"""transformers: models and tokenizers, quantized loading, configurations, prompts."""
+"""Integration with transformers: load and save models, quantize while loading, prefix and prompt tuning."""

@@ -1,10 +1,9 @@
-"""How a quantized model is described in `config.json` and in its files: our own way, and bitsandbytes'.
+"""The `quantization_config` of `config.json` in the formats of reparam and bitsandbytes, and the tensors in the files.
 
     {"quant_method": "reparam", "storage": "nf4", "block": 64, "double": true, "targets": ["all-linear"]}
 
-The tensors of NF4 are those of bitsandbytes (`io/bitsandbytes.py`), so that only this entry differs between a folder of
-ours and one that transformers reads with bitsandbytes; those of int8 are in `io/int8.py`, of any
-other storage in `io/layouts.py`.
+Both formats store the tensors of NF4 as bitsandbytes does (`io/bitsandbytes.py`), so that only this entry differs.
+`io/int8.py` defines the tensors of int8, `io/layouts.py` those of any other storage.
 """
 
 from __future__ import annotations
@@ -36,26 +35,31 @@ METHOD = "reparam"
 
 @register_quantization_config(METHOD)
 class StorageConfig(QuantizationConfigMixin):
-    """A storage and where it goes, in transformers' terms; made by its subclasses and by `config_for`."""
+    """A storage and the modules to quantize with it, as a quantization config of transformers.
+
+    Users create its subclasses; `config_for` returns one for any storage.
+    """
 
     def __init__(self, storage: Storage, targets: targets_.Targets) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # of an enum of their own methods
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers declares an enum
         self.storage = storage
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written into `config.json`."""
+        """The entry for `config.json`."""
         start = {"quant_method": METHOD, "storage": self.storage.name}
         return {**start, **self.storage.settings(), "targets": list(self.targets)}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From what `to_dict` gave. Raises FormatError for keys and values that do not fit."""
+        """Read the entry that `to_dict` returned. Raises FormatError for unknown keys or storages and bad values."""
         values = {key: value for key, value in config_dict.items() if key != "quant_method"}
         where = "config.json: quantization_config"
         name, targets = values.pop("storage", None), values.pop("targets", None)
         if not isinstance(name, str) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-            raise FormatError(f"{where}: expected a storage by name and a list of targets, found {name!r}, {targets!r}")
+            raise FormatError(
+                f"{where}: expected the name of a storage and a list of targets, found {name!r}, {targets!r}"
+            )
         try:
             config = config_for(decode(find_storage(name), values, where), targets)
         except FormatError:
@@ -66,9 +70,10 @@ class StorageConfig(QuantizationConfigMixin):
 
 
 class NF4Config(StorageConfig):
-    """Quantize into NF4 while loading: `block` and `double` as in `reparam.NF4`, `targets` as in `reparam.attach`.
+    """Quantize to NF4 while transformers loads the model (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
-    The output head and the embeddings stay as they are unless named. Raises ValueError for a bad block size.
+    `block` and `double` have the meaning they have in `reparam.NF4`, `targets` the meaning it has in `reparam.attach`.
+    The default targets leave out the embeddings and the output head. Raises ValueError for an unsupported block size.
 
     >>> NF4Config(block=128).to_dict()
     {'quant_method': 'reparam', 'storage': 'nf4', 'block': 128, 'double': True, 'targets': ['all-linear']}
@@ -79,41 +84,48 @@ class NF4Config(StorageConfig):
 
 
 class Int8Config(StorageConfig):
-    """Quantize into int8, one scale a row, while loading; `targets` as in `reparam.attach`."""
+    """Quantize to int8, with one scale per row, while transformers loads the model.
+
+    `targets` has the meaning it has in `reparam.attach`.
+    """
 
     def __init__(self, *, targets: targets_.Targets = ("all-linear",)) -> None:
         super().__init__(Int8(), targets)
 
 
 def config_for(storage: Storage, targets: targets_.Targets) -> StorageConfig:
-    """The configuration for a storage. Raises ValueError for the dense one, which quantizes nothing."""
+    """The quantization config for a storage. Raises ValueError for dense, which does not quantize."""
     if storage.name == "dense":
         quantized = ", ".join(name for name in STORAGES if name != "dense")
-        raise ValueError(f"dense is not quantized by transformers; the storages for it are {quantized}")
+        raise ValueError(
+            f"the storage dense does not quantize, so it has no quantization config; choose one of {quantized}"
+        )
     if isinstance(storage, NF4):
         return NF4Config(storage.block, double=storage.double, targets=targets)
     return Int8Config(targets=targets) if isinstance(storage, Int8) else StorageConfig(storage, targets)
 
 
 def config_of(model: nn.Module) -> StorageConfig:
-    """What a quantized model's `config.json` is to say. Raises ValueError where matrices are in several storages."""
+    """The quantization config of a quantized model. Raises ValueError unless all its matrices have the same storage."""
     held = storages_in(model)
     names = sorted({storage.name for storage in held.values()})
     if len(names) != 1:
-        raise ValueError(f"the matrices are in {' and '.join(names) or 'no storage'}; a folder holds those of one")
-    with warnings.catch_warnings():  # what has no matrix to quantize was said when it was quantized
+        raise ValueError(
+            f"the model's quantized matrices use {' and '.join(names) or 'no storage'}; a saved model can have only one"
+        )
+    with warnings.catch_warnings():  # `quantize` already warned of what it skipped
         warnings.simplefilter("ignore")
         usual = targets_.resolve(model, "all-linear")
     return config_for(next(iter(held.values())), "all-linear" if set(usual) == set(held) else list(held))
 
 
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors as they go into files. Raises ValueError while adapters are on it."""
+    """The tensors to write into the model's files, by key. Raises ValueError while the model has adapters."""
     sites = {path: module for path, module in walk(model) if isinstance(module, Adapted | Replaced)}
     if any(isinstance(module, Replaced) or module.updates for module in sites.values()):
         raise ValueError(
-            "the model has adapters on it, and its files would not hold them: save the adapter alone (adapter.save), "
-            "and give a Trainer save_strategy='no'; or reparam.merge(model) first"
+            "the model has adapters, which its files cannot hold: save the adapter alone (adapter.save) and set "
+            "save_strategy='no' in a Trainer, or call reparam.merge(model) first"
         )
     found = {
         key: tensor
@@ -135,33 +147,35 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def from_bitsandbytes(values: Mapping[str, Any]) -> StorageConfig:
-    """Our configuration for a folder that bitsandbytes wrote. Raises ValueError for LLM.int8 and FP4.
+    """Convert the entry that bitsandbytes wrote. Raises ValueError for LLM.int8 and FP4.
 
-    It names no targets: what is quantized is what the files hold quantized.
+    The result has no targets: the tensors in the files show which matrices are quantized.
     """
     kind = values.get("bnb_4bit_quant_type")
     if values.get("load_in_8bit") or values.get("_load_in_8bit"):
-        raise ValueError("is LLM.int8 of bitsandbytes, which is not read; load the original model, storage int8")
+        raise ValueError("is quantized with LLM.int8 of bitsandbytes, which cannot be read; load the original model")
     if kind != "nf4":
-        raise ValueError(f"is {str(kind).upper()} of bitsandbytes, and only NF4 is read; load the original model")
+        raise ValueError(
+            f"is quantized with {str(kind).upper()} of bitsandbytes; only NF4 can be read: load the original model"
+        )
     return NF4Config(double=bool(values.get("bnb_4bit_use_double_quant")), targets=())
 
 
 def to_bitsandbytes(model: Any) -> dict[str, Any]:
-    """The entry with which transformers and bitsandbytes load the model, adapters aside.
+    """The entry with which transformers and bitsandbytes load the model, without its adapters.
 
-    Raises ValueError where bitsandbytes has no place for what is quantized: another storage, embeddings, or matrices
-    that its list of skipped modules cannot tell from dense ones.
+    Raises ValueError for a storage other than NF4, for quantized embeddings, and for quantized matrices that the list
+    of modules to skip (`llm_int8_skip_modules`) would match, too.
     """
     config = config_of(model)
     if config.storage.name != "nf4":
-        raise ValueError(f"bitsandbytes has no {config.storage.name} like ours; quantize the model into nf4")
+        raise ValueError(f"bitsandbytes cannot read reparam's {config.storage.name}; quantize the model to nf4")
     held = storages_in(model)
     modules = dict(walk(model))
     problems = [f"{path} is an embedding" for path in held if targets_.sizes(modules[path])[0] == "embedding"]
     skipped = [path for path, module in modules.items() if type(module) is nn.Linear or isinstance(module, Conv1D)]
     unread = [*skipped, *(model._keep_in_fp32_modules or ())]
-    problems += [f"{path} would be taken for a dense one" for path in held if not should_convert_module(path, unread)]
+    problems += [f"{path} would be read as a dense matrix" for path in held if not should_convert_module(path, unread)]
     if problems:
         raise ValueError(f"bitsandbytes could not read the model: {listed(problems)}; save it in the format 'reparam'")
     return BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers: loading with clear refusals, and writing plain or quantized models safely."""
+"""Load models and tokenizers with transformers, with clear errors, and save dense or quantized models atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
 from reparam.errors import BaseError
-from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers itself, so that quantized folders can be read)
+from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers the quantizer)
 from reparam.hf.config import (
     METHOD,
     StorageConfig,
@@ -38,15 +38,15 @@ def load_base(
     storage: Storage | None = None,
     targets: targets_.Targets = "all-linear",
 ) -> nn.Module:
-    """The causal language model in a local folder or on the hub, in eval mode.
+    """Load a causal language model from a local folder or the hub, in eval mode.
 
-    With a `storage`, the matrices that `targets` names are quantized while they are read, as `reparam.quantize` would
-    do it afterwards. A folder that is quantized already, by `save_model` or in NF4 by bitsandbytes (which is not needed
-    for it), is read as it is, without quantizing anything anew.
+    `dtype` is "auto" (as in the files) or the name of a torch dtype. With a `storage`, the matrices that `targets`
+    selects are quantized while they are read; the result equals that of `reparam.quantize` after loading. A model that
+    is already quantized, by `save_model` or in NF4 by bitsandbytes, is read as it is; bitsandbytes is not needed.
 
-    Weights are read from safetensors only, and no code of the repository is run. Raises BaseError, in one sentence,
-    for a folder that does not exist or holds no such model, for one that is quantized in another way than is asked for,
-    and for a hub that cannot be reached.
+    Weights are read from safetensors only, and code in the repository is never run. Raises BaseError if the folder does
+    not exist or holds no causal language model, if the model is already quantized in another way than `storage` and
+    `targets` ask for, and if the hub cannot be reached.
     """
     _check_path(path)
     logging.disable_progress_bar()
@@ -70,14 +70,14 @@ def load_base(
         if quantized is not None and storage is not None:
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
-                raise ValueError(f"is quantized already, without {', '.join(dense[:3])}; load the original model")
+                raise ValueError(f"is quantized already, but not in {', '.join(dense[:3])}; load the original model")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise BaseError(f"{path}: no causal language model could be loaded: {_first_line(error)}") from error
     return model.eval()
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises BaseError."""
+    """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
     _check_path(path)
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
@@ -88,13 +88,13 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
 ) -> None:
-    """Write a plain or quantized model, and its tokenizer, into a new folder; whole, or not at all.
+    """Write a dense or quantized model and, optionally, its tokenizer into a new folder, atomically.
 
-    A quantized one is written as it is. `format` says who is to read it: "reparam" (`load_base`, or transformers once
-    `reparam.hf.models` is imported), or "bitsandbytes" (transformers with bitsandbytes; `load_base` too).
+    Quantized matrices stay quantized. `format` is "reparam" (for `load_base`, and for transformers once
+    `reparam.hf.models` is imported) or "bitsandbytes" (for transformers with bitsandbytes, and for `load_base`).
 
-    Raises ValueError while adapters are on the model (stock tools could not read it), for the folder that the base
-    came from, which would be overwritten, and for a quantized model that the format has no place for.
+    Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
+    loaded from, and if the format cannot store the quantized matrices.
     """
     target = Path(folder).resolve()
     tensors = file_tensors(model)
@@ -111,20 +111,22 @@ def save_model(
 
 
 def check_not_base(folder: str | Path, base: str) -> None:
-    """Raise ValueError when `folder` is where the base model is, or lies around or inside it."""
+    """Raise ValueError if `folder` is the folder of the base model, contains it or lies in it."""
     target, source = Path(folder).resolve(), Path(base).resolve()
     if base and source.exists() and (target == source or source in target.parents or target in source.parents):
-        raise ValueError(f"{folder}: is the folder of the base model {base}, or holds it; choose another")
+        raise ValueError(
+            f"{folder}: is the folder of the base model {base}, contains it or lies in it; choose another folder"
+        )
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Number of rows of the input embedding."""
+    """The size of the vocabulary: the number of rows of the input embedding."""
     module = model.get_input_embeddings()  # type: ignore[operator]
     return int(module.weight.out_features if isinstance(module, Adapted) else module.weight.shape[0])
 
 
 def _storage_config(config: Any) -> StorageConfig | None:
-    """What a folder's configuration says of how it is quantized, in our terms; None where it is dense, or not ours."""
+    """The quantization config of a model that reparam or bitsandbytes wrote; None for any other model."""
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict):
         return None
@@ -136,13 +138,13 @@ def _storage_config(config: Any) -> StorageConfig | None:
 def _check_storage(quantized: StorageConfig, storage: Storage | None) -> None:
     if storage is not None and storage != quantized.storage:
         raise ValueError(
-            f"is quantized already, as {quantized.storage}, and {storage} was asked for: quantizing twice loses twice; "
-            f"load the original model, or leave the storage out"
+            f"is quantized already, as {quantized.storage}; quantizing it again, as {storage}, would lose "
+            f"precision twice: load the original model, or leave the storage out"
         )
 
 
 def _entry(model: nn.Module, format: str) -> dict[str, Any] | None:
-    """The entry of a quantized model in `config.json`."""
+    """The `quantization_config` of a quantized model for `config.json`; None for a dense model."""
     if format not in ("reparam", "bitsandbytes"):
         raise ValueError(f"format={format!r}: expected 'reparam' or 'bitsandbytes'")
     if format == "bitsandbytes":
@@ -156,7 +158,7 @@ def _check_path(path: str) -> None:
     local = Path(path)
     if local.is_dir():
         if not (local / "config.json").exists():
-            raise BaseError(f"{path}: is a folder without config.json, so it holds no model{_adapter_hint(local)}")
+            raise BaseError(f"{path}: is not a model folder, because it has no config.json{_adapter_hint(local)}")
     elif local.exists():
         raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -166,7 +168,11 @@ def _check_path(path: str) -> None:
 
 def _adapter_hint(folder: Path) -> str:
     held = [name for name in ("adapter.json", "adapter_config.json") if (folder / name).exists()]
-    return f" ({held[0]} says that it is an adapter: give it as the adapter, and its base as the base)" if held else ""
+    return (
+        f" ({held[0]} shows that it is an adapter: pass it as the adapter, and its base model as the base)"
+        if held
+        else ""
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""From what a user names on the command line to a model with an adapter on it."""
+"""Open a base model, its tokenizer and, optionally, an adapter, as the command line names them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from reparam.sites.walk import storages_in, tied
 def open_model(
     base: str | None, adapter: str | Path | None, *, dtype: str = "auto", storage: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Adapter | None]:
-    """Base, tokenizer, and the adapter on it. A base that is not named is the one the adapter was trained on.
+    """Load a base model and its tokenizer, and put an adapter, if one is given, on the model.
 
-    Matrices that were quantized when the adapter was trained are quantized in the same way here, unless `storage` says
-    how all linear maps are to be kept: "dense", "nf4", "int8". An embedding that the output head shares is untied for
-    an adapter that changes one of them. Raises ValueError when neither tells the base.
+    Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
+    are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
+    storage of all linear maps. Tied embeddings are untied if the adapter changes the embedding or the output head.
+
+    Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
+    do not fit, and BaseError if the base model cannot be loaded.
     """
     folder = adapter_folder(adapter) if adapter is not None else None
     if folder is not None and prompts.prompting_of(folder) is not None:
@@ -42,12 +45,12 @@ def open_model(
     if record is None or folder is None:
         return model, tokenizer, None
     if tied(model, [*record.sites, *record.replaced]):
-        untie(model)  # as the base was when it was trained, or it could not be there
+        untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")
 
 
 def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> nn.Module:
-    """The base, in the storage that is asked for or, where none is, in those that the adapter was trained on."""
+    """The base model in the given storage, by default in the storages that the adapter was trained with."""
     if storage is not None and storage != "dense":
         return load_base(path, dtype=dtype, storage=find_storage(storage)())
     told = record.base if record is not None and storage is None else None
@@ -56,7 +59,9 @@ def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> 
     if first is None:
         model = load_base(path, dtype=dtype)
         if storage == "dense" and storages_in(model):
-            raise FormatError(f"{path}: its matrices are quantized, and what they were before is lost; give --base")
+            raise FormatError(
+                f"{path}: its matrices are quantized, so the dense values are lost; pass the original model with --base"
+            )
         return model
     model = load_base(path, dtype=dtype, storage=made(first), targets=first.modules)
     for other in quantizing[1:]:
@@ -65,21 +70,23 @@ def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> 
 
 
 def made(packing: Packing) -> Storage:
-    """The storage with its settings. Raises FormatError for one that this release does not have."""
+    """The storage with its settings. Raises FormatError for a storage or setting that this release does not know."""
     try:
         return find_storage(packing.storage)(**packing.settings)
     except (ValueError, TypeError) as error:
-        raise FormatError(f"the adapter's base was quantized in a way that is not known here: {error}") from None
+        raise FormatError(
+            f"the adapter's base was quantized in a way that this release does not know: {error}"
+        ) from None
 
 
 def base_of(record: Record | None, folder: Path | None) -> str:
-    """Where the base of the adapter in `folder` is, as its files say. Raises ValueError when they do not."""
+    """Folder or hub id of the base model, as the files of the adapter name it. Raises FormatError if they do not."""
     source = record.base.source if record is not None and record.base is not None else ""
     if not source:
         what = (
-            f"{folder} does not say what its base is"
+            f"{folder} does not name its base model"
             if folder is not None
-            else "neither a base nor an adapter is given"
+            else "neither a base model nor an adapter is given"
         )
-        raise FormatError(f"{what}; give --base with a folder or hub id")
+        raise FormatError(f"{what}; pass its folder or hub id with --base")
     return source

@@ -1,8 +1,8 @@
-"""Prefix and prompt tuning: PEFT's models behind the interface of an adapter.
+"""Prefix and prompt tuning: models of PEFT with the interface of an adapter.
 
-`attach` and `load` give a handle whose `model` is a `PeftModel`, which takes the place of the base model from then on.
-`reparam.select` puts the positions in front of the text, or leaves them out. Files are PEFT's own folders, which say
-which base they were trained on and bind nothing else.
+`attach` and `load` return an adapter whose `model` is a `PeftModel`; use it in place of the base model.
+`reparam.select` turns the virtual tokens on and off. The files are those of PEFT. They name the base model, but hold no
+checksum of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS: dict[str, type[Prompting]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": P
 
 
 class Prompts(Adapter):
-    """The handle of positions that train: `parameters()` are theirs, `model` is PEFT's."""
+    """An adapter of trainable virtual tokens. `model` is the `PeftModel`."""
 
     method: Prompting
     removable = False
@@ -42,11 +42,11 @@ class Prompts(Adapter):
 
     @property
     def positions(self) -> int:
-        """As many as it trains."""
+        """Number of virtual tokens."""
         return self.method.tokens
 
     def save(self, folder: str | Path, *, format: str = "peft") -> None:
-        """Write PEFT's folder, in one step or not at all. Raises ValueError where a number is not finite."""
+        """Write a folder in PEFT's format, atomically. Raises ValueError if a value is NaN or infinite."""
         model: Any = self.model
         tensors = {"prompt_embeddings": model.get_prompt_embedding_to_save(self.name)}
         if not torch.isfinite(tensors["prompt_embeddings"]).all():
@@ -59,7 +59,7 @@ class Prompts(Adapter):
 
     @torch.no_grad()
     def fill(self, folder: Path) -> None:
-        """Take the saved values. Raises FormatError for a damaged file, or one of other shapes."""
+        """Copy the saved values into this adapter. Raises FormatError for a damaged file and for other shapes."""
         found = parse_tensors(read_bytes(folder / WEIGHTS), folder / WEIGHTS)
         own: Tensor = self.shared.embedding.weight  # type: ignore[union-attr, assignment]
         value = found.get("prompt_embeddings")
@@ -70,16 +70,16 @@ class Prompts(Adapter):
 
 
 class PromptState(AdapterState):
-    """The choice among positions that train: one of them, or none."""
+    """Selects one adapter of virtual tokens, or none."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._without = contextlib.ExitStack()
 
     def select(self, which: Choice) -> Selection:
-        """See `reparam.select`. Raises ValueError for a list: these positions are the same for a whole batch."""
+        """See `reparam.select`. Raises ValueError for a list, because all rows of a batch share one adapter."""
         if which is not None and not isinstance(which, str):
-            raise ValueError("prefix and prompt tuning have no mixed batches; select one adapter by its name")
+            raise ValueError("prefix and prompt tuning do not support mixed batches; select one adapter by its name")
         selection = super().select(which)
         self._without.close()
         model: Any = self.model
@@ -90,19 +90,23 @@ class PromptState(AdapterState):
         return selection
 
     def forget(self, name: str) -> None:
-        """There is no way back. Raises ValueError."""
-        raise ValueError(f"adapter {name!r}: PEFT's model cannot be undone here; load the base model again")
+        """Always raises ValueError: such an adapter cannot be removed."""
+        raise ValueError(
+            f"adapter {name!r}: prefix and prompt tuning cannot be removed from a model; load the base model again"
+        )
 
 
 def attach(model: nn.Module, method: Prompting, *, name: str = "default") -> Prompts:
-    """Fresh positions in front of what `model` reads, selected; everything else is frozen.
+    """Add a new, selected adapter of virtual tokens; everything else is frozen.
 
-    The handle's `model` is to be used from then on. Raises ValueError without PEFT, and for a quantized base, which
-    PEFT's files could not name.
+    Use the adapter's `model` from then on. Raises ValueError if PEFT is not installed, and for a quantized base model,
+    because PEFT's files cannot record the quantization.
     """
     peft = _peft(method)
     if storages_in(model):
-        raise ValueError(f"{method.name}: PEFT's files do not say how a base was quantized; use base.storage dense")
+        raise ValueError(
+            f"{method.name}: PEFT's files cannot record how the base was quantized; use base.storage dense"
+        )
     make = getattr(peft, method.peft_config)
     config = make(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **method.peft_settings)
     with torch.random.fork_rng():
@@ -114,14 +118,15 @@ def attach(model: nn.Module, method: Prompting, *, name: str = "default") -> Pro
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", activate: bool = True) -> Prompts:
-    """The saved positions in front of what `model` reads, frozen; selected unless `activate` is False.
+    """Load a frozen adapter of virtual tokens; select it unless `activate` is False.
 
-    `model` is a base, or has such positions already. Raises FormatError for a folder that is damaged or does not fit.
+    `model` is a base model or the `model` of another such adapter. Raises FormatError for a folder that is damaged or
+    does not fit the model, and ValueError if PEFT is not installed.
     """
     folder = Path(folder)
     kind = prompting_of(folder)
     if kind is None:
-        raise FormatError(f"{folder}: neither prefix nor prompt tuning is in {CONFIG}")
+        raise FormatError(f"{folder}: {CONFIG} describes neither prefix nor prompt tuning")
     config = _peft(kind).PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     made = _with(model, _peft(kind), config, name)
@@ -149,7 +154,7 @@ def _(adapter: Prompts, folder: Path) -> None:
 
 
 def prompting_of(folder: Path) -> Prompting | None:
-    """The method whose PEFT folder this is; None for any other folder."""
+    """The method (prefix or prompt tuning) of a PEFT folder; None for any other folder."""
     if not (folder / CONFIG).is_file():
         return None
     values = read_json(folder / CONFIG)
@@ -158,25 +163,25 @@ def prompting_of(folder: Path) -> Prompting | None:
 
 
 def is_prompted(model: nn.Module) -> bool:
-    """Whether there are positions that train in front of what this model reads."""
+    """Whether the model has adapters of virtual tokens."""
     return isinstance(getattr(model, "reparam_state", None), PromptState)
 
 
 def base_of(folder: Path) -> str:
-    """The base that such a folder names. Raises FormatError where it names none."""
+    """The base model that a PEFT folder names. Raises FormatError if it names none."""
     source = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not source:
-        raise FormatError(f"{folder} does not say what its base is; give --base with a folder or hub id")
+        raise FormatError(f"{folder} does not name its base model; pass its folder or hub id with --base")
     return str(source)
 
 
 def _with(model: nn.Module, peft: Any, config: Any, name: str) -> Any:
-    """PEFT's model with positions of this name."""
+    """The `PeftModel` with a new adapter of this name; makes the `PeftModel` if `model` is not one yet."""
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
         return model
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's own, about transformers
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT causes it
         made = peft.get_peft_model(model, config, adapter_name=name)
     made.reparam_state = PromptState(made)
     made.register_forward_hook(_trim, with_kwargs=True)
@@ -190,7 +195,7 @@ def _known(model: Any, method: Prompting, name: str) -> Prompts:
 
 
 def _trim(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Leave out the scores at a prompt's own positions, so that there is one for each token of the text."""
+    """Drop the logits of the virtual tokens; those of the text, [B, T, vocabulary], remain."""
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     output.logits = output.logits[:, -ids.shape[1] :]
     return output

@@ -1,13 +1,12 @@
-"""The quantizer that transformers calls: quantizing while a model is read, files of quantized models, training under
-Trainer.
+"""The quantizer that transformers calls: it quantizes models while they load, and reads and writes quantized models.
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=reparam.NF4Config())
     model.hf_quantizer.report
 
-Each matrix is quantized as soon as it is read, and let go before the next one is. What is put in its place is the
-module that `reparam.quantize` puts there. Importing this file registers the method "reparam" with transformers;
-touching `reparam.NF4Config` or importing `reparam.hf.models` does that. Before it, transformers cannot read the folder
-of a quantized model: it warns of an "unknown quantization type" and then about the sizes of all matrices.
+Each matrix is quantized as soon as it is read, and freed before the next one is read. The resulting modules are those
+of `reparam.quantize`. Importing this file registers the method "reparam" with transformers; accessing
+`reparam.NF4Config` or importing `reparam.hf.models` imports it. Unless it is registered, transformers cannot read a
+quantized model: it warns of an "unknown quantization type" and then of wrong shapes.
 """
 
 from __future__ import annotations
@@ -38,66 +37,68 @@ _log = logging.getLogger(__name__)
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """What transformers calls while it loads and saves. `report` says what was quantized and what was left."""
+    """The quantizer of transformers for the method "reparam". After loading, `report` lists what was quantized."""
 
     quantization_config: StorageConfig
 
     def __init__(self, quantization_config: StorageConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.paths: frozenset[str] = frozenset()
-        """Modules that are to be quantized, or that `config.json` says are quantized in the files."""
+        """Paths of the modules to quantize or, for quantized files, of those that `config.json` lists as quantized."""
         self.sites: dict[str, QuantizedSite] = {}
         self.problems: list[str] = []
         self.missing: set[str] = set()
         self.mapped = Mapped(())
         self.report: QuantizeReport | None = None
 
-    # Quantized weights are frozen and x goes through them differentiably: adapters on top of them train.
+    # Quantized weights are frozen, but the gradient passes through them to the input, so adapters can train.
     @property
     def is_trainable(self) -> bool:
-        """Always true."""
+        """Always true: adapters on the model can be trained."""
         return True
 
-    # Trainer refuses a quantized model that is no PEFT model unless this is true: it stands for "has parameters that
-    # train without PEFT", which our adapters are, and not for training the quantized weights.
+    # Trainer refuses a quantized model that is not a PeftModel unless this is true. Here it means that the model has
+    # trainable parameters (the adapters), not that the quantized weights are trained.
     @property
     def is_qat_trainable(self) -> bool:
-        """Always true."""
+        """Always true, so that Trainer accepts the model."""
         return True
 
     def is_serializable(self) -> bool:
-        """Always true."""
+        """Always true: `save_pretrained` can write the model."""
         return True
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes for each quantized entry, from which transformers plans a device map."""
-        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))  # whole blocks of any size
+        """Bytes per quantized entry; transformers plans device maps with it."""
+        weight = self.quantization_config.storage.quantize(torch.zeros(128, 128))  # a multiple of every block size
         return sum(parameter.nbytes for parameter in weight.parameters()) / 128**2
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a device map that leaves quantized matrices on the disk."""
+        """Raise ValueError if the device map offloads modules to disk."""
         places = kwargs.get("device_map")
         if isinstance(places, dict) and "disk" in places.values():
-            raise ValueError("device_map: quantized matrices cannot stay on the disk; leave 'disk' out of it")
+            raise ValueError(
+                "device_map: quantized matrices cannot be offloaded to disk; remove 'disk' from the device map"
+            )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this tensor is the matrix of a module that is to be quantized."""
+        """Whether this tensor is the weight of a module to quantize."""
         return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.paths
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What quantizes one tensor."""
+        """The operation that quantizes a tensor that was read."""
         return _Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """For quantized files: what gathers the tensors of each weight and makes one of them."""
+        """For quantized files: the converter that makes one weight from the tensors stored for it. Otherwise none."""
         if not self.pre_quantized:
             return []
         keys = keys_in_files(self.quantization_config.storage)
         return [WeightConverter(keys, "weight", [_Read(self)])]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None for the tensors of quantized weights, which keep theirs; `_Read` is told what was asked for."""
+        """None for the stored tensors of quantized weights, which keep their dtype; tells `_Read` the requested one."""
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, _Read):
                 operation.dtype = dtype
@@ -116,10 +117,10 @@ class Quantizer(HfQuantizer):
         return model
 
     def put(self, model: Any, path: str, weight: Weight, before: int) -> None:
-        """Put the quantized weight in the place of the module at `path`; `before`: bytes of its origin."""
+        """Replace the module at `path` by one with the quantized weight. `before`: bytes that were read for it."""
         module = targets_.wrap(model.get_submodule(path))
         module.hold(weight)
-        module._is_hf_initialized = True  # type: ignore[assignment]  # else transformers may draw numbers for it
+        module._is_hf_initialized = True  # type: ignore[assignment]  # otherwise transformers may initialize it
         model.set_submodule(path, module)
         held = sum(parameter.nbytes for parameter in weight.parameters())
         self.sites[path] = QuantizedSite(path, weight.out_features * weight.in_features, held, before)
@@ -127,27 +128,29 @@ class Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         rest = sorted(self.paths - self.sites.keys())
         if self.pre_quantized and not self.problems:
-            self.problems = [f"{path}.weight is not quantized, and config.json says that it is" for path in rest]
-            self.problems += [] if self.sites else ["no matrix is quantized, and config.json says that some are"]
-        # Without targets, config.json says no more than "quantized", and there is nothing to compare with.
+            self.problems = [f"{path}.weight is not quantized, but config.json lists it as quantized" for path in rest]
+            self.problems += (
+                [] if self.sites else ["no matrix is quantized, but config.json describes a quantized model"]
+            )
+        # Without targets, config.json does not give the storage's settings, so there is nothing to compare.
         if self.pre_quantized and self.quantization_config.targets:
             told = self.quantization_config.storage
             found = {path: model.get_submodule(path).weight.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
             if wrong:
                 count = f"{len(wrong)} matrices (first: {wrong[0]})"
-                self.problems.append(f"{count} are quantized as {found[wrong[0]]}, and config.json says {told}")
+                self.problems.append(f"{count} are quantized as {found[wrong[0]]}, but config.json says {told}")
         if self.problems:
             raise FormatError(listed(self.problems))
-        for path in rest:  # what came through transformers' own conversions under another first name
+        for path in rest:  # those that transformers' own conversions renamed
             matrix = model.get_submodule(path).weight.detach()
             self.quantize(model, path, matrix)
         for path in self.sites:
             module = model.get_submodule(path)
             if module.bias is not None:
-                if f"{path}.bias" in self.missing:  # it has been named by transformers, and not been given values
+                if f"{path}.bias" in self.missing:  # transformers reports it as missing and does not initialize it
                     nn.init.zeros_(module.bias)
-                module.origin[0].bias = module.bias  # the stock module, which `restore` puts back
+                module.origin[0].bias = module.bias  # the original module, which `restore` puts back
         if self.pre_quantized and not self.quantization_config.targets:
             self.quantization_config = model.config.quantization_config = config_of(model)
         quantized = {id(p) for path in self.sites for p in model.get_submodule(path).weight.parameters()}
@@ -157,10 +160,13 @@ class Quantizer(HfQuantizer):
         return model
 
     def quantize(self, model: Any, path: str, matrix: Tensor) -> None:
-        """Quantize the matrix that the files hold for the module at `path`. Raises ValueError, naming it."""
+        """Quantize the matrix that the files hold for the module at `path`.
+
+        Raises ValueError, with the path, for another shape and for what the storage cannot quantize, such as NaN.
+        """
         module = model.get_submodule(path)
         if matrix.shape != module.weight.shape:
-            sizes = f"{list(matrix.shape)}, and the model's is {list(module.weight.shape)}"
+            sizes = f"{list(matrix.shape)} in the files, but {list(module.weight.shape)} in the model"
             raise ValueError(f"{path}.weight is {sizes}")
         try:
             weight = self.quantization_config.storage.quantize(matrix.t() if is_conv1d(module) else matrix)
@@ -169,11 +175,11 @@ class Quantizer(HfQuantizer):
         self.put(model, path, weight, matrix.nbytes)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes; the configuration is made to say what is quantized now."""
+        """The tensors that `save_pretrained` writes. Updates the quantization config to what is quantized now."""
         tensors = file_tensors(model)
         if storages_in(model):
             self.quantization_config = model.config.quantization_config = config_of(model)
-        else:  # everything was dequantized since
+        else:  # everything was dequantized after loading
             self.remove_quantization_config(model)
         return tensors, {}
 
@@ -185,43 +191,43 @@ class Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    """Quantizes a tensor that was just read."""
+    """Quantizes each matrix as soon as it is read."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Put the quantized weight into the model, and give transformers nothing to put there."""
+        """Put the quantized weight into the model; return only the tensors that transformers should set."""
         model, missing, quantizer = kwargs["model"], kwargs["missing_keys"], self.quantizer
         quantizer.missing = missing
         for key in [key for key in input_dict if quantizer.param_needs_quantization(model, key)]:
             found = input_dict.pop(key)
-            missing.discard(key)  # else transformers warns of it and initializes it
+            missing.discard(key)  # otherwise transformers warns and initializes it
             try:
                 quantizer.quantize(model, key.removesuffix(".weight"), found[0] if isinstance(found, list) else found)
-            except ValueError as error:  # all of them are raised at once, after loading
+            except ValueError as error:  # all problems are raised together after loading
                 quantizer.problems.append(str(error))
             del found
-        quantizer.mapped.forget()  # else the process grows by the pages of the file that were read
+        quantizer.mapped.forget()  # otherwise the pages of the file that were read count as memory of the process
         return input_dict
 
 
 class _Read(ConversionOps):
-    """Makes one weight of the tensors that a quantized file holds for it; passes on what is not quantized."""
+    """Makes one quantized weight from the tensors stored for it; passes dense weights on."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self.dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo: Any) -> Self:
-        return type(self)(self.quantizer)  # transformers copies one for each weight; the quantizer is one
+        return type(self)(self.quantizer)  # transformers copies this for each weight; all copies share the quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Put the quantized weight into the model, and give transformers nothing to put there."""
+        """Put the quantized weight into the model; return only the tensors that transformers should set."""
         model, name, quantizer = kwargs["model"], kwargs["full_layer_name"], self.quantizer
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         alone = parts.get("weight") if len(parts) == 1 else None
-        if alone is not None and alone.dtype not in (torch.uint8, torch.int8):  # a matrix that was left as it is
+        if alone is not None and alone.dtype not in (torch.uint8, torch.int8):  # a dense matrix
             return {"weight": alone.to(self.dtype)}
         quantizer.missing = kwargs["missing_keys"]
         quantizer.missing.discard(name)
@@ -235,26 +241,26 @@ class _Read(ConversionOps):
         module = model.get_submodule(path)
         why = targets_.unsupported_reason(module)
         if why:
-            raise FormatError(f"{path}: is quantized in the files, and {why}")
+            raise FormatError(f"{path}: is quantized in the files, but {why}")
         layout = layout_of(self.quantizer.quantization_config.storage)
         _, *sizes = targets_.sizes(module)
         state = {f"{path}.{key}": tensor for key, tensor in parts.items()}
         weight = layout.weight_from(state, path, (sizes[0], sizes[1])).to(self.dtype)
         if [weight.out_features, weight.in_features] != sizes:
             raise FormatError(
-                f"{path}.weight is {[weight.out_features, weight.in_features]}, and the model's is {sizes}"
+                f"{path}.weight is {[weight.out_features, weight.in_features]} in the files, but {sizes} in the model"
             )
         self.quantizer.put(model, path, weight, sum(tensor.nbytes for tensor in parts.values()))
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What saving does: nothing, because `file_tensors` has done it."""
+        """The operation on saving: none, because `file_tensors` already made the tensors."""
         return _Keep()
 
 
 class _Keep(ConversionOps):
-    """Passes on what it gets."""
+    """Returns its input unchanged."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The input."""
+        """Return the input."""
         return input_dict

@@ -1,1 +1,1 @@
-"""Training causal language models: configuration, the run on an existing trainer, checkpoints."""
+"""Train causal language models: the configuration, the run with transformers' Trainer, and checkpoints."""

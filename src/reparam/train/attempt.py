@@ -1,4 +1,4 @@
-"""A training run that is one of many: that it fails is a result, and a signal ends all of them."""
+"""One of many training runs: returns a failure as a result, and raises Stopped after a signal to end all runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from reparam.train.show import Show
 
 
 def attempt(config: Config, *, show: Show, keep_adapter: bool) -> Result | str:
-    """What a run produced; or why it failed: a number that is not finite, nothing learned, no memory.
+    """Train, and return the result or, if the run failed, the reason as one line.
 
-    Checkpoints are removed at its end, and the adapter unless it is to be kept. Raises Stopped after a signal, with
-    the checkpoint in its place, and ValueError for what the user can mend.
+    Failures are a loss or gradient that is not finite, an adapter that learned nothing, and a lack of device memory.
+    Afterwards the checkpoints are deleted and, unless `keep_adapter` is true, the adapter. Raises Stopped after a
+    signal (the checkpoints stay), and ValueError for errors that the user can fix.
     """
     found: Result | str
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of many runs, each would repeat what was said once
+            warnings.simplefilter("ignore", UserWarning)  # every run would repeat the same warnings
             found = train(config, show=show)
     except (FloatingPointError, NothingLearned, torch.OutOfMemoryError) as error:
         found = str(error).split("\n")[0]

@@ -1,7 +1,7 @@
-"""The section [base] of the configuration: the frozen model, and how its matrices are stored.
+"""The section [base] of the configuration: the frozen model and the storage of its matrices.
 
-Beside the keys of `BaseConfig` it has the settings of the chosen storage, whatever storage it is, so that a new storage
-needs nothing here.
+The section holds the keys of `BaseConfig` and the settings of the chosen storage, so that a new storage needs no change
+in this file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import reparam.weights  # noqa: F401  (fills its registry)
+import reparam.weights  # noqa: F401  (registers the storages)
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
 from reparam.core.registry import STORAGES, find_storage
@@ -46,7 +46,7 @@ class BaseConfig:
         return find_storage(self.storage)(**self.settings) if self.storage != "dense" else None
 
     def table(self) -> dict[str, Any]:
-        """The section as it is written to files, with the storage's settings beside the other keys."""
+        """The section as a flat table for files: the keys of `BaseConfig` and the settings of the storage."""
         own = dataclasses.asdict(self)
         return own | own.pop("settings")
 
@@ -56,12 +56,12 @@ KEYS = tuple(field.name for field in dataclasses.fields(BaseConfig) if field.nam
 
 
 def split_keys(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of [base] that every storage has, and the settings of the chosen one; other keys go to `problems`.
+    """Split [base] into the keys of `BaseConfig` and the settings of the chosen storage; append errors to `problems`.
 
-    A setting of another storage at its default is left out, because it asks for nothing.
+    A setting of another storage is ignored if it has its default value.
     """
     if "packed" in table:
-        warnings.warn("base.packed is now base.quantized; the old name goes with the next release", FutureWarning, 2)
+        warnings.warn("base.packed is now base.quantized; the next release removes the old name", FutureWarning, 2)
         table = {"quantized" if key == "packed" else key: value for key, value in table.items()}
     common = {key: value for key, value in table.items() if key in KEYS}
     settings = {}

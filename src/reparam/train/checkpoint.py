@@ -1,8 +1,8 @@
-"""Checkpoints of a run: committed or absent, checked before use, and one run per folder.
+"""Checkpoints of a run: written atomically, verified before use, with one run per folder.
 
-A run folder holds `checkpoint-<step>` folders. Each is staged under a hidden name, gets `manifest.json` (size and
-SHA-256 of every other file) as its last file, is flushed to the disk and renamed: a folder of that name without a
-manifest, or with a file that does not match it, was not written by `commit` or was changed since, and is not used.
+A run folder holds `checkpoint-<step>` folders. Each is written under a hidden name, with `manifest.json` (size and
+SHA-256 of every other file) as its last file, then flushed to disk and renamed. A checkpoint folder without a manifest,
+or with a file that does not match it, is incomplete or was changed, and is not used.
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What there is to resume from."""
+    """The checkpoint to resume from, and those that were skipped."""
 
     path: Path | None
-    """The newest committed and intact checkpoint, or None."""
+    """The newest intact checkpoint, or None."""
     skipped: list[tuple[Path, str]]
-    """The newer ones that cannot be used, newest first, each with the reason."""
+    """Newer checkpoints that cannot be used, newest first, each with the reason."""
 
 
 def commit(run_folder: str | os.PathLike[str], step: int, write: Callable[[Path], None]) -> Path:
-    """Write the checkpoint of a step, whole or not at all; one that is there for the same step is replaced.
+    """Write the checkpoint of a step atomically; it replaces an existing checkpoint of the same step.
 
     Args:
-        run_folder: made if it is missing.
-        step: number of optimizer steps done.
-        write: writes everything but the manifest into the empty folder that it is given.
+        run_folder: created if it does not exist.
+        step: number of completed optimizer steps.
+        write: gets an empty folder and writes all files of the checkpoint into it, except the manifest.
 
     Returns the checkpoint's folder.
 
     Raises:
-        DiskFull: there was no room. The message names the checkpoint that a run can still be resumed from.
+        DiskFull: the disk is full. The message names the newest checkpoint that is intact.
     """
     target = Path(run_folder) / f"checkpoint-{step}"
     try:
@@ -55,16 +55,16 @@ def commit(run_folder: str | os.PathLike[str], step: int, write: Callable[[Path]
             (folder / MANIFEST).write_text(json.dumps(_manifest(folder, step), indent=1) + "\n", encoding="utf-8")
     except DiskFull as error:
         kept = newest(run_folder).path
-        state = f"the old one, {kept.name}, is intact" if kept else "there is no older one"
+        state = f"{kept.name} is intact" if kept else "there is no older checkpoint"
         raise DiskFull(
-            f"no room on the disk for {target} ({error.__cause__}): nothing of it was kept, and {state}. "
+            f"not enough disk space for {target} ({error.__cause__}): it was not saved, and {state}. "
             "Free some space and resume"
         ) from error
     return target
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Compare a checkpoint with its manifest. Returns what is wrong with it, one sentence each; nothing if intact."""
+    """Compare a checkpoint with its manifest. Returns one sentence per problem, or an empty list if it is intact."""
     path = Path(folder)
     if not path.is_dir():
         return ["it is not a folder" if path.exists() else "it does not exist"]
@@ -72,18 +72,18 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, files = manifest["step"], dict(manifest["files"])
         if manifest["format"] != FORMAT:
-            return [f"{MANIFEST} has format {manifest['format']!r}, and this version reads {FORMAT}"]
+            return [f"{MANIFEST} has format {manifest['format']!r}, but this version reads only {FORMAT}"]
     except FileNotFoundError:
-        return [f"{MANIFEST} is missing: it was never committed"]
+        return [f"{MANIFEST} is missing: the checkpoint was not completed"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     match = _NAME.match(path.resolve().name)
-    problems = [f"{MANIFEST} is of step {step!r}"] if match and int(match[1]) != step else []
+    problems = [f"{MANIFEST} belongs to step {step!r}"] if match and int(match[1]) != step else []
     return problems + [problem for name, entry in files.items() for problem in _compare(path, name, entry)]
 
 
 def newest(run_folder: str | os.PathLike[str]) -> Found:
-    """Find the newest checkpoint that is committed and intact, and what had to be skipped for it."""
+    """Find the newest intact checkpoint, and the newer ones that had to be skipped."""
     skipped: list[tuple[Path, str]] = []
     for path in _checkpoints(run_folder):
         problems = verify(path)
@@ -94,17 +94,17 @@ def newest(run_folder: str | os.PathLike[str]) -> Found:
 
 
 def resume_point(run_folder: str | os.PathLike[str], wish: str | os.PathLike[str] | bool | None) -> Found:
-    """Choose where a run in this folder starts, so that a folder never holds two histories.
+    """Choose the checkpoint that a run in this folder starts from, so that a folder never mixes two runs.
 
     Args:
-        run_folder: where the run will write.
-        wish: None or False for a new run, True for the newest intact checkpoint, or the path of one.
+        run_folder: the folder that the run will write to.
+        wish: None or False for a new run, True for the newest intact checkpoint, or the path of a checkpoint.
 
-    Returns the checkpoint, or None in its place for a new run, and what was skipped.
+    Returns the checkpoint (`path` is None for a new run) and the checkpoints that were skipped.
 
     Raises:
-        ValueError: a new run into a folder with checkpoints; nothing to resume from; a checkpoint that is damaged, or
-            that is older than another intact one in the folder.
+        ValueError: the folder already has checkpoints of another run; there is no checkpoint to resume from; or the
+            requested checkpoint is damaged or is not the newest intact one in the folder.
     """
     found = newest(run_folder)
     if wish is None or wish is False:
@@ -123,17 +123,18 @@ def resume_point(run_folder: str | os.PathLike[str], wish: str | os.PathLike[str
         raise ValueError(f"cannot resume from {path}: {'; '.join(problems)}")
     if found.path is not None and found.path.resolve() != path.resolve():
         raise ValueError(
-            f"cannot resume from {path}: {found.path} would stay the newest checkpoint of the run. Resume from that, "
-            "or delete it and those after it first"
+            f"cannot resume from {path}, because {found.path} is the newest checkpoint of the run: resume from the "
+            "newest one, or delete all newer checkpoints first"
         )
     return Found(path, found.skipped)
 
 
 def prune(run_folder: str | os.PathLike[str], keep: int, *, protect: Collection[Path] = ()) -> list[Path]:
-    """Delete old checkpoints: all but the newest intact one, the `keep - 1` before it, and those in `protect`.
+    """Delete old checkpoints; keep the newest intact one, the `keep - 1` before it, and those in `protect`.
 
-    Damaged ones that are newer than the newest intact one stay; without an intact one nothing is deleted.
-    A reader never sees half of one: each is renamed to a hidden name before its files go. Returns what was deleted.
+    Damaged checkpoints that are newer than the newest intact one are kept. Without an intact checkpoint, nothing is
+    deleted. Each checkpoint is renamed to a hidden name first, so that readers never see a part of it. Returns the
+    paths of the deleted checkpoints.
     """
     assert keep >= 1, keep
     good = newest(run_folder).path
@@ -151,20 +152,20 @@ def prune(run_folder: str | os.PathLike[str], keep: int, *, protect: Collection[
 
 
 class RunLock:
-    """The right to write into a run folder, for one process at a time: `with RunLock(folder): ...`.
+    """An exclusive lock on a run folder: `with RunLock(folder): ...`.
 
-    The lock vanishes with the process, however it ends. Taking it clears what a killed run left half-written.
-    The same object can be entered again inside its own block.
+    The operating system releases the lock when the process ends, even if it is killed. Acquiring the lock removes
+    unfinished files of a killed run. The same object can be entered again inside its own block.
 
     Raises:
-        RunLocked: another run, or another RunLock of this process, holds the folder.
+        RunLocked: another run, or another RunLock of this process, has locked the folder.
     """
 
     def __init__(self, run_folder: str | os.PathLike[str]) -> None:
         self.folder = Path(run_folder)
         self._handle: int | None = None
         self._depth = 0
-        # A forked child (a data loader's worker) shares the lock and can outlive a killed parent.
+        # A forked child (a worker of a data loader) inherits the lock and can outlive a killed parent.
         os.register_at_fork(after_in_child=self._close)
 
     def __enter__(self) -> "RunLock":
@@ -183,7 +184,7 @@ class RunLock:
 
     def _take(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # The file stays when the lock goes: deleting it would let two processes lock two files of one name.
+        # The file is never deleted: otherwise two processes could lock two different files of this name.
         handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +211,7 @@ def _step(path: Path) -> int:
 
 
 def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
-    """The folders named like checkpoints, newest first."""
+    """All `checkpoint-<step>` folders, newest first."""
     root = Path(run_folder)
     found = [path for path in (root.iterdir() if root.is_dir() else ()) if _NAME.match(path.name) and path.is_dir()]
     return sorted(found, key=_step, reverse=True)

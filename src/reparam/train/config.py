@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses, read from TOML, overridden by dotted names, written beside results.
+"""The configuration of a run: frozen dataclasses, read from TOML, overridden by dotted keys, saved with the results.
 
-One table per section. `[method]` holds the method's `name` and its own settings, whatever method it is, so that a new
-method needs nothing here.
+Each section is a table. `[method]` holds the `name` and the settings of the method, so that a new method needs no
+change in this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 import reparam.methods
-import reparam.weights  # noqa: F401  (both fill their registries)
+import reparam.weights  # noqa: F401  (these imports register methods and storages)
 from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
@@ -108,7 +108,7 @@ class RunConfig:
     accumulation: int = 1
     """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward passes: float32, or bfloat16 by autocast, whatever dtype the base has."""
+    """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
@@ -127,14 +127,14 @@ class RunConfig:
     """Seed of all random numbers: order of rows, dropout, initial values."""
 
     def steps(self, examples: int) -> int:
-        """The number of optimizer steps of a run over that many training examples."""
+        """Number of optimizer steps of a run over this many training examples."""
         rows = self.batch_size * self.accumulation
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All sections."""
+    """The configuration of a run, by section."""
 
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -154,13 +154,13 @@ SECTIONS: dict[str, type] = {
 
 
 def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
-    """The configuration in a TOML file, if one is given, with dotted overrides such as {"method.r": 8} on top.
+    """Read a configuration from a TOML file, if one is given, and apply dotted overrides such as {"method.r": 8}.
 
-    The method `lora++`, as other names of LoRA+, is LoRA with `optim.lora_plus` 16 where that is not set; a warning
-    says so.
+    `lora+`, `lora++` and other method names for LoRA+ select LoRA and, unless it is set, set `optim.lora_plus` to 16;
+    a warning says so.
 
-    Raises ConfigError, with all problems at once: a file that is missing or malformed, an unknown section or key
-    (naming the nearest), a value of the wrong type or out of range.
+    Raises ConfigError that lists all problems: a missing or malformed file, an unknown section or key (with the most
+    similar known one), and a value of the wrong type or out of range.
     """
     tables = read_tables(Path(file)) if file is not None else {}
     for key, value in overrides.items():
@@ -191,7 +191,7 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The configuration as TOML; `resolve` on it gives an equal one."""
+    """The configuration as TOML; `resolve` reads an equal configuration from it."""
     tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
     tables = {"base": config.base.table(), **tables}
     tables["method"] = {"name": config.method.name, **config.method.settings()}
@@ -199,7 +199,7 @@ def dump(config: Config) -> str:
 
 
 def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
-    """The keys of a section, each with its class and field; of [base] also the settings of all storages."""
+    """The keys of a section, each with its dataclass and field. [base] includes the settings of all storages."""
     cls = SECTIONS[section]
     found: dict[str, tuple[type, dataclasses.Field[Any]]] = {f.name: (cls, f) for f in dataclasses.fields(cls)}
     if section == "base":
@@ -213,7 +213,7 @@ def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
 
 
 def read_tables(file: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a TOML file. Raises ConfigError where it is missing, malformed, or has keys outside a section."""
+    """Read the sections of a TOML file. Raises ConfigError for a missing or malformed file, or loose keys."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -229,13 +229,13 @@ def read_tables(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
-    """Replace a method name that means LoRA+ by the two settings that it stands for."""
+    """Replace a method name that means LoRA+ by the method LoRA and the setting `optim.lora_plus`."""
     name = str(tables.get("method", {}).get("name", "")).lower()
     if name not in LORA_PLUS:
         return
     tables["method"]["name"] = "lora"
     ratio = tables.setdefault("optim", {}).setdefault("lora_plus", USUAL_RATIO)
-    doubled = ", the only method that we know by that name" if name.endswith(("++", "plusplus")) else ""
+    doubled = ", the only known method with such a name" if name.endswith(("++", "plusplus")) else ""
     warnings.warn(
         f"method.name {name!r} is taken for LoRA+ (Hayou, Ghosh & Yu 2024, arXiv 2402.12354){doubled}: LoRA with "
         f"optim.lora_plus {ratio}",
@@ -244,7 +244,7 @@ def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
 
 
 def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
-    """The dataclass made from a section's table, or None after adding to `problems`."""
+    """Build the dataclass of a section from its table. If that fails, append to `problems` and return None."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
     problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]
@@ -262,13 +262,13 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
-    """The section [base] with the settings of its storage, or None after adding to `problems`."""
+    """Build the section [base] with the settings of its storage. If that fails, append to `problems`, return None."""
     before = len(problems)
     common, settings = split_keys(table, problems)
     chosen = None
     if len(problems) == before:
         chosen = build(find_storage(str(common.get("storage", "dense"))), settings, "base", problems)
-    if chosen is None:  # the rest is judged all the same, so that one problem hides no other
+    if chosen is None:  # check the other keys too, to report all problems
         build(BaseConfig, {key: value for key, value in common.items() if key != "storage"}, "base", problems)
         return None
     made: BaseConfig | None = build(BaseConfig, common | {"settings": chosen.settings()}, "base", problems)
@@ -276,7 +276,7 @@ def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
 
 
 def _plain(value: Any, annotation: str) -> Any:
-    """A string from the command line as the value it stands for: "a,b" for a tuple, JSON for a mapping."""
+    """Parse a string from the command line: "a,b" for a tuple, JSON for a mapping. Other values are unchanged."""
     if isinstance(value, str) and annotation.startswith("tuple"):
         return tuple(part for part in value.split(",") if part)
     if isinstance(value, str) and annotation.startswith("Mapping"):

@@ -1,4 +1,4 @@
-"""What ends a run early without harm: signals, and losses or gradients that are not finite."""
+"""Stop a run safely: after a signal, or when a loss or gradient is not finite."""
 
 import signal
 import threading
@@ -14,10 +14,10 @@ from reparam.train.checkpoint import newest
 
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM while its block runs, so that the loop can end where it is safe.
+    """Records SIGINT and SIGTERM inside its `with` block, so that the training loop can stop at a safe point.
 
-    A SIGINT after another signal raises KeyboardInterrupt at once. Signals that the process ignores stay ignored, and
-    outside the main thread nothing is changed, because Python handles signals there.
+    A SIGINT after another signal raises KeyboardInterrupt immediately. Signals that the process ignores stay ignored.
+    Outside the main thread this class does nothing, because Python handles signals only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Interrupts:
         self.received = signal.Signals(number)
 
     def agreed(self, processes: int, device: torch.device) -> signal.Signals | None:
-        """The signal that any of the processes received: all have to leave the loop after the same step."""
+        """The signal that any of the processes received, or None; all processes must stop after the same step."""
         if processes > 1:
             number = torch.tensor(int(self.received or 0), device=device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
@@ -55,28 +55,28 @@ class Interrupts:
 
 
 class Finite:
-    """Checks the numbers of one step after the other, and knows which rows they come from.
+    """Checks that losses and gradients are finite; its errors name the rows of the step.
 
     Args:
-        run_folder: where the checkpoints are that can be gone back to.
-        row_names: what an index means to the user, as "file:line"; without it the index itself is named.
+        run_folder: folder of the checkpoints; errors name the newest one.
+        row_names: the name of each row index, such as "file:line"; by default the index itself.
     """
 
     def __init__(self, run_folder: Path, row_names: Callable[[int], str] | Sequence[str] | None) -> None:
         self.run_folder = run_folder
         self.row_names = row_names
         self.batches: list[Tensor | None] = []
-        """Indices of the rows of each micro-batch of the step so far, [B] each."""
+        """Row indices, [B] int64, of each micro-batch of the current step so far."""
 
     def check(self, what: str, value: Tensor, *, step: int, of: int, whole_step: bool = False) -> None:
         """Raise NotFinite unless all of `value` is finite.
 
         Args:
-            what: "loss", "penalty", "gradient".
-            value: of the last micro-batch, or of all of them with `whole_step`.
-            step: the optimizer step that is being computed, from 1.
+            what: "loss", "penalty" or "gradient"; used in the message.
+            value: the value of the last micro-batch or, with `whole_step`, of the whole step.
+            step: number of the current optimizer step, from 1.
             of: number of micro-batches in the step.
-            whole_step: whether every row of the step can be the cause.
+            whole_step: name the rows of all micro-batches of the step, not only those of the last one.
         """
         value = value.detach()
         if torch.isfinite(value).all():
@@ -87,9 +87,9 @@ class Finite:
         where = f", in the rows {', '.join(rows)}" if rows else ""
         kept = newest(self.run_folder).path
         raise NotFinite(
-            f"the {what} is {float(value.mean())} at step {step}{part}{where}. The weights were not changed by it; "
+            f"the {what} is {float(value.mean())} at step {step}{part}{where}. This step did not change the weights; "
             + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
-            + "Look at these rows, or lower the learning rate",
+            + "Check these rows, or lower the learning rate",
             step,
             rows,
         )

@@ -1,4 +1,4 @@
-"""What a training run works on, and what it produces."""
+"""The inputs and the result of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reparam.train.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run works on."""
+    """The inputs of a training run."""
 
     config: Config
     model: nn.Module
@@ -28,19 +28,19 @@ class Job:
     train: Encoded
     valid: Encoded
     held_out: Sequence[Row]
-    """The rows that are scored; `valid` is these, encoded."""
+    """The held-out rows; `valid` holds the same rows, encoded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run produced."""
+    """The result of a training run."""
 
     folder: Path
     before: tuple[Score, ...]
     after: tuple[Score, ...]
     answers: tuple[tuple[Answer, Answer], ...]
-    """For each scored row that has an answer, the base model's and the adapter's."""
+    """For each scored row with an expected answer, the answers without and with the adapter."""
     signal: int | None = None
-    """The signal that ended the run early, after a checkpoint; there are no scores then."""
+    """The signal that stopped the run early, after a checkpoint was saved; `after` and `answers` are empty then."""
     paging: Paging | None = None
-    """What the optimizer's pager did, if it is one of ours."""
+    """Statistics of the paged optimizer; None for other optimizers."""

@@ -1,4 +1,4 @@
-"""The base of a run, and the method on it."""
+"""Load the base model of a run and attach the adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-import reparam.hf.prompts  # noqa: F401  (registers how its methods are put on a model)
+import reparam.hf.prompts  # noqa: F401  (registers prefix and prompt tuning)
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import attach, untie
 from reparam.adapter.without_sites import put_on
@@ -20,7 +20,7 @@ from reparam.train.config import AdapterConfig, Config
 
 
 def loaded(base: BaseConfig) -> nn.Module:
-    """The base as its section says: in its storage, and untied if it is to be."""
+    """Load the base model that [base] describes: in its storage, and untied if `untie` is set."""
     model = load_base(
         base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized
     )
@@ -30,20 +30,24 @@ def loaded(base: BaseConfig) -> nn.Module:
 
 
 def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
-    """The method on the model, or in front of what it reads. Raises ValueError for what does not fit."""
+    """Attach a new adapter of the method to the model.
+
+    Raises ConfigError if [adapter] or run.gradient_checkpointing is set for a method that does not change weights
+    (prefix and prompt tuning), and ValueError if the method does not fit the model.
+    """
     where = config.adapter
     if method.changes_weights:
         return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
     if where != AdapterConfig() or config.run.gradient_checkpointing:
-        raise ConfigError(f"{method.name} goes on no module: leave out [adapter] and run.gradient_checkpointing")
+        raise ConfigError(f"{method.name} does not change modules: leave out [adapter] and run.gradient_checkpointing")
     return put_on(method, model)
 
 
 def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:
-    """The method with the tasks that the rows name, if it goes by tasks and has none of its own; and these names.
+    """Give a method that depends on tasks the tasks of the rows. Returns the method and the names of its tasks.
 
-    Methods that do not go by tasks are given back with no names, and so is one where all rows have one task. Raises
-    DataError for rows without a task.
+    A method that already has several tasks keeps them. If the method does not depend on tasks, or if all rows have the
+    same task, it is returned unchanged, without names. Raises DataError for rows without a task.
     """
     known = method.known_tasks
     if known is None:

@@ -1,6 +1,7 @@
-"""The optimizer of a run: ours by its name, whatever transformers has by any other; and LoRA+'s groups for any of them.
+"""The optimizer of a run, one of reparam or one of transformers, and the parameter groups of LoRA+ for either.
 
-transformers knows our names as those of bitsandbytes' optimizers; ours stand in their place and need nothing installed.
+reparam's optimizers replace the optimizers of bitsandbytes that transformers knows by the same names; bitsandbytes is
+not needed for them.
 """
 
 from __future__ import annotations
@@ -36,28 +37,29 @@ _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """One of LoRA+'s groups, as it begins."""
+    """A parameter group of LoRA+ with its settings at the start of training."""
 
     name: str
     rate: float
+    """Peak learning rate of the group."""
     multiple: float
-    """The rate as a multiple of the learning rate."""
+    """`rate` divided by `optim.learning_rate`."""
     weight_decay: float
     parameters: int
-    """How many numbers it trains."""
+    """Number of trained values."""
 
 
 def check_optimizer(optim: OptimConfig) -> None:
-    """Raise ConfigError for a name that nobody knows, and for settings that our optimizers would refuse."""
+    """Raise ConfigError for an unknown optimizer or schedule, and for bad settings of reparam's optimizers or LoRA+."""
     kinds = (("name", optim.name, OptimizerNames), ("schedule", optim.schedule, SchedulerType))
     for key, value, known in kinds:
         names = [member.value for member in known]
         if value not in names:
-            raise ConfigError(f"optim.{key}: transformers knows no {value!r}{nearest(value, names)}")
+            raise ConfigError(f"optim.{key}: {value!r} is unknown to transformers{nearest(value, names)}")
     if optim.name in BITS:
         given = settings(optim, folder=None)
         try:
-            PagedAdamW([torch.zeros(1)], **given)  # it holds no states until its first step
+            PagedAdamW([torch.zeros(1)], **given)  # allocates no state before its first step
         except ValueError as error:
             raise ConfigError(f"optim: {error}") from None
     idle = [
@@ -66,7 +68,7 @@ def check_optimizer(optim: OptimConfig) -> None:
         if optim.lora_plus is None and getattr(optim, key) != getattr(OptimConfig, key)
     ]
     if idle:
-        raise ConfigError(f"optim.{idle[0]} does nothing without optim.lora_plus: set that too, 16 is usual")
+        raise ConfigError(f"optim.{idle[0]} has no effect without optim.lora_plus: set that as well (usually 16)")
     a, b = nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1, 1))
     groups(optim, [("A", a, "in"), ("B", b, "out")], {})
 
@@ -78,7 +80,11 @@ def groups(
     *,
     no_decay: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]] | None:
-    """LoRA+'s groups; None where it is off. Raises ConfigError for what cannot be."""
+    """The parameter groups of LoRA+, or None if `optim.lora_plus` is not set; see `reparam.optim.lora_plus`.
+
+    `no_decay` are the parameters without weight decay. Raises ConfigError for a rate or ratio out of range, for frozen
+    parameters, and if no parameter has the role "out".
+    """
     if optim.lora_plus is None:
         return None
     try:
@@ -97,12 +103,12 @@ def groups(
 
 
 def install_optimizer(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
-    """Let the Trainer make our optimizer if its name is one of ours, over LoRA+'s groups if that is on.
+    """Set the optimizer that the Trainer will create and, if LoRA+ is on, its parameter groups.
 
-    Otherwise over those that it makes, which are two: weight decay is not for biases and norms; LoRA+ divides these
-    two further. Pages of a CPU go to a file in the run folder. Returns the rates of LoRA+'s groups.
+    Without LoRA+, the Trainer makes two groups: with weight decay, and without it (biases and norms). LoRA+ divides
+    both further. On a CPU, a paged optimizer pages to a file in the run folder. Returns the groups of LoRA+, if any.
 
-    Raises ConfigError when transformers' optimizer of this name chooses its groups itself.
+    Raises ConfigError if LoRA+ is on and the optimizer makes its own groups.
     """
     model = adapter.model
     if optim.name in BITS:
@@ -115,8 +121,10 @@ def install_optimizer(trainer: Trainer, optim: OptimConfig, adapter: Adapter) ->
     own = trainer.optimizer_cls_and_kwargs
     cls, arguments = own or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)  # type: ignore[arg-type]
     if is_optimizer_factory(cls) or arguments.keys() & {"params", "model", "optimizer_dict"}:
-        raise ConfigError(f"optim.lora_plus: {optim.name} chooses its groups itself; use adamw_torch, or leave it out")
-    # The Trainer takes "params" for groups that replace its own, as it does for optimizers that come with theirs.
+        raise ConfigError(
+            f"optim.lora_plus: {optim.name} makes its own groups; use adamw_torch, or leave out optim.lora_plus"
+        )
+    # If the arguments contain "params", the Trainer uses them in place of its own groups.
     trainer.optimizer_cls_and_kwargs = (cls, {**arguments, "params": made})
     rates = tuple(
         Rates(g["name"], g["lr"], g["multiple"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in made
@@ -126,7 +134,7 @@ def install_optimizer(trainer: Trainer, optim: OptimConfig, adapter: Adapter) ->
 
 
 class KeepRatio(TrainerCallback):
-    """Ends a run, before the step, whose groups have not the rates that LoRA+ gave them, in proportion."""
+    """Raises ValueError before a step if the learning rates of the groups no longer have the ratios of LoRA+."""
 
     def __init__(self, rates: tuple[Rates, ...]) -> None:
         self.rates = rates
@@ -140,18 +148,18 @@ class KeepRatio(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError as `check_rates` does, and when the checkpoint that was read has other proportions."""
+        """Raise ValueError if the ratios of the groups are wrong, or differ from those in the checkpoint."""
         assert optimizer is not None
         there = {group["name"]: group["multiple"] for group in optimizer.param_groups}
         wrong = [
-            f"{rates.name} had {there[rates.name]:g} times the learning rate, and has {rates.multiple:g} now"
+            f"{rates.name} had {there[rates.name]:g} times the learning rate and now has {rates.multiple:g} times"
             for rates in self.rates
             if not math.isclose(there[rates.name], rates.multiple, rel_tol=1e-6)
         ]
         if wrong:
             raise ValueError(
-                f"cannot go on from the checkpoint with other rates: {'; '.join(wrong)}; set "
-                f"optim.lora_plus as it was, or another run.output"
+                f"cannot resume from the checkpoint with other learning rates: {'; '.join(wrong)}; set "
+                f"optim.lora_plus to its former value, or choose another run.output"
             )
         check_rates(optimizer.param_groups)
 
@@ -164,13 +172,13 @@ class KeepRatio(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError as `check_rates` does."""
+        """Raise ValueError if the ratios of the groups are wrong."""
         assert optimizer is not None
         check_rates(optimizer.param_groups)
 
 
 def settings(optim: OptimConfig, *, folder: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The arguments of PagedAdamW but for the parameters; only `paged_` names have a budget."""
+    """The arguments of PagedAdamW, except the parameters; only `paged_` optimizers have a budget and a folder."""
     paged = optim.name.startswith("paged_")
     return {
         "lr": optim.learning_rate,
@@ -183,18 +191,18 @@ def settings(optim: OptimConfig, *, folder: str | os.PathLike[str] | None) -> di
 
 
 def paging(optimizer: object) -> Paging | None:
-    """What our optimizer's pager has done, also through accelerate's wrapper; None for other optimizers."""
+    """Paging statistics of a PagedAdamW, also if accelerate wraps it; None for any other optimizer."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.paging if isinstance(inner, PagedAdamW) else None
 
 
 def bytes_of(key: str, value: int | str) -> int:
-    """A number of bytes as it is written in a configuration. Raises ConfigError for anything else.
+    """Parse a number of bytes in a configuration: an integer, or text with a unit. Raises ConfigError otherwise.
 
     >>> bytes_of("budget", "64MiB"), bytes_of("budget", 4096), bytes_of("budget", "4096")
     (67108864, 4096, 4096)
     """
     match = re.fullmatch(r"(\d+) ?(|KiB|MiB|GiB)", str(value).strip())
     if match is None:
-        raise ConfigError(f"optim.{key}: {value!r} is no number of bytes; write 67108864, 65536KiB, 64MiB or 1GiB")
+        raise ConfigError(f"optim.{key}: {value!r} is not a number of bytes; write 67108864, 65536KiB, 64MiB or 1GiB")
     return int(match[1]) * _UNITS[match[2]]

@@ -1,4 +1,4 @@
-"""What the order of the training rows depends on, so that a resumed run sees the same ones."""
+"""The order of the training rows, which must be the same in a resumed run."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -10,10 +10,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSample
 
 
 class ByEpoch(Sampler[int]):
-    """Order by length that follows from the seed and the epoch alone.
+    """Samples rows grouped by length, in an order that depends only on the seed and the epoch.
 
-    transformers draws it from torch's global generator when an epoch starts; a checkpoint from the middle of the epoch
-    has a later state of it.
+    transformers draws this order from torch's global generator at the start of an epoch. A checkpoint in the middle of
+    the epoch holds a later state of that generator, from which the order cannot be drawn again.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
@@ -21,7 +21,7 @@ class ByEpoch(Sampler[int]):
         sampler.generator = torch.Generator()
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of each epoch."""
+        """Set the epoch; accelerate's data loader calls this at the start of each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -33,7 +33,7 @@ class ByEpoch(Sampler[int]):
 
 
 def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
-    """Return all that decides which rows come when, by name; stored in checkpoints and compared on resume."""
+    """All settings that determine the order of the rows, by name; saved in checkpoints and compared on resume."""
     return {
         "number of training rows": rows,
         "train_batch_size": args.train_batch_size,
@@ -46,16 +46,19 @@ def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
 
 
 def unsupported(args: TrainingArguments) -> list[str]:
-    """Return what in the arguments would make a resumed run another run, or lose a checkpoint, each with the reason."""
+    """Arguments with which a resumed run would differ or a checkpoint would be lost, each with the reason."""
     refused = {
-        "push_to_hub": (args.push_to_hub, "push the result after training"),
+        "push_to_hub": (args.push_to_hub, "is not supported; upload the result after training"),
         "save_only_model": (args.save_only_model, "a checkpoint without optimizer state cannot be resumed"),
         "ignore_data_skip": (args.ignore_data_skip, "a resumed run would see the same rows again"),
-        "auto_find_batch_size": (args.auto_find_batch_size, "a resumed run could get another batch size; set one"),
-        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "SIGTERM leads to a checkpoint without it"),
+        "auto_find_batch_size": (
+            args.auto_find_batch_size,
+            "a resumed run could find another batch size; set per_device_train_batch_size",
+        ),
+        "enable_jit_checkpoint": (args.enable_jit_checkpoint, "not needed: SIGTERM saves a checkpoint anyway"),
         "dataloader_persistent_workers": (
             args.dataloader_persistent_workers,
-            "such workers draw their seeds once per process, so the random numbers of a resumed run would differ",
+            "persistent workers get their seed once per process, so a resumed run would draw other random numbers",
         ),
         "use_seedable_sampler=False": (
             not cast(AcceleratorConfig, args.accelerator_config).use_seedable_sampler,
@@ -63,7 +66,7 @@ def unsupported(args: TrainingArguments) -> list[str]:
         ),
         "save_total_limit=1 with metric_for_best_model": (
             args.save_total_limit == 1 and args.metric_for_best_model is not None,
-            "the newest checkpoint would be deleted in favor of the best one; use 2",
+            "the best checkpoint would replace the newest one, which a resumed run needs; use 2",
         ),
     }
     return [f"{name}: {why}" for name, (given, why) in refused.items() if given]

@@ -1,4 +1,4 @@
-"""The loss curve as a PNG."""
+"""Plot the loss curves of a run as a PNG file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reparam.evaluation.png import write_png
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw training and held-out loss by step from a Trainer's log history."""
+    """Plot training and held-out loss (nats per token) over optimizer steps, from a Trainer's log history."""
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
     for key, label, style in (("loss", "training", {"alpha": 0.7}), ("eval_loss", "held out", {"marker": "o"})):

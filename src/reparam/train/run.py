@@ -1,10 +1,11 @@
-"""One training run from configuration to proven adapter.
+"""One training run, from the configuration to a verified adapter.
 
-Load the base, read and encode the data, attach, show what will be trained, score, train, save, read the saved adapter
-back, prove that it changes the outputs and computes what was trained, score again. Everything lands in one folder:
+The steps: load the base model, read and encode the data, attach the adapter, print what will be trained, score, train,
+save, read the saved adapter back, verify that it changes the outputs and equals the trained one, and score again. All
+files go into one folder:
 
-    adapter/         the result            config.toml    the resolved configuration
-    checkpoint-N/    to continue from      figures.json   scores, losses, counts      loss.png
+    adapter/         the trained adapter      config.toml    the resolved configuration
+    checkpoint-N/    to resume from           figures.json   scores, losses, counts      loss.png
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import select
 from reparam.adapter.context import told
 from reparam.adapter.without_sites import fill_from, read_back
-from reparam.data.batches import Collator, padding_id
+from reparam.data.batches import Collator, counted, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.errors import ConfigError, NothingLearned
@@ -42,11 +43,16 @@ from reparam.train.trainer import Trainer
 if TYPE_CHECKING:
     pass
 
-CHECK = "__proof"  # the name under which the saved adapter is read back
+CHECK = "__proof"  # name under which the saved adapter is loaded for verification
 
 
 def train(config: Config, *, show: Show) -> Result:
-    """Run it. Raises ValueError for what the user can mend, RuntimeError for what fails on the way."""
+    """Train as configured, and write all results into `run.output`.
+
+    After SIGINT or SIGTERM, saves a checkpoint and returns a result with that `signal`. Raises ValueError for errors
+    that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
+    verification.
+    """
     job = prepare(config)
     show.job(job)
     folder = Path(config.run.output)
@@ -79,11 +85,11 @@ def train(config: Config, *, show: Show) -> Result:
 
 
 def prepare(config: Config) -> Job:
-    """Everything up to the first step, with all refusals; nothing is written."""
+    """Load and check everything that training needs. Writes nothing. Raises ValueError for errors the user can fix."""
     missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the file"
+            f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the TOML file"
         )
     optimizer.check_optimizer(config.optim)
     check_not_base(config.run.output, config.base.path)
@@ -103,9 +109,10 @@ def prepare(config: Config) -> Job:
 
 
 def prove(job: Job, folder: Path) -> float:
-    """Read the saved adapter back; the largest change of a logit that it makes on a held-out batch.
+    """Verify the saved adapter. Returns the largest absolute change of a logit on up to four held-out rows.
 
-    Raises NothingLearned when that is zero, or when the saved adapter computes something else than the trained one.
+    Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
+    for bit.
     """
     examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
     batch = Collator(padding_id(job.tokenizer))(examples)
@@ -120,27 +127,29 @@ def prove(job: Job, folder: Path) -> float:
                 logits[name] = job.model(**inputs).logits.float()
     difference = float((logits[CHECK] - logits[None]).abs().max())
     if not torch.equal(logits[CHECK], logits[job.adapter.name]):
-        raise NothingLearned(f"{folder}: the saved adapter, read back, gives other outputs than the trained one")
+        raise NothingLearned(
+            f"{folder}: the saved adapter, when read back, computes different outputs from the trained one"
+        )
     if difference == 0:
         raise NothingLearned(
-            f"{folder}: the trained adapter does not change a single output on held-out rows; train longer, raise the "
-            f"learning rate, or check that the targets are used by the model"
+            f"{folder}: the trained adapter does not change any output on held-out rows; train longer, raise the "
+            f"learning rate, or check that the model uses the target modules"
         )
     return difference
 
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
-    """Training rows, and the rows that are held out."""
+    """The training rows and the held-out rows."""
     rows = read_rows(config.data.train)
     if config.data.valid is not None:
         return rows, read_rows(config.data.valid)
     if not 0 < config.data.holdout < 1:
-        raise ConfigError(
-            f"data.holdout: {config.data.holdout} is no share between 0 and 1, and there is no data.valid"
-        )
+        raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(len(rows) * config.data.holdout))
     if count >= len(rows):
-        raise ConfigError(f"{config.data.train}: {len(rows)} rows are too few to hold one out; give data.valid")
+        raise ConfigError(
+            f"{config.data.train}: a file of {counted(len(rows), 'row')} is too small to hold one out; set data.valid"
+        )
     chosen = set(random.Random(config.run.seed).sample(range(len(rows)), count))
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
@@ -151,7 +160,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
     steps = run.steps(len(job.train))
     tenth = max(1, steps // 10)
     if job.adapter.controller is not None:
-        job.adapter.controller.plan(steps)  # refuses a schedule that does not fit before anything is computed
+        job.adapter.controller.plan(steps)  # raises ValueError now if the schedule does not fit
     arguments = TrainingArguments(
         output_dir=run.output,
         num_train_epochs=run.epochs,
@@ -200,7 +209,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
 
 
 class _Bind(TrainerCallback):
-    """Hands the optimizer, once the Trainer has made it, to the adapter."""
+    """Passes the optimizer to the adapter when training starts, and logs the auxiliary losses."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -211,13 +220,13 @@ class _Bind(TrainerCallback):
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the auxiliary losses beside the loss, which they are no part of."""
+        """Add the auxiliary losses to the log entry; the logged loss does not include them."""
         if "loss" in state.log_history[-1]:
             state.log_history[-1].update({f"loss_{name}": value for name, value in self.adapter.losses().items()})
 
 
 def _save(adapter: Adapter, folder: Path) -> None:
-    """What a checkpoint holds of the adapter: its files, and its controller's state where it has one."""
+    """Write the adapter into a checkpoint: its files and, if it has a controller, the controller's state."""
     adapter.save(folder / "adapter")
     if adapter.controller is not None:
         write_tree(folder, "controller", adapter.controller.state_dict())
@@ -230,7 +239,7 @@ def _load(adapter: Adapter, folder: Path) -> None:
 
 
 def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
-    """The scores of the selected adapter on the held-out rows, and its answers."""
+    """Score the model, with the selected adapter, on the held-out rows. Returns the scores and the answers."""
     scores = [score_loss(job.model, job.valid, job.tokenizer, batch=job.config.run.batch_size)]
     answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
     if answers:

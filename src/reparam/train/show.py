@@ -1,4 +1,4 @@
-"""What a run prints: what will be trained, a preview of the data, a live bar or readable log lines, the outcome."""
+"""The output of a training run: the adapter's sites, a preview of the data, progress, and the scores."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ if TYPE_CHECKING:
 
 
 class Show:
-    """Prints to one console."""
+    """Prints the progress and the result of a training run to a console."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def job(self, job: Job) -> None:
-        """What will be trained, on what."""
+        """Print what will be trained and a preview of the data."""
         trained = sum(p.numel() for p in job.adapter.parameters())
         total = entries(job.model) - trained
-        self.console.print(f"will be trained: {job.adapter.method.name}, {trained:,} parameters, on these sites")
+        self.console.print(f"{job.adapter.method.name}: {trained:,} parameters will be trained, at these sites")
         self.console.print(sites_table(job.adapter))
-        self.console.print(f"that is {trained / total:.2%} of the base's {total:,}; everything else is frozen")
+        self.console.print(
+            f"that is {trained / total:.2%} of the base model's {total:,} parameters; everything else is frozen"
+        )
         if taken := job.adapter.positions:
-            self.console.print(f"{taken} of {job.adapter.context or 'the'} positions are taken from every text")
+            self.console.print(f"virtual tokens take {taken} of {job.adapter.context or 'the'} positions of every text")
         for report in reports(job.model):
             self.console.print(str(report), highlight=False, soft_wrap=True)
         self.console.print(f"training rows   {job.train.report}")
@@ -52,38 +54,38 @@ class Show:
         self.console.print(preview(job.train, job.tokenizer))
 
     def rates(self, rates: Sequence[Rates]) -> None:
-        """LoRA+'s groups, where it is on."""
+        """Print the parameter groups of LoRA+, if there are any."""
         if rates:
             self.console.print(rates_table(rates))
 
     def ended(self, early: str | None) -> None:
-        """What the method says of a run that ended before its schedule did."""
+        """Print the method's note about a run that ended before the method's schedule did, if there is one."""
         if early is not None:
             self.console.print(f"[yellow]note[/yellow] {early}", highlight=False, soft_wrap=True)
 
     def step(self, text: str) -> None:
-        """One line: what happens now."""
+        """Print the current step of the run."""
         self.console.print(f"[dim]{text} ...[/dim]", highlight=False, soft_wrap=True)
 
     def found(self, found: Found) -> None:
-        """Which checkpoint the run goes on from, and what it skipped."""
+        """Print the checkpoint that the run resumes from, and those that were skipped."""
         for path, reason in found.skipped:
             self.console.print(f"[yellow]skipped[/yellow] {path}: {reason}", highlight=False, soft_wrap=True)
         if found.path is not None:
-            self.console.print(f"continuing from {found.path}", highlight=False, soft_wrap=True)
+            self.console.print(f"resuming from {found.path}", highlight=False, soft_wrap=True)
 
     def callback(self, steps: int) -> TrainerCallback:
-        """Progress for a Trainer that will make `steps` steps."""
+        """A callback that shows the progress of a Trainer over `steps` steps."""
         return _Progress(self.console, steps)
 
     def result(self, result: Result, difference: float) -> None:
-        """Scores before and after, some answers, where things are."""
+        """Print the scores before and after training, up to five answers, and the paths of the results."""
         self.console.print(scores_table(result.before, result.after))
         if result.answers:
             self.console.print(answers_table(result.answers[:5]))
         self.console.print(
-            f"The saved adapter was read back: it computes what was trained, bit for bit, and changes logits by up to "
-            f"{difference:.3g}.",
+            f"The saved adapter was read back: its outputs equal those of the trained one bit for bit, and it changes "
+            f"logits by up to {difference:.3g}.",
             highlight=False,
             soft_wrap=True,
         )
@@ -96,7 +98,7 @@ class Show:
 
 
 def sites_table(adapter: Adapter) -> Table:
-    """The adapter's sites by the end of their path: how many, shapes, parameters."""
+    """A table of the adapter's sites, grouped by the last part of their path: count, shapes, trained parameters."""
     count: Counter[str] = Counter()
     shapes: dict[str, set[str]] = {}
     parameters: Counter[str] = Counter()
@@ -111,15 +113,15 @@ def sites_table(adapter: Adapter) -> Table:
     for column in ("sites", "count", "W (out x in)", "parameters"):
         table.add_column(column, justify="right" if column in ("count", "parameters") else "left")
     for end in parameters:
-        shape = ", ".join(sorted(shapes.get(end, {"trained whole"})))
+        shape = ", ".join(sorted(shapes.get(end, {"trained in full"})))
         table.add_row(end, str(count[end] or 1), shape, f"{parameters[end]:,}")
     return table
 
 
 def rates_table(rates: Sequence[Rates]) -> Table:
-    """LoRA+'s groups: what each learns at, at the peak of the schedule, and how much it holds."""
+    """A table of the parameter groups of LoRA+: peak learning rate, its ratio, weight decay, number of parameters."""
     table = Table()
-    for column in ("LoRA+ group", "learning rate", "times", "weight decay", "parameters"):
+    for column in ("LoRA+ group", "learning rate", "ratio", "weight decay", "parameters"):
         table.add_column(column, justify="left" if column == "LoRA+ group" else "right")
     for group in rates:
         cells = (f"{group.rate:g}", f"{group.multiple:g}", f"{group.weight_decay:g}", f"{group.parameters:,}")
@@ -128,18 +130,18 @@ def rates_table(rates: Sequence[Rates]) -> Table:
 
 
 def paging_line(paging: Paging) -> str:
-    """What the optimizer's pager did."""
+    """One line with the statistics of a paged optimizer."""
     here, total, read, written = (
         f"{count / 2**20:.2f} MiB" for count in (paging.peak_resident, paging.total, paging.bytes_in, paging.bytes_out)
     )
     return (
-        f"optimizer      at most {here} of {total} of states resident; {read} read and {written} written, "
-        f"{paging.faults:,} pages waited for, {paging.prefetched:,} fetched ahead, {paging.evictions:,} evicted"
+        f"optimizer      at most {here} of {total} of states on the device; {read} read back, {written} written; "
+        f"{paging.faults:,} page faults, {paging.prefetched:,} pages prefetched, {paging.evictions:,} evicted"
     )
 
 
 class _Progress(TrainerCallback):
-    """A live bar on a terminal, a line per logged step elsewhere."""
+    """Shows a progress bar on a terminal; elsewhere prints one line per log entry."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console, self.steps = console, steps

@@ -1,15 +1,15 @@
-"""The state of training beside the trained weights, in safetensors and JSON: optimizer, scheduler, random generators.
+"""Save and load training state (optimizer, scheduler, random generators) as JSON and safetensors.
 
-A state dict is a tree of dicts, lists, tuples, numbers, text and tensors. Each is stored as `<name>.json`, the tree
-with a reference in place of each tensor, and `<name>.safetensors`, the tensors, if there are any. Types come back as
-they were (tuples, integer keys, infinities, a tensor that stands in two places); nothing is executed on reading.
+A state dict is a tree of dicts, lists, tuples, numbers, strings and tensors. It is stored in two files: `<name>.json`
+holds the tree, with a reference in place of each tensor, and `<name>.safetensors` the tensors, if there are any.
+Tuples, integer keys, infinities, NaN and tensors that occur twice are restored exactly. Reading executes no code.
 
 | file                             | holds                                                             |
 |----------------------------------|-------------------------------------------------------------------|
 | optimizer.json, .safetensors     | `optimizer.state_dict()`                                          |
 | scheduler.json                   | `scheduler.state_dict()`                                          |
 | rng.json, .safetensors           | random generators, one entry per process: `random_state()`        |
-| progress.json                    | what the training loop has to remember; the loss scaler's state   |
+| progress.json                    | state of the training loop; state of the loss scaler              |
 """
 
 import dataclasses
@@ -35,23 +35,23 @@ _PARTS = ("optimizer", "scheduler", "rng", "progress")
 
 
 class Stateful(Protocol):
-    """An optimizer, a scheduler, a loss scaler."""
+    """An optimizer, scheduler or gradient scaler."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that it needs to continue."""
+        """The complete state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> object:
-        """Continue from there."""
+        """Restore a state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingState:
-    """What `save_state` saved."""
+    """Training state that `load_state` read from a checkpoint."""
 
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     rng: list[dict[str, Any]]
-    """One entry per process, by rank."""
+    """States of the random generators, one entry per process in the order of ranks."""
     progress: dict[str, Any]
     scaler: dict[str, Any] | None
 
@@ -65,18 +65,18 @@ def save_state(
     rng: Sequence[dict[str, Any]] | None = None,
     scaler: Stateful | None = None,
 ) -> None:
-    """Write the state of training into a folder that exists.
+    """Write training state into an existing folder.
 
     Args:
-        folder: the checkpoint that is being staged.
-        optimizer: with plain tensors; sharded ones and other tensor subclasses are refused.
-        scheduler: its functions are not saved (torch leaves them out too): make it with the same ones.
-        progress: what the training loop remembers.
-        rng: `random_state()` of each process; this process alone if not given.
+        folder: folder of the checkpoint, usually still under its temporary name.
+        optimizer: its state must consist of plain tensors, not of sharded tensors or other subclasses.
+        scheduler: its lambda functions are not saved, as in torch: create it with the same ones before loading.
+        progress: state of the training loop, a tree of plain values and tensors.
+        rng: `random_state()` of each process; by default that of this process.
         scaler: the gradient scaler of fp16 training.
 
     Raises:
-        StateError: a state holds something that JSON and safetensors cannot; names it.
+        StateError: a state holds a value that cannot be saved. The message names its type and place.
     """
     trees: dict[str, Any] = {
         "optimizer": optimizer.state_dict(),
@@ -89,18 +89,17 @@ def save_state(
 
 
 def load_state(folder: str | os.PathLike[str]) -> TrainingState:
-    """Read what `save_state` wrote, tensors on the CPU.
+    """Read the training state that `save_state` wrote. Tensors are on the CPU.
 
     Raises:
-        StateError: files are missing (all are named) or cannot be read. Training on without one of them would not be
-            the same training.
+        StateError: a file is missing (the message names all missing ones) or cannot be read.
     """
     path = Path(folder)
     missing = [f"{name}.json" for name in _PARTS if not (path / f"{name}.json").is_file()]
     if missing:
         raise StateError(
             f"{path} lacks {', '.join(missing)}: without it training cannot continue where it stopped. "
-            "Resume from another checkpoint, or start again"
+            "Resume from another checkpoint, or start a new run"
         )
     trees = {name: read_tree(path, name) for name in _PARTS}
     rest = trees["progress"]
@@ -108,15 +107,15 @@ def load_state(folder: str | os.PathLike[str]) -> TrainingState:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer a saved state, bit for bit.
+    """Restore a saved optimizer state bit for bit.
 
     Raises:
-        StateError: it was saved by an optimizer with other parameters.
+        StateError: the state belongs to an optimizer with other parameters or settings.
     """
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise StateError(f"the saved state is not of this optimizer: {error}") from error
+        raise StateError(f"the saved state does not fit this optimizer: {error}") from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, saved in state["state"].items():
         if not isinstance(index, int):
@@ -124,14 +123,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         parameter = parameters[index]
         held = optimizer.state[parameter]
         for key, value in saved.items():
-            # torch casts each state tensor to its parameter's dtype; fp32 moments of a bf16 parameter, or quantized
-            # ones, would come back as something else.
+            # torch casts each state tensor to its parameter's dtype, which would change fp32 moments of a bf16
+            # parameter and quantized moments.
             if isinstance(value, Tensor) and isinstance(held.get(key), Tensor) and held[key].dtype != value.dtype:
                 held[key] = value.to(parameter.device)
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of the generators of Python, numpy, torch, and each CUDA device that is in use."""
+    """Return the state of the random generators of Python, numpy, torch and, if CUDA is in use, all CUDA devices."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     bits = np.random.get_state(legacy=False)
     bits["state"] = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in bits["state"].items()}
@@ -139,7 +138,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue with the random numbers after `random_state()`. CUDA devices that are not here are left out."""
+    """Restore the generators to a result of `random_state()`. States of CUDA devices that do not exist are ignored."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -151,7 +150,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def write_tree(folder: Path, name: str, tree: Any) -> None:
-    """Write a state dict as `<name>.json` and `<name>.safetensors`. Raises StateError for what they cannot hold."""
+    """Write a state dict as `<name>.json` and `<name>.safetensors`. Raises StateError for unsupported values."""
     writer = _Writer(f"{name} state")
     encoded = writer.encode(tree, "")
     text = json.dumps({"format": FORMAT, "tensors": len(writer.tensors), "tree": encoded}, allow_nan=False)
@@ -161,14 +160,14 @@ def write_tree(folder: Path, name: str, tree: Any) -> None:
 
 
 def read_tree(folder: Path, name: str) -> Any:
-    """Read what `write_tree` wrote, tensors on the CPU. Raises StateError where it is missing or cannot be read."""
+    """Read a tree that `write_tree` wrote, with tensors on the CPU. Raises StateError for missing or damaged files."""
     if not (folder / f"{name}.json").is_file():
         raise StateError(f"{folder} lacks {name}.json: without it training cannot continue where it stopped")
     file, beside = inside(folder, f"{name}.json"), folder / f"{name}.safetensors"
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
         if plain["format"] != FORMAT:
-            raise StateError(f"{file} has format {plain['format']!r}, and this version reads {FORMAT}")
+            raise StateError(f"{file} has format {plain['format']!r}, but this version reads only {FORMAT}")
         if plain["tensors"] and not beside.is_file():
             raise StateError(f"{folder} lacks {beside.name}: without it training cannot continue where it stopped")
         return _decode(plain["tree"], load_file(beside) if plain["tensors"] else {})
@@ -179,7 +178,7 @@ def read_tree(folder: Path, name: str) -> Any:
 
 
 class _Writer:
-    """Turns a tree into JSON values, and collects its tensors on the way."""
+    """Converts a tree to JSON values and collects its tensors."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -203,7 +202,7 @@ class _Writer:
             items = [self.encode(item, f"{path}/{index}" if path else str(index)) for index, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
         raise StateError(
-            f"the {self.what} holds a {type(value).__name__} at {path or 'its top'}: only tensors, numbers, text, "
+            f"the {self.what} holds a {type(value).__name__} at {path or 'its top'}: only tensors, numbers, strings, "
             "lists, tuples and dicts can be saved"
         )
 
@@ -211,9 +210,9 @@ class _Writer:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise StateError(
                 f"the {self.what} holds a {type(tensor).__name__} at {path}: only plain tensors can be saved, "
-                "not sharded or other kinds"
+                "not sharded tensors or other subclasses"
             )
-        # The same tensor in two places stays one. The tree keeps it alive, so its id is not used again.
+        # A tensor that occurs twice is saved once. The tree keeps it alive, so its id is not reused.
         if id(tensor) not in self._names:
             name = path if path not in self.tensors else f"{path}#{len(self.tensors)}"
             kept = tensor.detach().to("cpu").contiguous()

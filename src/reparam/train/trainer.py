@@ -1,16 +1,16 @@
-"""transformers' Trainer with checkpoints that are committed or absent, and a resume that equals no interruption.
+"""transformers' Trainer with atomic checkpoints and exact resuming.
 
-Everything about training itself (accumulation, bf16, activation checkpointing, evaluation, schedules, several
-devices, loggers) is transformers'. This class changes what happens to the state:
+transformers does the training itself (accumulation, bf16, activation checkpointing, evaluation, schedules, several
+devices, loggers). This class changes how state is saved and restored, and how training stops:
 
-- Checkpoints are `reparam.train.checkpoint`'s, and hold what `save_trained` writes instead of the whole model.
-- On one CPU machine, with the same number of threads, a resumed run has the same weights, losses and logs as one that
-  was never stopped, bit for bit. Where transformers does otherwise, a comment says what the trap is. The collator must
-  not draw random numbers: batches are fetched ahead, so a resumed run would draw them in another order.
-- SIGINT and SIGTERM end training after the step, with a checkpoint; a second SIGINT ends it at once.
-- A loss or gradient that is not finite ends training before the weights change, and names the rows.
+- Checkpoints are those of `reparam.train.checkpoint`. They hold what `save_trained` writes, not the whole model.
+- On one CPU machine, with the same number of threads, a resumed run has the same weights, losses and logs, bit for bit,
+  as an uninterrupted run. Comments mark where transformers itself would differ. The collator must not draw random
+  numbers: batches are prefetched, so a resumed run would draw them in another order.
+- SIGINT and SIGTERM stop training after the current step, with a checkpoint; a second SIGINT stops it immediately.
+- A loss or gradient that is not finite stops training before the weights change; the error names the rows.
 
-Private methods of transformers 5.23 are overridden where it has no public way; each says why.
+Private methods of transformers 5.23 are overridden only where there is no public way; comments give the reasons.
 """
 
 import logging
@@ -46,23 +46,23 @@ class Trainer(transformers.Trainer):
     """A transformers Trainer that writes and resumes from reparam's checkpoints.
 
     Args:
-        model: the model, what is not trained in it frozen.
-        args: transformers' arguments. `output_dir` is the run folder: one run at a time, and a new run only into a
-            folder without checkpoints. Arguments that would break the promises above are refused.
-        train_dataset: with a length.
-        save_trained: writes what is trained into an empty folder.
-        load_trained: reads it back, into the same parameters.
-        data_collator: may give `row`, a tensor [B] with each example's index, which the model does not see.
-        row_names: what `row` means to the user, as "file:line": a sequence or a function.
-        extra_loss: added to the loss of each micro-batch for the gradient, as a mean over the accumulated ones;
-            not part of the loss that is reported.
+        model: a model in which only the parameters to train require gradients.
+        args: transformers' arguments. `output_dir` is the run folder. It can be used by one run at a time, and a new
+            run needs a folder without checkpoints. Arguments that conflict with the guarantees above are refused.
+        train_dataset: must have a length.
+        save_trained: writes the trained parameters into an empty folder.
+        load_trained: reads a folder that `save_trained` wrote into the same parameters.
+        data_collator: may add `row`, the indices of the examples, int64 [B]; it is removed before the forward pass.
+        row_names: the name of each row index, such as "file:line": a sequence or a function.
+        extra_loss: a penalty whose gradient is added in each micro-batch, averaged over gradient accumulation. It is
+            not part of the reported loss.
 
     Attributes:
-        resumed: what `train` resumed from and what it skipped, or None.
-        lock: the lock of the run folder, taken by `train`; take it before to write into the folder.
+        resumed: the checkpoint that `train` resumed from and those it skipped, or None.
+        lock: the lock of the run folder. `train` acquires it; acquire it first to write into the folder yourself.
 
     Raises:
-        ValueError: arguments that cannot be combined with this class, all at once.
+        ValueError: arguments that this class does not support; the message lists all of them.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Trainer(transformers.Trainer):
     ) -> None:
         problems = unsupported(args) + ([] if hasattr(train_dataset, "__len__") else ["train_dataset has no length"])
         if problems:
-            raise ValueError("cannot train like this: " + "; ".join(problems))
-        # Otherwise the data order follows whatever seed torch was given last before `train`.
+            raise ValueError("unsupported training arguments: " + "; ".join(problems))
+        # Otherwise the order of the data depends on the last seed that torch got before `train`.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
-        # Otherwise early stopping starts counting anew on resume.
+        # Otherwise early stopping restarts its count on resume.
         args.restore_callback_states_from_checkpoint = True
-        # The check in compute_loss comes before it, and waiting for the device once is enough.
+        # compute_loss already checks the loss, and a second check would synchronize with the device again.
         args.logging_nan_inf_filter = False
         super().__init__(
             model,
@@ -105,7 +105,7 @@ class Trainer(transformers.Trainer):
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed shard the optimizer, which these checkpoints cannot hold: use DDP")
+            raise ValueError("FSDP and DeepSpeed shard the optimizer state, which checkpoints cannot hold: use DDP")
         assert args.output_dir is not None  # transformers has a default
         self.run_folder = Path(args.output_dir)
         self.lock = RunLock(self.run_folder)
@@ -120,7 +120,7 @@ class Trainer(transformers.Trainer):
 
     @property
     def interrupted(self) -> signal.Signals | None:
-        """The signal that came during `train`, or None."""
+        """The signal that stopped `train`, or None."""
         return self._interrupts.received
 
     # ---- a run
@@ -131,19 +131,19 @@ class Trainer(transformers.Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, from the start or from a checkpoint.
+        """Train from the start or from a checkpoint.
 
         Args:
             resume_from_checkpoint: True for the newest intact checkpoint in the run folder, or its path.
-            trial: not used; transformers' signature.
+            trial: ignored; part of transformers' signature.
             ignore_keys_for_eval: as in transformers.
 
         Raises:
-            RunLocked: another run holds the folder.
-            ValueError: there is nothing to resume from, the checkpoint cannot be resumed from, or a new run would mix
-                with an old one.
-            NotFinite: the loss or gradient became NaN or infinite.
-            DiskFull: a checkpoint did not fit; the one before it is intact.
+            RunLocked: another run uses the folder.
+            ValueError: there is no checkpoint to resume from, the checkpoint cannot be used, or a new run was requested
+                in a folder that already has checkpoints.
+            NotFinite: the loss, penalty or gradient is NaN or infinite.
+            DiskFull: there was no disk space for a checkpoint; the previous one is intact.
         """
         self._stopping = False
         with self.lock if self.is_world_process_zero() else nullcontext(), self._interrupts:
@@ -152,19 +152,19 @@ class Trainer(transformers.Trainer):
             return super().train(str(path) if path else None, None, ignore_keys_for_eval)
 
     def _read_checkpoint(self, wish: str | bool | None) -> Path | None:
-        """Choose and read the checkpoint to start from, so that what speaks against it is an error before anything."""
+        """Choose and read the checkpoint to start from, so that an unusable one is an error before training starts."""
         self.resumed = self._loaded = None
         found = resume_point(self.run_folder, wish)
         if found.path is None:
             return None
         if not (found.path / TRAINER_STATE_NAME).is_file():
-            raise StateError(f"{found.path} lacks {TRAINER_STATE_NAME}: it was not saved by this trainer")
+            raise StateError(f"{found.path} lacks {TRAINER_STATE_NAME}: this trainer did not save it")
         state = load_state(found.path)
         then, now = state.progress["row_order"], self._row_order()
-        changed = [f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in now if then.get(key) != now[key]]
+        changed = [f"{key} was {then.get(key)!r} and is now {now[key]!r}" for key in now if then.get(key) != now[key]]
         if changed:
             raise ValueError(
-                f"cannot resume from {found.path}, because the rows would come in another order: {'; '.join(changed)}"
+                f"cannot resume from {found.path}, because the order of the rows would change: {'; '.join(changed)}"
             )
         self.resumed, self._loaded = found, state
         return found.path
@@ -180,8 +180,8 @@ class Trainer(transformers.Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        # Overridden because resuming a run that is complete would train one step more, and because the path of the
-        # best checkpoint is stored as it was when the folder may since have been moved.
+        # Overridden because resuming a complete run would train one more step, and because the stored path of the best
+        # checkpoint is wrong if the folder has been moved.
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -193,7 +193,7 @@ class Trainer(transformers.Trainer):
     # ---- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Overridden because transformers writes pickles, one after the other, straight into the final folder.
+        # Overridden because transformers writes pickles one by one directly into the final folder.
         self.store_flos()
         step = self.state.global_step
         best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
@@ -202,7 +202,7 @@ class Trainer(transformers.Trainer):
         exported = [cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=cast(Any, exported)).stateful_callbacks
         rng = gather_object([random_state()]) if self.args.world_size > 1 else [random_state()]
-        # The sum of losses since the last log entry: transformers forgets it, and the next entry would lack them.
+        # The sum of losses since the last log entry. transformers does not save it, so the next entry would be wrong.
         progress = {
             "row_order": self._row_order(),
             "loss": self._tr_loss.item(),
@@ -230,11 +230,11 @@ class Trainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Overridden because a checkpoint holds what `save_trained` wrote, and not a model.
+        # Overridden because a checkpoint holds what `save_trained` wrote, not a model.
         self._load_trained(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        # As _load_from_checkpoint. After a signal the weights stay those of the last step.
+        # Overridden as _load_from_checkpoint is. After a signal, the weights of the last step are kept.
         best = self.state.best_model_checkpoint
         if best is None or self._stopping:
             return
@@ -243,7 +243,7 @@ class Trainer(transformers.Trainer):
         self._load_trained(Path(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Overridden because transformers reads pickles, and goes on with a fresh state where one is missing.
+        # Overridden because transformers reads pickles, and continues with a new state if a file is missing.
         if self._loaded is None:
             return
         restore_optimizer(cast(torch.optim.Optimizer, self.optimizer), self._loaded.optimizer)
@@ -252,8 +252,8 @@ class Trainer(transformers.Trainer):
             self.accelerator.scaler.load_state_dict(self._loaded.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # As _load_optimizer_and_scheduler. transformers calls it at the right time: after the batches that are
-        # skipped were drawn, or before an epoch's first.
+        # Overridden as _load_optimizer_and_scheduler is. transformers calls this at the right time: after drawing the
+        # batches to skip, or before the first batch of an epoch.
         if self._loaded is not None:
             set_random_state(self._loaded.rng[self.args.process_index])
             self._loaded = None
@@ -263,11 +263,11 @@ class Trainer(transformers.Trainer):
             loss = self._loaded.progress["loss"]
             self._tr_loss = torch.tensor(loss, device=self.args.device)
             self._globalstep_last_logged = self._loaded.progress["logged"]
-            self._total_loss_scalar = -loss  # train_loss, at the end, is the mean over the steps of this call
+            self._total_loss_scalar = -loss  # so that train_loss is the mean over the steps of this call
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        # Overridden because the save at the end has to come after the last epoch's own events (its evaluation draws
-        # random numbers) and before the weights become those of the best checkpoint.
+        # Overridden because the final save must come after the events of the last epoch (its evaluation draws random
+        # numbers) and before the weights of the best checkpoint are loaded.
         wanted = self._stopping or self.args.save_strategy != SaveStrategy.NO
         if wanted and self._saved_step != self.state.global_step:
             self._save_checkpoint(cast(nn.Module, self.model), trial)
@@ -275,9 +275,9 @@ class Trainer(transformers.Trainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained, and nothing of the frozen model, into a folder of its own."""
+        """Write the trained parameters to `output_dir`. Raises ValueError if it is the run folder or not given."""
         if output_dir is None or Path(output_dir).resolve() == self.run_folder.resolve():
-            raise ValueError("give save_model a folder of its own: the run folder holds the checkpoints")
+            raise ValueError("save_model needs an output_dir other than the run folder, which holds the checkpoints")
         if self.is_world_process_zero():
             with staged_folder(output_dir) as folder:
                 self._save_trained(folder)
@@ -287,7 +287,7 @@ class Trainer(transformers.Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As in transformers; remembers which rows the micro-batch holds."""
+        """As in transformers, but removes `row` from the inputs and remembers it for error messages."""
         self._finite.batches.append(inputs.pop("row", None))
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -298,7 +298,7 @@ class Trainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As in transformers, without the rows."""
+        """As in transformers, but removes `row` from the inputs."""
         inputs.pop("row", None)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -309,22 +309,22 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """As in transformers; in training also checks the loss, and adds the penalty's gradient but not its value."""
+        """As in transformers. In training, checks the loss, and adds the penalty's gradient but not its value."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._check("loss", loss)
             penalty = self._extra_loss() if self._extra_loss is not None else None
             if penalty is not None:
                 self._check("penalty", penalty)
-                # A loss over the items of all micro-batches is a share of the whole; other losses are divided later.
+                # A loss that is normalized over all micro-batches is already a share; the Trainer divides other losses.
                 shared = self.model_accepts_loss_kwargs and num_items_in_batch is not None
                 share = penalty / self.current_gradient_accumulation_steps if shared else penalty
                 loss = loss + (share - share.detach()).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # Overridden because a NaN gradient under a finite loss would destroy the weights, and the save after it the
-        # checkpoint. With fp16 an infinite one is normal: the loss scaler skips the step.
+        # Overridden because a NaN gradient with a finite loss would destroy the weights and then the next checkpoint.
+        # With fp16, infinite gradients are normal: the loss scaler skips the step.
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:
             self._check("gradient", torch.as_tensor(norm), whole_step=True)
@@ -337,14 +337,14 @@ class Trainer(transformers.Trainer):
     # ---- data
 
     def _set_signature_columns_if_needed(self) -> None:
-        # Overridden because the model's forward does not know `row`, which would be dropped before the collator.
+        # Overridden because transformers would drop `row`, which the model's forward does not take, before collating.
         super()._set_signature_columns_if_needed()
         columns = cast(list[str], self._signature_columns)
         if "row" not in columns:
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        # Overridden because of what ByEpoch's docstring says.
+        # Overridden for the reason in the docstring of ByEpoch.
         sampler = super()._get_train_sampler(train_dataset)
         return (
             ByEpoch(sampler, cast(int, self.args.data_seed)) if isinstance(sampler, LengthGroupedSampler) else sampler
@@ -352,7 +352,7 @@ class Trainer(transformers.Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """What happens between the steps. Added last, so that it sees what the others decided."""
+    """Callbacks between steps. Added last, so that they see the decisions of all other callbacks."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -374,8 +374,8 @@ class _Hooks(TrainerCallback):
         if received is not None:
             _log.warning("%s: stopping after step %d", received.name, state.global_step)
             self.trainer._stopping = control.should_training_stop = True
-        # The epoch's own log entry and evaluation come after this step and belong to it: a checkpoint from before
-        # them would be resumed after them, and they would never happen.
+        # The log entry and evaluation at the end of an epoch follow this event. A run that resumes from a checkpoint
+        # saved before them would skip them, so the save is moved to the end of the epoch.
         self.save_after_epoch = control.should_save and float(state.epoch).is_integer()
         control.should_save = control.should_save and not self.save_after_epoch
 
@@ -385,5 +385,5 @@ class _Hooks(TrainerCallback):
         if self.save_after_epoch:
             control.should_save = True
         if self.trainer._stopping and not float(state.epoch).is_integer():
-            # transformers takes every stop for the end of the epoch; the resumed run will come to the real one.
+            # transformers treats every stop as the end of an epoch; the resumed run will reach the real end.
             control.should_log = control.should_evaluate = control.should_save = False
