@@ -25,7 +25,7 @@ TABLES = "## Tables\n"
 def table(found: dict[str, Any]) -> str:
     """The main table as Markdown, best first."""
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["others"]))
-    heads = ["contestant", "trained parameters", found["metric"], f"less {found['reference']}'s", *others, "rate"]
+    heads = ["contestant", "trained parameters", found["metric"], f"minus {found['reference']}", *others, "rate"]
     heads += ["step ms", "peak MiB", "decode ms", "merged ms", "adapter KiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found["rows"]:
