@@ -116,7 +116,7 @@ def main() -> None:
         ),
         m.Row("trained parameters, after over before", numbers(after) / numbers(before), 1.0, TARGET / INIT, None),
     ]
-    m.show(f"AdaLoRA, {INIT} to {TARGET}, on all linear maps", rows, "python benchmarks/adalora.py")
+    m.show(f"AdaLoRA, {INIT} to {TARGET}, on all linear layers", rows, "python benchmarks/adalora.py")
     print(f"Ranks of the sites at the end: {min(ranks)} to {max(ranks)}\n")
 
 

@@ -80,7 +80,7 @@ def main() -> None:
             1.0,
             1.15,
         ),
-        m.Row(f"training step {size}, over our LoRA's", steps.over("ours", "lora"), None, None, None),
+        m.Row(f"training step {size}, over reparam's LoRA", steps.over("ours", "lora"), None, None, None),
         m.Row(
             "bytes kept for backward, over LoRA by the same library",
             kept["ours"] / kept["lora"],
@@ -97,13 +97,13 @@ def main() -> None:
             m.Row(
                 f"forward of {what}, over the base", times.over("ours", "base"), times.over("peft", "base"), None, goal
             ),
-            m.Row(f"forward of {what}, over our LoRA's", times.over("ours", "lora"), None, None, None),
+            m.Row(f"forward of {what}, over reparam's LoRA", times.over("ours", "lora"), None, None, None),
         ]
     ours, theirs = norm_memory(64 if quick else 4096, m.RANK)
     rows.append(
         m.Row("memory while the norms of 4096 x 4096 are measured, over the factors'", ours, theirs, None, None)
     )
-    m.show("DoRA, r = 16, on all linear maps", rows, "python benchmarks/dora.py")
+    m.show("DoRA, r = 16, on all linear layers", rows, "python benchmarks/dora.py")
     print(
         f"FLOPs of a step: full {count['full']:.4g}, DoRA {count['ours']:.4g} ({share:.4f}), LoRA {count['lora']:.4g}\n"
     )

@@ -87,7 +87,7 @@ def main() -> None:
     what = f"{tokens} tokens after {length}"
     rows = [
         m.Row(
-            f"X-LoRA, {what}, over our LoRA's",
+            f"X-LoRA, {what}, over reparam's LoRA",
             decoding.over("ours", "our LoRA"),
             decoding.over("theirs", "our LoRA"),
             None,
@@ -101,7 +101,7 @@ def main() -> None:
             None,
         ),
         m.Row(
-            f"X-LoRA, a forward of {length}, over our LoRA's",
+            f"X-LoRA, a forward of {length}, over reparam's LoRA",
             reading.over("ours", "our LoRA"),
             reading.over("theirs", "our LoRA"),
             None,

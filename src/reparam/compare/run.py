@@ -169,7 +169,7 @@ class _Comparison:
         for contestant in self.left():
             runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
             if runs:
-                self.console.print(f"  decoding with {contestant.label}", style="dim", highlight=False)
+                self.console.print(f"  measuring decoding with {contestant.label}", style="dim", highlight=False)
                 self.serving[contestant.label] = serving(Path(runs[0].folder), self.plan.config(contestant, {}).base)
 
     def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
