@@ -25,7 +25,14 @@ TABLES = "## Tables\n"
 def table(found: dict[str, Any]) -> str:
     """The report's main table as Markdown, with the best contestant first."""
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["others"]))
-    heads = ["contestant", "trained parameters", found["metric"], f"minus {found['reference']}", *others, "rate"]
+    heads = [
+        "contestant",
+        "trained parameters",
+        found["metric"],
+        f"difference to {found['reference']}",
+        *others,
+        "rate",
+    ]
     heads += ["step ms", "peak MiB", "decode ms", "merged ms", "adapter KiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found["rows"]:

@@ -167,7 +167,7 @@ def best(output: Path, name: str) -> float:
 def table(output: Path, names: list[str], seeds: range) -> str:
     """Markdown table of the scores by contestant, and the differences to LoRA, paired by seed."""
     lines = [
-        "| | rate | parameters | nats per answer token | minus LoRA | "
+        "| method | rate | parameters | nats per answer token | difference to LoRA | "
         + " | ".join(f"{task}, exact" for task in TASKS)
         + " |",
         "|---|---|---|---|---|" + "---|" * len(TASKS),

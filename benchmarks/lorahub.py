@@ -169,7 +169,7 @@ def jobs_of(task: str, output: Path, seeds: range) -> list[Job]:
 
 def table(output: Path, seeds: range) -> str:
     """Markdown table of the scores by task and way, and the differences to LoraHub, paired by seed."""
-    lines = ["| | | nats per answer token | minus LoraHub | exact |", "|---|---|---|---|---|"]
+    lines = ["| task | method | nats per answer token | difference to LoraHub | exact match |", "|---|---|---|---|---|"]
     for task in HELD_OUT:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for job in jobs_of(task, output, seeds):

@@ -137,7 +137,7 @@ def tables(
         methods = found[task]
         metrics = [key for key in ("loss", "exact", "bits") if key in methods["lora"]]
         names = {"loss": UNITS["loss"], "bits": UNITS["bits"], "exact": "exact match"}
-        heads = [head for key in metrics for head in (names[key], "minus LoRA")]
+        heads = [head for key in metrics for head in (names[key], "difference to LoRA")]
         rule = f", always giving the most frequent answer: {baseline[task]:.3f}" if task in baseline else ""
         lines += [f"\n**{task}**{rule}", ""]
         lines += ["| method | rate | parameters | seeds | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]

@@ -61,7 +61,7 @@ def _heads(results: Mapping[str, Any]) -> list[Cell]:
     heads = [
         ("contestant", "", ""),
         (results["metric"], better, ""),
-        (f"minus {results['reference']}", "paired by seed", ""),
+        (f"difference to {results['reference']}", "paired by seed", ""),
         *((name, "", "") for name in _others(results)),
         ("parameters", "trained", ""),
         ("rate", "tuned", "learning rate"),

@@ -31,7 +31,7 @@ def write(findings: Findings, folder: Path, console: Console) -> Path:
 def table(found: dict[str, Any]) -> Table:
     """Table of each contestant's score, difference to the reference, trained parameters and rate, best first."""
     made = Table()
-    heads = ("", f"{found['metric']}, 95 % interval", f"minus {found['reference']}", "parameters", "rate")
+    heads = ("", f"{found['metric']}, 95 % interval", f"difference to {found['reference']}", "parameters", "rate")
     for head in heads:
         made.add_column(head, justify="right" if head in ("parameters", "rate") else "left")
     for row in found["rows"]:
