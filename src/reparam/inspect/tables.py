@@ -34,7 +34,7 @@ def spectra(found: Mapping[str, Spectrum]) -> Table:
     """Table of each site's rank, effective and stable rank, and singular values."""
     part = any(seen.kind == "leading" for seen in found.values())
     columns = ["rank", *([] if part else ["eff."]), "stable", "90 %", "99 %", "σ1", "σ last"]
-    title = "singular values (eff.: effective rank; 90 %: number of values for 90 % of |ΔW|²)"
+    title = "singular values (eff.: effective rank; 90 %: count for 90 % of |ΔW|²)"
     table, begin = _table(title, found, [*columns, *(["held"] if part else [])])
     for name, seen in found.items():
         needed = ["more" if (n := seen.needed(share)) is None else str(n) for share in (0.9, 0.99)]
