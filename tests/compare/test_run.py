@@ -186,7 +186,7 @@ def test_a_seed_that_not_all_have_ended_is_no_part_of_the_table(
 ) -> None:
     found = run(planned(base, data, tmp_path / "out"), Recorder(late_at=7))
     assert found["seeds"] == [0]
-    assert "Seed 1 was not ended" in found["missing"][0]
+    assert "Seed 1 was not finished" in found["missing"][0]
     assert "one seed" in found["recommendation"]
 
 
@@ -243,7 +243,7 @@ def test_what_does_not_fit_the_model_is_said_before_anything_is_trained(
     assert "bitfit: " in str(error.value)
     assert "fine" not in str(error.value)
     assert recorder.trials == []
-    with pytest.raises(ConfigError, match=r"compare.metric: bits cannot be had of rows that are answers"):
+    with pytest.raises(ConfigError, match=r"compare.metric: rows with answers have no metric .bits."):
         run(planned(base, data, tmp_path / "out", compare__metric="bits"))
 
 
@@ -260,7 +260,7 @@ def test_the_verb_reads_a_file_with_options_on_top(
         code = _reparam("compare", file, "--seeds", 1, "-o", tmp_path / "out")
         assert code == expected
         out = " ".join(capsys.readouterr().out.split())
-        assert "Nothing is better than the base as it is (exact match 0.000" in out
+        assert "No contestant is better than the base without an adapter (exact match 0.000" in out
         assert "report.html" in out
         file = tmp_path / "out" / "plan.toml"
     assert _reparam("compare", "--methods", "lora", "--workers", "clouds") == 2

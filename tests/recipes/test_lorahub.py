@@ -164,7 +164,7 @@ def test_from_the_command_line(few: Path, parts: list[str], tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search exclude each other"),
+        (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search cannot be used together"),
         (["--valid", "FEW"], "--valid is for --search"),
         (["--search", "EMPTY"], "the file is empty"),
         (["--search", "FEW", "--space", "ties"], "weights can be searched for in delta and factor"),
