@@ -1,4 +1,4 @@
-"""One site of an adapter that was read, as an update, against the adapter on its model."""
+"""The update of one site of a loaded adapter, compared with the adapter on its model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures from the command line: rows that say their tasks, experts from folders, tasks that are named or missing."""
+"""Mixtures on the command line: rows with tasks, experts from folders, tasks that are given or missing."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TASKS = ("length", "name")
 
 @pytest.fixture(scope="module")
 def by_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows whose questions do not tell which of two answers is asked for."""
+    """Rows whose questions do not reveal which of two answers is wanted."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = []
     for i in range(40):

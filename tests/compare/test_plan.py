@@ -132,7 +132,7 @@ def test_each_mistake_has_its_sentence(given: dict[str, Any], message: str) -> N
 
 
 def test_the_command_of_a_row_says_the_whole_configuration() -> None:
-    """The options, read as the command line reads them, give the same configuration."""
+    """Parsing the printed options as the command line does gives the same configuration."""
     config = resolve(
         None,
         {

@@ -1,4 +1,4 @@
-"""The report in a real headless browser, and what it says without one."""
+"""The report in a headless browser, and its text without one."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Three small files."""
+    """Small files of training, tuning and test rows."""
     folder, files = tmp_path_factory.mktemp("data"), {}
     for side, count in (("train", 40), ("valid", 6), ("test", 8)):
         files[side] = str(folder / f"{side}.jsonl")
@@ -63,7 +63,7 @@ def planned(base: str, data: dict[str, str], output: Path, **more: Any) -> Plan:
 
 
 class Recorder:
-    """Performs trials here, and remembers which; from the `stop`-th on it is too late, or a signal comes."""
+    """Runs trials in this process and records them; from the `stop`-th on, time is up or a signal arrives."""
 
     def __init__(self, *, late_at: int | None = None, signal_at: int | None = None) -> None:
         self.trials: list[Trial] = []
@@ -208,7 +208,7 @@ def test_contestants_over_the_parameter_budget_are_left_out(base: str, data: dic
 
 
 def test_a_hopeless_contestant_is_stopped_after_a_rung(base: str, data: dict[str, str], tmp_path: Path) -> None:
-    """Far behind and larger: LoRA at rank 8 with a scale of nearly nothing."""
+    """LoRA of rank 8 with a tiny scale has a much higher loss and more parameters than others."""
     methods = [{"name": "lora", "r": 2}, {"name": "lora", "label": "mute", "r": 8, "alpha": 1e-6}]
     plan = planned(
         base, data, tmp_path / "out", compare__methods=methods, compare__keep=0.5, compare__least=1, compare__seeds=1

@@ -1,4 +1,4 @@
-"""What `inspect --probe` says of routers: counted by hand, and at the ends of its scales."""
+"""The figures of `inspect --probe` about routers, compared with hand counts and at their extremes."""
 
 import json
 from pathlib import Path

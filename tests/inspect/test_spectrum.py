@@ -1,4 +1,4 @@
-"""Spectra, amplification, similarity and survival against the dense matrices that they speak of."""
+"""Singular values, amplification, similarity and survival, compared with dense matrices."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ GAINS = {
 
 
 def changed(method: Any, *, seed: int = 0) -> tuple[Record, Any, dict[str, torch.Tensor]]:
-    """A trained adapter, its base, and its ΔW by site as merging makes it, in float64."""
+    """A trained adapter, its base, and its float64 ΔW by site as computed by merging."""
     model = llama().double()
     adapter = trained(model, method=method, seed=seed)
     record, base = adapter.record(), llama().double()

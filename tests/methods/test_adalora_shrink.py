@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks that shrink in training, in any loop, and runs that go on from saved states."""
+"""AdaLoRA: ranks that shrink during training, in any loop, and resumed runs."""
 
 import copy
 import io

@@ -18,7 +18,7 @@ from reparam.core.registry import METHODS
 
 
 def test_nothing_leaks_from_later_tokens() -> None:
-    """A gate over all tokens does leak, which shows that this test would see it."""
+    """A gate over all tokens does leak, which shows that the test detects leaks."""
     later = IDS.clone()
     later[:, 5:] = (later[:, 5:] + 11) % 97
     for pool, leaks in (("prompt", False), ("all", True)):
@@ -65,7 +65,7 @@ def test_padding_is_no_part_of_the_prompt(side: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_generation_with_a_cache_is_full_recomputation(name: str) -> None:
-    """Of a batch of prompts of several lengths, padded on the left."""
+    """For a batch of prompts of different lengths, padded on the left."""
     model, _ = adapted(name, **(SEQUENCE if name == "mole" else {}))
     task = {"tasks": [2, 0, 1]} if name in BY_TASK else {}
     settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -103,7 +103,7 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
 
 
 def test_xlora_weighs_by_the_hidden_states_of_the_base() -> None:
-    """Written out: the gates from the plain model's last hidden states; a base of one expert is that LoRA."""
+    """Gates are computed from the plain model's last hidden states; a single expert equals its LoRA."""
     model, adapter = adapted("xlora")
     with torch.no_grad():
         hidden = models.llama()(IDS, output_hidden_states=True).hidden_states[-1]

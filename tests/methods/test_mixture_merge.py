@@ -58,7 +58,7 @@ def test_a_static_mixture_is_merged() -> None:
 
 @pytest.mark.parametrize("name", [n for n in LOOKING if n != "mov"])
 def test_gates_that_are_constant_make_a_merged_lora(name: str) -> None:
-    """Routers of zeros weigh all alike."""
+    """Routers of zeros give equal weights."""
     model, adapter = adapted(name, select="softmax", k=1, gate="prob", losses={})
     with torch.no_grad():
         for key, parameter, _ in adapter.named_parameters():

@@ -1,4 +1,4 @@
-"""What mixtures refuse: settings, missing experts, gates that were not computed."""
+"""Refusals of mixtures: settings, missing experts, gates that were not computed."""
 
 import dataclasses
 

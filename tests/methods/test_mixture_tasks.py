@@ -1,4 +1,4 @@
-"""What a forward is told about tasks and experts, for mixtures."""
+"""Passing tasks and experts to a forward of a mixture."""
 
 from typing import Any
 
@@ -103,7 +103,7 @@ def test_generation_knows_its_tasks() -> None:
 
 @pytest.mark.parametrize("tasks", [1, [2, 0, 1]])
 def test_an_encoder_and_a_decoder_know_their_tasks(tasks: Any) -> None:
-    """In generation the encoder is called without the model."""
+    """During generation the encoder is called on its own."""
     model, _ = adapted("task_gated", models.t5())
     settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with reparam.context(model, tasks=tasks):
