@@ -1,4 +1,4 @@
-# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` create .venv and install everything on a fresh machine.
 PYTHON ?= python3
 export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
@@ -12,11 +12,11 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-# While working: no command line, no trainer, no product of everything with everything.
+# While working: a part of the tests, without the command line, the trainer and the conformance suite.
 quick: .venv/installed
 	$(PYTEST) tests/test_architecture.py tests/core tests/sites tests/weights tests/data tests/io tests/combine tests/optim
 
-# Every product whole.
+# Every test, with every combination of method, storage and site in the conformance suite.
 full: .venv/installed
 	REPARAM_TESTS=full $(PYTEST)
 
@@ -29,7 +29,7 @@ format: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# The documentation into site/, with every link checked.
+# Build the documentation into site/, and check every link.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 

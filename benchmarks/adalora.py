@@ -1,8 +1,8 @@
-"""AdaLoRA: its training step over LoRA's, with components masked at every step, and after the ranks are final.
+"""Time AdaLoRA's training step relative to LoRA's, while components are masked and after the ranks are final.
 
-The first row has the rank 16 at all sites in both, and a budget that is chosen anew at each step. The second has the
-mean rank 8 left of 16, spread unevenly as a schedule leaves it, over a LoRA of rank 8. Steps are 4 rows x 256 tokens,
-with AdamW (foreach). PEFT's is over PEFT's LoRA.
+In the first row, both have rank 16 at all sites, and AdaLoRA chooses its components anew at each step. In the second,
+AdaLoRA has reduced rank 16 to mean rank 8, unevenly over the sites, and LoRA has rank 8. Steps are 4 rows x 256 tokens
+with AdamW (foreach). PEFT's AdaLoRA is relative to PEFT's LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOREVER = 10**6
 
 
 def bound_step(model: nn.Module, adapter: reparam.Adapter, ids: torch.Tensor) -> m.Call:
-    """A whole training step of an optimizer that the adapter is bound to."""
+    """A training step with an optimizer that the adapter is bound to."""
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, foreach=True)
     adapter.bind(optimizer)
 
@@ -33,7 +33,7 @@ def bound_step(model: nn.Module, adapter: reparam.Adapter, ids: torch.Tensor) ->
 
 
 def ours(base: nn.Module, ids: torch.Tensor, *, tinit: int, tfinal: int, total: int) -> tuple[m.Call, reparam.Adapter]:
-    """Our AdaLoRA on all linear maps."""
+    """A training step with reparam's AdaLoRA on all linear layers, and its adapter."""
     model = m.twin(base)
     method = reparam.AdaLoRA(
         init_r=INIT, target_r=TARGET, alpha=2 * INIT, tinit=tinit, tfinal=tfinal, total_steps=total
@@ -43,14 +43,14 @@ def ours(base: nn.Module, ids: torch.Tensor, *, tinit: int, tfinal: int, total: 
 
 
 def lora(base: nn.Module, ids: torch.Tensor, r: int) -> tuple[m.Call, reparam.Adapter]:
-    """Our LoRA on all linear maps."""
+    """A training step with reparam's LoRA on all linear layers, and its adapter."""
     model = m.twin(base)
     adapter = reparam.attach(model, reparam.LoRA(r=r, alpha=2 * r))
     return bound_step(model, adapter, ids), adapter
 
 
 def theirs(base: nn.Module, ids: torch.Tensor) -> m.Call:
-    """PEFT's AdaLoRA, with its call after each step."""
+    """A training step with PEFT's AdaLoRA, including `update_and_allocate`."""
     config = peft.AdaLoraConfig(
         init_r=INIT,
         target_r=TARGET,
@@ -73,7 +73,7 @@ def theirs(base: nn.Module, ids: torch.Tensor) -> m.Call:
 
 
 def numbers(adapter: reparam.Adapter) -> int:
-    """How many it trains."""
+    """Number of trained parameters."""
     return sum(p.numel() for p in adapter.parameters())
 
 
@@ -108,15 +108,15 @@ def main() -> None:
             1.05,
         ),
         m.Row(
-            f"numbers trained after the ranks are final, over LoRA's at rank {TARGET}",
+            f"trained parameters after the ranks are final, over LoRA's at rank {TARGET}",
             numbers(after) / numbers(target),
             None,
             1.0,
             None,
         ),
-        m.Row("numbers trained after over before", numbers(after) / numbers(before), 1.0, TARGET / INIT, None),
+        m.Row("trained parameters, after over before", numbers(after) / numbers(before), 1.0, TARGET / INIT, None),
     ]
-    m.show(f"AdaLoRA, {INIT} to {TARGET}, on all linear maps", rows, "python benchmarks/adalora.py")
+    m.show(f"AdaLoRA, {INIT} to {TARGET}, on all linear layers", rows, "python benchmarks/adalora.py")
     print(f"Ranks of the sites at the end: {min(ranks)} to {max(ranks)}\n")
 
 

@@ -1,6 +1,6 @@
-"""Many adapters on one model: what the 64th costs to load, and to select, over what the 2nd does.
+"""Time loading and selecting an adapter when a model has 64 adapters, relative to a model with 2.
 
-Each contestant holds one adapter less than is loaded; loading is undone between rounds, outside of the time.
+Each model starts with one adapter less; the loaded adapter is removed between rounds, which is not timed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def selecting(ours: dict, theirs: dict, *, many: int, rounds: int) -> m.Row:
-    """Changing between two adapters; every model holds "new" as well by now."""
+    """Table row for switching between two adapters; every model has the adapter "new" at this point."""
 
     def ours_call(model) -> m.Call:
         def call() -> None:

@@ -1,7 +1,8 @@
-"""Forward passes with each baseline at batch 1, over the same passes of the base model.
+"""Time forward passes with each baseline method at batch size 1, relative to the base model.
 
-Bottlenecks are 64 wide and LoRA has rank 16 on all linear maps, which is about as many parameters. Prefix and prompt
-put 20 positions in front of the text. Merged and full models hold matrices of their own.
+Bottlenecks have width 64 and LoRA has rank 16 on all linear layers, which are about equally many parameters. Prefix and
+prompt tuning add 20 positions before the text. The merged and the fully trained model have their own matrices, while
+the others share those of the base.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ METHODS: dict[str, Method] = {
 
 
 def contestants(base: nn.Module) -> tuple[dict[str, nn.Module], dict[str, int]]:
-    """The models, and how many numbers each trained."""
+    """The models, and the number of trained parameters of each method."""
     models, trained = {"base": base}, {}
     for name, method in METHODS.items():
         adapter = reparam.attach(m.twin(base), method)
@@ -51,7 +52,10 @@ def main() -> None:
         times = m.interleave(work, rounds=3 if quick else rounds)
         for name, ratios in found.items():
             ratios.append(times.over(name, "base"))
-    print("### Forward at batch 1, over the base\n\n| method | one token | 512 tokens | trained |\n|---|---|---|---|")
+    print(
+        "### Forward at batch size 1, over the base\n\n"
+        "| method | one token | 512 tokens | trained parameters |\n|---|---|---|---|"
+    )
     for name, (one, many) in sorted(found.items(), key=lambda item: item[1][0]):
         print(f"| {name} | {one:.3f} | {many:.3f} | {trained[name]:,} |")
     print("\n    python benchmarks/baselines.py\n")

@@ -1,10 +1,10 @@
-"""Puts finished comparisons under `docs/`: figures, a picture of the report, and the tables of evidence/compare.md.
+"""Copy finished comparisons to `docs/`: figures, a screenshot of the report, and the tables of evidence/compare.md.
 
     python benchmarks/compare_page.py opening ranks
 
-reads out/compare-NAME for each NAME; the tables of all that are in docs/compare/ replace what follows "## Tables".
-The reports themselves are made from the figures when the documentation is built (`make docs`).
-The picture needs a Chromium, as the report's tests do.
+This reads out/compare-NAME for each NAME. The tables of all comparisons in docs/compare/ replace everything after
+"## Tables" in evidence/compare.md. `make docs` renders the reports from the figures. Screenshots need Chromium or
+Chrome, as do the report's tests.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ TABLES = "## Tables\n"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The main table as Markdown, best first."""
+    """The report's main table as Markdown, with the best contestant first."""
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["others"]))
-    heads = ["contestant", "trained parameters", found["metric"], f"less {found['reference']}'s", *others, "rate"]
+    heads = [
+        "contestant",
+        "trained parameters",
+        found["metric"],
+        f"difference to {found['reference']}",
+        *others,
+        "rate",
+    ]
     heads += ["step ms", "peak MiB", "decode ms", "merged ms", "adapter KiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in found["rows"]:
@@ -49,7 +56,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def picture(report: Path, file: Path) -> None:
-    """What one sees of a report on opening it."""
+    """Save a screenshot of the top of a report."""
     from playwright.sync_api import sync_playwright
 
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))

@@ -1,15 +1,15 @@
-"""What mixtures are for: tasks that contradict each other. Plain LoRA at equal parameters against each preset.
+"""Compare the mixture presets with LoRA of about equal size on tasks that contradict each other.
 
     python benchmarks/conflict.py
 
-Three sibling tasks over the same signatures (`scripts/make_tasks.py`): the question is the same and does not say which
-task it belongs to; the answer is the arguments' names, their defaults, or their number. Plain LoRA has to answer all
-of them alike. A gate by the task does not. A gate by the token or by the prompt has nothing to go by, and is a control.
-Two lines say what a gate has to come near: LoRA that is told the task in the question, and a LoRA for each task.
+Three tasks over the same signatures (`scripts/make_tasks.py`) have the same questions, which do not name the task; the
+answer is the arguments' names, their defaults, or their number. LoRA cannot tell the tasks apart. Mixtures with a gate
+per task can. Mixtures with a gate per token or prompt cannot either, and serve as controls. Two references show what
+a good gate should approach: a LoRA with the task's name in the question, and a separate LoRA for each task.
 
-Each contestant's rate is chosen from one grid by the loss on `valid` of a seed that is used for nothing else; five
-other seeds, which draw the start and the order of the rows, are scored on `test`. All see the same rows: a LoRA for
-one task has a third of the steps. The experts of `mole` and `xlora` are those LoRAs, finished.
+Each contestant's learning rate is chosen from one grid by the loss on `valid` with a separate seed. Runs with five
+other seeds are scored on `test`; a seed determines the initial values and the order of the rows. All contestants train
+on equally many rows, so each separate LoRA has a third of the steps. These LoRAs are the experts of `mole` and `xlora`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.hf.models import load_tokenizer
 
-TASKS = ("count", "defaults", "signatures")  # in the order of their numbers
+TASKS = ("count", "defaults", "signatures")  # in the order of their task ids
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING = 100
 SEEDS = range(5)
-R = 16  # ranks in all
+R = 16  # total rank of all experts
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {"r": R, "alpha": 2.0 * R}),
     "task_gated": ("task_gated", {"n": 4, "r": R, "alpha": 2.0 * R, "dropout": 0.0}),
@@ -63,7 +63,7 @@ OWN, TOLD, FINISHED = "LoRA for each task", "LoRA, told the task", ("mole", "xlo
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How long and how large a run is."""
+    """Numbers of steps, rows per batch, tokens per row and held-out rows."""
 
     steps: int = 90
     rows: int = 9
@@ -73,20 +73,20 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One training run."""
 
     name: str
     rate: float
     seed: int
 
     def folder(self, output: Path) -> Path:
-        """Where its figures and adapters are."""
+        """Folder of the run's figures and adapters."""
         return output / "conflict" / f"{self.name.replace(', ', '-').replace(' ', '-')}-{self.rate:g}-{self.seed}"
 
 
 @functools.cache
 def data(output: Path, side: str, sizes: Sizes, *, told: bool = False) -> dict[str, Encoded]:
-    """The rows of each task, and for training those of all of them, in turns, under ""."""
+    """Encoded rows of each task; for training, the key "" has the rows of all tasks in turns."""
     found: dict[str, list[Row]] = {}
     for task in TASKS:
         rows = read_rows(str(output / "tasks" / task / f"{side}.jsonl"))
@@ -102,13 +102,13 @@ def data(output: Path, side: str, sizes: Sizes, *, told: bool = False) -> dict[s
 
 
 def _told(row: Row, task: str) -> Row:
-    """The row with the task's name before the question."""
+    """The row with the name of its task before the question."""
     question, *rest = row.messages
     return dataclasses.replace(row, messages=({**question, "content": f"{task}: {question['content']}"}, *rest))
 
 
 def method_of(job: Job, output: Path) -> Method:
-    """The contestant's configuration."""
+    """Configuration of the contestant's method."""
     name, settings = CONTESTANTS[job.name]
     if job.name == "task_gated" or job.name == "poly":
         settings = {**settings, "tasks": TASKS}
@@ -120,7 +120,7 @@ def method_of(job: Job, output: Path) -> Method:
 
 
 def run(job: Job, output: Path, sizes: Sizes) -> dict[str, Any]:
-    """Train, score on `valid` or `test`, and keep the figures."""
+    """Train and score on `valid` or `test`, or read the figures if the job has been run."""
     return runs.kept(job.folder(output) / "figures.json", lambda: _run(job, output, sizes))
 
 
@@ -146,28 +146,28 @@ def _run(job: Job, output: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def _batches(model: nn.Module, train: Encoded, sizes: Sizes, seed: int) -> Any:
-    """Batches without what the model has no use for."""
+    """Batches with task ids only if the model uses them."""
     by_task = bool(tasks_of(model))
     for batch in runs.batches(train, sizes.rows, seed):
         yield {key: value for key, value in batch.items() if by_task or key != "task"}
 
 
 def mean_loss(figures: dict[str, Any]) -> float:
-    """Nats per answer token, the mean over the tasks; a run that diverged to NaN is the worst."""
+    """Mean over the tasks of nats per answer token; infinite for a run that diverged to NaN."""
     value = sum(score["loss"] for score in figures["scores"].values()) / len(TASKS)
     return math.inf if math.isnan(value) else value
 
 
 def best(output: Path, name: str) -> float:
-    """The rate of the lowest loss on `valid`, of the runs that are there."""
+    """Learning rate with the lowest loss on `valid` among the runs made so far."""
     files = [Job(name, rate, TUNING).folder(output) / "figures.json" for rate in RATES]
     return min((json.loads(file.read_text()) for file in files if file.exists()), key=mean_loss)["rate"]
 
 
 def table(output: Path, names: list[str], seeds: range) -> str:
-    """Scores by contestant, and the differences to LoRA, paired by seed."""
+    """Markdown table of the scores by contestant, and the differences to LoRA, paired by seed."""
     lines = [
-        "| | rate | parameters | nats per answer token | less LoRA's | "
+        "| method | rate | parameters | nats per answer token | difference to LoRA | "
         + " | ".join(f"{task}, exact" for task in TASKS)
         + " |",
         "|---|---|---|---|---|" + "---|" * len(TASKS),
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/mixtures"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one rate, two seeds and three steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one rate, two seeds, three steps, to check that it runs")
     given = parser.parse_args()
     output = given.output.resolve() / ("quick" if given.quick else "")
     sizes = Sizes(steps=3, rows=3, held_out=3) if given.quick else Sizes()
@@ -206,7 +206,7 @@ def main() -> None:
         subprocess.run([*runs.SCRIPT, str(output / "tasks"), *options], check=True)
     work = functools.partial(run, output=output, sizes=sizes)
     first = [name for name in CONTESTANTS if name not in FINISHED]
-    for names in (first, list(FINISHED)):  # the experts of the latter come from the former
+    for names in (first, list(FINISHED)):  # the first group trains the experts of the second
         runs.spread([Job(name, rate, TUNING) for name in names for rate in rates], work, given.workers, _line)
         jobs = [Job(name, best(output, name), seed) for seed in seeds for name in names]
         runs.spread(jobs, work, given.workers, _line)

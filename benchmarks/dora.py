@@ -1,11 +1,11 @@
-"""DoRA: a training step, forwards, what is kept for backward, and what measuring the norms takes.
+"""Measure DoRA: training steps, forward passes, bytes kept for backward, and memory for computing the norms.
 
-The training step is compared as in `train_step.py`: with what its FLOPs would take at the speed of the full fine-tuning
-step. FLOPs are ours, norms included, for both libraries. Forwards are over those of the base model, not merged, with
-the norms kept, as they are in eval mode. PEFT has nothing to keep: it measures at each forward.
+As in `train_step.py`, the time of a training step is divided by the time that its FLOPs would take at the speed of the
+full fine-tuning step. For both libraries, the FLOPs are those of reparam's step, with the norms. Forward passes are not
+merged and are relative to the base model. In eval mode reparam caches the norms; PEFT computes them in each forward.
 
-Bytes kept for backward are over those of LoRA by the same library. Memory for the norm is the most bytes held while it
-is measured, over those of the factors and the norm itself, (O + I) R + O numbers of 4 bytes.
+Bytes kept for backward are relative to LoRA in the same library. Memory for the norms is the peak of bytes held while
+they are computed, relative to the factors and the norms themselves: (O + I) R + O numbers of 4 bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import reparam
 
 
 def with_ours(model: nn.Module) -> nn.Module:
-    """Our DoRA on all linear maps, with random factors and the magnitudes of the base."""
+    """Attach reparam's DoRA to all linear layers, with random factors and the magnitudes of the base."""
     adapter = reparam.attach(model, reparam.DoRA(r=m.RANK, alpha=2 * m.RANK))
     m.randomize(p for name, p, _ in adapter.named_parameters() if not name.endswith("magnitude"))
     return model
 
 
 def with_theirs(model: nn.Module) -> nn.Module:
-    """The same from PEFT."""
+    """Attach PEFT's DoRA in the same way."""
     config = peft.LoraConfig(r=m.RANK, lora_alpha=2 * m.RANK, target_modules=list(m.LINEARS), use_dora=True)
     wrapped = peft.get_peft_model(model, config)
     m.randomize(p for name, p in wrapped.named_parameters() if ".lora_A" in name or ".lora_B" in name)
@@ -37,7 +37,7 @@ def with_theirs(model: nn.Module) -> nn.Module:
 
 
 def norm_memory(side: int, rank: int) -> tuple[float, float]:
-    """Bytes held while the norms of one square layer are measured, over those of its factors; ours and PEFT's."""
+    """Peak bytes while the norms of one layer [side, side] are computed, over those of its factors: reparam, PEFT."""
     base = nn.Sequential(nn.Linear(side, side, bias=False))
     ours = reparam.attach(m.twin(base), reparam.DoRA(r=rank), targets=["0"]).model[0].eval()
     theirs = peft.get_peft_model(m.twin(base), peft.LoraConfig(r=rank, target_modules=["0"], use_dora=True)).eval()
@@ -48,7 +48,7 @@ def norm_memory(side: int, rank: int) -> tuple[float, float]:
         ours(x)
 
     with torch.no_grad():
-        first()  # ‖W‖² is measured once, and kept
+        first()  # computes ‖W‖² once and caches it
         return m.peak_bytes(first) / factors, m.peak_bytes(lambda: theirs(x)) / factors
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             1.0,
             1.15,
         ),
-        m.Row(f"training step {size}, over our LoRA's", steps.over("ours", "lora"), None, None, None),
+        m.Row(f"training step {size}, over reparam's LoRA", steps.over("ours", "lora"), None, None, None),
         m.Row(
             "bytes kept for backward, over LoRA by the same library",
             kept["ours"] / kept["lora"],
@@ -97,13 +97,13 @@ def main() -> None:
             m.Row(
                 f"forward of {what}, over the base", times.over("ours", "base"), times.over("peft", "base"), None, goal
             ),
-            m.Row(f"forward of {what}, over our LoRA's", times.over("ours", "lora"), None, None, None),
+            m.Row(f"forward of {what}, over reparam's LoRA", times.over("ours", "lora"), None, None, None),
         ]
     ours, theirs = norm_memory(64 if quick else 4096, m.RANK)
     rows.append(
         m.Row("memory while the norms of 4096 x 4096 are measured, over the factors'", ours, theirs, None, None)
     )
-    m.show("DoRA, r = 16, on all linear maps", rows, "python benchmarks/dora.py")
+    m.show("DoRA, r = 16, on all linear layers", rows, "python benchmarks/dora.py")
     print(
         f"FLOPs of a step: full {count['full']:.4g}, DoRA {count['ours']:.4g} ({share:.4f}), LoRA {count['lora']:.4g}\n"
     )

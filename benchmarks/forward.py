@@ -1,7 +1,7 @@
-"""Forward passes with one adapter, not merged, over the same passes of the base model.
+"""Time forward passes with one adapter, not merged, relative to the base model.
 
-Limit of one token: bytes of weights and factors over bytes of weights, because each is read from memory once. Limit of
-512 tokens: multiply-adds of all linear maps and attention with the factors over those without.
+Limit for one token: bytes of weights and factors over bytes of weights, because each is read from memory once. Limit
+for 512 tokens: multiply-adds of all linear layers and attention with the factors, over those without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
         models = {"base": base, "ours": ours, "peft": theirs}
         work = {name: m.forward(model, 1, tokens) for name, model in models.items()}
         times = m.interleave(work, rounds=3 if quick else rounds)
-        attention = 2 * tokens * shape.hidden * shape.layers  # multiply-adds for each token
+        attention = 2 * tokens * shape.hidden * shape.layers  # multiply-adds per token
         limit = 1 + factors / (weights + attention)
         what = "one token" if tokens == 1 else f"{tokens} tokens"
         rows.append(m.Row(f"forward of {what}", times.over("ours", "base"), times.over("peft", "base"), limit, goal))

@@ -1,14 +1,14 @@
-"""NF4 and QLoRA on a GPU: kernels against their references, then times, then a step of a 65B-shaped model in 48 GB.
+"""Check and time NF4 and QLoRA on a GPU, and run a training step of a 65B-shaped model in 48 GB.
 
-    python benchmarks/gpu.py             the table; "not run: no GPU" where there is none
-    python benchmarks/gpu.py --write     also into docs/gpu-results.md
-    python benchmarks/gpu.py --quick     tiny shapes, on a CPU too, to see that it runs; the numbers mean nothing
+    python benchmarks/gpu.py             print the table; without a GPU, print "not run: no GPU"
+    python benchmarks/gpu.py --write     also write docs/gpu-results.md
+    python benchmarks/gpu.py --quick     tiny shapes, also on a CPU, to check that it runs; its numbers mean nothing
 
-Every kernel must first equal its torch reference on fresh random inputs: bytes and bits for quantizing and
-dequantizing, rounding for products. Kernel times are the device's own: it is kept busy until all calls are queued, so
-that launching them is not counted. Contestants take turns, and a ratio is the median of the ratios within the rounds.
-Memory is the peak of torch's allocator beyond what was there before; bitsandbytes' paged states are not in it, ours
-are.
+First, every kernel is compared with its torch reference on fresh random inputs: quantized codes and dequantized values
+must be equal bit for bit, and products equal up to rounding. Kernel times are measured on the device, which is kept
+busy until all calls are queued, so that launch overhead does not count. Contestants take turns; a ratio is the median
+of the ratios within rounds. Memory is the peak of torch's allocator beyond what was held before; it includes reparam's
+paged optimizer states but not bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def versions(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, on a CPU too")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; also runs on a CPU")
     parser.add_argument("--write", action="store_true", help=f"write docs/{RESULTS.name}, if a GPU is found")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def main() -> None:
     if device.type == "cpu" and not quick:
         print("not run: no GPU")
         return
-    import gpu_work as work  # not above: where there is no GPU, what it is compared with need not be installed
+    import gpu_work as work  # imported here, because its dependencies need not be installed without a GPU
 
     warnings.filterwarnings("ignore")
     print(f"{versions(device)}; seed {torch.seed()}\n")
@@ -53,7 +53,7 @@ def main() -> None:
     ]
     table = "| measured | reparam | PEFT, bitsandbytes | dense bfloat16 | to reach |\n|---|---|---|---|---|\n"
     table += "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    print(("Tiny shapes, to see that it runs; the numbers mean nothing.\n\n" if quick else "") + table)
+    print(("Tiny shapes, to check that it runs; the numbers mean nothing.\n\n" if quick else "") + table)
     if arguments.write and device.type == "cuda" and not quick:
         title = f"# On a GPU\n\n`python benchmarks/gpu.py --write` on {datetime.date.today()}: {versions(device)}.\n\n"
         RESULTS.write_text(title + table)

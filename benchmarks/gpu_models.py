@@ -1,8 +1,9 @@
-"""Models of the GPU benchmark: a Llama shape with random weights, made directly in a storage, ours or bitsandbytes'.
+"""Models for the GPU benchmark: Llama shapes with random weights in NF4, by reparam or bitsandbytes, or dense.
 
-The model is made without memory (on "meta"). Then each linear map in turn gets a random matrix in bfloat16 on the
-device, which is quantized and let go, so that no more than one matrix is ever dense. LoRA goes on all linear maps of
-the blocks, as in QLoRA (arXiv 2305.14314, §4), with gradient checkpointing. Shapes: O out_features, I in_features.
+The model is made on the meta device, without memory. Then each linear layer in turn gets a random bfloat16 matrix on
+the device, which is quantized and freed, so that at most one quantized matrix is dense at a time. LoRA is on all linear
+layers of the blocks, as in QLoRA (arXiv 2305.14314, §4), with gradient checkpointing. Shapes: O out_features, I
+in_features.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ Make = Callable[[nn.Linear, Tensor], nn.Module]
 
 
 def nf4(module: nn.Linear, w: Tensor) -> nn.Module:
-    """Our linear map over the matrix quantized as QLoRA quantizes it; `module` has none."""
+    """reparam's linear layer with `w` [O, I] in NF4 as in QLoRA; `module` has no weights in memory."""
     return Linear(module, reparam.NF4().quantize(w))
 
 
 def dense(module: nn.Linear, w: Tensor) -> nn.Module:
-    """The module itself."""
+    """The module itself with `w` [O, I] as its frozen weight."""
     module.weight = nn.Parameter(w, requires_grad=False)
     return module
 
 
 def bitsandbytes_nf4(module: nn.Linear, w: Tensor) -> nn.Module:
-    """bitsandbytes' linear map over the same format; moving its parameter to a device is what quantizes it."""
+    """bitsandbytes' linear layer with `w` [O, I] in NF4; moving its parameter to a device quantizes it."""
     sizes = module.in_features, module.out_features
     quantized = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=w.dtype, quant_type="nf4", device="meta")
     parameter = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", module=quantized)
@@ -48,7 +49,7 @@ def bitsandbytes_nf4(module: nn.Linear, w: Tensor) -> nn.Module:
 
 
 def build(shape: m.Shape, device: torch.device, make: Make) -> nn.Module:
-    """A frozen model of this shape in bfloat16, whose linear maps `make` makes of an empty module and a matrix."""
+    """A frozen bfloat16 model of this shape; `make` makes each linear layer from an empty module and a matrix."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
@@ -63,7 +64,7 @@ def build(shape: m.Shape, device: torch.device, make: Make) -> nn.Module:
     for path, module in list(model.named_modules()):
         if path.endswith(m.LINEARS):
             model.set_submodule(path, make(module, random(module.weight, device)))
-    with device:  # numbers that are computed, not trained
+    with device:  # its buffers are computed, not trained
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for path, parameter in list(model.named_parameters()):
         if parameter.is_meta:  # embeddings, norms and the head
@@ -75,27 +76,27 @@ def build(shape: m.Shape, device: torch.device, make: Make) -> nn.Module:
 
 
 def random(like: Tensor, device: torch.device) -> Tensor:
-    """Ones for a norm, and small normal numbers for a matrix."""
+    """Ones for a vector (a norm's weight), and normal numbers with standard deviation 0.02 for a matrix."""
     fresh = torch.empty(like.shape, dtype=like.dtype, device=device)
     return fresh.fill_(1) if like.ndim == 1 else fresh.normal_(0, 0.02)
 
 
 def ours(model: nn.Module, *, budget: int | None = None, page: int = 1 << 20) -> torch.optim.Optimizer:
-    """Put our LoRA on the model; the optimizer has paged states of 8 bits."""
+    """Attach reparam's LoRA and return its optimizer with paged 8-bit states; `budget` and `page` are bytes."""
     adapter = reparam.attach(model, reparam.LoRA(r=R, alpha=ALPHA), targets="all-linear")
     return PagedAdamW(adapter.parameters(), lr=LR, bits=8, budget=budget, page=page)
 
 
 def theirs(model: nn.Module) -> torch.optim.Optimizer:
-    """The same from PEFT and bitsandbytes."""
-    model.is_loaded_in_4bit = True  # what transformers sets when it quantizes, and PEFT asks for
+    """Attach PEFT's LoRA and return bitsandbytes' optimizer with paged 8-bit states."""
+    model.is_loaded_in_4bit = True  # transformers sets this when it quantizes, and PEFT reads it
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(m.LINEARS))
     trained = [p for p in peft.get_peft_model(model, config).parameters() if p.requires_grad]
     return bnb.optim.PagedAdamW8bit(trained, lr=LR)
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, *, autocast: bool = False) -> m.Call:
-    """A training step on `ids`. With autocast, which PEFT needs for its float32 factors to meet bfloat16 cheaply."""
+    """A training step on `ids`; PEFT needs autocast for fast products of its float32 factors with bfloat16 inputs."""
 
     def call() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():

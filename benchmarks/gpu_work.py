@@ -1,7 +1,4 @@
-"""The measurements of the GPU benchmark: each gives lines of its table. See `gpu.py` for what they are.
-
-Shapes: O out_features, I in_features, M rows of x.
-"""
+"""Measurements of the GPU benchmark; each returns rows of its table. `gpu.py` describes them."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ from reparam.kernels.nf4_reference import dequantize_reference, quantize_referen
 from reparam.kernels.nf4_tables import BLOCKS
 
 LIMIT = 48_000_000_000  # bytes: a card of 48 GB
-PAGED = 1 << 28  # bytes of optimizer states that the 65B run may hold on the device, of 1.6 GB
+PAGED = 1 << 28  # bytes of optimizer states that the 65B run may hold on the device; the states have 1.6 GB in all
 Line = tuple[str, str, str, str, str]  # measured, reparam, bitsandbytes, dense bfloat16, to reach
 
 
-# ---- right, before fast
+# ---- correctness
 
 
 def check(device: torch.device, *, quick: bool) -> str:
-    """Compare every kernel with its reference. What was compared; raises AssertionError where one differs."""
+    """Compare every kernel with its reference and return a summary; raises AssertionError if one differs."""
     shapes = [(3, 33), (64, 100)] if quick else [(3, 33), (77, 1000), (4096, 4096), (1024, 11008)]
     count = 0
     for shape in shapes:
@@ -39,11 +36,11 @@ def check(device: torch.device, *, quick: bool) -> str:
                 for double in (False, True):
                     check_one(torch.randn(shape, device=device).to(dtype), reparam.NF4(block, double), quick=quick)
                     count += 1
-    return f"{count} matrices quantized, dequantized and multiplied as the references do, on {nf4.backend(device.type)}"
+    return f"{count} matrices: quantizing, dequantizing and products equal the references on {nf4.backend(device.type)}"
 
 
 def check_one(w: Tensor, storage: reparam.NF4, *, quick: bool) -> None:
-    """One matrix: its bytes, its values, and its products with 1 to 16 rows."""
+    """Check the quantized codes, the dequantized values and products with 1 to 16 rows of one matrix."""
     w[0, : storage.block] = 0
     codes, absmax = nf4.quantize(w, storage.block)
     expected = quantize_reference(w, storage.block)
@@ -71,14 +68,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def kernel_seconds(call: m.Call, calls: int, device: torch.device) -> float:
-    """Seconds of one call on the device; on a CPU, of the process."""
+    """Device seconds per call; on a CPU, CPU seconds of the process."""
     if device.type == "cpu":
         begin = time.process_time()
         for _ in range(calls):
             call()
         return (time.process_time() - begin) / calls
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(50_000_000)  # cycles: some 30 ms, in which the calls are queued
+    torch.cuda._sleep(50_000_000)  # cycles, about 30 ms, during which the calls are queued
     first.record()
     for _ in range(calls):
         call()
@@ -88,7 +85,7 @@ def kernel_seconds(call: m.Call, calls: int, device: torch.device) -> float:
 
 
 def step_seconds(call: m.Call, calls: int, device: torch.device) -> float:
-    """Seconds of one call by the clock, launches and all."""
+    """Wall-clock seconds per call, including kernel launches."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(calls):
@@ -98,7 +95,7 @@ def step_seconds(call: m.Call, calls: int, device: torch.device) -> float:
 
 
 def take_turns(work: Mapping[str, m.Call], device: torch.device, *, rounds: int, steps: bool = False) -> m.Times:
-    """Times by contestant, after one round that is not counted; the order rotates."""
+    """Time all contestants in turns, in an order that rotates, after a warm-up round that does not count."""
     measure, calls = (step_seconds, 2) if steps else (kernel_seconds, 20)
     names = list(work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -109,7 +106,7 @@ def take_turns(work: Mapping[str, m.Call], device: torch.device, *, rounds: int,
 
 
 def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
-    """Packing and dequantizing, as shares of the bandwidth of a device copy."""
+    """Rows for quantizing and dequantizing, as shares of the bandwidth of a copy on the device."""
     n = 1 << (16 if quick else 28)
     w = torch.randn(n, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(w)
@@ -140,7 +137,7 @@ def bandwidth(device: torch.device, *, quick: bool) -> list[Line]:
 
 @torch.no_grad()
 def decoding(device: torch.device, *, quick: bool) -> list[Line]:
-    """The seven products of a block for a few rows: more bytes than a cache holds."""
+    """Rows for the seven products of a transformer block with 1 and 8 rows; its weights exceed the cache."""
     shape = m.TINY if quick else models.BLOCKS_OF_7B
     hidden, inner = shape.hidden, shape.inner
     sizes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
@@ -165,7 +162,7 @@ def decoding(device: torch.device, *, quick: bool) -> list[Line]:
 
 
 def training(device: torch.device, *, quick: bool) -> list[Line]:
-    """A step of a few blocks of a 7B shape: ours, PEFT on bitsandbytes, and our LoRA on the dense matrices."""
+    """Rows for a step of some blocks of a 7B shape: reparam's QLoRA, PEFT on bitsandbytes, and dense LoRA."""
     shape = m.TINY if quick else models.BLOCKS_OF_7B
     ids = torch.randint(0, shape.vocabulary, (2, 16) if quick else (4, 512), device=device)
     work, memory = {}, {}
@@ -174,7 +171,7 @@ def training(device: torch.device, *, quick: bool) -> list[Line]:
         model = models.build(shape, device, make)
         optimizer = models.theirs(model) if name == "theirs" else models.ours(model)
         work[name] = models.step_of(model, optimizer, ids, autocast=name == "theirs")
-        work[name]()  # makes the states
+        work[name]()  # creates the optimizer states
         memory[name] = peak_of(work[name], device) - before
     times = take_turns(work, device, rounds=2 if quick else 8, steps=True)
     speed = [f"{ids.numel() / times.median(name):.0f} tokens/s" for name in work]
@@ -184,12 +181,12 @@ def training(device: torch.device, *, quick: bool) -> list[Line]:
     peaks = [f"{memory[name] / 1e9:.2f} GB" for name in work]
     return [
         (f"QLoRA step, {shape.layers} blocks of 7B, {size}", ours, *speed[1:], f"1.50 x{missed(gain < 1.5)}"),
-        ("peak memory of it", *peaks, f"below bitsandbytes'{missed(memory['ours'] > memory['theirs'])}"),
+        ("the same: peak memory", *peaks, f"below bitsandbytes'{missed(memory['ours'] > memory['theirs'])}"),
     ]
 
 
 def largest(device: torch.device, *, quick: bool) -> list[Line]:
-    """The headline: a whole step of a 65B shape in 48 GB of torch's allocator; CUDA's context is beside it."""
+    """Rows for a step of a 65B shape within 48 GB of torch's allocator, which exclude the CUDA context."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -217,7 +214,7 @@ def largest(device: torch.device, *, quick: bool) -> list[Line]:
 
 
 def peak_of(step: m.Call, device: torch.device) -> int:
-    """The most bytes that torch's allocator held during a step; 0 on a CPU."""
+    """Peak bytes of torch's allocator during a step; 0 on a CPU."""
     if device.type == "cpu":
         step()
         return 0
@@ -228,7 +225,7 @@ def peak_of(step: m.Call, device: torch.device) -> int:
 
 
 def moved(optimizer: torch.optim.Optimizer, step: m.Call) -> int:
-    """Bytes of optimizer states that a step moves to the device and back."""
+    """Bytes of optimizer states that a step moves to the device and from it."""
     before = optimizer.paging
     step()
     after = optimizer.paging

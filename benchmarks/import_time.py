@@ -1,7 +1,8 @@
-"""CPU seconds, user and system, of fresh interpreters: imports over torch's, and what the command line takes to answer.
+"""Measure CPU seconds (user and system) of imports and of command-line calls, each in a fresh interpreter.
 
-The contestants take turns, in an order that rotates; each figure is a median, beside its limit. `train` is measured up
-to its first printed line, and up to the table of what will be trained, for which it has read the model and the rows.
+The contestants take turns in an order that rotates. Each figure is a median and is shown with its limit. `train` is
+measured up to its first printed line, and up to the table of trained parameters, before which it loads the model and
+the rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ VERBS = {
     "train --help": ["train", "--help"],
 }
 OTHERS = {"trl sft --help": ["-m", "trl.cli", "sft", "--help"]}
-# Each prints something; the text in the line at which the clock stops, or "" for the first line.
+# Arguments, and text in the printed line at which the measurement stops; "" stops at the first line.
 LINES = {
     "torch and a llama of transformers": ([f"{TRANSFORMERS}; print('imported')"], ""),
     "train, to its first line": ([MAIN, "train"], ""),
@@ -93,7 +94,9 @@ def main() -> None:
                 else:
                     took = seconds(commands[name])
                 found[name].append(took)
-    medians = {name: statistics.median(times[1:]) for name, times in found.items()}  # the first fills the file cache
+    medians = {
+        name: statistics.median(times[1:]) for name, times in found.items()
+    }  # the first run fills the file cache
     print("| CPU seconds | measured | over import torch | limit |\n|---|---|---|---|")
     for name, value in medians.items():
         over, limit = LIMITS.get(name, ("", 0.0))

@@ -1,8 +1,8 @@
-"""Walsh-Hadamard transforms against a copy, naive torch and a matrix; a step of `intrinsic` against LoRA's, and memory.
+"""Time Walsh-Hadamard transforms against a copy, naive torch and a matrix product, and `intrinsic` against LoRA.
 
-The step is forward, backward and AdamW, 4 rows x 256 tokens, as in `train_step.py`; both adapters are on all linear
-maps. Its surplus does not depend on the batch: every matrix's map is drawn three times in a step, whatever the batch.
-Peak memory is what a step holds at most beyond the model, the adapter and the optimizer's states, by torch's count.
+A step is forward, backward and AdamW on 4 rows x 256 tokens, as in `train_step.py`. Both adapters are on all linear
+layers. The additional time of `intrinsic` does not depend on the batch: each matrix's map is generated three times per
+step. Peak memory is the peak of torch's allocator in a step, beyond the model, the adapter and the optimizer states.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reparam.methods.intrinsic import Intrinsic
 
 
 def naive(x: Tensor) -> Tensor:
-    """The transform by halves, as it is usually written in torch."""
+    """The transform by repeated halving, as it is usually written in torch; x [1, N] -> [1, N]."""
     n, h = x.shape[-1], 1
     y = x.clone()
     while h < n:
@@ -31,7 +31,7 @@ def naive(x: Tensor) -> Tensor:
 
 
 def transforms(quick: bool) -> list[m.Row]:
-    """Times of one long transform, of many short ones, and of a matrix where that can be made."""
+    """Rows for one long transform, many short ones and, if SciPy is installed, the product with a Hadamard matrix."""
     rounds = 3 if quick else 15
     n, small = (1 << 12, 1 << 8) if quick else (1 << 20, 1 << 11)
     x, out, short = torch.randn(n), torch.empty(n), torch.randn(n // 1024, 1024)
@@ -56,7 +56,7 @@ def transforms(quick: bool) -> list[m.Row]:
 
 
 def maps(quick: bool) -> list[m.Row]:
-    """Nanoseconds for each number of D that a map makes."""
+    """Rows for the Fastfood map and its adjoint, in nanoseconds per number of the large space D."""
     rows = 1 << 12 if quick else 1 << 20
     found = []
     for d in (100, 1000, 10_000):
@@ -68,12 +68,12 @@ def maps(quick: bool) -> list[m.Row]:
         }
         times = m.interleave(work, rounds=3 if quick else 9)
         for name in work:
-            found.append(m.Row(f"{name}, d = {d}: ns a number", times.median(name) / rows * 1e9, None, None, None))
+            found.append(m.Row(f"{name}, d = {d}: ns per number", times.median(name) / rows * 1e9, None, None, None))
     return found
 
 
 def steps(quick: bool) -> list[m.Row]:
-    """A step, and what it holds."""
+    """Rows for the time and the peak memory of a training step, over LoRA's."""
     base = m.llama(m.TINY if quick else m.LLAMA).train()
     models = {"lora": m.twin(base)}
     m.with_reparam(models["lora"])
@@ -90,7 +90,10 @@ def steps(quick: bool) -> list[m.Row]:
     found = [m.Row(f"training step, {n}, over LoRA's", times.over(n, "lora"), None, None, None) for n in others]
     found += [m.Row(f"peak memory, {n}, over LoRA's", peaks[n] / peaks["lora"], None, None, None) for n in others]
     entries = sum(w.numel() for w in m.matrices(base))
-    print(f"LoRA: {times.median('lora'):.2f} s a step, {peaks['lora'] / 2**20:.0f} MiB; {entries:,} entries move\n")
+    mib = peaks["lora"] / 2**20
+    print(
+        f"LoRA: {times.median('lora'):.2f} s per step, {mib:.0f} MiB; the adapted matrices have {entries:,} entries\n"
+    )
     return found
 
 

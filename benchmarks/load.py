@@ -1,10 +1,11 @@
-"""Memory and time of loading a model straight into NF4: ours, bitsandbytes on the CPU, and dense for comparison.
+"""Measure memory and CPU time of loading a model into NF4, by reparam and bitsandbytes, and without quantization.
 
-Each contestant loads a random bf16 Llama of about 1 GB, in shards, in an interpreter of its own. A tiny model is loaded
-first, so that libraries and compiled kernels are in and not counted. Tensors that stay as they are, the embeddings for
-instance, are pages of a mapped file, which count once they are touched; so every tensor of the model is touched after
-loading, as its first use would do. "Peak" is the most resident memory in all this less that before it, pages of files
-included (the system's own high-water mark, reset before); beside it, the part that is in no file (sampled every 2 ms).
+Each contestant loads a random bfloat16 Llama of about 1 GB, in shards, in a separate process. It loads a tiny model
+first, so that importing libraries and compiling kernels do not count. Tensors that are not quantized, such as the
+embeddings, are pages of a mapped file and count as resident once they are read; so every tensor is read once after
+loading, as at its first use. "Peak" is the peak of resident memory, including pages of files, minus the resident memory
+before loading (the kernel's high-water mark, which is reset first). The "anonymous" part, which does not belong to
+files, is sampled every 2 ms.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ GOAL, LIMIT, BYTES = 1.3, 1.0, 0.5159
 
 
 def write(folder: Path, *, tiny: bool) -> None:
-    """A random model in shards."""
+    """Write a random model to a folder, in shards."""
     sizes = (64, 128, 2, 256) if tiny else (2048, 5632, 9, 32000)
     hidden, inner, layers, vocabulary = sizes
     config = LlamaConfig(
@@ -50,7 +51,7 @@ def write(folder: Path, *, tiny: bool) -> None:
 
 
 def load(folder: Path, how: str) -> nn.Module:
-    """The model in the folder, as one of the contestants loads it."""
+    """Load the model in the folder as the contestant `how` does."""
     import reparam.hf.models
 
     settings: dict[str, Any] = {"dtype": torch.bfloat16}
@@ -80,7 +81,7 @@ def tensors(model: nn.Module) -> tuple[int, int]:
 
 
 def memory(process: str | int = "self") -> dict[str, int]:
-    """Bytes of VmRSS, VmHWM, RssAnon and so on."""
+    """Memory figures of a process in bytes by name: VmRSS, VmHWM, RssAnon and so on."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return {
         key: int(rest.split()[0]) * 1024 for key, _, rest in (x.partition(":") for x in lines) if rest.endswith("kB")
@@ -88,7 +89,7 @@ def memory(process: str | int = "self") -> dict[str, int]:
 
 
 def child(folder: Path, small: Path, how: str) -> None:
-    """Load, and print what it took."""
+    """Load the model in this process and print the figures as JSON."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
@@ -117,7 +118,7 @@ def child(folder: Path, small: Path, how: str) -> None:
 
 
 def measure(folder: Path, small: Path, how: str) -> dict[str, float]:
-    """What one contestant takes, in a process of its own."""
+    """Measure one contestant in a new process."""
     command = [sys.executable, __file__, "--child", str(folder), str(small), how]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.stdout is not None
@@ -158,9 +159,10 @@ def main() -> None:
     largest = 2 * config["hidden_size"] * max(config["vocab_size"], config["intermediate_size"])
     size = found["reparam"]["total"]
     print(
-        f"### Loading into NF4\n\nA Llama of {on_disk / 1e6:.0f} MB in bf16; quantized, head and embeddings in bf16,"
-        f" {size / 1e6:.0f} MB; its largest tensor {largest / 1e6:.0f} MB. Over quantized bytes:\n\n"
-        "| loaded by | peak | limit | to reach | part in no file | resident in the end | bytes a parameter | CPU s |\n"
+        f"### Loading into NF4\n\nThe model is a Llama of {on_disk / 1e6:.0f} MB in bf16. Quantized, with head and "
+        f"embeddings in bf16, it has {size / 1e6:.0f} MB; its largest tensor in bf16 has {largest / 1e6:.0f} MB. "
+        f"Memory is relative to the quantized size:\n\n"
+        "| loaded by | peak | limit | to reach | anonymous peak | resident at the end | bytes per parameter | CPU s |\n"
         "|---|---|---|---|---|---|---|---|"
     )
     for how, row in found.items():
@@ -176,7 +178,7 @@ def main() -> None:
         ]
         cells += [f"{row['after'] / size:.2f}", f"{each:.4f}", f"{row['seconds']:.1f}"]
         print("| " + " | ".join(cells) + " |")
-    print(f"\nBytes a parameter to reach: {BYTES}.\n\n    python benchmarks/load.py\n")
+    print(f"\nGoal for bytes per parameter: {BYTES}.\n\n    python benchmarks/load.py\n")
 
 
 if __name__ == "__main__":

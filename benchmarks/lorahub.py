@@ -1,15 +1,16 @@
-"""LoraHub on tasks that no adapter was trained for, against what it has to beat.
+"""Compare LoraHub with four alternatives on tasks for which no adapter was trained.
 
     python benchmarks/lorahub.py
 
-Five adapters are trained, one for each of five sibling tasks over signatures (`scripts/make_tasks.py`). Then, from a
-few examples of another task: the base as it is (zero-shot), the adapters' mean, the best of them alone, LoraHub's
-search, and a LoRA that trains on the same examples. The other task is a held-out sibling (`camel`: the function's name
-in CamelCase; `docstring`: the first word of its docstring), or a combination of two that adapters know (`combined`: the
-number of arguments, then their names).
+First, an adapter is trained for each of five tasks over signatures (`scripts/make_tasks.py`). Then, on each new task,
+five ways are compared: the base without an adapter (zero-shot), the mean of the adapters, the best single adapter,
+LoraHub's search on a few examples, and a LoRA trained on the same examples. The new tasks are `camel` (the function's
+name in CamelCase), `docstring` (the first word of its docstring) and `combined` (the number of arguments, then their
+names), which combines two of the five tasks.
 
-Five seeds draw the few examples. The rate and the steps of the LoRA on few examples are chosen on `valid` with a seed
-that is used for nothing else, which is more than LoraHub gets. Scores are those of 150 held-out rows of `test`.
+Each of five seeds draws its own few examples. The learning rate and the number of steps of the LoRA on few examples are
+chosen on `valid` with a separate seed, an advantage that LoraHub does not get. Scores are on 150 held-out rows of
+`test`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from reparam.recipes.compose import compose_to
 from reparam.recipes.lorahub import search_to
 
 KNOWN = ("signatures", "defaults", "annotations", "call", "count")
-PARTS = ("count", "signatures")  # what "combined" is made of
+PARTS = ("count", "signatures")  # the two tasks in "combined"
 HELD_OUT = ("camel", "docstring", "combined")
 WAYS = ("zero-shot", "mean", "best single", "LoraHub", "LoRA on the same examples")
 RATES, STEPS = (3e-4, 1e-3, 3e-3, 1e-2), (20, 60)  # of the LoRA on few examples
@@ -48,9 +49,9 @@ SEEDS = range(5)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How long and how large everything is."""
+    """Numbers of steps, rows, candidates and tokens."""
 
-    steps: int = 120  # of the adapters that are combined
+    steps: int = 120  # of training the adapters that are combined
     rows: int = 8
     few: int = 16
     budget: int = 40
@@ -60,7 +61,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One way on one task, from the few examples of a seed; "adapter" trains one that is combined."""
+    """One way on one task with the few examples of a seed; the way "adapter" trains one of the combined adapters."""
 
     task: str
     way: str
@@ -69,13 +70,13 @@ class Job:
     steps: int = 0
 
     def folder(self, output: Path) -> Path:
-        """Where its figures and its adapter are."""
+        """Folder of the job's figures and adapter."""
         few = f"-{self.rate:g}-{self.steps}" if self.way == WAYS[-1] else ""
         return output / "lorahub" / f"{self.task}-{self.way.replace(' ', '-')}{few}-{self.seed}"
 
 
 def tasks(output: Path) -> None:
-    """Write all tasks; the rows of "combined" are those of functions that both of its parts have."""
+    """Write the rows of all tasks; "combined" has the functions for which both of its parts have a row."""
     folder = output / "lorahub-tasks"
     if (folder / "combined").exists():
         return
@@ -96,7 +97,7 @@ def tasks(output: Path) -> None:
 
 
 def few_rows(output: Path, task: str, seed: int, sizes: Sizes) -> Path:
-    """A file of the few examples that a seed draws."""
+    """Write a file with the few examples that a seed draws, and return its path."""
     file = output / "lorahub" / f"{task}-{seed}.jsonl"
     lines = (output / "lorahub-tasks" / task / "train.jsonl").read_text().splitlines(keepends=True)
     draw = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))[: sizes.few]
@@ -107,12 +108,12 @@ def few_rows(output: Path, task: str, seed: int, sizes: Sizes) -> Path:
 
 @functools.cache
 def encoded(file: Path, most: int, length: int) -> Encoded:
-    """The first rows of a file."""
+    """The first `most` rows of a file, encoded to at most `length` tokens each."""
     return encode(read_rows(str(file))[:most], load_tokenizer(str(runs.BASE)), max_length=length)
 
 
 def run(job: Job, output: Path, sizes: Sizes) -> dict[str, Any]:
-    """Do it, score it, and keep the figures."""
+    """Run the job and score it, or read its figures if it has been run."""
     return runs.kept(job.folder(output) / "figures.json", lambda: _run(job, output, sizes))
 
 
@@ -147,7 +148,7 @@ def _run(job: Job, output: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def trained(model: nn.Module, rows: Encoded, rate: float, steps: int, batch: int, seed: int) -> reparam.Adapter:
-    """A LoRA of rank 8 that was trained on these rows."""
+    """Train a LoRA of rank 8 on these rows."""
     torch.manual_seed(seed)
     adapter = reparam.attach(model, reparam.LoRA(r=8, alpha=16, seed=seed))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=0.0)
@@ -157,7 +158,7 @@ def trained(model: nn.Module, rows: Encoded, rate: float, steps: int, batch: int
 
 
 def jobs_of(task: str, output: Path, seeds: range) -> list[Job]:
-    """Every way on a task, for every seed."""
+    """The jobs of all ways on a task, for all seeds; the few-example LoRA uses the tuned rate and steps."""
     tried = [Job(task, WAYS[-1], TUNING, rate, steps) for rate in RATES for steps in STEPS]
     done = [json.loads(f.read_text()) for job in tried if (f := job.folder(output) / "figures.json").exists()]
     best = min(done, key=lambda figures: figures["score"]["loss"])
@@ -167,15 +168,15 @@ def jobs_of(task: str, output: Path, seeds: range) -> list[Job]:
 
 
 def table(output: Path, seeds: range) -> str:
-    """Scores by task and way, and the differences to LoraHub, paired by seed."""
-    lines = ["| | | nats per answer token | less LoraHub's | exact |", "|---|---|---|---|---|"]
+    """Markdown table of the scores by task and way, and the differences to LoraHub, paired by seed."""
+    lines = ["| task | method | nats per answer token | difference to LoraHub | exact match |", "|---|---|---|---|---|"]
     for task in HELD_OUT:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for job in jobs_of(task, output, seeds):
             found[job.way].append(json.loads((job.folder(output) / "figures.json").read_text()))
         hub = [figures["score"]["loss"] for figures in found["LoraHub"]]
         for way in WAYS:
-            several = found[way] * (len(hub) if len(found[way]) == 1 else 1)  # what no seed changes
+            several = found[way] * (len(hub) if len(found[way]) == 1 else 1)  # does not depend on the seed
             losses, exact = ([figures["score"][key] for figures in several] for key in ("loss", "exact"))
             less = _cell([a - b for a, b in zip(losses, hub, strict=True)], "+") if way != "LoraHub" else ""
             lines.append(f"| {task} | {way} | {_cell(losses)} | {less} | {_cell(exact)} |")
@@ -197,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/mixtures"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="two seeds and few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two seeds and few steps, to check that the script runs")
     given = parser.parse_args()
     output = given.output.resolve() / ("quick" if given.quick else "")
     sizes = Sizes(steps=3, rows=2, few=2, budget=7, held_out=3) if given.quick else Sizes()

@@ -1,7 +1,8 @@
-"""What the benchmarks share: the models, interleaved CPU times, bytes that are counted, one Markdown table.
+"""Shared code of the benchmarks: models, interleaved timing, counting of bytes, and the Markdown table.
 
 Times are CPU seconds of the process, on one thread. The contestants take turns within a round, in an order that
-rotates, so that whatever slows the machine slows all of them; a ratio is the median of the ratios within the rounds.
+rotates, so that other load on the machine affects all of them. "A over B" is a ratio A / B: the median of the ratios
+within the rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Call = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama model. The vocabulary is small, so that the layers with adapters are nearly all of it."""
+    """Sizes of a Llama model. The vocabulary is small, so that most parameters are in layers with adapters."""
 
     hidden: int
     inner: int
@@ -45,7 +46,7 @@ TINY = Shape(hidden=32, inner=48, layers=2, heads=2, vocabulary=100)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table; None where there is nothing to state."""
+    """One row of a table: what was measured, the values of reparam and PEFT, limit and goal; None is an empty cell."""
 
     what: str
     ours: float
@@ -56,7 +57,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """CPU seconds by contestant, one figure for each round."""
+    """CPU seconds per call by contestant, one value for each round."""
 
     seconds: Mapping[str, list[float]]
 
@@ -64,14 +65,14 @@ class Times:
         return statistics.median(self.seconds[name])
 
     def over(self, name: str, other: str) -> float:
-        """Median of the ratio within a round."""
+        """Median over the rounds of the ratio of the two contestants' times."""
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True))
 
 
 def setup(description: str) -> bool:
-    """Read the command line, which is the same for every benchmark; one thread, a seed. Whether `--quick` was given."""
+    """Parse the command line, set one thread and a seed, and return whether `--quick` was given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, to check that it runs")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
@@ -86,9 +87,9 @@ def interleave(
     before: Mapping[str, Call] | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> Times:
-    """Time `calls` calls of each contestant in every round, after one round that is not counted.
+    """Time `calls` calls of each contestant in every round, after a warm-up round that does not count.
 
-    `before` is called ahead of a contestant's turn, and not timed.
+    `before[name]`, if present, is called before the turn of that contestant and is not timed.
     """
     names = list(work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -104,7 +105,7 @@ def interleave(
 
 
 def llama(shape: Shape) -> nn.Module:
-    """A random model of this shape in float32, in eval mode."""
+    """A float32 Llama of this shape with random weights, in eval mode."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
@@ -119,12 +120,12 @@ def llama(shape: Shape) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters: all contestants then read the same memory, with the same pages and caches."""
+    """A copy of the model that shares its parameters, so that all contestants read the same memory."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def with_reparam(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Module:
-    """Put our LoRA on all linear maps, once for each name, with random factors."""
+    """Attach reparam's LoRA with random factors to all linear layers, once for each name."""
     for name in names:
         adapter = reparam.attach(model, reparam.LoRA(r=RANK, alpha=2 * RANK), name=name)
         randomize(adapter.parameters())
@@ -132,7 +133,7 @@ def with_reparam(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Mo
 
 
 def with_peft(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Module:
-    """The same from PEFT."""
+    """Attach PEFT's LoRA with random factors to all linear layers, once for each name."""
     first, *others = names
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LINEARS))
     wrapped = peft.get_peft_model(model, config, adapter_name=first)
@@ -144,23 +145,23 @@ def with_peft(model: nn.Module, names: Iterable[str] = ("default",)) -> nn.Modul
 
 @torch.no_grad()
 def randomize(parameters: Iterable[Tensor]) -> None:
-    """Small random numbers instead of zeros, so that nothing is found to be finished early."""
+    """Fill parameters with small random numbers instead of zeros, so that no work can be skipped."""
     for p in parameters:
         p.normal_(0, 0.02)
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of a plain model that adapters go on."""
+    """Weights of the linear layers that get adapters, in a model without adapters."""
     return [module.weight.detach() for name, module in model.named_modules() if name.endswith(LINEARS)]
 
 
 def lora_elements(model: nn.Module) -> int:
-    """Elements of one adapter's factors on all of them."""
+    """Number of elements in the factors of one LoRA on all these layers."""
     return sum(RANK * sum(w.shape) for w in matrices(model))
 
 
 def forward(model: nn.Module, rows: int, tokens: int, adapters: list[str] | None = None) -> Call:
-    """A forward of random tokens without gradients; `adapters` is PEFT's way to give one name per row."""
+    """A forward pass of random tokens without gradients; for PEFT, `adapters` has one adapter name per row."""
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens))
     more = {} if adapters is None else {"adapter_names": adapters}
 
@@ -172,7 +173,7 @@ def forward(model: nn.Module, rows: int, tokens: int, adapters: list[str] | None
 
 
 def peak_bytes(call: Call) -> int:
-    """The most bytes that the call held at once beyond what was there before, by torch's allocator."""
+    """Peak bytes of torch's allocator during the call, beyond what was held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -185,7 +186,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, the model's own parameters left out."""
+    """Bytes that autograd keeps between forward and backward, without the model's parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -202,7 +203,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
 
 
 def show(title: str, rows: list[Row], command: str, *, rival: str = f"PEFT {peft.__version__}") -> None:
-    """Print one Markdown table and the command that makes it again."""
+    """Print one Markdown table and the command that reproduces it."""
     print(f"### {title}\n\n| measured | reparam | {rival} | limit | to reach |\n|---|---|---|---|---|")
     for row in rows:
         missed = " (missed)" if row.goal is not None and row.ours > row.goal else ""

@@ -1,8 +1,8 @@
-"""Merging an adapter into a whole model in float32, over one memcpy of the weights it goes into; and the memory for it.
+"""Time merging an adapter into a float32 model, relative to one memcpy of the merged weights; measure its memory.
 
-Limit: `W.addmm_(B, A)` for every matrix, timed here too. It reads and writes W once, where a memcpy also touches a
-second buffer; but it states nothing about rounding, checks nothing, and leaves the adapters' modules in place.
-The memory is the most that torch's allocator held at once beyond what was there before, over the largest matrix.
+Limit: `W.addmm_(B, A)` for every matrix, which is timed too. It reads and writes W once, while a memcpy also writes a
+second buffer. It does not report rounding, does not check values, and does not remove the adapter's modules. Memory is
+the peak of torch's allocator beyond what was held before, relative to the largest matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import reparam
 
 
 class Contestant:
-    """A model that gets a fresh adapter ahead of every turn and merges it in its turn."""
+    """A model that gets a new adapter before each timed turn and merges it in the turn."""
 
     def __init__(self, model: torch.nn.Module, *, peft: bool) -> None:
         self.model, self.peft = model, peft

@@ -1,11 +1,11 @@
-"""What is left of an update merged into four or eight bits again: rounded to the nearest, or with it in view.
+"""Measure how much of an update survives a merge into 4-bit or 8-bit storage, with the rounding `nearest` or `aware`.
 
-The matrix is 1024 x 1024 of N(0, 1), the update of rank 16 and of a given size |ΔW| / |W|. Survival is the share of ΔW
-in what was written, ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩; noise is what else was, |written − W − ΔW| / |ΔW|; the effect is
-judged on inputs from the rows of A, as |(written − W − ΔW) x| / |ΔW x|. To compare the noise with: NF4's own error on
-such a matrix is 0.092 |W|.
+The matrix W is 1024 x 1024 with entries from N(0, 1); the update has rank 16 and a given size |ΔW| / |W|. Survival is
+the share of ΔW in the merged weights, ⟨merged − W, ΔW⟩ / ⟨ΔW, ΔW⟩. Noise is the rest, |merged − W − ΔW| / |ΔW|. The
+error of the effect is |(merged − W − ΔW) x| / |ΔW x| for inputs x from the row space of A. For comparison, the
+quantization error of NF4 on such a matrix is 0.092 |W|.
 
-With `--adapter`, a run of `reparam train` on a quantized base is merged in every way, and scored on `--data`.
+With `--adapter`, an adapter from `reparam train` on a quantized base is merged in every way and scored on `--data`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SIZES = (0.002, 0.01, 0.05, 0.2)
 
 
 def update(size: float) -> Factors:
-    """A change whose norm is about `size` times that of a matrix of N(0, 1)."""
+    """A random update of rank 16 whose norm is about `size` times that of a matrix with entries from N(0, 1)."""
     return Factors(torch.randn(RANK, SIDE), size * torch.randn(SIDE, RANK) / RANK**0.5)
 
 
 def lost(weight: Weight, factors: Factors, rounding: str) -> tuple[float, float, float]:
-    """Survival, noise, and the error of the effect."""
+    """Survival, noise, and error of the effect of one merge."""
     old = weight.dense()
     delta, written = factors.change(old), weight.requantize(factors, rounding).dense() - old
     x = factors.A.T @ torch.randn(RANK, 64)
@@ -46,8 +46,8 @@ def lost(weight: Weight, factors: Factors, rounding: str) -> tuple[float, float,
 
 
 def synthetic(storages: list[Storage]) -> None:
-    """Print the table of sizes."""
-    columns = [f"{what}, {how}" for how in ("nearest", "aware") for what in ("survival", "noise", "effect off by")]
+    """Print the table for random updates of all sizes."""
+    columns = [f"{what}, {how}" for how in ("nearest", "aware") for what in ("survival", "noise", "error of effect")]
     print(f"| storage | size of ΔW over W | {' | '.join(columns)} |\n|{'---|' * (2 + len(columns))}")
     for storage in storages:
         weight = storage.quantize(torch.randn(SIDE, SIDE))
@@ -58,7 +58,7 @@ def synthetic(storages: list[Storage]) -> None:
 
 
 def real(adapter: str, data: Path) -> None:
-    """Print the scores of one adapter, apart and merged."""
+    """Print the scores of one adapter, not merged and merged in every way."""
     rows = read_rows(data)
 
     def score(model: nn.Module, tokenizer: object) -> str:
@@ -70,7 +70,7 @@ def real(adapter: str, data: Path) -> None:
     model, tokenizer, _ = open_model(None, adapter, dtype="float32")
     with reparam.select(model, None):
         print(f"| quantized base | {score(model, tokenizer)} | |")
-    print(f"| adapter apart | {score(model, tokenizer)} | |")
+    print(f"| adapter, not merged | {score(model, tokenizer)} | |")
     ways = {
         "merged, dequantized into bfloat16": {},
         "merged onto the original bfloat16 base": {"onto": "dense"},
@@ -87,8 +87,8 @@ def real(adapter: str, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapter", help="folder of a run on a quantized base")
-    parser.add_argument("--data", type=Path, help="rows to score it on")
+    parser.add_argument("--adapter", help="folder of a training run on a quantized base")
+    parser.add_argument("--data", type=Path, help="JSONL file of rows to score the adapter on")
     given = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def main() -> None:
     synthetic([reparam.NF4(), reparam.Int8()])
     if given.adapter:
         real(given.adapter, given.data)
-    print("\n    python benchmarks/merge_quantized.py")
+    print("\n    python benchmarks/merge_packed.py")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Which method, at equal parameters: LoRA, LoRA+, DoRA, AdaLoRA, each on a dense and on an NF4 base, full fine-tuning.
+"""Compare LoRA, LoRA+, DoRA and AdaLoRA with equally many parameters, on dense and NF4 bases, and full fine-tuning.
 
-Three tasks over the embedded model: `signatures` (a function's signature -> its argument names), `docstring` (the same
-question -> the first word of its docstring) and `reference` (text). Each method's learning rate is chosen from one grid
-by the loss on `valid` of a seed that is used for nothing else; the rate of the dense version serves the NF4 version.
-Then other seeds, each of which draws the adapter's start and the order of the rows, are scored on `test`. A run is a
-plain loop: AdamW, warm-up over a tenth of the steps and a linear fall, gradients clipped at 1.
+The embedded model is trained on three tasks: `signatures` (a function's signature -> its argument names), `docstring`
+(the same question -> the first word of its docstring) and `reference` (text). The learning rate of each dense method is
+chosen from one grid by the loss on `valid` with a separate seed; its NF4 version uses the same rate. Runs with other
+seeds are then scored on `test`; a seed determines the adapter's initial values and the order of the rows. A run is a
+plain loop: AdamW, warm-up over a tenth of the steps, linear decay, gradients clipped to norm 1.
 
-A run whose figures are in the output folder already is not repeated. `methods_report.py` makes the table and the plots.
+Runs whose figures are in the output folder are not repeated. `methods_report.py` makes the tables and plots.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from reparam.optim import lora_plus
 ROOT = runs.ROOT
 CHATS, TEXTS = ("signatures", "docstring"), ("reference",)
 TASKS = CHATS + TEXTS
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of AdamW, for every method
-RATIO = 16.0
-TUNING = 100  # the seed that rates are chosen by
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates of AdamW to try for every method
+RATIO = 16.0  # of LoRA+
+TUNING = 100  # seed of the tuning runs
 SEEDS = range(5)
 R, ALPHA = 8, 16
 METHODS = ("full", "lora", "lora_plus", "dora", "adalora", "qlora", "qlora_plus", "qdora", "qadalora")
@@ -49,7 +49,7 @@ METHODS = ("full", "lora", "lora_plus", "dora", "adalora", "qlora", "qlora_plus"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How long and how large a run is."""
+    """Numbers of steps, rows per batch, tokens per row and held-out rows."""
 
     steps: int = 60
     rows: int = 8
@@ -59,7 +59,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One training run."""
 
     task: str
     method: str
@@ -68,12 +68,12 @@ class Job:
 
     @property
     def file(self) -> str:
-        """Where its figures are."""
+        """Name of the file with its figures."""
         return f"{self.task}-{self.method}-{self.rate:g}-{self.seed}.json"
 
 
 def method_of(name: str, seed: int) -> reparam.LoRA | reparam.AdaLoRA:
-    """The configuration behind a name. AdaLoRA's budget at the end is that of rank R at every site."""
+    """Configuration of a method by name. AdaLoRA's final budget equals rank R at every site."""
     kind = name.removeprefix("q")
     if kind == "dora":
         return reparam.DoRA(r=R, alpha=ALPHA, seed=seed)
@@ -84,7 +84,7 @@ def method_of(name: str, seed: int) -> reparam.LoRA | reparam.AdaLoRA:
 
 @functools.cache
 def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encoded]:
-    """Training rows, the held-out rows that rates are tuned on, and those that are reported."""
+    """Training rows, held-out rows for tuning, and held-out rows for the reported scores."""
     tokenizer = load_tokenizer(str(runs.BASE))
     place = ROOT / "assets/tasks" if (ROOT / "assets/tasks" / task).exists() else folder / "tasks"
     sides = (read_rows(str(place / task / f"{side}.jsonl")) for side in ("train", "valid", "test"))
@@ -94,7 +94,7 @@ def data(folder: Path, task: str, sizes: Sizes) -> tuple[Encoded, Encoded, Encod
 
 
 def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, torch.optim.Optimizer]:
-    """A model that trains as the job says, and its optimizer, bound."""
+    """Model, adapter (None for full fine-tuning) and optimizer of a job; the adapter is bound to the optimizer."""
     model = copy.deepcopy(runs.base("nf4" if job.method.startswith("q") else "dense"))
     if job.method == "full":
         model.requires_grad_()
@@ -109,7 +109,7 @@ def started(job: Job, steps: int) -> tuple[nn.Module, reparam.Adapter | None, to
 
 
 def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, float, float]]:
-    """Site, ΔM and ΔD of every matrix that adapters go on."""
+    """Path, ΔM and ΔD of every matrix that adapters change."""
     if adapter is not None:
         return [
             (path, *of_update(module.weight, adapter.updates[path].factors(module.weight)))
@@ -124,7 +124,7 @@ def moved(model: nn.Module, adapter: reparam.Adapter | None) -> list[tuple[str, 
 
 
 def run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
-    """Train, score on `valid` or `test`, and keep the figures."""
+    """Train and score on `valid` or `test`, or read the figures if the job has been run."""
     return runs.kept(folder / "runs" / job.file, lambda: _run(job, folder, sizes, side))
 
 
@@ -154,13 +154,13 @@ def _run(job: Job, folder: Path, sizes: Sizes, side: str) -> dict[str, Any]:
 
 
 def held_out_loss(found: dict[str, Any]) -> float:
-    """What rates are chosen by; a run that diverged to NaN is the worst."""
+    """The loss on `valid` by which rates are chosen; infinite for a run that diverged to NaN."""
     value = next(iter(found["valid"].values()))
     return math.inf if math.isnan(value) else value
 
 
 def best_rates(folder: Path, methods: Iterable[str]) -> dict[tuple[str, str], float]:
-    """For each task and dense method the rate of the lowest held-out loss, of the runs that are there."""
+    """Learning rate with the lowest loss on `valid`, for each task and dense method, among the runs made so far."""
     best: dict[tuple[str, str], float] = {}
     for task, method in itertools.product(TASKS, methods):
         files = [folder / "runs" / Job(task, method, rate, TUNING).file for rate in RATES]
@@ -171,7 +171,7 @@ def best_rates(folder: Path, methods: Iterable[str]) -> dict[tuple[str, str], fl
 
 
 def everything(jobs: list[Job], folder: Path, sizes: Sizes, side: str, workers: int) -> None:
-    """Run what is not there yet."""
+    """Run the jobs that have no figures yet."""
 
     def line(job: Job, found: dict[str, Any]) -> str:
         shown = ", ".join(f"{key} {value:.4f}" for key, value in found[side].items())
@@ -185,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/methods"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--task", action="append", choices=TASKS, help="only this one, or several; default: all")
-    parser.add_argument("--quick", action="store_true", help="one seed, one rate and four steps, to see that it runs")
+    parser.add_argument("--task", action="append", choices=TASKS, help="task to run; can be repeated; default: all")
+    parser.add_argument("--quick", action="store_true", help="one seed, one rate and four steps, to check that it runs")
     given = parser.parse_args()
     sizes = Sizes(steps=4, rows=2, held_out=4) if given.quick else Sizes()
     seeds = SEEDS[:1] if given.quick else SEEDS

@@ -1,8 +1,8 @@
-"""What a step of each method costs at the sizes of `methods.py`: CPU seconds side by side, and memory.
+"""Measure CPU seconds and memory of a training step of each method, at the sizes of `methods.py`.
 
-One batch of `reference`, 8 rows of 128 tokens. Memory is what is held between steps (weights, adapters, optimizer's
-states) and the most that one step holds beyond it, both by torch's count. AdaLoRA is measured at the two ends of its
-budget: with its first ranks, and with the final ones.
+The batch is 8 rows of 128 tokens of `reference`. Memory, as counted by torch, is what is held between steps (weights,
+adapters, optimizer states), and the additional peak within one step. AdaLoRA is measured with its initial ranks and
+with its final ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("full", "lora", "lora_plus", "dora", "adalora", "adalora, final ranks",
 def contestant(
     kind: str, batch: dict[str, Tensor], steps: int
 ) -> tuple[measure.Call, nn.Module, torch.optim.Optimizer]:
-    """One optimizer step as a call, its model and its optimizer, with the optimizer's states made."""
+    """Return a training step as a callable, its model and its optimizer, after at least one step."""
     name, _, final = kind.partition(", ")
     total = 5 if final else 100 * steps
     model, _, optimizer = m.started(m.Job("reference", name, 1e-4, 0), total)
@@ -40,7 +40,7 @@ def contestant(
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of parameters, buffers and optimizer's states, each memory once."""
+    """Bytes of parameters, buffers and optimizer states; shared memory is counted once."""
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     tensors = [*model.parameters(), *model.buffers(), *states]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -49,7 +49,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/methods"))
-    parser.add_argument("--quick", action="store_true", help="two rounds of two rows, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two rounds with two rows, to check that the script runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def main() -> None:
     folder = given.output / ("quick" if given.quick else "")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cost.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("| method | step, over LoRA's | CPU ms | MiB held | MiB at most in a step |\n|---|---|---|---|---|")
+    print("| method | step, over LoRA's | CPU ms | MiB held | additional peak MiB in a step |\n|---|---|---|---|---|")
     for kind, row in found.items():
         mib = [row[key] / 2**20 for key in ("held bytes", "peak bytes of a step")]
         print(f"| {kind} | {row['over lora']:.2f} | {1000 * row['seconds']:.0f} | {mib[0]:.1f} | {mib[1]:.1f} |")

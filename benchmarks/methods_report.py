@@ -1,7 +1,8 @@
-"""Tables and plots of the runs of `methods.py` that are there, and of `methods_cost.py`.
+"""Make tables and plots from the finished runs of `methods.py` and the figures of `methods_cost.py`.
 
-Writes methods.json, images/methods-scores.png, images/methods-directions.png, and the tables in place of what follows
-"## Tables" in evidence/methods.md. Intervals are Student's 95 % over seeds; differences to LoRA are paired by seed.
+Writes methods.json, images/methods-scores.png and images/methods-directions.png, and replaces everything after
+"## Tables" in evidence/methods.md by the tables. Intervals are Student's 95 % over seeds; differences to LoRA are
+paired by seed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Runs = dict[tuple[str, str], dict[int, dict[str, Any]]]  # task and method -> se
 
 
 def read(folder: Path) -> tuple[Runs, list[dict[str, Any]]]:
-    """The scored runs, and those that the rates were chosen by."""
+    """Read the figures of all scored runs and of all tuning runs."""
     scored: Runs = {}
     tuning = []
     for file in sorted((folder / "runs").glob("*.json")):
@@ -52,13 +53,13 @@ def read(folder: Path) -> tuple[Runs, list[dict[str, Any]]]:
 
 
 def interval(values: list[float]) -> dict[str, Any]:
-    """Mean and half the 95 % interval; no interval where there is no spread to be had."""
+    """Mean, half the length of the 95 % interval (None for a single value), and number of seeds."""
     mean, half = runs.interval(values)
     return {"mean": mean, "half": None if math.isnan(half) else half, "seeds": len(values)}
 
 
 def summary(scored: Runs) -> dict[str, Any]:
-    """For each task and method: scores, and the differences to LoRA and, on NF4, to the same method's dense version."""
+    """For each task and method: scores, differences to LoRA and, on NF4, differences to the method's dense version."""
     found: dict[str, Any] = {}
     for (task, method), by_seed in scored.items():
         entry: dict[str, Any] = {
@@ -80,7 +81,7 @@ def summary(scored: Runs) -> dict[str, Any]:
 
 
 def majority(folder: Path) -> dict[str, float]:
-    """Exact matches on the scored rows of always giving the most frequent answer of `train`."""
+    """Share of scored rows, by task, whose answer is the most frequent answer in `train`."""
     found = {}
     for task in m.CHATS:
         place = m.ROOT / "assets/tasks" if (m.ROOT / "assets/tasks" / task).exists() else folder / "tasks"
@@ -94,7 +95,7 @@ def majority(folder: Path) -> dict[str, float]:
 
 
 def points(run: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[int, str, Directions]]:
-    """Checkpoint (0 halfway, 1 at the end), site and its movement, of the sites of these kinds."""
+    """Checkpoint (0 halfway, 1 at the end), path, and ΔM and ΔD of each site of these kinds."""
     return [
         (checkpoint, path, Directions(*values))
         for checkpoint, sites in enumerate(run["moved"])
@@ -104,7 +105,7 @@ def points(run: dict[str, Any], kinds: tuple[str, ...]) -> list[tuple[int, str, 
 
 
 def directions(scored: Runs) -> dict[str, Any]:
-    """Correlations of ΔM and ΔD by task and method: of query and value matrices, and of all, over the seeds."""
+    """Correlations of ΔM and ΔD by task and method, for query and value matrices and for all, as means over seeds."""
     found: dict[str, Any] = {}
     for (task, method), by_seed in scored.items():
         if method not in MOVED:
@@ -120,7 +121,7 @@ def directions(scored: Runs) -> dict[str, Any]:
 
 
 def shown(entry: dict[str, Any] | None, *, sign: str = "", digits: int = 3) -> str:
-    """A mean and its interval's half, for a table."""
+    """Format a mean and half the length of its interval for a table."""
     if entry is None:
         return ""
     half = "" if entry["half"] is None else f" ± {entry['half']:.{digits}f}"
@@ -136,8 +137,8 @@ def tables(
         methods = found[task]
         metrics = [key for key in ("loss", "exact", "bits") if key in methods["lora"]]
         names = {"loss": UNITS["loss"], "bits": UNITS["bits"], "exact": "exact match"}
-        heads = [head for key in metrics for head in (names[key], "less LoRA's")]
-        rule = f", the most frequent answer always: {baseline[task]:.3f}" if task in baseline else ""
+        heads = [head for key in metrics for head in (names[key], "difference to LoRA")]
+        rule = f", always giving the most frequent answer: {baseline[task]:.3f}" if task in baseline else ""
         lines += [f"\n**{task}**{rule}", ""]
         lines += ["| method | rate | parameters | seeds | " + " | ".join(heads) + " |", "|---" * (4 + len(heads)) + "|"]
         for method in [method for method in m.METHODS if method in methods]:
@@ -151,7 +152,7 @@ def tables(
     ]
     if quantized:
         lines += [
-            "\n| NF4 less dense, the same seeds | " + " | ".join(m.TASKS) + " |",
+            "\n| NF4 minus dense, paired by seed | " + " | ".join(m.TASKS) + " |",
             "|---" * (1 + len(m.TASKS)) + "|",
         ]
     for method in quantized:
@@ -159,7 +160,7 @@ def tables(
         cells = [shown(entry.get("loss to dense") or entry.get("bits to dense"), sign="+") for entry in entries]
         lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
     if cost:
-        lines += ["\n| a step of 8 x 128 | over LoRA's | CPU ms | MiB held | MiB more in a step |", "|---" * 5 + "|"]
+        lines += ["\n| step of 8 x 128 | over LoRA's | CPU ms | MiB held | additional peak MiB |", "|---" * 5 + "|"]
     for kind, row in cost.items():
         mib = " | ".join(f"{row[key] / 2**20:.1f}" for key in ("held bytes", "peak bytes of a step"))
         lines.append(f"| {kind} | {row['over lora']:.2f} | {1000 * row['seconds']:.0f} | {mib} |")
@@ -184,7 +185,7 @@ def tables(
 
 
 def draw_scores(found: dict[str, Any], file: Path) -> None:
-    """One panel a task: each method's held-out loss with its interval, LoRA's as a band."""
+    """Plot each method's held-out loss with its interval, one panel for each task; a band shows LoRA's interval."""
     figure = Figure(figsize=(12, 4), layout="constrained", dpi=120)
     tasks = [task for task in m.TASKS if task in found]
     methods = [method for method in m.METHODS if any(method in found[task] for task in tasks)]
@@ -198,7 +199,7 @@ def draw_scores(found: dict[str, Any], file: Path) -> None:
             if entry is not None:
                 color = "tab:orange" if method.startswith("q") else "tab:gray" if method == "full" else "tab:blue"
                 axes.errorbar(entry[key]["mean"], row, xerr=entry[key]["half"], fmt="o", color=color, capsize=3)
-        axes.set(title=task, xlabel=f"{UNITS[key]} on test (less is better)")
+        axes.set(title=task, xlabel=f"{UNITS[key]} on test (lower is better)")
         axes.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
         axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.25)
@@ -207,7 +208,7 @@ def draw_scores(found: dict[str, Any], file: Path) -> None:
 
 
 def draw_directions(scored: Runs, file: Path) -> None:
-    """ΔM over ΔD of every site, halfway and at the end, of the first seed; rows are tasks, columns methods."""
+    """Plot ΔM against ΔD of every site, halfway and at the end, for the first seed; rows are tasks, columns methods."""
     figure = Figure(figsize=(11, 9), layout="constrained", dpi=110)
     tasks = [task for task in m.TASKS if all(scored.get((task, method)) for method in MOVED)]
     grid = figure.subplots(len(tasks), len(MOVED), squeeze=False)
@@ -233,7 +234,7 @@ def draw_directions(scored: Runs, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("out/methods"), help="the folder that methods.py wrote")
+    parser.add_argument("--runs", type=Path, default=Path("out/methods"), help="output folder of methods.py")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     given = parser.parse_args()
     scored, tuning = read(given.runs)

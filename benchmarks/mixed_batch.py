@@ -1,8 +1,8 @@
-"""Mixed batches: every row of a batch through an adapter of its own.
+"""Time mixed batches, in which each row uses another adapter.
 
-Limit of one token a row: bytes of the weights and of all adapters' factors over bytes of the weights, if each came from
-memory once. Limit of 16 tokens a row: multiply-adds with the factors over those without. Limit of many adapters over
-one: 1, because the arithmetic is the same.
+Limit for one token per row: bytes of the weights and of all adapters' factors, over bytes of the weights, if each is
+read from memory once. Limit for 16 tokens per row: multiply-adds with the factors over those without. Limit for many
+adapters over one: 1, because the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import reparam
 
 
 def over_the_base(shape: m.Shape, *, rows: int, rounds: dict[int, int], goals: dict[int, float]) -> list[m.Row]:
-    """`rows` rows with as many adapters over the base, for each number of tokens a row."""
+    """Table rows for a batch of `rows` rows with as many adapters, over the base, for each number of tokens per row."""
     base = m.llama(shape)
     names = [f"a{i}" for i in range(rows)]
     ours, theirs = m.with_reparam(m.twin(base), names), m.with_peft(m.twin(base), names)
@@ -36,7 +36,7 @@ def over_the_base(shape: m.Shape, *, rows: int, rounds: dict[int, int], goals: d
 
 
 def over_one_adapter(shape: m.Shape, *, rows: int, rounds: int, goal: float) -> m.Row:
-    """`rows` rows with as many adapters over the same rows with a single adapter that is not a mixed batch."""
+    """Table row for a batch of `rows` rows with as many adapters, over the same batch with a single adapter."""
     base = m.llama(shape)
     names = [f"a{i}" for i in range(rows)]
     mixed, single = m.with_reparam(m.twin(base), names), m.with_reparam(m.twin(base))

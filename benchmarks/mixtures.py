@@ -1,7 +1,7 @@
-"""What mixtures of experts cost over LoRA: training steps and forwards, at the same ranks.
+"""Time training steps and forward passes of mixtures of experts, relative to LoRA with the same total rank.
 
-N experts of rank 16 / N have the factors of one LoRA of rank 16; a mixture adds its gates. To reach: 1.15 with gates by
-the token, and 1 for a mixture that is merged, which is a plain model.
+N experts of rank 16 / N have as many parameters in their factors as LoRA with rank 16; a mixture adds its gates. Goals:
+1.15 for mixtures with a gate per token, and 1 for a merged mixture, which is a plain model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXPERTS = (1, 4, 8, 16)
 
 
 def contestants() -> dict[str, Method]:
-    """Mixtures of the same ranks in all as LoRA of rank 16."""
+    """LoRA of rank 16, and the mixtures to compare with it."""
     found: dict[str, Method] = {"lora": METHODS["lora"](r=m.RANK)}
     for n in EXPERTS:
         found[f"molora, N = {n}"] = METHODS["molora"](n=n, r=m.RANK // n)
@@ -38,7 +38,7 @@ def contestants() -> dict[str, Method]:
 
 
 def cost(*, quick: bool) -> None:
-    """Print the table of times over our LoRA's."""
+    """Print the table of times relative to reparam's LoRA."""
     base = m.llama(m.TINY if quick else m.LLAMA).train()
     models: dict[str, nn.Module] = {}
     for name, method in contestants().items():
@@ -50,14 +50,15 @@ def cost(*, quick: bool) -> None:
     for tokens, rounds in ((512, 10), (1, 100)):
         work = {name: m.forward(model.eval(), 1, tokens) for name, model in models.items()}
         found[f"forward of {tokens}"] = m.interleave(work, rounds=2 if quick else rounds)
-    print(f"### Mixtures over our LoRA of rank {m.RANK}\n\n| | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
+    print(f"### Time of mixtures over reparam's LoRA of rank {m.RANK}\n")
+    print(f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
     for name in list(models)[1:]:
         print(f"| {name} | " + " | ".join(f"{times.over(name, 'lora'):.3f}" for times in found.values()) + " |")
     print("\n    python benchmarks/mixtures.py\n")
 
 
 def merged(*, quick: bool) -> None:
-    """Print the line of a mixture without gates that look at anything, which merges, over LoRA that is merged."""
+    """Print the times of a merged mixture, whose gates do not depend on the input, over those of merged LoRA."""
     base = m.llama(m.TINY if quick else m.LLAMA)
     models: dict[str, nn.Module] = {}
     for name, method in {
@@ -72,7 +73,7 @@ def merged(*, quick: bool) -> None:
         work = {name: m.forward(model.eval(), 1, tokens) for name, model in models.items()}
         found[tokens] = m.interleave(work, rounds=2 if quick else rounds).over("static", "lora")
     told = ", ".join(f"{ratio:.3f} for a forward of {tokens}" for tokens, ratio in found.items())
-    print(f"A merged mixture (static) over merged LoRA: {told}\n")
+    print(f"Time of a merged mixture (static) over merged LoRA: {told}\n")
 
 
 def main() -> None:

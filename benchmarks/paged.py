@@ -1,12 +1,12 @@
-"""A step of PagedAdamW, in 32 and 8 bits, over one of torch's AdamW; the bytes it moves and holds.
+"""Time a step of PagedAdamW with 32-bit and 8-bit states relative to torch's AdamW; count bytes moved and held.
 
-The parameters are LoRA factors, r = 16 on all linear maps, most of them too small for bitsandbytes to page. Pages go to
-a file. Seconds are wall-clock here, because a page moves while another one is updated; CPU seconds of both threads are
-beside them. The least that has to move, of P pages with room for S: P - S are read and as many written in each step,
-since every state is needed once and changed. An LRU cache that goes round in the order of parameters moves all P.
+The parameters are LoRA factors with r = 16 on all linear layers; most of them are too small for bitsandbytes to page.
+Pages go to a file. Times are wall-clock seconds, because a page moves while another is updated; CPU seconds of both
+threads are listed too. With P pages and room for S, the minimum to move per step is P - S pages read and P - S pages
+written, because every state is used and changed once. An LRU cache in the order of the parameters moves all P pages.
 
-Distance: how far the parameters are from those of torch's AdamW after 50 steps with noisy gradients of one direction,
-over how far those have come.
+Distance: the norm of the difference to the parameters of torch's AdamW after 50 steps with noisy gradients around one
+direction, relative to the norm of the latter's change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:
-    """A copy of the shapes of its adapter, with gradients."""
+    """Random parameters and gradients with the shapes of a LoRA adapter of the model."""
     trained = [p for p in m.with_reparam(m.twin(model)).parameters() if p.requires_grad]
     fresh = [nn.Parameter(torch.empty_like(p).normal_(0, 0.02)) for p in trained]
     for p in fresh:
@@ -34,7 +34,7 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 
 
 def optimizers(model: nn.Module, page: int) -> dict[str, torch.optim.Optimizer]:
-    """Each with parameters of its own. Budgets are shares of all pages."""
+    """Optimizers by name, each with its own parameters. Resident budgets are shares of all pages of `page` bytes."""
     made: dict[str, torch.optim.Optimizer] = {
         "torch.optim.AdamW": torch.optim.AdamW(factors(model), foreach=False),
         "bitsandbytes, 8 bits, unpaged": bitsandbytes.optim.AdamW8bit(factors(model)),
@@ -51,7 +51,7 @@ def optimizers(model: nn.Module, page: int) -> dict[str, torch.optim.Optimizer]:
 
 
 def moved(optimizer: PagedAdamW, steps: int = 4) -> tuple[float, float]:
-    """Bytes read and written in a step, and the least that has to be."""
+    """Bytes read and written per step, and the minimum."""
     before = optimizer.paging
     for _ in range(steps):
         optimizer.step()
@@ -61,7 +61,7 @@ def moved(optimizer: PagedAdamW, steps: int = 4) -> tuple[float, float]:
 
 
 def distance(make: Mapping[str, type | object], steps: int) -> dict[str, float]:
-    """Of each optimizer from the first, relative to how far that one has come."""
+    """Distance of each optimizer's parameters from the first's, relative to the first's change."""
     ends = {}
     for name, cls in make.items():
         draw = torch.Generator().manual_seed(0)
@@ -88,7 +88,9 @@ def main() -> None:
     cpu = m.interleave(calls, rounds=rounds)
 
     print(f"### Paged AdamW, {elements:,} elements in {len(factors(model))} tensors, pages of {page // 1024} KiB\n")
-    print("| optimizer | step over torch's | CPU over torch's | MB moved a step | least | resident bytes per element |")
+    print(
+        "| optimizer | step over torch's | CPU over torch's | MB moved in a step | minimum | resident bytes/element |"
+    )
     print("|---|---|---|---|---|---|")
     for name, optimizer in contestants.items():
         ratios = f"{wall.over(name, 'torch.optim.AdamW'):.2f} | {cpu.over(name, 'torch.optim.AdamW'):.2f}"
@@ -98,11 +100,13 @@ def main() -> None:
             rest = f"{found / 1e6:.2f} | {least / 1e6:.2f} | {paging.peak_resident / elements:.2f}"
         else:
             states = [s for p in optimizer.state.values() for s in p.values() if isinstance(s, torch.Tensor)]
-            own = {s.data_ptr(): s.nbytes for s in states if s.numel() > 1}  # its maps are shared
+            own = {
+                s.data_ptr(): s.nbytes for s in states if s.numel() > 1
+            }  # the quantization maps are shared and do not count
             rest = f"0 | 0 | {sum(own.values()) / elements:.2f}"
         print(f"| {name} | {ratios} | {rest} |")
     seconds = wall.median("torch.optim.AdamW")
-    print(f"\nA step of torch's: {seconds * 1e3:.2f} ms. Distance after 50 steps: ", end="")
+    print(f"\nA step of torch's AdamW: {seconds * 1e3:.2f} ms. Distance after 50 steps: ", end="")
     kinds = {
         "torch": lambda p: torch.optim.AdamW(p, 1e-2),
         "8 bits": lambda p: PagedAdamW(p, 1e-2, bits=8),

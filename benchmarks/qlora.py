@@ -1,12 +1,11 @@
-"""NF4 on a CPU: the kernels beside bitsandbytes' and beside memcpy, a QLoRA step and a token beside the dense ones.
+"""Time NF4 on a CPU: kernels against bitsandbytes and memcpy; QLoRA steps and one-token passes against dense models.
 
-Kernels: one matrix of 4096 x 4096. bitsandbytes has no way to write into a buffer that is there, so that its times hold
-the fresh memory that it takes at every call, page faults and all; ours writes into one buffer. The limit is a copy of
-what is written.
+Kernels: one matrix of 4096 x 4096. bitsandbytes cannot write into an existing buffer, so its times include allocating
+new memory in every call, with page faults; reparam writes into one buffer. The limit is the time to copy the output.
 
-Steps: Llama shape, float32, r = 16 on all linear maps, forward, backward and AdamW. bitsandbytes' step is PEFT's LoRA
-on its `Linear4bit`, over PEFT's LoRA on the same dense model. Memory: the most that a fresh process held during two
-steps, after the model was there, over the same for the dense step.
+Steps: Llama shape, float32, r = 16 on all linear layers; forward, backward and AdamW. The bitsandbytes column has
+PEFT's LoRA on `Linear4bit`, over PEFT's LoRA on the same dense model. Memory is the peak of resident memory of a new
+process during two steps, after the model was made, over that for the dense model.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from reparam.kernels.nf4_tables import Statistics
 
 
 def kernels(*, quick: bool) -> list[m.Row]:
-    """Quantize from float32 and dequantize to bfloat16, plain and doubly quantized."""
+    """Table rows for quantizing from float32 and dequantizing to bfloat16, with and without double quantization."""
     side = 256 if quick else 4096
     w = torch.randn(side, side)
     half = w.bfloat16()
@@ -59,7 +58,7 @@ def kernels(*, quick: bool) -> list[m.Row]:
     fresh, fresh_double = over("copy half", "dequantize bnb"), over("copy half", "dequantize double bnb")
     return [
         _row(times, f"quantize {size} float32, over a copy of it", "quantize", "copy", limit=1.0, goal=2.0),
-        _row(times, "the same, checked and doubly quantized", "quantize double", "copy", limit=1.0),
+        _row(times, "the same with checks and double quantization", "quantize double", "copy", limit=1.0),
         m.Row("dequantize to bfloat16, over bitsandbytes", over("dequantize", "dequantize bnb"), 1.0, fresh, 0.4),
         m.Row("the same, doubly quantized", over("dequantize double", "dequantize double bnb"), 1.0, fresh_double, 0.4),
         _row(times, "the same, over a copy of the result", "dequantize double", "copy half", limit=1.0),
@@ -67,7 +66,7 @@ def kernels(*, quick: bool) -> list[m.Row]:
 
 
 def token_through_a_layer(*, quick: bool) -> m.Row:
-    """One token through one wide layer, without gradients."""
+    """Table row for one token through one wide layer, without gradients."""
     outputs, inputs = (256, 128) if quick else (11008, 4096)
     dense = nn.Linear(inputs, outputs, bias=False)
     ours = nn.Sequential(nn.Linear(inputs, outputs, bias=False))
@@ -80,12 +79,12 @@ def token_through_a_layer(*, quick: bool) -> m.Row:
 
 
 def _row(times: m.Times, what: str, name: str, other: str, *, limit: float, goal: float | None = None) -> m.Row:
-    """Ours and bitsandbytes', each over the same."""
+    """Table row for a kernel of reparam and of bitsandbytes, both over the time of `other`."""
     return m.Row(what, times.over(name, other), times.over(f"{name} bnb", other), limit, goal)
 
 
 def with_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Its `Linear4bit` in the place of every linear map of the layers, doubly quantized."""
+    """Replace every linear layer of the blocks by bitsandbytes' `Linear4bit`, with double quantization."""
     for name, module in list(model.named_modules()):
         if name.endswith(m.LINEARS):
             model.set_submodule(name, _linear4bit(module, torch.float32))
@@ -102,14 +101,14 @@ def _linear4bit(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return layer.to("cpu")
 
 
-# Rows of whole blocks: bitsandbytes fails in eval mode on a CPU where a block crosses rows.
+# The rows consist of whole blocks, because bitsandbytes fails in eval mode on a CPU if a block spans two rows.
 SHAPE = m.Shape(hidden=512, inner=1408, layers=8, heads=8)
 QUICK = m.Shape(hidden=64, inner=128, layers=2, heads=2, vocabulary=100)
 CONTESTANTS = ("dense", "nf4", "dense peft", "nf4 peft")
 
 
 def contestant(name: str, shape: m.Shape) -> nn.Module:
-    """A model with an adapter of r = 16, its base dense or quantized, ours or PEFT's."""
+    """A model with a LoRA of r = 16 by reparam or PEFT on a dense or quantized base, by its name in CONTESTANTS."""
     torch.manual_seed(0)
     model = m.llama(shape).train()
     if name.endswith("peft"):
@@ -120,18 +119,18 @@ def contestant(name: str, shape: m.Shape) -> nn.Module:
 
 
 def resident(name: str, shape: m.Shape, ids: Tensor) -> float:
-    """Most bytes that a fresh process held during two steps beyond what it held before it made the model."""
+    """Peak resident bytes of a new process during two steps, minus its resident bytes before it made the model."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_resident, (name, shape, ids))
 
 
 def _resident(name: str, shape: m.Shape, ids: Tensor) -> float:
     torch.set_num_threads(1)
-    small = step_of(contestant(name, QUICK), ids[:1, :8] % QUICK.vocabulary)  # everything is imported and compiled
+    small = step_of(contestant(name, QUICK), ids[:1, :8] % QUICK.vocabulary)  # imports and compiles everything
     small()
     before = _status("VmRSS")
     step = step_of(contestant(name, shape), ids)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: making the model took more
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, because making the model took more
     step()
     step()
     return _status("VmHWM") - before
@@ -144,7 +143,7 @@ def _status(key: str) -> float:
 
 
 def kept_over_input(*, peft_layer: bool) -> float:
-    """Bytes that one quantized layer of 1024 x 1024 with LoRA keeps for backward, over those of its bfloat16 input."""
+    """Bytes that a quantized 1024 x 1024 layer with LoRA keeps for backward, over the bytes of its bfloat16 input."""
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).bfloat16()
     if peft_layer:
         model[0] = _linear4bit(model[0], torch.bfloat16)
@@ -157,7 +156,7 @@ def kept_over_input(*, peft_layer: bool) -> float:
 
 
 def steps(*, quick: bool) -> list[m.Row]:
-    """A training step, its memory, and one token."""
+    """Table rows for a training step, its memory, a forward pass of one token, and bytes."""
     shape = QUICK if quick else SHAPE
     ids = torch.randint(0, shape.vocabulary, (2, 16) if quick else (4, 256))
     models = {name: contestant(name, shape) for name in CONTESTANTS}
@@ -184,7 +183,7 @@ def steps(*, quick: bool) -> list[m.Row]:
         m.Row("memory of the step, over the dense step's", *memory, None, 1.0),
         m.Row("forward of one token, over the dense one", *token, None, None),
         m.Row("bytes kept for backward by a bfloat16 layer, over its input", *kept, 1.0, None),
-        m.Row("bytes for each quantized entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
+        m.Row("bytes per quantized entry", per_entry, theirs / entries, 4.126953125 / 8, 0.5159),
     ]
 
 

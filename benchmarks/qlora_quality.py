@@ -1,10 +1,10 @@
-"""What four bits cost in quality: bits per byte on `reference` after QLoRA less those after LoRA, for the same seeds.
+"""Measure the loss of quality from 4-bit storage: bits per byte on `reference` after QLoRA minus those after LoRA.
 
-Each seed draws the adapter's start and the order of the rows. The two runs of a seed differ in the storage of the base
-alone, so that their difference is paired; its 95 % interval is Student's over the seeds. The claim under test is the
-paper's (Dettmers et al. 2023, §4): training on NF4 with double quantization loses nothing.
+A seed determines the adapter's initial values and the order of the rows. The two runs with a seed differ only in the
+storage of the base, so their difference is paired; its 95 % interval is Student's over the seeds. This tests the claim
+of QLoRA's paper (Dettmers et al. 2023, §4) that training on NF4 with double quantization loses nothing.
 
-A run whose figures are in the output folder already is not repeated.
+Runs whose figures are in the output folder are not repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STORAGES = ("dense", "nf4")
 
 
 def bits(folder: Path, storage: str, seed: int, *, steps: int) -> dict[str, float]:
-    """Bits per byte on the held-out sides of the base and after training: {"base test": ..., "valid": ...}."""
+    """Bits per byte on `valid` and `test`, of the base ("base valid", "base test") and after training."""
     output = folder / f"{storage}-{seed}"
     file = output / "bits.json"
     if file.exists():
@@ -58,7 +58,7 @@ def bits(folder: Path, storage: str, seed: int, *, steps: int) -> dict[str, floa
 
 
 def interval(values: list[float]) -> str:
-    """Mean and the 95 % interval of Student's t."""
+    """Format the mean and Student's 95 % interval."""
     mean, half = runs.interval(values)
     return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, choices=(2, 3, 4, 5, 6, 8, 10))
     parser.add_argument("--output", type=Path, default=Path("out/qlora-quality"))
-    parser.add_argument("--quick", action="store_true", help="two seeds of three steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two seeds and three steps, to check that the script runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps = (2, 3) if given.quick else (given.seeds, -1)

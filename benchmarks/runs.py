@@ -1,4 +1,4 @@
-"""Short training runs on the embedded model, many of them: a plain loop, scores, and figures that are kept by run."""
+"""Run many short trainings of the embedded model: a plain training loop, scores, and one file of figures per run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Job = TypeVar("_Job")
 
 @functools.cache
 def base(storage: str = "dense") -> nn.Module:
-    """The embedded model, in eval mode."""
+    """The embedded model in this storage, in eval mode; cached, so copy it before changing it."""
     model = load_base(str(BASE), dtype="float32")
     if storage != "dense":
         reparam.quantize(model, storage)
@@ -39,7 +39,7 @@ def base(storage: str = "dense") -> nn.Module:
 
 
 def batches(train: Encoded, rows: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of `rows` rows, in the order of the seed, without end."""
+    """Endless padded batches of `rows` rows, shuffled anew in each epoch with the seed."""
     order = list(range(len(train)))
     draw = random.Random(seed)
     queue: list[int] = []
@@ -52,7 +52,7 @@ def batches(train: Encoded, rows: int, seed: int) -> Iterator[dict[str, Tensor]]
 
 
 def collated(encoded: Encoded, chosen: Iterable[int]) -> dict[str, Tensor]:
-    """What a model is called with, for these rows."""
+    """The model's inputs for the chosen rows, padded."""
     made = Collator(padding_id(load_tokenizer(str(BASE))))([encoded[i] for i in chosen])
     return {key: made[key] for key in ("input_ids", "attention_mask", "labels", "task") if key in made}
 
@@ -65,7 +65,10 @@ def learn(
     *,
     after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """The loss of each step. The rate rises over a tenth of the steps, then falls linearly; gradients are clipped."""
+    """Train and return the loss of each step.
+
+    The learning rate rises over the first tenth of the steps, then falls linearly. Gradients are clipped to norm 1.
+    """
     own = [p for group in optimizer.param_groups for p in group["params"]]
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -86,7 +89,7 @@ def learn(
 
 
 def score(model: nn.Module, encoded: Encoded) -> dict[str, float]:
-    """Bits per byte of texts; else nats per answer token, and the share of answers that greedy decoding gets right."""
+    """Score held-out rows: bits per byte for texts; for answers, nats per token and the share of exact matches."""
     nats, tokens = token_losses(model, encoded, load_tokenizer(str(BASE)), batch=16)
     size = float(encoded.text_bytes.sum())
     if size:
@@ -96,7 +99,7 @@ def score(model: nn.Module, encoded: Encoded) -> dict[str, float]:
 
 @torch.no_grad()
 def exact(model: nn.Module, encoded: Encoded) -> float:
-    """The share of rows whose every answer token is the most likely one after those before it: greedy decoding's."""
+    """Share of rows in which each answer token is the most likely one given those before it, as in greedy decoding."""
     collate = Collator(padding_id(load_tokenizer(str(BASE))))
     model.eval()
     right = 0
@@ -110,7 +113,7 @@ def exact(model: nn.Module, encoded: Encoded) -> float:
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures in `file`; made, and written whole, where it is not there."""
+    """Read the figures in a JSON file; if it does not exist, compute them with `make` and write the file atomically."""
     if file.exists():
         return json.loads(file.read_text())
     found = make()
@@ -127,7 +130,7 @@ def spread(
     workers: int,
     line: Callable[[_Job, dict[str, Any]], str],
 ) -> list[dict[str, Any]]:
-    """Run the jobs, `workers` at a time, one thread each, and print a line for each."""
+    """Run the jobs in `workers` processes with one thread each; print a line for each job."""
     context = multiprocessing.get_context("spawn")
     found = []
     with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
@@ -138,6 +141,6 @@ def spread(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval, Student's; the half is NaN where there is no spread to be had."""
+    """Mean, and half the length of Student's 95 % interval, which is NaN for a single value."""
     found = statistics.interval(values)
     return found.mean, math.nan if found.half is None else found.half

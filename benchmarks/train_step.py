@@ -1,12 +1,12 @@
-"""A training step (forward, backward, AdamW with foreach), 4 rows x 256 tokens, and the bytes it keeps for backward.
+"""Time a training step (forward, backward, AdamW with foreach) on 4 rows x 256 tokens; count bytes kept for backward.
 
-The step is compared with what its FLOPs would take at the speed of the full fine-tuning step. FLOPs are those that
-torch's `FlopCounterMode` counts: all matrix products, and attention by torch's formula for flash attention (2 products
-forward, 5 backward, the causal mask ignored). Elementwise work is the same in both steps and counts no FLOPs, so that
-1 is not quite in reach; the second row leaves it out: it compares with the step of the frozen model (forward and the
-gradient of its input embeddings, no adapter), plus the factors' FLOPs at that step's speed. No optimizer there.
+The time of the step is divided by the time that its FLOPs would take at the speed of the full fine-tuning step. FLOPs
+are counted by torch's `FlopCounterMode`: all matrix products, and attention by torch's formula for flash attention (2
+products forward, 5 backward, without the causal mask). Elementwise work is the same in both steps but counts no FLOPs,
+so 1 cannot quite be reached. The second row avoids this: it compares with the frozen model without an adapter (forward,
+and backward to the input embeddings), plus the factors' FLOPs at the same speed, without an optimizer.
 
-Bytes kept for backward: distinct storages of all tensors that autograd saves, parameters excluded.
+Bytes kept for backward are the distinct storages of all tensors that autograd saves, without the parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 def backward_of(model: nn.Module, ids: Tensor) -> m.Call:
-    """Forward and backward, gradients dropped at the end; of a frozen model the gradient of its embeddings' output."""
+    """Forward and backward, without keeping gradients; for a frozen model, backward to the output of its embeddings."""
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def call() -> None:
@@ -37,7 +37,7 @@ def backward_of(model: nn.Module, ids: Tensor) -> m.Call:
 
 
 def step_of(model: nn.Module, ids: Tensor) -> m.Call:
-    """A whole training step."""
+    """A training step: forward, backward and AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, foreach=True)
 
     def call() -> None:
@@ -49,7 +49,7 @@ def step_of(model: nn.Module, ids: Tensor) -> m.Call:
 
 
 def flops(call: m.Call) -> int:
-    """Floating-point operations of its matrix products and attention."""
+    """Floating-point operations of the call's matrix products and attention."""
     ops = torch.ops.aten
     attention = {
         ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),

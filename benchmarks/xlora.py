@@ -1,10 +1,10 @@
-"""X-LoRA's decoding: 32 tokens after a prompt of 64, one row, over that of a plain LoRA on the same model.
+"""Time decoding with X-LoRA, 32 tokens after a prompt of 64 tokens at batch size 1, relative to LoRA.
 
-Both mix the same four adapters of rank 16, read from the same folders, by a router with random weights. Each token
-takes two passes: the base's, whose last hidden states give the weights, and the adapted model's. Ours keeps a cache for
-each of the two; PEFT's `generate` sets `use_cache=False` whatever it is asked for, so that each token takes both passes
-over everything before it. The plain LoRAs that both are compared with decode with a cache. A forward of the prompt
-alone, where no cache is of use, is the third line.
+reparam and PEFT mix the same four adapters of rank 16 with randomly initialized routers. Each token takes two passes:
+one through the base, whose last hidden states give the weights, and one through the adapted model. reparam keeps a
+cache for each of them. PEFT's `generate` always sets `use_cache=False`, so each token takes both passes over the whole
+sequence. The LoRAs that both are compared with decode with a cache. The third row is a forward pass of the prompt,
+which uses no cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXPERTS = 4
 
 
 def folders(base: nn.Module, where: Path) -> list[str]:
-    """Random adapters in PEFT's format."""
+    """Save random adapters in PEFT's format and return their folders."""
     found = []
     for number in range(EXPERTS):
         adapter = reparam.attach(m.twin(base), reparam.LoRA(r=m.RANK, alpha=2 * m.RANK))
@@ -52,7 +52,7 @@ def theirs(base: nn.Module, experts: list[str]) -> nn.Module:
 
 
 def decode(model: nn.Module, prompt: Tensor, tokens: int) -> m.Call:
-    """Greedy decoding of so many tokens, with a cache where the model has one."""
+    """Greedy decoding of `tokens` tokens, with a cache unless the model disables it."""
 
     def call() -> None:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def main() -> None:
     what = f"{tokens} tokens after {length}"
     rows = [
         m.Row(
-            f"X-LoRA, {what}, over our LoRA's",
+            f"X-LoRA, {what}, over reparam's LoRA",
             decoding.over("ours", "our LoRA"),
             decoding.over("theirs", "our LoRA"),
             None,
@@ -101,7 +101,7 @@ def main() -> None:
             None,
         ),
         m.Row(
-            f"X-LoRA, a forward of {length}, over our LoRA's",
+            f"X-LoRA, a forward of {length}, over reparam's LoRA",
             reading.over("ours", "our LoRA"),
             reading.over("theirs", "our LoRA"),
             None,

@@ -1,7 +1,7 @@
-"""The generated pages of the documentation, as a hook of MkDocs (`make docs`).
+"""Generate pages of the documentation, as a hook of MkDocs (`make docs`).
 
-The first page comes from the README, the configuration reference from the dataclasses, the command line from its
-options, the API from the modules of each room, and the reports of finished comparisons from their JSON.
+The first page is made from the README, the configuration reference from the dataclasses, the command-line reference
+from the options, the API reference from the modules of each package, and comparison reports from their JSON files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def pages() -> Iterator[tuple[str, str]]:
-    """Every generated page: its path below docs/, and its text."""
+    """Yield the path below docs/ and the text of each generated page."""
     yield "index.md", first_page((ROOT / "README.md").read_text())
     yield "reference/configuration.md", configuration()
     yield "reference/command-line.md", command_line()
@@ -58,7 +58,7 @@ def pages() -> Iterator[tuple[str, str]]:
 
 
 def first_page(readme: str) -> str:
-    """The README with links that start in docs/; links to other files of the repository are their names alone."""
+    """The README with links relative to docs/; links to other files of the repository become plain file names."""
 
     def link(found: re.Match[str]) -> str:
         text, target = found.groups()
@@ -73,22 +73,22 @@ def first_page(readme: str) -> str:
 
 
 def configuration() -> str:
-    """Every key of every section, and the settings of every method."""
+    """The page of all keys of all sections and the settings of all methods."""
     parts = [
         "# Configuration",
         "These keys are the same in a TOML file (`reparam train --config run.toml`), where each section is a table, "
-        "and on the command line, where a key is `--section.key`. Options on the command line come on top of the file. "
-        "The resolved configuration is written beside the result as `config.toml`, and reproduces it.",
+        "and on the command line, where a key is `--section.key`. Options on the command line override the file. "
+        "The resolved configuration is written to `config.toml` in the output folder and reproduces the run.",
         "`reparam train --help-all` prints the same list. The column *other names* has options of PEFT, TRL, "
-        "transformers and LLaMA-Factory that `reparam train` accepts.",
+        "transformers and LLaMA-Factory that `reparam train` also accepts.",
     ]
     for section in SECTIONS:
         parts.append(f"## {TITLES[section].partition('  ')[0]} `[{section}]`")
         parts.append(table((f"{section}.{name}", *found) for name, found in fields_of(section).items()))
     parts += [
         f"## {TITLES['method'].partition('  ')[0]} `[method]`",
-        f"`method.name` is the method, `lora` by default (other names: {_code(ALIASES['method.name'])}). Its own "
-        "settings stand beside it. `method.seed` is `run.seed` where it is not given.",
+        f"`method.name` is the method, `lora` by default (other names: {_code(ALIASES['method.name'])}). Its "
+        "settings are keys of the same section. `method.seed` defaults to `run.seed`.",
     ]
     for name, method in METHODS.items():
         parts += [f"### {name}", plain((inspect.getdoc(method) or "").split("\n\n")[0])]
@@ -98,7 +98,7 @@ def configuration() -> str:
 
 
 def table(keys: Iterable[tuple[str, type, dataclasses.Field[Any]]]) -> str:
-    """One row for each key: name, type, default, other names, meaning."""
+    """Markdown table with one row for each key: name, type, default, other names, meaning."""
     lines = ["| key | type | default | other names | meaning |", "|---|---|---|---|---|"]
     for key, cls, field in keys:
         meaning = plain(documentation(cls).get(field.name, ""))
@@ -109,7 +109,7 @@ def table(keys: Iterable[tuple[str, type, dataclasses.Field[Any]]]) -> str:
 
 
 def default(field: dataclasses.Field[Any]) -> str:
-    """A field's default as TOML has it; empty where there is none."""
+    """A field's default as in TOML; empty for a field without a default, and for None and ""."""
     value = field.default
     if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
@@ -119,7 +119,7 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def plain(text: str) -> str:
-    """One paragraph that Markdown shows as it is, also inside a table."""
+    """Join the lines of a paragraph and escape it for Markdown, also inside a table."""
     text = " ".join(text.split())
     return re.sub(r"(`[^`]*`)|([|<*\[\]])", lambda found: found[1] or f"\\{found[2]}", text)
 
@@ -132,13 +132,13 @@ def _code(words: Iterable[str]) -> str:
 
 
 def command_line() -> str:
-    """Every verb with its arguments and options."""
+    """The page of all verbs with their arguments and options."""
     from typer.main import get_command
 
     parts = [
         "# Command line",
         "`reparam VERB --help` prints the options of a verb. `python -m reparam` is the same command. Exit codes: 0 "
-        "done, 1 failure at run time, 2 usage or configuration, 130 and 143 after an interrupt.",
+        "success, 1 failure at run time, 2 wrong usage or configuration, 130 after SIGINT, 143 after SIGTERM.",
         "\n".join(
             ["| verb | what it does |", "|---|---|"] + [f"| [{v}](#{v}) | {plain(VERBS[v][1])} |" for v in VERBS]
         ),
@@ -148,14 +148,14 @@ def command_line() -> str:
         rows = [row for parameter in command.params if (row := option(parameter))]
         if name == "train":
             parts.append(
-                "All keys of the [configuration](configuration.md) are options as well; these are the usual ones."
+                "All keys of the [configuration](configuration.md) are options; the table has the most common ones."
             )
         parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
 def described(text: str) -> Iterator[str]:
-    """The paragraphs of a verb's description; an example in bold becomes code."""
+    """Yield the paragraphs of a verb's description; an example in bold becomes a code block."""
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         for example in re.findall(r"\[bold\](.*?)\[/bold\]", paragraph, re.DOTALL):
             yield "```\n" + "\n".join(line.strip() for line in example.splitlines()) + "\n```"
@@ -165,7 +165,7 @@ def described(text: str) -> Iterator[str]:
 
 
 def option(parameter: Any) -> str:
-    """The table row of one option; empty where it is hidden."""
+    """Table row of one option; empty for a hidden option and for `--help`."""
     if getattr(parameter, "hidden", False) or parameter.name == "help":
         return ""
     if parameter.param_type_name == "argument":
@@ -184,8 +184,8 @@ def option(parameter: Any) -> str:
 
 
 def names() -> str:
-    """What `reparam` itself exports, each with its first sentence and a link to its room."""
-    lines = ["# API", "These names are imported from `reparam`. The pages of the rooms have everything else.", ""]
+    """The page of the names that `reparam` exports, each with its first sentence and a link to its package's page."""
+    lines = ["# API", "These names can be imported from `reparam`. The pages of its packages have all other names.", ""]
     lines += ["| name | |", "|---|---|"]
     for name in sorted(reparam.__all__, key=str.lower):
         found = getattr(reparam, name)
@@ -199,7 +199,7 @@ def names() -> str:
 
 
 def room(folder: Path) -> str:
-    """The modules of one room that have something public, with a directive of mkdocstrings for each."""
+    """The page of a package: a directive of mkdocstrings for each of its modules with a public name."""
     package = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     lines = [f"# reparam.{folder.name}", package]
     for file in sorted(folder.rglob("*.py")):

@@ -1,9 +1,9 @@
-"""The shape of the source in figures: `python scripts/house.py [checkout] [--times]`.
+"""Print figures about the structure of the source: `python scripts/house.py [checkout] [--times]`.
 
-Counts files and lines, the longest file and function, rooms (folders and loose files), circles and arrows that run
-upward among the imports (those for annotations too), and questions outside `methods/` about which method it is.
-With `--times` also the tests that pytest collects and the CPU seconds of `--help`, which need the checkout's own
-environment: run it with that Python.
+The figures are: files and lines; the longest file and function; rooms (subpackages and top-level modules); import
+cycles, and imports from a lower to a higher room (imports for annotations count too); and `isinstance` checks for a
+method's class outside of `methods/`. With `--times`, also the number of tests and the CPU seconds of `--help`; for
+this, run the script with the Python of the checkout's environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Graph = dict[str, set[str]]
 
 
 def imports(tree: ast.AST, source: Path) -> set[str]:
-    """Dotted names of the package's own files that a file imports."""
+    """Dotted names of the modules of `reparam` that a file imports."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def imports(tree: ast.AST, source: Path) -> set[str]:
 
 
 def circles(graph: Graph) -> list[list[str]]:
-    """Groups of two or more nodes that reach each other (Tarjan)."""
+    """Strongly connected components with at least two nodes (Tarjan's algorithm)."""
     number: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -69,12 +69,12 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def levels(graph: Graph) -> int:
-    """The number of levels of a graph without circles: the longest chain of nodes."""
+    """Number of nodes on the longest path of a graph without cycles."""
     depth: dict[str, int] = {}
 
     def of(node: str) -> int:
         if node not in depth:
-            depth[node] = 0  # a circle ends here
+            depth[node] = 0  # ends the recursion in a cycle
             depth[node] = 1 + max((of(other) for other in graph.get(node, ())), default=0)
         return depth[node]
 
@@ -82,7 +82,7 @@ def levels(graph: Graph) -> int:
 
 
 def questions(trees: dict[str, ast.AST]) -> list[str]:
-    """Places outside `methods/` that ask isinstance of a class that is defined there."""
+    """Places (file:line) outside `methods/` that call isinstance with a class defined in `methods/`."""
     classes = {
         node.name
         for file, tree in trees.items()
@@ -101,7 +101,7 @@ def questions(trees: dict[str, ast.AST]) -> list[str]:
 
 
 def cpu_seconds(command: list[str], times: int = 3) -> float:
-    """The median CPU time of a command and its children."""
+    """Median CPU seconds of a command and its children."""
     found = []
     for _ in range(times):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -112,7 +112,7 @@ def cpu_seconds(command: list[str], times: int = 3) -> float:
 
 
 def timed(root: Path) -> Iterator[tuple[str, object]]:
-    """What takes this checkout's environment to know."""
+    """Figures that need the checkout's environment: number of tests, and CPU seconds of `--help`."""
     os.environ["PYTHONPATH"] = str(root / "src")
     listed = subprocess.run(
         [
@@ -176,14 +176,14 @@ def main() -> None:
         ("lines", sum(sizes.values())),
         ("longest file", f"{file}, {sizes[file]}"),
         ("longest function", f"{function}, {functions[function]}"),
-        ("rooms (folders and loose files)", len(rooms)),
-        ("loose files", f"{len(loose)}: {', '.join(loose)}" if loose else 0),
-        ("arrows between rooms", sum(len(others) for others in rooms.values())),
+        ("rooms (subpackages and top-level modules)", len(rooms)),
+        ("top-level modules", f"{len(loose)}: {', '.join(loose)}" if loose else 0),
+        ("imports between rooms", sum(len(others) for others in rooms.values())),
         ("levels of rooms", levels(rooms)),
-        ("circles between files", len(circles(graph))),
-        ("circles between rooms", len(circles(rooms))),
-        ("arrows that run upward", f"{len(upward)}: {', '.join(upward)}" if upward else 0),
-        ("isinstance of a method outside methods/", len(asked)),
+        ("import cycles between files", len(circles(graph))),
+        ("import cycles between rooms", len(circles(rooms))),
+        ("imports from a lower to a higher room", f"{len(upward)}: {', '.join(upward)}" if upward else 0),
+        ("isinstance checks for a method outside methods/", len(asked)),
     ]
     if options.times:
         figures += timed(options.checkout.resolve())

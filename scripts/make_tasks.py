@@ -1,16 +1,17 @@
-"""Write the embedded tasks as JSON lines, made from the running Python's standard library.
+"""Write the embedded tasks as JSONL files, generated from the running Python's standard library.
 
     python scripts/make_tasks.py assets/tasks                        # the two committed tasks: signatures and reference
-    python scripts/make_tasks.py out --task defaults --task count    # sibling tasks over the same signatures
+    python scripts/make_tasks.py out --task defaults --task count    # more tasks over the same signatures
 
-A task over signatures is a table of chats: the question is a function's signature, the answer follows from its syntax
-tree (`docstring` alone looks beyond the signature). The question does not say which task it belongs to, so the tasks
-contradict each other on purpose. Files that `stdlib_text.held_out` keeps for evaluation give `valid` and `test`, all
-others `train`. A signature stands on one side only, and on an evaluation side only if no file that pre-training read
-contains it. How large a part of a file one answer may be is bounded (`Task.most`), so that giving the same answer
-always does not score well.
+The rows of a task over signatures are chats: the question is a function's signature, and the answer is derived from its
+syntax tree (for `docstring`, from the docstring). The question does not name the task, so the tasks contradict each
+other on purpose. `valid` and `test` come from the files that `stdlib_text.held_out` keeps for evaluation, and `train`
+from all others. A signature is in one split only, and in `valid` or `test` only if no file of the pre-training text
+contains it. The share of a file's rows with the same answer is limited (`Task.most`), so that a constant answer does
+not score well.
 
-`reference` is plain text: the language reference in `pydoc_data.topics`, cut at paragraphs and split by topic.
+The rows of `reference` are plain text: the language reference in `pydoc_data.topics`, cut at paragraphs and split by
+topic.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from typing import Any
 from stdlib_text import files, held_out
 
 Row = dict[str, Any]
-SIZES = {"train": 5000, "valid": 200, "test": 400}  # most rows in a file of a task over signatures
-MOST = 0.02  # largest share of one list of argument names
-LONGEST = 260  # characters of signature and argument names together, about 128 tokens of the embedded model at most
-PIECE = 1500  # characters in one piece of the language reference
-SHARED = 60  # a paragraph of the reference from this many characters on is kept in one topic only
+SIZES = {"train": 5000, "valid": 200, "test": 400}  # maximum number of rows in a file of a task over signatures
+MOST = 0.02  # largest share of a split that one list of argument names may have
+LONGEST = 260  # maximum characters of signature and argument names together: up to about 128 tokens
+PIECE = 1500  # maximum characters in one piece of the language reference
+SHARED = 60  # a paragraph of the reference with at least this many characters is kept in one topic only
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,27 @@ class Function:
 
 @dataclass(frozen=True)
 class Task:
-    """How a task over signatures gets its answers."""
+    """How the answers of a task over signatures are made."""
 
-    answer: Callable[[Function], str | None]  # None: this function has none, and gives no row
-    most: float  # the largest share of a file's rows that one answer may take
+    answer: Callable[[Function], str | None]  # None for a function without an answer, which gives no row
+    most: float  # largest share of a file's rows that may have the same answer
 
 
 def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """The function's head as one line of source, without decorators and body."""
+    """Source of a function's definition in one line, without decorators and body."""
     head = copy.copy(node)
     head.body, head.decorator_list = [ast.Pass()], []
     return ast.unparse(head).rsplit("\n", 1)[0]
 
 
 def functions(sources: Iterable[tuple[str, str]]) -> Iterator[Function]:
-    """Every function that takes arguments in `sources`, which are (path, text); what does not parse is skipped."""
+    """Yield all functions with arguments in `sources`, pairs of path and text; skip files that do not parse."""
     for path, text in sources:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # test files with deprecated escapes
                 tree = ast.parse(text)
-        except (SyntaxError, ValueError):  # test files that are broken on purpose, or of Python 2
+        except (SyntaxError, ValueError):  # test files that are broken on purpose or in Python 2
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and arguments(node):
@@ -78,23 +79,23 @@ def functions(sources: Iterable[tuple[str, str]]) -> Iterator[Function]:
 
 
 def side(path: str) -> str:
-    """The split that the file at `path` belongs to; a held-out one goes by the second byte of its hash."""
+    """Split of the file at `path`: train, valid or test. The second byte of its hash divides the held-out files."""
     if not held_out(path):
         return "train"
     return "valid" if hashlib.sha256(path.encode()).digest()[1] < 85 else "test"
 
 
 def rank(function: Function, seed: str) -> bytes:
-    """A key to sort by: an order drawn with `seed`, in which no function moves when another comes or goes."""
+    """Sort key for an order drawn with `seed`, which does not change when other functions are added or removed."""
     return hashlib.sha256(f"{seed} {function.signature}".encode()).digest()
 
 
 def split(found: Iterable[Function], *, seed: int) -> dict[str, list[Function]]:
-    """The functions to choose from by side: distinct signatures, in an order drawn with `seed`.
+    """Functions with distinct signatures by split, in an order drawn with `seed`.
 
-    One that stands in several files belongs to `train` before `test` before `valid`. Long ones are left out, but
-    only after that, so that the length has no say in where a signature belongs. More than half of all functions
-    take `self` alone; no list of names is more than MOST of a side.
+    A signature that occurs in several files belongs to `train` if possible, else to `test`, else to `valid`. Long
+    signatures are removed after this assignment. More than half of all functions only take `self`; so the share of
+    each list of argument names in a split is limited to MOST.
     """
     sides: dict[str, dict[str, Function]] = {"train": {}, "test": {}, "valid": {}}
     for function in found:
@@ -111,7 +112,7 @@ def split(found: Iterable[Function], *, seed: int) -> dict[str, list[Function]]:
 
 
 def thin(answered: list[tuple[Function, str]], *, size: int, most: float) -> list[tuple[Function, str]]:
-    """The first `size` pairs of function and answer, or fewer where no answer could keep to the share `most`."""
+    """The first pairs of function and answer, at most `size`, such that no answer has more than the share `most`."""
     counts = Counter(answer for _, answer in answered)
     while True:
         largest = max(1, int(most * size))
@@ -129,7 +130,7 @@ def thin(answered: list[tuple[Function, str]], *, size: int, most: float) -> lis
 
 
 def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[tuple[ast.arg, ast.expr | None]]:
-    """The arguments in the order of the source, each with its default."""
+    """Arguments of a function in source order, each with its default or None."""
     a = node.args
     positional = [*a.posonlyargs, *a.args]
     defaults = [*[None] * (len(positional) - len(a.defaults)), *a.defaults]
@@ -140,17 +141,17 @@ def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[tuple[ast.ar
 
 
 def names(function: Function) -> str:
-    """The arguments' names without stars, defaults and annotations: "self, size, strict"."""
+    """Names of the arguments, without stars, defaults and annotations: "self, size, strict"."""
     return ", ".join(arg.arg for arg, _ in arguments(function.node))
 
 
 def default_values(function: Function) -> str:
-    """The source of the default values, in order, or "none"."""
+    """Source of the default values in order, or "none"."""
     return ", ".join(ast.unparse(default) for _, default in arguments(function.node) if default) or "none"
 
 
 def annotation_values(function: Function) -> str:
-    """The source of the arguments' annotations, in order, then "-> " and that of the result, or "none"."""
+    """Source of the arguments' annotations in order, then "-> " and the result's annotation, or "none"."""
     found = [ast.unparse(arg.annotation) for arg, _ in arguments(function.node) if arg.annotation]
     if function.node.returns:
         found.append("-> " + ast.unparse(function.node.returns))
@@ -158,9 +159,9 @@ def annotation_values(function: Function) -> str:
 
 
 def call_form(function: Function) -> str:
-    """A call that passes every argument on under its own name: "read(self, size=size, strict=strict)".
+    """A call that passes each argument on under its own name: "read(self, size=size, strict=strict)".
 
-    An argument with a default goes by keyword, unless it is positional-only or stands before `*args`.
+    An argument with a default is passed by keyword, unless it is positional-only or comes before `*args`.
     """
     a = function.node.args
     by_position = a.posonlyargs + a.args if a.vararg else a.posonlyargs
@@ -173,18 +174,18 @@ def call_form(function: Function) -> str:
 
 
 def count(function: Function) -> str:
-    """How many arguments there are, `self` included."""
+    """Number of arguments, including `self`."""
     return str(len(arguments(function.node)))
 
 
 def first_word(function: Function) -> str | None:
-    """The first word of the docstring; None without one, or when it does not start with a letter."""
+    """First word of the docstring; None without a docstring, or if it does not start with a letter."""
     word = re.match(r"[A-Za-z]+", ast.get_docstring(function.node) or "")
     return word[0] if word else None
 
 
 def camel_case(function: Function) -> str | None:
-    """The function's name from snake_case to CamelCase: `_read_all` is "ReadAll"; None for underscores only."""
+    """The function's name in CamelCase: `_read_all` is "ReadAll"; None for a name of underscores only."""
     return "".join(part[0].upper() + part[1:] for part in function.node.name.split("_") if part) or None
 
 
@@ -201,21 +202,22 @@ COMMITTED = ("signatures", "reference")
 
 
 def chats(name: str, pool: list[Function], *, size: int) -> list[Row]:
-    """At most `size` rows of the task `name` over the functions in `pool` that have an answer."""
+    """Make at most `size` rows of the task `name` from the functions in `pool` that have an answer."""
     task = TASKS[name]
     answered = [(f, answer) for f in pool if (answer := task.answer(f)) is not None]
     chosen = thin(answered, size=size, most=task.most)
     rows: list[Row] = []
-    for function, answer in sorted(chosen, key=lambda pair: rank(pair[0], name)):  # thin takes frequent answers early
+    # thin() prefers rows with frequent answers at first, so the rows are put in another order.
+    for function, answer in sorted(chosen, key=lambda pair: rank(pair[0], name)):
         messages = [{"role": "user", "content": function.signature}, {"role": "assistant", "content": answer}]
         rows.append({"task": name, "messages": messages, "source": function.source})
     return rows
 
 
 def own_paragraphs(topics: Mapping[str, str]) -> dict[str, list[str]]:
-    """The paragraphs of every topic, without those that a longer topic holds as well.
+    """Paragraphs of each topic, without those that a longer topic also has.
 
-    The topics overlap ("if" is a section of "compound"); one that is mostly part of longer ones is left out.
+    Topics overlap ("if" is a section of "compound"); a topic that mostly repeats longer ones is left out.
     """
     seen: set[str] = set()
     result = {}
@@ -230,8 +232,8 @@ def own_paragraphs(topics: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def cut(paragraphs: list[str]) -> list[str]:
-    """The paragraphs joined to pieces of at most PIECE characters; a paragraph beyond that is cut between lines."""
-    parts = []  # (what stands before the part inside a piece, the part)
+    """Join paragraphs to pieces of at most PIECE characters; longer paragraphs are cut between lines."""
+    parts = []  # (separator before the part, part)
     for paragraph in paragraphs:
         lines = paragraph.split("\n") if len(paragraph) > PIECE else [paragraph]
         parts += [("\n" if i else "\n\n", line) for i, line in enumerate(lines)]
@@ -245,10 +247,10 @@ def cut(paragraphs: list[str]) -> list[str]:
 
 
 def reference(topics: Mapping[str, str]) -> dict[str, list[Row]]:
-    """Rows of the `reference` task by side; `valid` and `test` get a tenth of the text each, in whole topics.
+    """Rows of the `reference` task by split; `valid` and `test` each get about a tenth of the text, in whole topics.
 
-    Topics come in the order of their hash and go to the emptier of the two. One that does not fit is for `train`,
-    and so is one of more than a third of a tenth: `valid` and `test` have several topics each.
+    In the order of their hash, topics go to whichever of `valid` and `test` has less text. A topic that does not fit,
+    or that is longer than a third of the tenth, goes to `train`, so that `valid` and `test` have several topics each.
     """
     kept = own_paragraphs(topics)
     sizes = {topic: sum(map(len, paragraphs)) for topic, paragraphs in kept.items()}
@@ -266,7 +268,7 @@ def reference(topics: Mapping[str, str]) -> dict[str, list[Row]]:
 
 
 def make(tasks: Iterable[str], sources: Iterable[tuple[str, str]], *, seed: int = 0) -> dict[str, list[Row]]:
-    """The rows of the named tasks by file ("signatures/train"), from `sources`, which are (path, text)."""
+    """Rows of the given tasks by file ("signatures/train"), from `sources`, pairs of path and text."""
     chosen = list(tasks)
     pools = split(functions(sources), seed=seed) if set(chosen) != {"reference"} else {}
     made = {}
@@ -280,9 +282,14 @@ def make(tasks: Iterable[str], sources: Iterable[tuple[str, str]], *, seed: int 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write to, one folder per task inside it")
-    parser.add_argument("--task", action="append", choices=[*TASKS, "reference"], help="default: the committed two")
-    parser.add_argument("--seed", type=int, default=0, help="draws which signatures are taken, and their order")
+    parser.add_argument("out", type=Path, help="output folder; gets one folder per task")
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=[*TASKS, "reference"],
+        help="task to write; can be repeated; default: the two committed tasks",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice and the order of signatures")
     args = parser.parse_args()
     for name, rows in make(args.task or COMMITTED, files(), seed=args.seed).items():
         file = args.out / f"{name}.jsonl"

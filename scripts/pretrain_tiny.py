@@ -1,12 +1,12 @@
-"""Train the embedded test model: tokenizer, Llama, figures, all from the standard library's sources.
+"""Train the embedded test model and its tokenizer on the sources of Python's standard library.
 
     OMP_WAIT_POLICY=PASSIVE python scripts/pretrain_tiny.py assets/tiny-python --tokens 12.5e6
 
-Model: Llama architecture, width 256, 6 layers, 4 query and 2 key-value heads, tied embeddings, 5.48 M parameters.
-Tokenizer: byte-level BPE, 4096 tokens, four of them for chats. Optimizer: Muon for the matrices, AdamW for embeddings
-and norms; learning rate constant, then linear to zero over the last 40 %. The weights are committed because the text
-differs between Python patch releases; `figures.json` beside them says which release, how many tokens and what came
-out. A run that was stopped continues from `OUT.partial`.
+Model: Llama architecture, hidden size 256, 6 layers, 4 query and 2 key-value heads, tied embeddings, 5.48 M parameters.
+Tokenizer: byte-level BPE, 4096 tokens, of which four are for chats. Optimizer: Muon for the matrices, AdamW for
+embeddings and norms; the learning rate is constant, then falls linearly to zero over the last 40 % of the steps. The
+weights are committed, because the text differs between Python patch releases; `figures.json` in the same folder has the
+release, the number of tokens and the scores. A run that was stopped continues from `OUT.partial`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-LENGTH = 512  # tokens in one training row
-BATCH = 16  # rows in one step
+LENGTH = 512  # tokens per training row
+BATCH = 16  # rows per step
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the training texts."""
+    """Train a byte-level BPE tokenizer on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,14 +57,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def quantize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts, each closed by the end-of-text token, as one row of ids."""
+    """Encode all texts, each followed by the end-of-text token, as one tensor of token ids [T]."""
     end = tokenizer.convert_tokens_to_ids(EOS)
     ids = [i for encoding in tokenizer(texts)["input_ids"] for i in [*encoding, end]]
     return torch.tensor(ids)
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model with fresh weights."""
+    """Make the model with new random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -84,7 +84,10 @@ def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, ids: torch.Tensor, size: int, rows: int | None = None) -> float:
-    """Cross entropy of `ids`, which encode `size` bytes, in rows of LENGTH."""
+    """Cross entropy in bits per byte of the token ids [T], which encode `size` bytes, on rows of LENGTH tokens.
+
+    `rows` limits the number of rows that are evaluated.
+    """
     model.eval()
     count = len(ids) // LENGTH
     table = ids[: count * LENGTH].view(count, LENGTH)[:rows]
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=float, default=12.5e6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=100, help="steps between partial states")
+    parser.add_argument("--save-every", type=int, default=100, help="number of steps between checkpoints")
     args = parser.parse_args()
     partial = args.out.with_name(args.out.name + ".partial")
 
@@ -129,7 +132,7 @@ def main() -> None:
             optimizer.load_state_dict(saved)
         start, spent = state["step"], state["seconds"]
 
-    fast = torch.compile(model)  # with autocast three times the speed of plain float32 here
+    fast = torch.compile(model)  # with autocast, three times as fast as float32 on the CPU used
     began, cpu = time.time(), time.process_time()
     for step in range(start, steps):
         per_epoch = len(rows) // BATCH
@@ -157,7 +160,7 @@ def main() -> None:
             state = {"optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "seconds": seconds}
             torch.save(state, partial / "state.pt")
 
-    model.to(torch.bfloat16).float()  # what is shipped is what is measured
+    model.to(torch.bfloat16).float()  # measure the weights as they are saved, in bfloat16
     figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
-"""The text that the embedded model and tasks are made from: the sources of the running Python's standard library.
+"""Read the text for the embedded model and tasks: the source files of the running Python's standard library.
 
-A file belongs to the held-out side when the first byte of the SHA-256 of its path (relative to the library, with
-forward slashes) is below 26, which is one file in ten. Pre-training and both tasks use the same rule, so that no file
-that an evaluation looks at was ever trained on, by anything.
+A file is held out if the first byte of the SHA-256 of its path (relative to the library, with forward slashes) is below
+26, which holds for about one file in ten. Pre-training and the tasks over signatures use the same rule, so no
+evaluation uses a file that anything was trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# encodings: tables of characters. pydoc_data: kept for the `reference` task. The rest: made by the build, holds paths.
+# encodings/ has tables of characters, pydoc_data/ is the `reference` task, and the rest is installed or generated.
 LEFT_OUT = ("encodings/", "pydoc_data/", "site-packages/", "lib-dynload/", "config-", "_sysconfigdata", "__pycache__/")
 
 
@@ -22,7 +22,7 @@ def held_out(path: str) -> bool:
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """Every source file of the standard library as (relative path, text), sorted by path."""
+    """Yield (relative path, text) of the source files of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()

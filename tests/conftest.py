@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, quiet libraries, a quick hypothesis profile."""
+"""Settings of all tests: one thread, no network, quiet libraries, a quick hypothesis profile."""
 
 import os
 import signal

@@ -22,7 +22,7 @@ OTHERS = set(ERRORS) - {"ReparamError"}
 
 
 def child(code: str) -> str:
-    """What a fresh process prints that runs this."""
+    """The output of this code in a fresh process."""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -82,7 +82,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_a_first_use_registers_all_methods_and_storages() -> None:
-    """Whichever name is used first; so does whatever looks a name up without the package's own attributes."""
+    """Whichever name is used first, also without going through the package's attributes."""
     count = "from reparam.core.registry import METHODS, STORAGES; print(len(METHODS), len(STORAGES))"
     expected = child(f"import reparam.methods, reparam.weights; {count}")
     assert expected.split()[0] != "0"

@@ -1,4 +1,4 @@
-"""The shape of the source: rooms and their order, what each may import, how long a file may be."""
+"""The structure of the source: packages and their order, allowed imports, the length of files."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import reparam
 
 ROOT = Path(reparam.__file__).parent
-ROOMS = (  # one level each, from the ground up: a room imports from the rooms before it
+ROOMS = (  # from the bottom up: a package imports only from those before it
     "core",
     "kernels",
     "data",
@@ -27,8 +27,17 @@ ROOMS = (  # one level each, from the ground up: a room imports from the rooms b
     "recipes",
     "cli",
 )
-LOOSE = {"__init__.py", "__main__.py", "errors.py"}  # the only files beside the rooms; `errors` imports nothing
-LIBRARY = {"core", "kernels", "weights", "methods", "optim", "sites", "io", "adapter"}  # torch and safetensors alone
+LOOSE = {"__init__.py", "__main__.py", "errors.py"}  # the only files outside the packages; `errors` imports nothing
+LIBRARY = {
+    "core",
+    "kernels",
+    "weights",
+    "methods",
+    "optim",
+    "sites",
+    "io",
+    "adapter",
+}  # need only torch and safetensors
 APART = ({"weights", "methods"}, {"compare", "recipes"}, {"methods", "optim"})  # these never import each other
 CORE = {"torch", "safetensors", "numpy"}
 OPEN = {"adapter/attach.py: attach"}  # takes **, the settings of the method that it is given by name
@@ -39,7 +48,7 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 
 
 def room(file: str) -> str:
-    """The folder that a file or a dotted module name is in; the file itself where it is in none."""
+    """The package (folder) of a file or a dotted module name; the file itself if it is in no folder."""
     return file.removeprefix("reparam.").replace("/", ".").removesuffix(".py").split(".")[0]
 
 
@@ -53,7 +62,7 @@ def is_file(name: str) -> bool:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Dotted names that a file imports, anywhere in it, those for annotations too: a reader walks in them."""
+    """Dotted names that a file imports anywhere, including imports for annotations."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -82,7 +91,7 @@ def test_every_file_is_in_a_room() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """From a room to those before it in the list; the package itself, which only hands names on, stands above all."""
+    """Packages import only from those before them in the list; `reparam` itself, which re-exports, comes last."""
     wrong = [
         f"{file} imports {name}"
         for file in FILES
@@ -106,7 +115,7 @@ def test_some_rooms_do_not_know_each_other() -> None:
 
 
 def test_there_are_no_circles() -> None:
-    """Between files, annotations counted."""
+    """There are no import cycles between files, including imports for annotations."""
     arrows = {dotted(file): ours(file) for file in FILES if file != "__init__.py"}
     done: set[str] = set()
     circles: list[str] = []
@@ -125,7 +134,7 @@ def test_there_are_no_circles() -> None:
 
 
 def asked_for(tree: ast.AST, classes: set[str]) -> set[str]:
-    """The classes of methods that a file asks for: by isinstance, issubclass, a comparison of types, or a pattern."""
+    """Method classes that a file checks for: by isinstance, issubclass, a type comparison, or a match pattern."""
     names = {
         alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
@@ -153,7 +162,7 @@ def asked_for(tree: ast.AST, classes: set[str]) -> set[str]:
 
 
 def test_nobody_asks_for_the_class_of_a_method() -> None:
-    """What others need to know of a method is a question with a default, in `core/method.py` or of an `Update`."""
+    """Other code asks through attributes with defaults, in `core/method.py` or on an `Update`."""
     classes = {
         node.name
         for file, tree in FILES.items()
@@ -187,7 +196,7 @@ def test_files_stay_readable() -> None:
 
 
 def public(tree: ast.AST, path: str = "") -> dict[str, ast.AST]:
-    """Public functions, classes and methods by path; properties and overloads as any others."""
+    """Public functions, classes and methods by path, including properties and overloads."""
     found: dict[str, ast.AST] = {}
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -220,7 +229,7 @@ def test_nothing_is_unpickled_or_executed() -> None:
 
 
 def test_a_wrong_arrow_is_seen() -> None:
-    """The walk finds imports inside functions and those for annotations."""
+    """The check finds imports inside functions and those for annotations."""
     tree = ast.parse(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from reparam.adapter.adapter import Adapter\n"

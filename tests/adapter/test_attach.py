@@ -1,4 +1,4 @@
-"""Attaching an adapter to a model, and the handle of it."""
+"""Attaching an adapter to a model, and the returned `Adapter`."""
 
 import copy
 import math
@@ -122,7 +122,7 @@ def test_an_optimizer_that_would_train_less_is_refused() -> None:
 
 
 class Counted(Method):
-    """LoRA that counts what happens around optimizer steps."""
+    """LoRA that records the controller's calls around optimizer steps."""
 
     name = "counted"
 
@@ -134,7 +134,7 @@ class Counted(Method):
 
 
 class Events(list[str]):
-    """The calls, in order."""
+    """Records the controller's calls, in order."""
 
     def plan(self, total_steps: int | None) -> None:
         self.total_steps = total_steps

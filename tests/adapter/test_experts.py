@@ -1,4 +1,4 @@
-"""Mixtures of finished adapters, and mixtures taken apart into adapters."""
+"""Mixtures whose experts are finished adapters, and splitting mixtures into adapters."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ RANKS = {"sums": 2, "dates": 3, "names": 1}
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[str, ...]:
-    """Adapters of several ranks and scales, one of them PEFT's."""
+    """Folders of adapters with different ranks and scales, one of them in PEFT's format."""
     found = []
     for seed, (name, rank) in enumerate(RANKS.items()):
         model = models.llama()
@@ -74,7 +74,7 @@ def test_gates_over_finished_adapters_train_alone_and_stand_alone(folders: tuple
 
 
 def test_runs_are_experts_by_their_adapters(folders: tuple[str, ...], tmp_path: Path) -> None:
-    """A run's folder holds its adapter in a folder of its own; a list may name both kinds."""
+    """A run's output folder holds its adapter in a subfolder; a list may name both kinds of folder."""
     for run_name, folder in (("first", folders[0]), ("last", folders[2])):
         shutil.copytree(folder, tmp_path / run_name / "adapter")
         (tmp_path / run_name / "figures.json").write_text("{}")
@@ -195,7 +195,7 @@ def test_only_gates_by_task_are_taken_apart() -> None:
 
 
 def test_a_mixed_batch_takes_the_task_that_is_named() -> None:
-    """One task at a time; leaving the context does not leave its factors behind."""
+    """One task at a time; the factors of a task are gone once its context ends."""
     model, _ = by_task()
     expected = {task: run(model, "task_gated", task=task) for task in ("a", "b")}
     for task in ("a", "b"):
@@ -206,7 +206,7 @@ def test_a_mixed_batch_takes_the_task_that_is_named() -> None:
 
 
 def test_one_peft_adapter_is_read_as_peft_reads_it(tmp_path: Path) -> None:
-    """A mixture of one, made by PEFT itself."""
+    """A mixture of a single adapter that PEFT wrote."""
     config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, init_lora_weights=False)
     judge = get_peft_model(models.llama(), config).eval()
     judge.save_pretrained(tmp_path / "one")

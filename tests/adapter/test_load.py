@@ -1,4 +1,4 @@
-"""Loading onto a model: which base it must be, what is beside it, and that a refusal leaves no trace."""
+"""Loading onto a model: the check of the base, other adapters on the model, and no change after an error."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FORMATS = pytest.mark.parametrize("format", ["reparam", "peft"])
 
 
 def save(folder: Path, make: Callable[[], Any] = llama, *, format: str = "reparam", **settings: Any) -> torch.Tensor:
-    """An adapter in `folder`; the logits that it gives."""
+    """Save an adapter in `folder`, and return its logits."""
     model = make()
     trained(model, **settings).save(folder, format=format)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def save(folder: Path, make: Callable[[], Any] = llama, *, format: str = "repara
 
 
 def state(model: Any) -> tuple[Any, ...]:
-    """All that a refused load must not change, apart from the tensors."""
+    """Everything except tensors that a refused load must not change."""
     adapters = {name: list(adapter.sites) for name, adapter in reparam.adapters(model).items()}
     choice = model.reparam_state.choice if hasattr(model, "reparam_state") else "none"
     return str(model), [p.requires_grad for p in model.parameters()], adapters, choice, model.training
@@ -93,7 +93,7 @@ def test_another_base_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_base_does_not_matter(saved: torch.dtype, loaded: torch.dtype, tmp_path: Path) -> None:
-    """From one set of weights; two 16-bit copies of it agree where one was made from the other."""
+    """Copies of one set of weights match in any dtype; two 16-bit copies match if one was made from the other."""
     base = llama().to(saved)
     trained(base).save(tmp_path / "a")
     reparam.load((llama() if torch.float32 in (saved, loaded) else llama().to(saved)).to(loaded), tmp_path / "a")
@@ -154,7 +154,7 @@ def test_keeps_the_mode_of_the_model(training: bool, tmp_path: Path) -> None:
 
 
 def test_order_of_parameters_is_the_models(tmp_path: Path) -> None:
-    """An optimizer's state goes by position, so a file's order must not decide it."""
+    """The order must not depend on the file, because an optimizer's state is stored by position."""
     model = llama()
     names = [name for name, _, _ in trained(model, modules_to_save=["model.norm"]).named_parameters()]
     for format in ("reparam", "peft"):
@@ -246,7 +246,7 @@ def test_tied_weights(whole: bool, part: str, format: str, tmp_path: Path) -> No
 def test_tensors_that_do_not_fit_are_found_before_anything_is_touched(
     make: Callable[[], Any], beside: bool, tmp_path: Path
 ) -> None:
-    """A rank that is not the file's: the last check, after every update has been built."""
+    """A rank other than the file's is found by the last check, after every update has been built."""
     save(tmp_path / "a", make, targets="all-linear")
     record = reparam.io.files.read(tmp_path / "a")
     object.__setattr__(record, "method", LoRA(r=3))
@@ -265,7 +265,7 @@ def test_tensors_that_do_not_fit_are_found_before_anything_is_touched(
 
 
 def calls(action: Callable[[], object]) -> int:
-    """How many functions, Python's and others', an action calls."""
+    """The number of function calls, Python and C, that an action makes."""
     count = 0
 
     def note(frame: object, event: str, arg: object) -> None:
@@ -299,7 +299,7 @@ def test_cost_grows_with_the_model_and_no_faster(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["layers.1", "self_attn", "mlp"])
 def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path) -> None:
-    """PEFT replaces whatever has a forward; what takes a mask beside its input cannot be stood in for here."""
+    """PEFT replaces any module with a forward; reparam cannot replace one that takes a mask besides its input."""
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["lm_head"], modules_to_save=[part]))
     theirs.save_pretrained(str(tmp_path))
     model = llama()

@@ -1,4 +1,4 @@
-"""Folding an adapter into the weights: what is written, what the report says of it, and the way back."""
+"""Merging an adapter into the weights: what is written, the report, and restoring."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ from reparam.weights.dense import DenseWeight
 
 
 def adapted(make: Callable[[], Any] = models.llama, *, size: float = 0.15, **settings: Any) -> tuple[Any, Any]:
-    """A model and an adapter that is away from its start."""
+    """A model and an adapter whose parameters differ from their initial values."""
     model = make()
     settings.setdefault("targets", "all-linear")
     adapter = reparam.attach(model, reparam.LoRA(r=3, alpha=6), name="a", **settings)
@@ -45,7 +45,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def survival(old: Tensor, written: Tensor, delta: Tensor) -> float:
-    """The share of `delta` in what was written, from dense float64 matrices."""
+    """The surviving share of `delta`, computed from dense float64 matrices."""
     change = written.double() - old.double()
     return float((change * delta).sum() / (delta * delta).sum())
 
@@ -55,7 +55,7 @@ def survival(old: Tensor, written: Tensor, delta: Tensor) -> float:
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("gained", [False, True])
 def test_survival_is_that_of_dense_float64(dtype: torch.dtype, size: float, gained: bool) -> None:
-    """In one block and in several: 300 x 400 elements are more than one."""
+    """With one block and with several: 300 x 400 elements do not fit one block."""
     generator = torch.Generator().manual_seed(4)
     W = torch.randn(300, 400, generator=generator).to(dtype)
     A, B = torch.randn(3, 400, generator=generator), size * torch.randn(300, 3, generator=generator)
@@ -239,7 +239,7 @@ def test_numbers_that_are_not_finite_are_refused(what: str, value: float) -> Non
 
 
 def test_a_weight_that_would_overflow_is_refused() -> None:
-    """Finite factors, and a product beyond what float16 has."""
+    """The factors are finite, and their product is beyond float16's range."""
     model, adapter = adapted(lambda: models.llama().half(), size=0.0)
     with torch.no_grad():
         adapter.updates["model.layers.1.mlp.down_proj"].B.fill_(3e5)
@@ -346,7 +346,7 @@ def test_a_copy_is_merged_apart() -> None:
 
 
 def test_the_matrix_is_written_in_place() -> None:
-    """Nothing the size of a weight is made on the way, and the module keeps its parameter."""
+    """No temporary has the size of the weight, and the module keeps its parameter object."""
     model, _ = adapted()
     places = {path: m.frozen.tensor().data_ptr() for path, m in reparam.adapters(model)["a"].modules.items()}
     reparam.merge(model)

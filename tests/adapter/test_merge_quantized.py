@@ -30,13 +30,13 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 
 def update(outputs: int, inputs: int, *, size: float, rank: int = 4, seed: int = 0, gained: bool = False) -> Factors:
-    """A change of rank `rank` whose norm is `size` times that of a matrix of N(0, 1)."""
+    """An update of rank `rank` whose norm is `size` times that of a matrix of N(0, 1)."""
     A, B = numbers(rank, inputs, seed=seed), numbers(outputs, rank, seed=seed + 1)
     return Factors(A, size * B / rank**0.5, 1 + size * numbers(outputs, seed=seed + 2) if gained else None)
 
 
 def kept(weight: nn.Module, merged: nn.Module, factors: Factors) -> float:
-    """The share of the update that was written."""
+    """The share of the update that survives in what was written."""
     old = weight.dense()
     delta, written = factors.change(old), merged.dense() - old
     return float((written * delta).sum() / delta.square().sum())
@@ -54,7 +54,7 @@ def test_rounding_with_the_update_in_view_keeps_it(storage: Storage, size: float
 
 
 def test_rounding_to_the_nearest_loses_a_small_update_in_four_bits() -> None:
-    """A change of 1 % of W: under 2 % of it survives, as the spec says, and nearly all with the other rounding."""
+    """Of an update of 1 % of W, nearest rounding keeps under 2 % and aware rounding nearly all."""
     weight = reparam.NF4().quantize(numbers(512, 512, seed=5))
     factors = update(512, 512, size=0.01, rank=16)
     assert kept(weight, weight.requantize(factors, "nearest"), factors) < 0.02
@@ -63,7 +63,7 @@ def test_rounding_to_the_nearest_loses_a_small_update_in_four_bits() -> None:
 
 @every
 def test_the_effect_is_kept_for_inputs_that_the_update_sees(storage: Storage) -> None:
-    """For x in the rows of A the error is a small part of ΔW x; rounded to the nearest in 4 bits it is most of it."""
+    """For x from the rows of A, the error is a small part of ΔW x; with nearest rounding in 4 bits it is most of it."""
     weight = storage.quantize(numbers(128, 512, seed=5))
     factors = update(128, 512, size=0.02)
     x = factors.A.T @ numbers(4, 32, seed=9)  # [I, 32]
@@ -112,7 +112,7 @@ def test_what_is_left_in_the_basis_never_grows(rows: int, inputs: int, seed: int
 
 
 def quantized(storage: Storage, *, size: float = 0.02) -> tuple[nn.Module, reparam.Adapter]:
-    """A model in this storage with an adapter of about this size."""
+    """A model in this storage, with an adapter whose update has about this size."""
     model = models.llama(hidden_size=64, intermediate_size=96)
     reparam.quantize(model, storage)
     adapter = trained(model, method=LoRA(r=4, alpha=4), targets="all-linear")
@@ -167,7 +167,7 @@ def test_what_cannot_be_merged_into_says_why() -> None:
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_by_default_quantized_matrices_become_dense_in_the_models_dtype(storage: Storage, dtype: torch.dtype) -> None:
-    """What is written is W as the adapter was trained on it, plus ΔW."""
+    """The result is the dequantized W that the adapter was trained on, plus ΔW."""
     model = models.llama().to(dtype)
     reparam.quantize(model, storage)
     adapter = trained(model)

@@ -59,7 +59,7 @@ def test_before_an_adapter_or_after_it_is_the_same_bit_for_bit(storage: Storage)
 
 @every
 def test_quantizing_under_several_adapters_and_a_mixed_batch(storage: Storage) -> None:
-    """What a row gets is what its adapter alone gives on the quantized base."""
+    """Each row equals the output of its adapter alone on the quantized base."""
     model = llama()
     for seed, (name, targets) in enumerate({"a": "all-linear", "b": "attention"}.items()):
         trained(model, seed=seed, name=name, targets=targets, method=LoRA(r=2 + seed))
@@ -77,7 +77,7 @@ def test_quantizing_under_several_adapters_and_a_mixed_batch(storage: Storage) -
 
 
 class Rescaled(Update):
-    """Rows of W at the length `size`: what it is in a bank depends on the frozen matrix."""
+    """Scales the rows of W to length `size`, so its factors in a bank depend on the frozen matrix."""
 
     roles: ClassVar[Mapping[str, Role]] = {"size": "gain"}
 
@@ -144,7 +144,7 @@ def test_the_head_and_the_embedding_stay_unless_they_are_named() -> None:
 @every
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "qwen_moe"])
 def test_other_architectures(name: str, storage: Storage) -> None:
-    """`Conv1D`, biases, an encoder, an encoder and a decoder, experts."""
+    """`Conv1D`, biases, an encoder, an encoder-decoder, and fused experts."""
     make = models.ALL[name]
     model = make()
     with warnings.catch_warnings(record=name == "qwen_moe"):
@@ -227,7 +227,7 @@ def test_the_report_says_what_is_held_and_what_was() -> None:
 
 
 def test_the_report_lists_everything_large_that_is_left() -> None:
-    """Parts of an adapted model, of modules that train whole, and of the root itself."""
+    """Parameters of an adapted model, of modules trained whole, and of the root module."""
     model = llama()
     model.register_parameter("prefix", nn.Parameter(torch.zeros(3, 32)))
     trained(model, targets=["q_proj", "up_proj"], modules_to_save=["lm_head"])

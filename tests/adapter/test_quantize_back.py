@@ -1,4 +1,4 @@
-"""The way back from quantized models: dense again, merged, and adapters from other bases."""
+"""Back from quantized models: dequantizing, merging, and adapters trained on other bases."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_matrix_with_nan_is_named_and_the_model_stays_usable(name: str) -> None:
-    """Matrices before it are quantized already; it itself, and all behind it, are as they were."""
+    """Matrices before it are quantized already; this one and all after it are unchanged."""
     end = {"llama": "layers.1.self_attn.q_proj", "gpt2": "h.1.attn.c_attn"}[name]
     model = models.ALL[name]()
     path = next(path for path, _ in model.named_modules() if path.endswith(end))

@@ -1,4 +1,4 @@
-"""Which adapter a model uses: one, none, or one for each row."""
+"""Selecting one adapter, none, or one for each row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +81,7 @@ def test_rows_may_be_any_sequence() -> None:
 @pytest.mark.parametrize("make", list(models.ALL.values()), ids=list(models.ALL))
 @pytest.mark.filterwarnings("ignore:LoRA. the rank exceeds", "ignore:targets. skipped .*experts")
 def test_every_architecture_takes_mixed_batches(make: Callable[[], Any]) -> None:
-    """Also where a layer gets rows and tokens in one dimension (a shared expert), or one vector a row (a pooler)."""
+    """Also if a layer gets rows and tokens in one dimension (a shared expert), or one vector per row (a pooler)."""
     model = two(make)
     check_rows(model, ["b", None, "a"])
     check_rows(model, ["a", "b", "a"])
@@ -149,7 +149,7 @@ def test_an_encoder_and_a_decoder_generate_row_by_row() -> None:
 
 
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
-    """GPT-2 looks positions up once for the whole batch."""
+    """GPT-2 looks up position embeddings once for the whole batch."""
     model = models.gpt2()
     moved(model, "a", 1, targets=["wpe", "c_attn"])
     with pytest.raises(ValueError, match=r"cannot map an activation of shape \[1, 7, 1\] to the"):

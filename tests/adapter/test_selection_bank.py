@@ -1,4 +1,4 @@
-"""The bank of a mixed batch: when slots are written, used again, moved and left alone."""
+"""The bank of a mixed batch: when slots are written, reused, moved and left unchanged."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Nothing of a choice is left behind: by `with`, by errors, by removing, merging and copying."""
+"""A selection leaves nothing behind after `with`, errors, removing, merging and copying."""
 
 import copy
 from collections.abc import Callable

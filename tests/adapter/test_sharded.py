@@ -1,4 +1,4 @@
-"""Two processes give the numbers of one, for every storage and method: with a half of every tensor each, or copies.
+"""Two processes compute what one does, for every storage and method, with sharded tensors or with copies.
 
 FSDP2 shards what is quantized as it is; DistributedDataParallel keeps copies of the model.
 """
@@ -32,12 +32,12 @@ STORED = [name for name in QUANTIZED if name != "fixed16"]  # gloo cannot send t
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, whether or not several processes hold parts of it."""
+    """The whole tensor, also if several processes hold parts of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def step(model: Any, adapter: reparam.Adapter, ids: Tensor) -> dict[str, Tensor]:
-    """Output, loss and gradients, and the adapter after a step of an optimizer that was given all of the model."""
+    """Output, loss and gradients, and the adapter after a step of an optimizer that got the whole model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()
@@ -52,7 +52,7 @@ def step(model: Any, adapter: reparam.Adapter, ids: Tensor) -> dict[str, Tensor]
 
 
 def alone(storage: str, method: Method, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A step of one process on all rows; in bfloat16 with the adapter cast too, as the policy does at use."""
+    """A step of one process on all rows; in bfloat16 the adapter is cast too, as the policy does."""
     model, adapter = FAMILIES["llama"].adapted(method, storage, seed=1)
     if dtype == torch.float32:
         return step(model, adapter, IDS)
@@ -63,7 +63,7 @@ def alone(storage: str, method: Method, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) -> None:
-    """One step of this process on its half of the rows."""
+    """Check one step of this process on its half of the rows."""
     rank = dist.get_rank()
     expected = alone(storage, method, dtype)
     expected["output"] = expected["output"].chunk(2)[rank]
@@ -92,7 +92,7 @@ def check(storage: str, method: Method, dtype: torch.dtype, *, sharded: bool) ->
 
 
 def check_shares(model: nn.Module) -> None:
-    """Each process holds about a half of everything that is frozen."""
+    """Check that each process holds about half of all frozen tensors."""
     assert all(isinstance(p, DTensor) for p in model.parameters())
     held = [p for p in model.parameters() if isinstance(p, DTensor) and not p.requires_grad]
     total, here = sum(p.nbytes for p in held), sum(p.to_local().nbytes for p in held)
@@ -100,13 +100,13 @@ def check_shares(model: nn.Module) -> None:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """The size of the difference over the size of what is expected."""
+    """Norm of the difference over the norm of the expected tensor."""
     assert found.shape == expected.shape
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
 def run() -> None:
-    """What each of the processes does."""
+    """The work of each process."""
     dist.init_process_group("gloo")
     with registered(nudge=Nudge):
         for storage in STORED:

@@ -1,4 +1,4 @@
-"""One site of an adapter that was read, as an update, against the adapter on its model."""
+"""The update of one site of a loaded adapter, compared with the adapter on its model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_check_refuses_and_says_nothing_else_and_notes_are_sentences() -> None
         method.check(sites)
         assert method.shared(sites) is None
         (note,) = method.notes(sites)
-    assert "exceeds the smaller side of 1 sites (first: a, 4 x 4)" in note
+    assert "exceeds min(out_features, in_features) at 1 sites (first: a, 4 x 4)" in note
     with pytest.raises(ValueError, match="matches none"):
         reparam.LoRA(rank_pattern={"b": 2}).check(sites)
     with pytest.raises(ValueError, match="raise d"):
@@ -86,7 +86,7 @@ def test_a_note_that_is_an_error_leaves_the_model_as_it_was() -> None:
     model = models.llama()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="exceeds the smaller side"):
+        with pytest.raises(UserWarning, match="the rank exceeds min"):
             reparam.attach(model, "lora", r=33, targets="q_proj")
     assert not reparam.adapters(model)
     assert all(p.requires_grad for p in model.parameters())
@@ -94,7 +94,7 @@ def test_a_note_that_is_an_error_leaves_the_model_as_it_was() -> None:
 
 def test_an_adapter_that_is_read_does_not_repeat_the_notes(tmp_path: Path) -> None:
     model = models.llama()
-    with pytest.warns(UserWarning, match="exceeds the smaller side"):
+    with pytest.warns(UserWarning, match="the rank exceeds min"):
         reparam.attach(model, "lora", r=33, targets="q_proj", name="high").save(tmp_path / "a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

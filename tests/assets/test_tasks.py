@@ -47,7 +47,7 @@ def path(row: dict) -> str:
 
 
 def code_of(signature: str, body: str = "pass") -> types.CodeType:
-    """The compiled function of this head."""
+    """The compiled function with this signature."""
     head = signature.removeprefix("async ")
     module = compile(f"{head} {body}", "signature", "exec", dont_inherit=True)
     name = head.removeprefix("def ").split("(")[0]

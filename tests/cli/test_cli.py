@@ -115,7 +115,7 @@ def test_a_signal_saves_and_the_same_command_finishes_as_if_nothing_had_happened
             break
     rest = run.stdout.read()
     assert run.wait() == code, rest
-    assert "the same command continues" in " ".join(rest.split())
+    assert "run the same command to continue" in " ".join(rest.split())
     assert not (tmp_path / "broken" / "adapter").exists()
     assert reparam(*common, "-o", tmp_path / "broken") == 0
     assert reparam(*common, "-o", tmp_path / "whole") == 0

@@ -1,4 +1,4 @@
-"""What help, version and completion print, and what they import."""
+"""What `--help`, `--version` and shell completion print, and which modules they import."""
 
 from __future__ import annotations
 

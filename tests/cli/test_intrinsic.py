@@ -28,7 +28,7 @@ def study(base: str, rows: str, output: Path, *more: object) -> int:
 
 @pytest.fixture(scope="module")
 def found(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A share so small that some size passes."""
+    """A run with a share so small that some size passes."""
     output = tmp_path_factory.mktemp("study") / "out"
     assert study(base, rows, output, "--grid", "4:400", "--each", 1, "--share", 0.05, "--maps", 2) == 0
     return output
@@ -54,7 +54,7 @@ def test_no_run_is_repeated(
     rows: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nor where the grid grows; a run of other settings is another run."""
+    """Also if the grid grows; a run with other settings is a new run."""
     before = {file: file.stat().st_mtime_ns for file in found.glob("runs/*/result.json")}
     first = json.loads((found / "intrinsic.json").read_text())
     assert study(base, rows, found, "--grid", "4:400", "--each", 1, "--share", 0.05, "--maps", 2) == 0
@@ -91,7 +91,7 @@ def test_refusals(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With a sentence, before anything is trained."""
+    """Each gives one sentence, before anything is trained."""
     assert study(base, rows, tmp_path / "out", *more) == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert re.search(words, shown), shown

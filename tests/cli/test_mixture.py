@@ -1,4 +1,4 @@
-"""Mixtures from the command line: rows that say their tasks, experts from folders, tasks that are named or missing."""
+"""Mixtures on the command line: rows with tasks, experts from folders, tasks that are given or missing."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TASKS = ("length", "name")
 
 @pytest.fixture(scope="module")
 def by_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows whose questions do not tell which of two answers is asked for."""
+    """Rows whose questions do not reveal which of two answers is wanted."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = []
     for i in range(40):
@@ -72,10 +72,10 @@ def test_the_task_is_named_where_the_adapter_is_used(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "def f(a):", "--raw"], "this forward needs a task, and no task was given"),
-        (["generate", "def f(a):", "--raw", "--task", "lenght"], "'lenght' is none of the 2 tasks"),
-        (["merge", "OUT"], "router 'task_embedding' goes by the task: merging needs a task"),
-        (["merge", "OUT", "--task", "third"], "'third' is none of the 2 tasks"),
+        (["generate", "def f(a):", "--raw"], "this forward pass needs one task, and no task was given"),
+        (["generate", "def f(a):", "--raw", "--task", "lenght"], "'lenght' is not one of the 2 tasks"),
+        (["merge", "OUT"], "router 'task_embedding' reads the task: merging needs one task"),
+        (["merge", "OUT", "--task", "third"], "'third' is not one of the 2 tasks"),
         (["eval", "ROWS"], 'no "task", which this method depends on'),
     ],
 )

@@ -31,7 +31,7 @@ def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed, in one line."""
+    """The printed text, joined into one line."""
     out, err = capsys.readouterr()
     return " ".join((out + err).split())
 
@@ -56,7 +56,7 @@ def test_quantize_writes_a_model_and_says_what_it_takes(
 
 
 def test_the_bits_of_the_paper_are_what_inspect_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """4.5 and 4.126953125, for matrices of whole blocks of statistics; the constant in them is 4 bytes a matrix."""
+    """4.5 and 4.126953125 bits if all blocks of statistics are full, plus a constant of 4 bytes per matrix."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""Sums of adapters against dense sums, against themselves, against PEFT's, and everything that cannot be summed."""
+"""Sums of adapters compared with dense sums, with themselves and with PEFT's, and all refusals."""
 
 import dataclasses
 import itertools
@@ -38,13 +38,13 @@ GAINS = {"dora": {"method": DoRA(r=2, alpha=4)}, "dora columns": {"method": DoRA
 
 
 def saved(seed: int, model: Any = None, **kind: Any) -> Record:
-    """What a folder with a trained adapter holds."""
+    """The record of a folder with a trained adapter."""
     return trained(llama() if model is None else model, seed=seed, **kind).record()
 
 
 @torch.no_grad()
 def changes(record: Record, base: Any = None) -> dict[str, Tensor]:
-    """ΔW of every site in float64, dense."""
+    """Dense ΔW of every site in float64."""
     found = {}
     for name, site in record.sites.items():
         weight = None if base is None else base_weight(base, site)
@@ -131,7 +131,7 @@ def test_two_equal_adapters() -> None:
 
 
 def ties_by_hand(changes: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """Entry by entry, as the paper's algorithm 1 is written, with the weighted sum for the vote."""
+    """TIES entry by entry, as in the paper's algorithm 1, with the weighted sum for the vote."""
     out = torch.zeros_like(changes[0])
     keep = max(1, round(density * out.numel()))
     least = [sorted(c.abs().flatten().tolist(), reverse=True)[keep - 1] for c in changes]
@@ -179,7 +179,7 @@ def test_an_adapter_with_weight_1_is_itself(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, *GAINS])
 def test_one_adapter_through_the_sum_computes_what_it_did(kind: str) -> None:
-    """Weight ½ twice goes all the way through factors, files' dtypes and the result's own scale."""
+    """Two times weight ½ goes through factors, the files' dtypes and the result's scale."""
     model = llama()
     record = saved(1, model, **{**KINDS, **GAINS}[kind])
     expected = logits(model)
@@ -313,7 +313,7 @@ def test_lorahubs_sum_of_saved_adapters(tmp_path: Path) -> None:
     assert {site.rank for site in found.sites} == {2}
 
 
-# --- what cannot be ------------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows with weights of their own: each is the sum of adapters that `blend` writes, and the model is left as it was."""
+"""Rows with their own weights: each equals the sum that `blend` writes, and the model stays unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compression against the SVD of the dense change, against the original's function, and against PEFT's reading."""
+"""Compression compared with the SVD of the dense ΔW, with the original's outputs, and with PEFT."""
 
 import dataclasses
 import itertools
@@ -39,12 +39,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def saved(kind: str, model: Any = None, *, seed: int = 0, **more: Any) -> Record:
-    """What a folder with a trained adapter holds."""
+    """The record of a folder with a trained adapter."""
     return trained(llama() if model is None else model, seed=seed, **(KINDS[kind] | more)).record()
 
 
 def dense(record: Record) -> dict[str, Tensor]:
-    """B A of every site from the tensors and the formulas of the methods' papers, in float64."""
+    """Dense B A of every site in float64, from the tensors and the formulas of the papers."""
     found = {}
     for name in record.sites:
         own = {k.removeprefix(f"{name}.").removeprefix("low_rank."): t.double() for k, t in record.tensors.items()}
@@ -309,7 +309,7 @@ _RECORDS: dict[str, Record] = {}
 
 
 def _once(kind: str) -> Record:
-    """The same record for all examples of a property."""
+    """Cache one record for all examples of a property."""
     if kind not in _RECORDS:
         _RECORDS[kind] = saved(kind)
     return _RECORDS[kind]

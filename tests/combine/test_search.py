@@ -1,4 +1,4 @@
-"""The search for weights: within its box and budget, never worse than where it starts, and near the least value."""
+"""The search for weights: it respects bounds and budget, never ends worse than its start, and nears the minimum."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a budget of")
 
 
 class Counted:
-    """A function of points with a record of where it was asked, and in what generations."""
+    """An objective that records the points and the generations it was called with."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         self.f = f
@@ -32,7 +32,7 @@ class Counted:
 
 
 def bowl(n: int, seed: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A well-shaped quadratic, and where its least value is: within the box [-1.4, 1.4]^n."""
+    """A well-conditioned quadratic, and its minimizer in the box [-1.4, 1.4]^n."""
     generator = torch.Generator().manual_seed(seed)
     least = torch.rand(n, generator=generator, dtype=torch.float64) * 2.8 - 1.4
     turn = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
@@ -81,7 +81,7 @@ def test_it_finds_a_corner_of_the_box(optimizer: str, budget: int, near: float) 
 
 
 def test_generations() -> None:
-    """CMA-ES asks for 4 + ⌊3 ln n⌋ points at once, and the last generation is what the budget leaves."""
+    """CMA-ES evaluates 4 + ⌊3 ln n⌋ points at once; the last generation is cut to the budget."""
     f = Counted(bowl(4, 0)[1])
     search(f, 4, budget=20, optimizer="cma")
     assert [len(points) for points in f.generations] == [8, 8, 4]

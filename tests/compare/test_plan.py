@@ -102,7 +102,7 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
         "unknown method 'lorra' (did you mean 'lora'",
         "lora: unknown key method.rr",
         "dora: method",
-        "[method] is for one training run",
+        "[method] is for a single training run",
         "optim.learning_rate is tuned",
         "base.path must be set",
     ):
@@ -117,12 +117,12 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
         ({"compare.methods": "lora", "compare.rungs": "0.5,0.25"}, "rungs="),
         ({"compare.methods": "lora", "compare.keep": "0"}, "keep="),
         ({"compare.methods": "lora", "compare.minutes": "0"}, "minutes="),
-        ({"compare.methods": "lora,lora"}, "two contestants are called 'lora'"),
+        ({"compare.methods": "lora,lora"}, "two contestants have the label 'lora'"),
         (
             {"compare.methods": "lora", "compare.reference": "lor"},
-            "is called 'lor' (did you mean 'lora'?)",
+            "has the label 'lor' (did you mean 'lora'?)",
         ),
-        ({}, "compare.methods: name at least one"),
+        ({}, "compare.methods: list at least one"),
     ],
 )
 def test_each_mistake_has_its_sentence(given: dict[str, Any], message: str) -> None:
@@ -132,7 +132,7 @@ def test_each_mistake_has_its_sentence(given: dict[str, Any], message: str) -> N
 
 
 def test_the_command_of_a_row_says_the_whole_configuration() -> None:
-    """The options, read as the command line reads them, give the same configuration."""
+    """Parsing the printed options as the command line does gives the same configuration."""
     config = resolve(
         None,
         {

@@ -1,4 +1,4 @@
-"""The report in a real headless browser, and what it says without one."""
+"""The report in a headless browser, and its text without one."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_the_recommendation_tells_a_difference_from_noise() -> None:
     assert clear.startswith("Take dora")
     assert "0.200 ± 0.000 better than lora" in clear
     assert "one seed" in sentence(lora=[0.5], dora=[0.9])
-    assert sentence(lora=[0.9, 0.91, 0.92], dora=[0.5, 0.51, 0.52]).startswith("Take lora: nothing comes within noise")
+    assert sentence(lora=[0.9, 0.91, 0.92], dora=[0.5, 0.51, 0.52]).startswith("Take lora: no other is within noise")
     assert sentence(lora=[], dora=[]).startswith("There is nothing to compare yet")
 
 
@@ -243,7 +243,7 @@ def test_who_failed_once_is_not_recommended() -> None:
 
 
 def test_nobody_is_recommended_where_nothing_beats_the_base() -> None:
-    assert sentence(lora=[0.1, 0.1], dora=[0.1, 0.0]).startswith("Nothing is better than the base")
+    assert sentence(lora=[0.1, 0.1], dora=[0.1, 0.0]).startswith("No contestant is better than the base")
     worse = {"lora": {0: 2.0, 1: 2.1}, "dora": {0: 2.5, 1: 2.4}}
     found = recommend(worse, SMALL, "lora", "loss per token", failed=set(), base=1.9)
     assert "loss per token 1.900; the best is lora, 2.050" in found

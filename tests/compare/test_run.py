@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Three small files."""
+    """Small files of training, tuning and test rows."""
     folder, files = tmp_path_factory.mktemp("data"), {}
     for side, count in (("train", 40), ("valid", 6), ("test", 8)):
         files[side] = str(folder / f"{side}.jsonl")
@@ -63,7 +63,7 @@ def planned(base: str, data: dict[str, str], output: Path, **more: Any) -> Plan:
 
 
 class Recorder:
-    """Performs trials here, and remembers which; from the `stop`-th on it is too late, or a signal comes."""
+    """Runs trials in this process and records them; from the `stop`-th on, time is up or a signal arrives."""
 
     def __init__(self, *, late_at: int | None = None, signal_at: int | None = None) -> None:
         self.trials: list[Trial] = []
@@ -186,7 +186,7 @@ def test_a_seed_that_not_all_have_ended_is_no_part_of_the_table(
 ) -> None:
     found = run(planned(base, data, tmp_path / "out"), Recorder(late_at=7))
     assert found["seeds"] == [0]
-    assert "Seed 1 was not ended" in found["missing"][0]
+    assert "Seed 1 was not finished" in found["missing"][0]
     assert "one seed" in found["recommendation"]
 
 
@@ -208,7 +208,7 @@ def test_contestants_over_the_parameter_budget_are_left_out(base: str, data: dic
 
 
 def test_a_hopeless_contestant_is_stopped_after_a_rung(base: str, data: dict[str, str], tmp_path: Path) -> None:
-    """Far behind and larger: LoRA at rank 8 with a scale of nearly nothing."""
+    """LoRA of rank 8 with a tiny scale has a much higher loss and more parameters than others."""
     methods = [{"name": "lora", "r": 2}, {"name": "lora", "label": "mute", "r": 8, "alpha": 1e-6}]
     plan = planned(
         base, data, tmp_path / "out", compare__methods=methods, compare__keep=0.5, compare__least=1, compare__seeds=1
@@ -243,7 +243,7 @@ def test_what_does_not_fit_the_model_is_said_before_anything_is_trained(
     assert "bitfit: " in str(error.value)
     assert "fine" not in str(error.value)
     assert recorder.trials == []
-    with pytest.raises(ConfigError, match=r"compare.metric: bits cannot be had of rows that are answers"):
+    with pytest.raises(ConfigError, match=r"compare.metric: rows with answers have no metric .bits."):
         run(planned(base, data, tmp_path / "out", compare__metric="bits"))
 
 
@@ -260,7 +260,7 @@ def test_the_verb_reads_a_file_with_options_on_top(
         code = _reparam("compare", file, "--seeds", 1, "-o", tmp_path / "out")
         assert code == expected
         out = " ".join(capsys.readouterr().out.split())
-        assert "Nothing is better than the base as it is (exact match 0.000" in out
+        assert "No contestant is better than the base without an adapter (exact match 0.000" in out
         assert "report.html" in out
         file = tmp_path / "out" / "plan.toml"
     assert _reparam("compare", "--methods", "lora", "--workers", "clouds") == 2

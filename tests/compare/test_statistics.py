@@ -1,4 +1,4 @@
-"""Intervals, fronts and halving, against published values, an independent judge, and by their own definitions."""
+"""Intervals, Pareto fronts and halving, against published values, an independent reference and definitions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_student_has_the_values_of_the_printed_tables(freedom: int, t: float) ->
 
 
 def test_student_is_the_point_that_leaves_a_fortieth_above_it() -> None:
-    """The density integrated numerically, which knows nothing of the table."""
+    """Checked by numerical integration of the density, independent of the table."""
     for freedom in (2, 5, 17, 45):
         scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
         steps, end = 20_000, student(freedom)
@@ -32,7 +32,7 @@ def test_student_is_the_point_that_leaves_a_fortieth_above_it() -> None:
 
 
 def test_an_interval_covers_the_mean_it_should() -> None:
-    """Of many samples from one normal distribution, 95 in 100 intervals hold its mean."""
+    """Over many samples from a normal distribution, 95 % of the intervals contain its mean."""
     draws = statistics.NormalDist(3.0, 2.0).samples(6000, seed=1)
     found = [interval(draws[i : i + 3]) for i in range(0, 6000, 3)]
     assert sum(f.low <= 3.0 <= f.high for f in found) / len(found) == pytest.approx(0.95, abs=0.015)  # type: ignore[operator]

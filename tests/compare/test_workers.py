@@ -1,4 +1,4 @@
-"""Trials on a Ray cluster: what this process makes, and its errors."""
+"""Trials on a Ray cluster: results equal those of this process, and errors are passed on."""
 
 from __future__ import annotations
 

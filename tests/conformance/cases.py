@@ -1,7 +1,7 @@
-"""What the conformance suite runs over: every setting of every method, every storage. Nobody edits this to add one.
+"""The cases of the conformance suite: every setting of every method, every storage. A new one needs no edit here.
 
-A toy storage, a toy method and a toy kind of site are among them, so that quantized weights, gains, shared state,
-updates that depend on their input, and modules that are no `nn.Linear` are always met.
+A toy storage, a toy method and a toy kind of site are included, so that quantized weights, gains, shared state, updates
+that depend on their input, and modules other than `nn.Linear` are always tested.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ QUANTIZED: dict[str, Storage] = {
 }
 KINDS = ("linear", "bias", "conv1d", "embedding", "product")
 FULL = os.environ.get("REPARAM_TESTS") == "full"
-"""Whether the suite takes every product whole."""
+"""Whether the suite runs every combination."""
 SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in QUANTIZED if name != "dense"))]
-"""Kind of layer and storage, for tests that need not meet the whole product."""
+"""Kinds of layer and storages, for tests that do not run every combination."""
 
 
 class One(nn.Module):
@@ -69,7 +69,7 @@ class One(nn.Module):
         return self.q_proj(x)
 
     def input(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
-        """A batch of this shape: vectors of 12, or ids below 20."""
+        """A batch of this shape: vectors of width 12, or ids below 20."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "embedding":
             return torch.randint(20, shape, generator=generator)
@@ -77,7 +77,7 @@ class One(nn.Module):
 
 
 def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam.Adapter]:
-    """A model of one layer with a fresh adapter; skips the test where the update has no form for embeddings."""
+    """A one-layer model with a fresh adapter; skips the test if the method does not support embeddings."""
     model = One(kind)
     if why := method.unsupported_reason(targets.site_of("q_proj", model.q_proj)):
         pytest.skip(why)
@@ -93,7 +93,7 @@ def one(kind: str, method: Method, storage: str = "dense") -> tuple[One, reparam
 def attach(
     model: nn.Module, method: Method, linear: list[str], embeddings: list[str], *, name: str = "default"
 ) -> reparam.Adapter:
-    """An adapter on linear maps, and on these embeddings where the method has a form for them."""
+    """Attach an adapter to the linear maps, and to these embeddings if the method supports them."""
     places = [targets.site_of(path, model.get_submodule(path)) for path in targets.resolve(model, embeddings)]
     if any(method.unsupported_reason(site) for site in places):
         return reparam.attach(model, method, targets=linear, name=name)
@@ -105,26 +105,26 @@ def attach(
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A whole model, and where adapters go in it."""
+    """A whole model, and the adapter's targets in it."""
 
     make: Callable[[], Any]
     embedding: str
     head: str
 
     def build(self, storage: str = "dense") -> Any:
-        """The model, with the matrices of its linear maps and its embedding in this storage."""
+        """Build the model with its linear maps and its embedding in this storage."""
         model = self.make()
         store(model, targets.resolve(model, ["all-linear", self.embedding]), storage)
         return model
 
     def attach(self, model: nn.Module, method: Method, *, name: str = "one") -> reparam.Adapter:
-        """An adapter on every linear map, and on the embedding where the method has a form for that."""
+        """Attach an adapter to every linear map, and to the embedding if the method supports it."""
         return attach(model, method, ["all-linear"], [self.embedding], name=name)
 
     def adapted(
         self, method: Method, storage: str = "dense", *, seed: int | None = None, name: str = "one"
     ) -> tuple[Any, reparam.Adapter]:
-        """The model with an adapter, moved away from its start when there is a seed."""
+        """The model with an adapter; with a seed, its parameters are moved from their initial values."""
         model = self.build(storage)
         adapter = self.attach(model, method, name=name)
         if seed is not None:
@@ -145,21 +145,21 @@ CASES = [
 
 
 def store(model: nn.Module, paths: list[str], storage: str) -> None:
-    """Put the matrices of these modules into a storage."""
+    """Quantize the matrices of these modules into a storage."""
     if storage != "dense":
         reparam.quantize(model, QUANTIZED[storage], targets=paths)
 
 
 @torch.no_grad()
 def move(adapter: reparam.Adapter, seed: int, *, size: float = 0.1) -> None:
-    """Take every parameter of an adapter away from its start, by the seed."""
+    """Add seeded noise to every parameter of an adapter."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=size)
 
 
 def has_factors(adapter: reparam.Adapter) -> bool:
-    """Whether one matrix stands for the update."""
+    """Whether a single matrix represents the update (`factors` exists)."""
     try:
         for path, update in adapter.updates.items():
             update.factors(adapter.modules[path].weight)
@@ -169,13 +169,13 @@ def has_factors(adapter: reparam.Adapter) -> bool:
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a model that is not an adapter's."""
+    """Copies of all tensors of a model that belong to no adapter."""
     own = re.compile(r"(^|\.)(updates|biases|reparam_shared)\.")
     return {name: tensor for name, tensor in models.frozen(model).items() if not own.search(name)}
 
 
 def starts_exactly(adapter: reparam.Adapter) -> bool:
-    """Whether a fresh adapter promises the base's output to the bit: factors without a gain, one of them zero."""
+    """Whether a fresh adapter gives the base's output bit for bit: no gain, and one factor is zero."""
     if not has_factors(adapter):
         return False
     found = [update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()]
@@ -183,7 +183,7 @@ def starts_exactly(adapter: reparam.Adapter) -> bool:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry."""
+    """The largest absolute difference over the largest entry."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

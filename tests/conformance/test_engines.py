@@ -1,4 +1,4 @@
-"""What models are run and trained with: torch.compile, gradient checkpointing, Trainer, 16-bit bases, autocast."""
+"""Running and training with torch.compile, gradient checkpointing, Trainer, 16-bit bases and autocast."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -35,7 +35,7 @@ stored = pytest.mark.parametrize("storage", QUANTIZED)
 
 
 def gradients(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:
-    """Gradients of the loss, by parameter. Dropout draws the same numbers at every call."""
+    """Gradients of the loss, by parameter. Dropout uses the same random numbers at every call."""
     torch.manual_seed(0)
     model.zero_grad()
     models.loss(model).backward()
@@ -49,7 +49,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def check_compiled(model: nn.Module, x: Tensor, adapter: reparam.Adapter) -> None:
-    """Traced by dynamo and differentiated ahead of time; only the code generator is left out, which takes long."""
+    """Check the model under dynamo and AOT autograd, without the slow code generator."""
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     outputs, found = [], []
@@ -94,7 +94,7 @@ def test_checkpointed_gradients_are_the_plain_ones(family: Family, storage: str,
 @first
 @stored
 def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None:
-    """With our hooks on the optimizer that it is given."""
+    """With reparam's hooks on the Trainer's optimizer."""
     model, adapter = LLAMA.adapted(method, storage)
     before = base_of(model)
     start = {name: tensor.clone() for name, tensor in adapter.tensors().items()}

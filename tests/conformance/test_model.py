@@ -1,4 +1,4 @@
-"""Whole models: what holds for every method and storage from `attach` to `merge`, on real transformers models."""
+"""Invariants of every method and storage from `attach` to `merge`, on small transformers models."""
 
 import copy
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 
 
 def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate: float = 1e-2) -> list[float]:
-    """Optimize with weight decay, handing the optimizer every parameter of the model; the losses."""
+    """Train with weight decay and all parameters of the model in the optimizer; returns the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     adapter.bind(optimizer)
     model.train()
@@ -88,7 +88,7 @@ def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage:
 
 
 def test_a_mixed_batch_is_each_row_alone(family: Family, storage: str, method: Method) -> None:
-    """Rows with different adapters, ranks and sites, and rows with none; in one forward and in `generate`."""
+    """Rows with different adapters, ranks and sites, and without adapter, in a forward and in `generate`."""
     model, adapter = family.adapted(method, storage, seed=1)
     move(family.attach(model, reparam.LoRA(r=3), name="wide"), 2, size=0.15)
     move(reparam.attach(model, reparam.LoRA(r=5, alpha=20), targets="attention", name="part"), 3, size=0.15)
@@ -135,7 +135,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(family: Family, storage: str, 
 
 
 def test_the_same_seed_gives_the_same_adapter(family: Family, storage: str, method: Method) -> None:
-    """Whatever was drawn or wrapped before."""
+    """Whatever was drawn or attached before."""
     _, adapter = family.adapted(method, storage)
     model = family.build(storage)
     torch.manual_seed(99)

@@ -1,7 +1,7 @@
-"""A new method is one file: a toy that uses every interface, registered for one test, goes the whole way.
+"""A new method is one file: a toy that uses every interface, registered for one test, supports every feature.
 
-It has state common to all sites, a controller that counts steps, a penalty, a saved buffer, and a form that depends on
-its input.
+It has state that all sites share, a controller that counts steps, a penalty, a saved buffer, and a variant that depends
+on its input.
 """
 
 import copy
@@ -31,7 +31,7 @@ SHARED = {"reparam_shared.width32", "reparam_shared.width48"}
 
 
 def step(model: nn.Module, adapter: reparam.Adapter, optimizer: torch.optim.Optimizer) -> float:
-    """One step on the loss and the penalty."""
+    """One optimizer step on the loss plus the penalty."""
     loss = models.loss(model)
     penalty = adapter.penalty()
     optimizer.zero_grad()
@@ -102,11 +102,11 @@ def test_peft_refuses_it_in_one_sentence(tmp_path: Path) -> None:
 
 
 class Doubled(reparam.LoRA):
-    """LoRA by another name."""
+    """A subclass of LoRA without its own file format."""
 
 
 def test_a_format_is_for_one_method_and_no_subclass(tmp_path: Path) -> None:
-    """A subclass may compute anything, so that it is refused until it registers a format of its own."""
+    """A subclass may compute something else, so it is refused until it registers its own format."""
     _, adapter = LLAMA.adapted(Doubled(r=2))
     with pytest.raises(FormatError, match="PEFT has no equal of the method 'lora'"):
         adapter.save(tmp_path / "a", format="peft")
@@ -115,19 +115,19 @@ def test_a_format_is_for_one_method_and_no_subclass(tmp_path: Path) -> None:
 
 
 class NudgeFormat(PeftFormat[Nudge]):
-    """As if PEFT had a type of adapters that are nudges."""
+    """A PEFT format for `Nudge`, as if PEFT had this method."""
 
     peft_type = "NUDGE"
 
     def read(self, folder: Folder) -> Record:
-        """The settings and the tensors."""
+        """Read the settings and the tensors."""
         sites = {name: Site(name, **site) for name, site in folder.settings["sites"].items()}
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in folder.tensors().items()}
         shared = {f"reparam_shared.{key}": torch.tensor(value) for key, value in folder.settings["common"].items()}
         return Record(Nudge(strength=folder.settings["strength"]), sites, tensors | shared)
 
     def settings(self, method: Nudge, record: Record) -> dict[str, Any]:
-        """The strength, the sites, and what they share."""
+        """Settings: the strength, the sites, and their shared state."""
         return {
             "peft_type": self.peft_type,
             "strength": method.strength,
@@ -139,7 +139,7 @@ class NudgeFormat(PeftFormat[Nudge]):
         }
 
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
-        """All of a site's."""
+        """All tensors of a site."""
         return {f".{key}": record.tensors[f"{name}.{key}"] for key in ("a", "b", "gain", "steps")}
 
 
@@ -155,7 +155,7 @@ def test_it_goes_through_peft_once_it_registers_a_format(tmp_path: Path, monkeyp
 
 
 def test_a_format_of_an_installed_package_reads_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to import the package first."""
+    """It works without importing the package first."""
     monkeypatch.setattr(peft_formats, "FORMATS", dict(peft_formats.FORMATS))
     _, adapter = LLAMA.adapted(Nudge(strength=0.5))
     with monkeypatch.context() as there:
@@ -168,7 +168,7 @@ def test_a_format_of_an_installed_package_reads_its_folder(tmp_path: Path, monke
 
 
 def test_two_of_them_have_shared_state_of_their_own() -> None:
-    """In a mixed batch too; and removing one leaves the other's."""
+    """Also in a mixed batch; removing one adapter keeps the other's state."""
     model, _ = LLAMA.adapted(Nudge(), seed=1)
     alone = logits(model)
     move(LLAMA.attach(model, Nudge(strength=2), name="two"), 2)
@@ -212,7 +212,7 @@ def test_a_copy_of_the_model_has_shared_state_of_its_own() -> None:
 
 
 def test_the_root_may_be_a_sequential() -> None:
-    """Which calls every module that it owns."""
+    """A Sequential calls every module that it owns, so shared state must not break it."""
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
     x = torch.randn(3, 5)
     base = model(x)
@@ -225,7 +225,7 @@ def test_the_root_may_be_a_sequential() -> None:
 
 
 def test_an_update_that_depends_on_its_input_is_used_alone(tmp_path: Path) -> None:
-    """It trains, is saved and loaded; it is not merged, not banked, and not put on an embedding."""
+    """It can be trained, saved and loaded, but not merged, mixed in a batch or attached to an embedding."""
     model = LLAMA.make()
     base = str(model)
     with pytest.raises(InputDependentError, match="routed"):
@@ -265,7 +265,7 @@ def test_commands_that_are_for_other_methods_refuse_it_in_a_sentence(tmp_path: P
 
 
 def test_one_with_components_is_compressed(tmp_path: Path) -> None:
-    """It answers the questions, and nobody knows its class."""
+    """Through the methods' interface; no code checks for its class."""
     with registered(pair=Pair):
         _, adapter = LLAMA.adapted(Pair(4), seed=1)
         adapter.save(tmp_path / "a")

@@ -1,7 +1,7 @@
 """One site: every setting of every method, on every storage, on every kind of layer.
 
-The oracle and the differences meet the whole product; the other tests meet every method on every kind of layer, and on
-one quantized storage, unless `REPARAM_TESTS=full` is set (`make full`).
+The oracle and the finite differences run on all combinations. The other tests run every method on every kind of layer,
+and on one quantized storage, unless `REPARAM_TESTS=full` is set (`make full`).
 
 The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `factors.apply(W)`, in float64.
 """
@@ -22,7 +22,7 @@ sampled = everywhere if FULL else pytest.mark.parametrize(("kind", "storage"), S
 
 
 class Changed(nn.Module):
-    """W -> factors.apply(W), with the gradients of autograd."""
+    """Parametrization W -> factors.apply(W), differentiated by autograd."""
 
     def __init__(self, update: Update, weight: Weight) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Changed(nn.Module):
 
 
 class Biased(nn.Module):
-    """b -> the bias that the adapter uses, with the gradients of autograd."""
+    """Parametrization b -> the adapter's bias, differentiated by autograd."""
 
     def __init__(self, layer: Adapted) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def oracle(model: One) -> nn.Module:
 
 
 def gradients(module: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of a fixed sum of it for x (where that has one) and the parameters."""
+    """The output, and gradients of a fixed weighted sum of it for x (if differentiable) and the parameters."""
     wanted = [x.requires_grad_()] if x.is_floating_point() else []
     y = module(x)
     weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
@@ -72,7 +72,7 @@ def gradients(module: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> t
 
 @sampled
 def test_a_fresh_adapter_changes_nothing(kind: str, storage: str, method: Method) -> None:
-    """Bit for bit, where the factors say that nothing is added."""
+    """Bit for bit, if the factors add exactly zero."""
     model, adapter = one(kind, method, storage)
     layer, x = model.q_proj, model.input(4, 3)
     y = model(x)
@@ -103,7 +103,7 @@ def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage
 
 @everywhere
 def test_gradients_are_those_of_differences(kind: str, storage: str, method: Method) -> None:
-    """Also for an update that no one matrix stands for."""
+    """Compared with finite differences, also for updates that depend on their input."""
     model, adapter = one(kind, method, storage)
     move(adapter, 2)
     model.double().eval()

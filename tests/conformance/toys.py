@@ -1,8 +1,8 @@
-"""A storage, a method and a kind of site made for the tests, each as anybody would write one, registered by its name.
+"""A storage, a method and a kind of site for the tests, written as a user would write them.
 
-They use what LoRA and the dense storage do not: quantized integers with statistics that `.to(bfloat16)` must not reach,
-state common to all sites, a controller, a penalty, a saved buffer, and (on request) an update that depends on its
-input. `registered` puts one into its registry for the length of a test.
+They use what LoRA and the dense storage do not: quantized integers with statistics that `.to(bfloat16)` must not
+round, state that all sites share, a controller, a penalty, a saved buffer, and (on request) an update that depends on
+its input. `registered` registers one for the length of a test.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from reparam.sites.module import Adapted
 
 @dataclasses.dataclass(frozen=True)
 class Fixed16(Storage):
-    """Rounds to 32767 steps in each row."""
+    """Toy storage: 16-bit integers, 32767 steps per row."""
 
     def quantize(self, w: Tensor) -> "Fixed16Weight":
         """Round `w` [O, I]."""
@@ -50,7 +50,7 @@ class Fixed16Weight(Weight):
         return Fixed16()
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """The codes times the scales, in float32."""
+        """W in float32: the codes times the scales."""
         return self.codes[rows].float() * self.scale[rows].view(torch.float32)[:, None]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class Fixed16Weight(Weight):
         return F.linear(x, self.dense().to(x.dtype), bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows W[ids]."""
+        """The rows W[ids], in the weight's dtype."""
         return F.embedding(ids, self.dense()).to(self.dtype)
 
     @property
@@ -81,17 +81,17 @@ class Nudge(Method):
     """Scale the change by a gate that looks at the input, so that no one matrix stands for it."""
 
     def shared(self, sites: list[Site]) -> nn.Module:
-        """One row vector for each width that a site reads."""
+        """The shared state: one row vector for each input width."""
         widths = sorted({site.in_features for site in sites})
         return nn.ParameterDict({f"width{width}": nn.Parameter(torch.full((1, width), 0.1)) for width in widths})
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """Zeros on the side of the output."""
+        """Build the update; its output side is zero, so that nothing changes at first."""
         assert shared is not None
         return NudgeUpdate(site, shared, self)
 
     def controller(self, updates: Mapping[str, Update]) -> "Counter":
-        """Counts optimizer steps."""
+        """A controller that counts optimizer steps."""
         return Counter(updates)
 
 
@@ -106,12 +106,12 @@ class NudgeUpdate(Update):
         self.a = nn.Parameter(torch.linspace(-1, 1, site.in_features)[None])  # [1, I]
         self.b = nn.Parameter(torch.zeros(site.out_features, 1))  # [O, 1]
         self.gain = nn.Parameter(torch.zeros(site.out_features))  # [O]
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # how often it was trained; saved
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # number of training steps; saved
         self.method = method
-        self.owner = (shared,)  # in a tuple, so that it is no submodule: the model's root owns it
+        self.owner = (shared,)  # in a tuple, so that it is not a submodule: the model's root owns it
 
     def factors(self, weight: Weight) -> Factors:
-        """The normal form, unless the gate looks at the input."""
+        """The normal form; InputDependentError if the gate depends on the input."""
         if self.method.routed:
             raise InputDependentError("Nudge(routed=True) scales its change by the input")
         common = self.owner[0][f"width{weight.in_features}"]  # type: ignore[index]
@@ -128,7 +128,7 @@ class NudgeUpdate(Update):
         return y + change.to(y.dtype) if bias is None else y + change.to(y.dtype) + bias
 
     def penalty(self) -> Tensor | None:
-        """The price of b."""
+        """The penalty on b, a scalar."""
         return self.method.price * self.b.square().sum() if self.method.price else None
 
 
@@ -142,11 +142,11 @@ class Pair(Method):
     """Of every site."""
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """Zeros on the side of the output."""
+        """Build the update; its output side is zero, so that nothing changes at first."""
         return PairUpdate(site, self.rank)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """The one rank that all have."""
+        """The configuration with this rank, which is the same at all sites."""
         (rank,) = set(ranks.values())
         return dataclasses.replace(self, rank=rank)
 
@@ -162,7 +162,7 @@ class PairUpdate(Update):
         self.right = nn.Parameter(torch.zeros(site.out_features, rank))  # [O, R]
 
     def factors(self, weight: Weight) -> Factors:
-        """Both as they are."""
+        """The two factors, unscaled."""
         return Factors(self.left, self.right)
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -170,16 +170,16 @@ class PairUpdate(Update):
         return weight(x, bias) + F.linear(F.linear(x, self.left.to(x.dtype)), self.right.to(x.dtype))
 
     def low_rank_part(self) -> tuple[Update, str]:
-        """All of it."""
+        """The update itself, because all of it is low-rank."""
         return self, ""
 
     def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
-        """The values go to the right."""
+        """The factors from an SVD, with the singular values in the right one."""
         return {"left": vh, "right": u * s}
 
 
 class Counter:
-    """How often the optimizer stepped, and that gradients were there before and parameters moved after."""
+    """Counts optimizer steps; checks that gradients exist before and parameters change after a step."""
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
         self.updates = updates
@@ -187,27 +187,27 @@ class Counter:
         self.gradients = 0
 
     def plan(self, total_steps: int | None) -> None:
-        """Any number of steps will do."""
+        """Accepts any number of steps."""
 
     def before_step(self) -> None:
-        """Sees the gradients."""
+        """Check that there are gradients."""
         self.gradients += all(update.b.grad is not None for update in self.updates.values())  # type: ignore[union-attr]
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Writes the count into the buffers, which the file keeps."""
+        """Write the count into the buffers, which are saved."""
         self.steps += 1
         for update in self.updates.values():
             update.steps.fill_(self.steps)  # type: ignore[operator]
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to finish."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The count."""
+        """The step count, as controller state."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The count."""
+        """The step count, as controller state."""
         self.steps = state["steps"]
 
 
@@ -219,31 +219,31 @@ class Product(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product alone."""
+        """x Wᵀ."""
         return x @ self.weight.T
 
 
 class ProductSite(Adapted):
-    """The kind of site that a `Product` is."""
+    """The site kind for `Product`."""
 
     plural = "products"
     is_map = True
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """A `Product`."""
+        """Claim modules of class `Product`."""
         return isinstance(module, Product)
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """It is something else, or has no rows."""
+        """Why a module is no such site: another class, or no rows."""
         if not isinstance(module, Product):
             return f"{type(module).__name__} is not a product"
         return None if len(module.weight) else "a product without rows"
 
     @classmethod
     def describe(cls, name: str, module: nn.Module) -> Site:
-        """The sizes of its matrix."""
+        """Describe the sizes of its matrix."""
         return Site(name, cls.kind, *module.weight.shape)  # type: ignore[misc]
 
     @classmethod
@@ -252,7 +252,7 @@ class ProductSite(Adapted):
         return cls(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base map, or the active update's."""
+        """The output of the base, or of the active update."""
         if self.active is None:
             return self.frozen(x)
         return self.updates[self.active](x, self.frozen)
@@ -260,7 +260,7 @@ class ProductSite(Adapted):
 
 @contextlib.contextmanager
 def registered(**classes: type) -> Iterator[None]:
-    """Have these storages, methods and kinds of sites in their registries, under the names given."""
+    """Register these storages, methods and site kinds within the `with` block."""
     homes: dict[str, dict[str, Any]] = {
         name: STORAGES if issubclass(cls, Storage) else METHODS if issubclass(cls, Method) else KINDS
         for name, cls in classes.items()

@@ -1,4 +1,4 @@
-"""The nouns that everything is written in: factors, storages, registries."""
+"""The core classes: factors, storages, registries."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dtypes that things are computed in."""
+"""The dtypes of computations."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The loss of chats under templates of the kinds that are in use."""
+"""Loss masks of chats, under the kinds of chat templates in use."""
 
 from __future__ import annotations
 

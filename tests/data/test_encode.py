@@ -40,7 +40,7 @@ def problems(rows: list[Row], tokenizer: PreTrainedTokenizerFast, **options) -> 
 
 
 def spelled_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
-    """Bytes that tokens stand for: in a byte-level vocabulary each character of a token is one byte."""
+    """The number of bytes of tokens: in a byte-level vocabulary each character is one byte."""
     special = set(tokenizer.added_tokens_decoder)
     return sum(len(tokenizer.convert_ids_to_tokens(i)) for i in ids if i not in special)
 

@@ -33,7 +33,7 @@ def problems(path: Path) -> tuple[str, ...]:
 
 
 def problem(folder: Path, line: object) -> str:
-    """The only problem of a file whose second line this is; it must name that line."""
+    """The only problem of a file with this second line; the message must name the line."""
     path = write(folder, CHAT, line)
     (found,) = problems(path)
     where = f"{path}:2"

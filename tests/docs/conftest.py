@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def site() -> ModuleType:
-    """`scripts/docs.py`, which is no package."""
+    """The module `scripts/docs.py`, which is not in a package."""
     spec = importlib.util.spec_from_file_location("docs_script", Path(__file__).parents[2] / "scripts" / "docs.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Every shell command of README.md and docs/*.md runs: page by page, from the first block to the last, made smaller."""
+"""Every shell command of README.md and docs/*.md runs, page by page and in order, with less work to do."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import reparam
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ROWS = {"train": 60, "valid": 12, "test": 12}  # of each file of a task
-# What is put behind the arguments of a verb, so that a page takes seconds; the last of two values of an option counts.
+ROWS = {"train": 60, "valid": 12, "test": 12}  # kept of each file of a task
+# Arguments appended to a verb's, so that a page takes seconds; the last of two values of an option counts.
 TRAINING = "--max_steps 2 --batch_size 2 --data.score_rows 2 --max_length 64"
 SMALLER = {
     "train": TRAINING,
@@ -29,7 +29,7 @@ SEARCH = "--budget 5 --max-length 64"  # of compose --search
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of every command in the blocks of a page that begin with `reparam `."""
+    """The arguments of every command in the code blocks of a page that begin with `reparam `."""
     found = []
     for block in re.findall(r"```\n(reparam .*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -49,14 +49,14 @@ def smaller(arguments: list[str]) -> list[str]:
 
 
 def written(arguments: list[str]) -> set[str]:
-    """Folders that a command makes."""
+    """The output folders of a command."""
     places = {i + 1 for i, word in enumerate(arguments) if word in ("-o", "--output")}
     places |= {"merge": {1}, "compress": {2}, "quantize": {2}}.get(arguments[0], set())
     return {arguments[place] for place in places}
 
 
 def cut(source: Path, target: Path) -> None:
-    """The first rows of a file, for two tasks in turn."""
+    """Copy the first rows of a file, with two tasks in turn."""
     rows = [json.loads(line) for line in source.read_text().splitlines()[: ROWS[source.stem]]]
     for index, row in enumerate(rows):
         row["task"] = ("count", "defaults")[index % 2]
@@ -66,7 +66,7 @@ def cut(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished adapters on the embedded model, by the names that the pages give them."""
+    """Finished adapters on the embedded model, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("finished")
     model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-python")
     for seed, name in enumerate(("a", "b", "c", "first", "second")):
@@ -80,7 +80,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the model as `assets/tiny-python` and `model`, the tasks, and the files that the pages name."""
+    """Working directory with the model as `assets/tiny-python` and `model`, and the files that the pages use."""
     (tmp_path / "assets").mkdir()
     for link in ("assets/tiny-python", "model"):
         (tmp_path / link).symlink_to(ROOT / "assets" / "tiny-python")
@@ -97,7 +97,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("default::UserWarning:reparam")  # which the command line prints
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page: Path, place: Path, adapters: dict[str, Path]) -> None:
-    """Finished adapters are there unless the page makes them; a TOML block of the page is the file `plan.toml`."""
+    """Finished adapters exist unless the page creates them; a TOML block of the page is the file `plan.toml`."""
     found = commands(page)
     made = set().union(*map(written, found))
     (place / "out").mkdir()

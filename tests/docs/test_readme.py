@@ -1,4 +1,4 @@
-"""What the README and the embedded model promise a newcomer."""
+"""The README's claims, the code in the docs, and the scores of the embedded model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DOCUMENTS = [path for path in PAGES if "```python" in path.read_text()]
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_the_code_in_the_documents_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each page from its first block to its last, with a model, an optimizer, and finished adapters in `out`."""
+    """Run the blocks of each page in order, with a model, an optimizer, and finished adapters in `out`."""
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained("assets/tiny-python", dtype=torch.float32)
@@ -79,7 +79,7 @@ def test_every_option_that_the_documents_print_exists() -> None:
 
 
 def test_the_files_that_the_documents_name_are_there(site: ModuleType) -> None:
-    """Or are made when the site is built."""
+    """The linked files exist, or are generated when the site is built."""
     made = {ROOT / "docs" / path for path, _ in site.pages()}
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", document.read_text()):

@@ -1,4 +1,4 @@
-"""The generated pages of the documentation say everything that the program knows."""
+"""The generated pages of the documentation are complete."""
 
 from __future__ import annotations
 

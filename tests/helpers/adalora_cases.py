@@ -1,4 +1,4 @@
-"""A tiny model with AdaLoRA, steps of its optimizer, and what is left of its components."""
+"""A tiny model with AdaLoRA, its optimizer steps, and its remaining components."""
 
 from typing import Any
 

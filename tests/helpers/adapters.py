@@ -1,4 +1,4 @@
-"""Adapters for tests, with values everywhere, so that no factor is zero and a difference anywhere shows."""
+"""Adapters for tests with nonzero values everywhere, so that every difference shows."""
 
 from typing import Any
 
@@ -21,6 +21,6 @@ def trained(model: nn.Module, *, seed: int = 0, **settings: Any) -> reparam.Adap
 
 
 def assert_equal_but_for_rounding(found: Tensor, expected: Tensor) -> None:
-    """Two ways to compute one function in float32: apart by 1e-5 of the largest output at most."""
+    """Assert that two float32 results differ by at most 1e-5 of the largest output."""
     apart, size = (found - expected).abs().max(), expected.abs().max()
     assert apart <= 1e-5 * size, f"apart by {float(apart / size):.2g} of the largest output"

@@ -1,4 +1,4 @@
-"""Small real tokenizers and chat templates of the kinds that are in use, for the tests of the training data."""
+"""Small tokenizers and the kinds of chat templates in use, for the tests of the training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer with DoRA, its dense formula, and what it computes."""
+"""One layer with DoRA, its dense formula, and its effective weight."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def direction(adapted: Linear) -> Tensor:
 
 
 def expected(adapted: Linear, *, detached: bool, dim: int = 1) -> Tensor:
-    """W' in float64 as the paper has it, differentiable."""
+    """W' in float64 by the paper's formula, differentiable."""
     v = direction(adapted)
     norm = v.norm(dim=dim, keepdim=True)
     norm = norm.detach() if detached else norm

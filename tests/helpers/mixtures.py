@@ -49,7 +49,7 @@ def preset(name: str, **changes: Any) -> Mixture:
 
 
 def adapted(name: str, model: nn.Module | None = None, *, seed: int | None = 1, **changes: Any) -> Any:
-    """A tiny Llama with the mixture, moved away from its start."""
+    """A tiny Llama with the mixture, its parameters moved from their initial values."""
     model = models.llama() if model is None else model
     adapter = reparam.attach(model, preset(name, **changes), name="one")
     if seed is not None:
@@ -58,7 +58,7 @@ def adapted(name: str, model: nn.Module | None = None, *, seed: int | None = 1, 
 
 
 def run(model: nn.Module, name: str, ids: Tensor = IDS, **inputs: Any) -> Tensor:
-    """Scores; of the first task, where there are several."""
+    """Logits; for the first task, if there are several."""
     if name in BY_TASK:
         inputs = {"task": 0, **inputs}
     with torch.no_grad():

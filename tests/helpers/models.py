@@ -1,7 +1,7 @@
-"""Tiny real transformers models with random weights, the same at every call, in eval mode.
+"""Tiny transformers models with random weights, the same at every call, in eval mode.
 
-Weights are larger than transformers draws them and biases are not zero, so that a difference anywhere reaches the
-output. All of them have a vocabulary of 97 tokens; `IDS` is a batch for them.
+Weights are larger than transformers' defaults and biases are not zero, so that every difference reaches the output. All
+of them have a vocabulary of 97 tokens; `IDS` is a batch for them.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pa
 
 
 def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """A model whose numbers depend on nothing but its configuration."""
+    """A model whose weights depend only on its configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config)
@@ -46,7 +46,7 @@ def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
 
 
 def llama(**changes: Any) -> Any:
-    """Grouped-query attention, an output head of its own, no biases but those asked for."""
+    """A Llama: grouped-query attention, an untied output head, biases only on request."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -61,12 +61,12 @@ def llama(**changes: Any) -> Any:
 
 
 def tied_llama() -> Any:
-    """The output head is the embedding's matrix."""
+    """A Llama whose output head is tied to the embedding."""
     return llama(tie_word_embeddings=True)
 
 
 def gpt2(*, tied: bool = False) -> Any:
-    """`Conv1D` with biases."""
+    """A GPT-2: `Conv1D` with biases."""
     config = GPT2Config(
         n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1, tie_word_embeddings=tied, **TOKENS
     )
@@ -74,7 +74,7 @@ def gpt2(*, tied: bool = False) -> Any:
 
 
 def bert() -> Any:
-    """An encoder with a pooler and a classifier."""
+    """A BERT: an encoder with a pooler and a classifier."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -89,7 +89,7 @@ def bert() -> Any:
 
 
 def t5() -> Any:
-    """Encoder and decoder; both read one embedding called `shared`."""
+    """A T5: encoder and decoder that share the embedding `shared`."""
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -104,7 +104,7 @@ def t5() -> Any:
 
 
 def mixtral() -> Any:
-    """Experts as fused 3-D parameters, and no linear map in the MLP."""
+    """A Mixtral: experts as fused 3-D parameters, and no linear map in the MLP."""
     config = MixtralConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -121,7 +121,7 @@ def mixtral() -> Any:
 
 
 def qwen_moe() -> Any:
-    """Fused experts beside a shared expert made of ordinary linear maps."""
+    """A Qwen MoE: fused experts and a shared expert of ordinary linear maps."""
     config = Qwen2MoeConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -158,7 +158,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def scores(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    """The same with gradients; a decoder beside an encoder reads the same tokens."""
+    """Logits with gradients; an encoder-decoder gets the same tokens on both sides."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model(input_ids=ids, decoder_input_ids=ids).logits
     return model(input_ids=ids).logits
@@ -170,7 +170,7 @@ def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a plain model."""
+    """Copies of all tensors of a plain model."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -180,7 +180,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def save_base(folder: Path, **changes: Any) -> None:
-    """A tiny random Llama with the embedded model's tokenizer beside it, as a folder that `reparam train` takes."""
+    """Save a tiny random Llama with the embedded model's tokenizer, for `reparam train`."""
     sizes = {
         "vocab_size": 4096,
         "hidden_size": 32,

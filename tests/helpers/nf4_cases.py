@@ -1,4 +1,4 @@
-"""Matrices for NF4, and its functions one after the other."""
+"""Matrices for NF4, and helpers that call its functions in sequence."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def dequantized(w: Tensor, block: int = 64, dtype: torch.dtype = torch.float32) 
 
 
 def largest(w: Tensor, block: int) -> Tensor:
-    """For each entry, the largest magnitude of its block; a loop, as one would write it down."""
+    """For each entry, the largest magnitude of its block, by a naive loop."""
     flat = w.detach().float().reshape(-1)
     return torch.cat([part.abs().max().expand(len(part)) for part in flat.split(block)]).view(w.shape)

@@ -1,4 +1,4 @@
-"""Parameters with gradients that depend on the step alone, and PagedAdamW on them."""
+"""Runs of PagedAdamW on gradients that depend only on the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(sizes: Sequence[Sequence[int]] = SIZES, dtype: torch.dtype = torch.floa
 
 
 def give_gradients(parameters: Sequence[Tensor], step: int, missing: Callable[[int, int], bool] | None = None) -> None:
-    """Gradients that depend on nothing but the step and the parameter's number; of very different sizes."""
+    """Set gradients of very different sizes that depend only on the step and the parameter's index."""
     for number, p in enumerate(parameters):
         draw = torch.Generator().manual_seed(1000 * step + number)
         gradient = torch.randn(p.shape, generator=draw) * torch.rand(p.shape, generator=draw) ** 4

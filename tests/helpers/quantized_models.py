@@ -25,7 +25,7 @@ def quantized(storage: str | Storage = "nf4", **settings: Any) -> Any:
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """What the quantized matrices stand for."""
+    """The dequantized matrices."""
     return {
         path: module.frozen.dense().clone()
         for path, module in model.named_modules()
@@ -34,7 +34,7 @@ def matrices(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stock(model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
-    """The plain model with these matrices."""
+    """A plain model with these matrices."""
     for path, matrix in found.items():
         model.get_submodule(path).weight.data.copy_(matrix)  # type: ignore[union-attr]
     return model

@@ -1,4 +1,4 @@
-"""Models with two adapters, and outputs under a choice of them."""
+"""Models with two adapters, and their outputs under a selection."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from reparam.sites.bank import Bank
 
 
 def moved(model: nn.Module, name: str, seed: int, **settings: Any) -> reparam.Adapter:
-    """An adapter that changes the outputs."""
+    """Attach an adapter that changes the outputs."""
     adapter = reparam.attach(model, reparam.LoRA(r=settings.pop("r", 2), alpha=8), name=name, **settings)
     change(adapter, seed)
     return adapter
@@ -46,7 +46,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def check_rows(model: nn.Module, rows: list[str | None], ids: Tensor = IDS) -> None:
-    """Each row of a mixed batch is what it is alone, and the rows differ."""
+    """Check that each row of a mixed batch equals that adapter alone, and that the rows differ."""
     alone = {name: under(model, name, ids) for name in set(rows)}
     mixed = under(model, rows, ids)
     for row, name in enumerate(rows):

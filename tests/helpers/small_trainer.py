@@ -1,4 +1,4 @@
-"""The Trainer on all of a tiny model and ten rows."""
+"""The Trainer on a whole tiny model with ten rows."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class At(TrainerCallback):
-    """Does something when a step begins."""
+    """A callback that calls a function when a step begins."""
 
     def __init__(self, step: int, act: Callable[[], object]) -> None:
         self.step, self.act = step, act
@@ -78,7 +78,7 @@ def trainer(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of all of a tiny model; `write` also runs at each save."""
+    """A trainer of a whole tiny model; `write` is also called at each save."""
     model = model or tiny()
     defaults = {
         "per_device_train_batch_size": BATCH,
@@ -115,7 +115,7 @@ def trainer(
 
 
 def history(state: Any) -> list[dict[str, float]]:
-    """The log without what depends on the clock, and without the summary of a call of `train`."""
+    """The log without times and without the summary of `train`."""
     entries = [entry for entry in state.log_history if "train_runtime" not in entry]
     return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in entries]
 
@@ -129,6 +129,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def saved(run: Path, **settings: Any) -> Path:
-    """A run that stopped at step 2."""
+    """The folder of a run that stopped at step 2."""
     trainer(run, **settings, callbacks=[At(2, send(signal.SIGTERM))]).train()
     return run / "checkpoint-2"

@@ -1,4 +1,4 @@
-"""A run that a signal ends."""
+"""A run that a signal stops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reparam.train.show import Show
 
 
 class Stopping(Show):
-    """Shows nothing, and sends a signal in a step."""
+    """A display that prints nothing, and sends a signal during a step."""
 
     def __init__(self, console: Console, step: int) -> None:
         super().__init__(console)

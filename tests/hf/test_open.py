@@ -1,4 +1,4 @@
-"""From folder names to a model with an adapter on it."""
+"""Loading a model with an adapter from folder names."""
 
 from __future__ import annotations
 

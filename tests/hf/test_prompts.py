@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning: PEFT itself is the judge of what is computed and of what is in the files."""
+"""Prefix and prompt tuning: outputs and files are compared with PEFT's."""
 
 import json
 import sys

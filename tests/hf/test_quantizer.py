@@ -1,4 +1,4 @@
-"""Packing while transformers reads a model: as quantizing afterwards, into files and back, and under its Trainer."""
+"""Quantizing while transformers loads a model: same as afterwards, files both ways, and its Trainer."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def auto(family: str) -> Any:
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    """Every parameter: names, dtypes, bits."""
+    """Whether all parameters agree in names, dtypes and bits."""
     a, b = dict(one.named_parameters()), dict(other.named_parameters())
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
@@ -387,7 +387,7 @@ def test_forgetting_pages_changes_no_value(tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_same_files_that_was_changed_stays_changed(folders: dict[str, Path]) -> None:
-    """Its tensors may be in a mapping of the file, and so may its changes."""
+    """Its tensors may be memory-mapped from the file, and its changes must survive."""
     model = AutoModelForCausalLM.from_pretrained(folders["llama"])
     with torch.no_grad():
         for parameter in model.parameters():

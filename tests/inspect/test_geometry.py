@@ -1,4 +1,4 @@
-"""ΔM and ΔD: the specification's worked example, what scaling and turning do, and the paper's own two cases."""
+"""ΔM and ΔD: a worked example, the effects of scaling and rotation, and the paper's two cases."""
 
 import math
 

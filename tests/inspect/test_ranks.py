@@ -97,11 +97,13 @@ def test_sizes_and_directions_are_those_of_the_dense_change(method: Any, tmp_pat
 
 def test_without_its_base_dora_says_what_shows_the_size(tmp_path: Path) -> None:
     saved(tmp_path, reparam.DoRA(r=2))
-    assert "|ΔW| depends on W here: --base shows it" in told(tmp_path)
+    assert "|ΔW| depends on W for this method; to show it, pass --base" in told(tmp_path)
     assert "--base shows it" not in told(tmp_path, base=str(tmp_path / "base"))
     found = json.loads(told(tmp_path, json=True, base=str(tmp_path / "base")))
     assert all(site["change"] > 0 and site["moved"]["magnitude"] > 0 for site in found["sites"])
-    assert f"correlate by {found['correlation']:+.2f} over the sites" in told(tmp_path, base=str(tmp_path / "base"))
+    assert f"correlation of ΔM and ΔD over the sites: {found['correlation']:+.2f}" in told(
+        tmp_path, base=str(tmp_path / "base")
+    )
 
 
 def test_plots_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -109,6 +111,6 @@ def test_plots_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):
         told(tmp_path, plot=tmp_path / "file")
-    with pytest.raises(ValueError, match="--plot draws what an adapter did"):
+    with pytest.raises(ValueError, match="--plot is for adapters"):
         show(tmp_path / "base", None, Console(file=io.StringIO()), plot=tmp_path / "plots")
     assert not (tmp_path / "plots").exists()

@@ -1,4 +1,4 @@
-"""What `inspect --probe` says of routers: counted by hand, and at the ends of its scales."""
+"""The figures of `inspect --probe` about routers, compared with hand counts and at their extremes."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_every_kind_of_router_is_counted(name: str, settings: dict, file: Path) 
 def test_what_routes_nothing_is_refused(file: Path) -> None:
     model = models.llama(vocab_size=4096)
     adapter = reparam.attach(model, reparam.LoRA())
-    with pytest.raises(ValueError, match="is no mixture"):
+    with pytest.raises(ValueError, match="is not a mixture"):
         routing(adapter, encode(read_rows(file), TOKENIZER, max_length=64), TOKENIZER)
 
 

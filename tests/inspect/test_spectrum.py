@@ -1,4 +1,4 @@
-"""Spectra, amplification, similarity and survival against the dense matrices that they speak of."""
+"""Singular values, amplification, similarity and survival, compared with dense matrices."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ GAINS = {
 
 
 def changed(method: Any, *, seed: int = 0) -> tuple[Record, Any, dict[str, torch.Tensor]]:
-    """A trained adapter, its base, and its ΔW by site as merging makes it, in float64."""
+    """A trained adapter, its base, and its float64 ΔW by site as computed by merging."""
     model = llama().double()
     adapter = trained(model, method=method, seed=seed)
     record, base = adapter.record(), llama().double()
@@ -220,7 +220,7 @@ def test_random_spaces_have_in_common_what_is_expected() -> None:
 
 def test_changes_of_different_matrices_are_refused() -> None:
     found = spectra(changed(METHODS["lora"])[0])
-    with pytest.raises(ValueError, match="are not of one matrix"):
+    with pytest.raises(ValueError, match="one ΔW is 48 x 32, and the other is 32 x 32"):
         similarity(found["model.layers.0.mlp.up_proj"], found["model.layers.0.self_attn.q_proj"])
 
 
@@ -293,7 +293,7 @@ def test_what_is_shown_is_in_the_json_and_drawn(method: Any, tmp_path: Path) -> 
     base = str(tmp_path / "base")
     asked = Closely(**ALL, against=tmp_path / "adapter")  # type: ignore[arg-type]
     text = told(tmp_path, base=base, asked=asked, plot=tmp_path / "plots")
-    for part in ("singular values", "amplification", "share of ΔW that a merge keeps", "directions in common"):
+    for part in ("singular values", "amplification", "share of ΔW that a merge would keep", "directions in common"):
         assert part in text
     found = json.loads(told(tmp_path, base=base, asked=asked, json=True))
     first = found["deep"][0]
@@ -315,20 +315,20 @@ def test_without_a_flag_nothing_of_it_is_shown(tmp_path: Path) -> None:
 
 def test_what_is_known_without_the_base_says_so(tmp_path: Path) -> None:
     saved(tmp_path, GAINS["dora"])
-    assert "these are of s B A, the change of the direction" in told(tmp_path, asked=Closely(deep=True))
-    assert "ΔW has full rank (a gain" in told(tmp_path, asked=Closely(deep=True), base=str(tmp_path / "base"))
+    assert "values of s B A, the change of the direction" in told(tmp_path, asked=Closely(deep=True))
+    assert "ΔW has full rank, because a gain" in told(tmp_path, asked=Closely(deep=True), base=str(tmp_path / "base"))
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
     saved(tmp_path, METHODS["lora"])
     with pytest.raises(ValueError, match="--data is for --suggest"):
         told(tmp_path, asked=Closely(data=tmp_path))
-    with pytest.raises(ValueError, match="what a merge keeps depends on the base"):
+    with pytest.raises(ValueError, match="depends on the base weights"):
         told(tmp_path, asked=Closely(survival=True))
-    with pytest.raises(ValueError, match="for the sites of an adapter alone"):
+    with pytest.raises(ValueError, match="are for adapters only"):
         told(tmp_path, asked=Closely(deep=True), probe=tmp_path)
     other = tmp_path / "other"
     save_base(other / "base")
     trained(load_base(str(other / "base")), targets=["lm_head"]).save(other / "adapter")
-    with pytest.raises(FormatError, match="change no site in common"):
+    with pytest.raises(FormatError, match="have no site in common"):
         told(tmp_path, asked=Closely(against=other / "adapter"))

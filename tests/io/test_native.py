@@ -1,4 +1,4 @@
-"""The project's own adapter files: what is in them, and that it all comes back."""
+"""reparam's own adapter files: their contents, and that loading restores everything."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """An intact adapter, and the logits that it gives."""
+    """An intact adapter folder, and its logits."""
     folder = tmp_path_factory.mktemp("native") / "adapter"
     model = llama()
     trained(model, modules_to_save=["model.norm"]).save(folder)
@@ -33,7 +33,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
 
 @pytest.fixture
 def folder(good: tuple[Path, Tensor], tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the intact folder, to be damaged."""
     return Path(shutil.copytree(good[0], tmp_path / "adapter"))
 
 
@@ -148,14 +148,14 @@ def test_an_unknown_format(tmp_path: Path) -> None:
 
 
 def steps(parameters: Iterable[nn.Parameter], size: int) -> None:
-    """Values that any machine computes alike."""
+    """Values that every machine computes identically."""
     for i, parameter in enumerate(parameters):
         count = parameter.numel()
         parameter.data = ((torch.arange(count) - count // 2 + i) / size).view_as(parameter)
 
 
 class Golden(nn.Module):
-    """A base whose numbers come from no random generator."""
+    """A base whose weights come from no random generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Golden(nn.Module):
 
 
 def golden_adapter(model: Golden) -> reparam.Adapter:
-    """What `golden/adapter_v1` was saved from."""
+    """The adapter that `golden/adapter_v1` was saved from."""
     method = LoRA(r=2, alpha=3, rank_pattern={"up": 1}, alpha_pattern={"emb": 5})
     adapter = reparam.attach(
         model, method, targets=["emb", "up", "down"], modules_to_save=["norm"], bias=True, name="golden"

@@ -1,4 +1,4 @@
-"""Damaged, edited, mixed up and forged adapter files: one clear error each, and the model is as it was."""
+"""Damaged, edited, exchanged and forged adapter files: one clear error each, and an unchanged model."""
 
 import copy
 import hashlib
@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """An intact adapter, and the logits that it gives."""
+    """An intact adapter folder, and its logits."""
     folder = tmp_path_factory.mktemp("native") / "adapter"
     model = llama()
     trained(model, modules_to_save=["model.norm"]).save(folder)
@@ -37,12 +37,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
 
 @pytest.fixture
 def folder(good: tuple[Path, Tensor], tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the intact folder, to be damaged."""
     return Path(shutil.copytree(good[0], tmp_path / "adapter"))
 
 
 def sign(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the digest that fits it: what somebody who means harm, or a later release, can write."""
+    """Write the configuration with a matching digest, as an attacker or a later release could."""
     rest = {key: value for key, value in config.items() if key != "digest"}
     text = json.dumps(rest, separators=(",", ":"))
     return {**rest, "digest": hashlib.sha256(text.encode()).hexdigest()}
@@ -55,7 +55,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, signed: bo
 
 
 def tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
-    """Other tensors, and a configuration that says that they belong there."""
+    """Write other tensors, and a configuration that matches them."""
     found = load_file(folder / WEIGHTS)
     change(found)
     save_file(found, folder / WEIGHTS)
@@ -64,7 +64,7 @@ def tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
 
 
 def refused(folder: Path, *words: str, model: Any = None, **options: Any) -> str:
-    """Loading raises FormatError with all these words, and leaves the model as it was."""
+    """Assert that loading raises FormatError with all these words, and leaves the model unchanged."""
     model = model or llama()
     before, text, trains = frozen(model), str(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(reparam.FormatError) as caught:
@@ -141,7 +141,7 @@ def at(config: Any, path: tuple[Any, ...]) -> Any:
 
 
 def test_every_single_edit_is_noticed(folder: Path) -> None:
-    """Each value in turn, each key taken out, and each pair of neighbors swapped."""
+    """Each value is changed, each key removed, and each pair of neighbors swapped, one at a time."""
     config = json.loads((folder / CONFIG).read_text())
     edits = []
     for path in leaves(config)[1:]:
@@ -257,7 +257,7 @@ def test_problems_are_told_together(folder: Path) -> None:
 
 
 def test_a_file_name_that_leads_out_is_not_followed(folder: Path) -> None:
-    """Even where the file it leads to exists and has the right digest."""
+    """Even if that file exists and has the right digest."""
     outside = folder.parent / "outside.safetensors"
     (folder / WEIGHTS).rename(outside)
     edit(folder, lambda config: config["weights"].update(file="../outside.safetensors"))
@@ -278,7 +278,7 @@ harmless = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 
 
 def check_load(folder: Path) -> bool:
-    """Whether it loads; if not, with a FormatError. The model is the base again afterwards, in every bit."""
+    """Whether the folder loads; otherwise it must raise FormatError. The model ends as the base, bit for bit."""
     model = llama()
     before, text = frozen(model), str(model)
     try:
@@ -298,7 +298,7 @@ def check_load(folder: Path) -> bool:
 @harmless
 @given(data=st.data())
 def test_fuzz_of_values(folder: Path, data: st.DataObject) -> None:
-    """Any value in the place of any other, under a digest that fits."""
+    """Replace any value by any other, with a matching digest."""
     before = (folder / CONFIG).read_bytes()
     config = json.loads(before)
     path = data.draw(st.sampled_from([path for path in leaves(config)[1:] if path != ("digest",)]))
@@ -311,7 +311,7 @@ def test_fuzz_of_values(folder: Path, data: st.DataObject) -> None:
 @harmless
 @given(name=st.sampled_from([WEIGHTS, CONFIG]), data=st.data())
 def test_fuzz_of_bytes(good: tuple[Path, Tensor], folder: Path, name: str, data: st.DataObject) -> None:
-    """Flipped, cut and inserted bytes: an error, unless nothing that counts has changed, as with white space."""
+    """Flipped, removed and inserted bytes give an error, unless only white space changed."""
     before = (folder / name).read_bytes()
     content = bytearray(before)
     for _ in range(data.draw(st.integers(1, 3))):

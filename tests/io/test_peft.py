@@ -1,4 +1,4 @@
-"""Adapters that PEFT saved, read here: the same logits as PEFT's own, and the same tensors after a way back."""
+"""Loading PEFT's adapters: the same logits as in PEFT, and the same tensors after saving again."""
 
 import json
 import warnings
@@ -103,7 +103,7 @@ class Saved(NamedTuple):
 
 
 def randomize(model: Any) -> Any:
-    """New values for everything that trains, so that no factor is zero."""
+    """Randomize all trained parameters, so that no factor is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for parameter in model.parameters():
@@ -127,7 +127,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def base_for(saved: Saved) -> Any:
-    """The base; with ties cut where the adapter changes one side of them only, as PEFT does without asking."""
+    """The base, untied if the adapter changes only one of two tied weights, as PEFT does silently."""
     model = saved.make()
     if model.config.tie_word_embeddings and any(
         "lm_head" in k or "embed" in k for k in load_file(saved.folder / WEIGHTS)
@@ -250,7 +250,7 @@ def test_states_which_base_it_is_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "CAUSAL_LM", None])
 def test_models_wrapped_for_a_task(task: str | None, tmp_path: Path) -> None:
-    """The wrapper's name is not in the keys: they are the base's paths, whichever class of PEFT wrapped it."""
+    """Keys are the base's paths, without the name of PEFT's wrapper class."""
 
     def make() -> Any:
         return llama() if task == "CAUSAL_LM" else build(LlamaModel, llama().config)

@@ -1,4 +1,4 @@
-"""What PEFT's format can ask for and this reader cannot do, and files that contradict themselves: refused by name."""
+"""PEFT settings that reparam does not support, and contradictory files: errors that name the problem."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A good adapter."""
+    """The folder of an intact adapter."""
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -41,7 +41,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def refused(folder: Path, *words: str, model: Any = None) -> str:
-    """Loading raises FormatError with all these words, and leaves the model as it was."""
+    """Assert that loading raises FormatError with all these words, and leaves the model unchanged."""
     model = model or llama()
     before, text = frozen(model), str(model)
     with pytest.raises(reparam.FormatError) as caught:
@@ -57,7 +57,7 @@ def refused(folder: Path, *words: str, model: Any = None) -> str:
 
 
 def test_every_key_of_peft_is_known() -> None:
-    """A key that a new release of PEFT adds fails here until somebody decides what it means."""
+    """A key added by a new PEFT release fails this test until it is handled."""
     honored = {field.name for field in dataclasses.fields(peft_config.Honored)}
     known = [*honored, *peft_config.NEUTRAL, *peft_config.REFUSED]
     assert len(known) == len(set(known))
@@ -184,7 +184,7 @@ def test_missing_half(folder: Path) -> None:
 
 
 def test_missing_site(folder: Path) -> None:
-    """What PEFT loads without a word: the settings say q_proj and up_proj, and one layer's up_proj is not there."""
+    """The settings name q_proj and up_proj, and one layer's up_proj is missing; PEFT loads it silently."""
 
     def drop(found: Tensors) -> None:
         for key in [key for key in found if ".layers.1.mlp.up_proj" in key]:
@@ -251,7 +251,7 @@ def test_pickle(folder: Path) -> None:
 
 
 def test_resized_vocabulary(tmp_path: Path) -> None:
-    """PEFT writes the whole resized embedding into the adapter, and overwrites the base's with it when it loads."""
+    """PEFT saves the whole resized embedding with the adapter, and overwrites the base's with it on loading."""
     folder = tmp_path / "adapter"
     grown = peft.get_peft_model(llama(vocab_size=100), peft.LoraConfig(target_modules=["q_proj"]))
     grown.save_pretrained(str(folder), save_embedding_layers=True)
@@ -272,7 +272,7 @@ def test_other_embedding(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_damage_is_an_error_or_harmless(folder: Path, data: st.DataObject) -> None:
-    """Whatever happens to the bytes: a FormatError and an untouched model, or an adapter that computes numbers."""
+    """Any damage gives a FormatError and an unchanged model, or an adapter with finite outputs."""
     name = data.draw(st.sampled_from([CONFIG, WEIGHTS]))
     content = bytearray((folder / name).read_bytes())
     limit = len(content) if name == CONFIG else 2000  # of the weights, the header: a change of a number is a number

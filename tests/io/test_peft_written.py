@@ -1,4 +1,4 @@
-"""Our adapters in PEFT's format, judged by PEFT; and both directions for whatever ranks, alphas and patterns."""
+"""Adapters saved in PEFT's format, loaded by PEFT; both directions for many ranks, alphas and patterns."""
 
 import json
 import re
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 def in_peft(model: nn.Module, folder: Path) -> Any:
-    """The adapter as PEFT loads it; any warning is an error, but those about transformers' own deprecations."""
+    """The adapter loaded by PEFT; warnings are errors, except transformers' own deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         if (folder / CONFIG).read_text().count("lm_head") and hasattr(model, "transformer"):
@@ -101,7 +101,7 @@ def test_names_modules_as_briefly_as_it_can(tmp_path: Path) -> None:
 
 
 def test_a_head_tied_to_the_embedding(tmp_path: Path) -> None:
-    """Where the tie was cut to adapt the head, PEFT adapts one side too, and says so."""
+    """If the head was untied to adapt it, PEFT adapts only one side too, and warns."""
     model = tied_llama()
     reparam.untie(model)
     adapter = trained(model, method=LoRA(r=2), targets=["lm_head"])
@@ -120,7 +120,7 @@ def test_holds_nothing_of_the_base(tmp_path: Path) -> None:
 
 
 class Net(nn.Module):
-    """Linear maps whose names end alike: `q`, `block.0.q`, `block.10.q`, `other.block.0.q`."""
+    """Linear maps with the same name endings: `q`, `block.0.q`, `block.10.q`, `other.block.0.q`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Staged writes: half of a result is never seen, whatever happens to the writer."""
+"""Staged writes: a partial result is never visible, whatever happens to the writer."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def throw(error: BaseException) -> None:
 
 @pytest.fixture
 def small_files():
-    """A limit of 64 KiB on each file, which the system enforces as it does a full disk."""
+    """Limit each file to 64 KiB, which fails like a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
     yield

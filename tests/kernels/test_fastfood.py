@@ -1,4 +1,4 @@
-"""Fastfood: the worked vector, the explicit matrix, the adjoint, its laws, and the same numbers everywhere."""
+"""Fastfood: a worked example, the explicit matrix, the adjoint, invariants, and reproducible numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = [(1, 1, 1), (1, 7, 1), (3, 2, 4), (5, 40, 8), (20, 21, 32), (100, 1000, 
 
 
 def matrix(d: int, rows: int, n: int, key: int = KEY) -> Tensor:
-    """P [D, d] in float64, from the diagonals, the order and explicit Hadamard matrices."""
+    """P [D, d] in float64, from the diagonals, the permutation and explicit Hadamard matrices."""
     H = f.fwht(torch.eye(n, dtype=torch.float64))
     parts = []
     for block in range(-(-rows // n)):
@@ -39,7 +39,7 @@ def test_the_worked_vector_of_the_released_code() -> None:
 @pytest.mark.parametrize(("d", "rows", "n"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_the_explicit_matrix(d: int, rows: int, n: int, dtype: torch.dtype) -> None:
-    """Both ways, compiled and in torch; so the adjoint is that of the map, without a factor."""
+    """Map and adjoint, compiled and in torch; the adjoint has no extra factor."""
     P, x, g = matrix(d, rows, n), vector(d), vector(rows, 1)
     small = 1e-5 if dtype == torch.float32 else 1e-12
     for found, expected in (
@@ -54,7 +54,7 @@ def test_it_is_the_explicit_matrix(d: int, rows: int, n: int, dtype: torch.dtype
 
 @pytest.mark.parametrize(("d", "rows", "n"), SIZES)
 def test_the_gradient_is_the_adjoint(d: int, rows: int, n: int) -> None:
-    """The released code's is 1/n of it: this fails there for every n above 1."""
+    """The released code's gradient is 1/n of the correct one: this test fails there for every n above 1."""
     x, g = vector(d).requires_grad_(), vector(rows, 1)
     (found,) = torch.autograd.grad(fastfood(x, KEY, n, rows) @ g, x)
     torch.testing.assert_close(found, matrix(d, rows, n).T @ g)
@@ -99,7 +99,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_the_drawn_numbers_are_what_they_were() -> None:
-    """Golden: whoever changes these has to count `VERSION` up, because saved vectors lose their meaning."""
+    """Golden values: a change of them needs a new `VERSION`, because saved vectors lose their meaning."""
     words = f.words(KEY, 0, 8)
     assert f.signs(words).tolist() == GOLDEN_SIGNS
     assert f.orders(words[None])[0].tolist() == GOLDEN_ORDER
@@ -107,7 +107,7 @@ def test_the_drawn_numbers_are_what_they_were() -> None:
 
 
 def test_splitmix64_is_the_published_one() -> None:
-    """The first outputs for the seed 1234567, as they are listed for the generator by others."""
+    """The first outputs for the seed 1234567, as published for this generator."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [int(z) % (1 << 64) for z in f.words(1234567, 0, 4)] == published
 
@@ -128,7 +128,7 @@ def test_the_numbers_are_random() -> None:
 
 
 def test_a_block_shorter_than_the_vector_is_refused() -> None:
-    """The released code cuts the vector, silently."""
+    """The released code silently truncates the vector."""
     with pytest.raises(ValueError, match="ignore the end"):
         fastfood(torch.ones(9), KEY, 8, 100)
     with pytest.raises(ValueError, match="power of two"):

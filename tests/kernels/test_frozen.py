@@ -1,4 +1,4 @@
-"""A frozen matrix as one op: what it computes, what it keeps for backward, and what a change of dtype leaves alone."""
+"""A frozen matrix as one op: results, tensors kept for backward, and changes of dtype."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quantized(storage: Storage, *shape: int, dtype: torch.dtype = torch.float32)
 
 
 def operands(weight: Any) -> tuple[str, list[Any]]:
-    """The name of a weight's storage, and what its ops take in the middle."""
+    """The name of a weight's storage, and the operands of its ops."""
     if isinstance(weight.storage, Int8):
         return "int8", [weight.codes, floats(weight.absmax), list(weight.shape)]
     return "nf4", [weight.codes, *weight.statistics, weight.block, list(weight.shape)]
@@ -54,7 +54,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """The size of the difference over the size of what is expected, in float64."""
+    """Norm of the difference over the norm of the expected tensor, in float64."""
     assert found.shape == expected.shape
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
@@ -143,7 +143,7 @@ def test_gradients_of_gradients(storage: Storage) -> None:
     "shape", [(3100, 1023), (2050, 1024), (61, 40001), (5, 600_000), (70_000, 33), (1025, 2049)], ids=str
 )
 def test_a_matrix_in_pieces_is_the_whole(shape: tuple[int, int], storage: Storage) -> None:
-    """More than a million entries are dequantized piece by piece, of sizes that blocks do not divide."""
+    """More than a million entries are dequantized in pieces, whose sizes are no multiples of a block."""
     weight = quantized(storage, *shape)
     W = weight.dense().double()
     x, g = normal(2, shape[1], seed=1), normal(2, shape[0], seed=2)
@@ -156,7 +156,7 @@ def test_a_matrix_in_pieces_is_the_whole(shape: tuple[int, int], storage: Storag
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_over_the_pieces_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
-    """The gradient of x is a sum over all pieces: its error is that of one product and a rounding more."""
+    """The gradient of x is a sum over all pieces: its error is that of one product and one rounding."""
     weight = quantized(Int8(), 16384, 1024)
     g = normal(4, 16384).to(dtype)
     _, found = pairs(weight, normal(4, 1024, dtype=dtype), None, g)
@@ -206,7 +206,7 @@ def test_an_input_that_is_not_contiguous_gives_the_same(
 
 @every
 def test_nothing_is_kept_for_backward_but_what_is_there_anyway(storage: Storage) -> None:
-    """Neither x nor an dequantized W: every tensor that is saved lies in the weight's own memory."""
+    """Neither x nor a dequantized W: every saved tensor is in the weight's own memory."""
     weight = quantized(storage, 300, 100)
     own = {p.untyped_storage().data_ptr() for p in weight.parameters()}
     saved: list[Tensor] = []
@@ -255,7 +255,7 @@ def test_nothing_of_the_weight_trains_and_no_byte_changes(storage: Storage) -> N
 @every
 @pytest.mark.parametrize("way", ["to", "half", "bfloat16", "double", "through another"])
 def test_a_change_of_dtype_changes_results_and_no_stored_bit(way: str, storage: Storage) -> None:
-    """Also as a part of a model, and there and back: nothing was lost on the way."""
+    """Also as a part of a model, and after converting back: nothing is lost."""
     weight = quantized(storage, 30, 41)
     before, whole = tensors(weight), weight.dense()
     model = nn.Sequential(weight)
@@ -301,7 +301,7 @@ def test_a_copy_is_a_weight_of_its_own(storage: Storage) -> None:
 
 @every
 def test_a_compiled_layer_gives_the_same_output_and_gradients(storage: Storage) -> None:
-    """One graph; through torch's own compiler, where it has a C++ compiler to hand the rest to."""
+    """In one graph; with torch's inductor if a C++ compiler is installed."""
     model = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 3))
     reparam.quantize(model, storage, targets="0")
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets="0")
@@ -332,7 +332,7 @@ def has_compiler() -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_lora_on_a_quantized_16_bit_layer_keeps_its_input_once_and_as_it_is(dtype: torch.dtype) -> None:
-    """The float32 masters are cast to the input's dtype, not the input to theirs."""
+    """The float32 parameters are cast to the input's dtype, and not the input to float32."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
     reparam.quantize(model, "nf4", targets="0")
     adapter = reparam.attach(model, reparam.LoRA(r=4), targets="0")

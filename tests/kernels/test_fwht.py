@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform: against the explicit matrix, its own laws, and any number of threads."""
+"""The Walsh-Hadamard transform: the explicit matrix, invariants, and any number of threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_golden_vector() -> None:
 @pytest.mark.parametrize("transform", [fwht, fwht_reference])
 @pytest.mark.parametrize("n", LENGTHS[:11])
 def test_it_is_the_explicit_matrix(n: int, transform: object) -> None:
-    """Whole numbers are summed exactly, whatever the order."""
+    """Integers are summed exactly in any order."""
     x = torch.randint(-50, 50, (3, n), generator=torch.Generator().manual_seed(1)).float()
     assert torch.equal(transform(x).double(), x.double() @ sylvester(n))  # type: ignore[operator]
 
@@ -68,7 +68,7 @@ def test_it_is_linear_and_symmetric(power: int, rows: int, seed: int) -> None:
 
 @pytest.mark.parametrize("n", LENGTHS)
 def test_the_compiled_kernel_is_the_reference(n: int) -> None:
-    """Also for rows that are not contiguous, leave x as it was, and share no memory with it."""
+    """Also for rows that are not contiguous; x is unchanged and shares no memory with the result."""
     x = random(n, 3).t()
     before = x.clone()
     y = fwht(x)

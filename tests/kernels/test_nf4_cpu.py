@@ -41,7 +41,7 @@ KINDS = ("normal", "ties", "any bits", "subnormal", "equal", "zeros")
 
 
 def numbers(kind: str, count: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Finite numbers of a kind that is easy, or hard, to get right."""
+    """Finite numbers of an easy or a hard kind."""
     g = torch.Generator().manual_seed(seed)
     if kind == "any bits":
         size = torch.int32 if dtype == torch.float32 else torch.int16
@@ -62,7 +62,7 @@ def numbers(kind: str, count: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def statistics(absmax: Tensor, how: str) -> Statistics:
-    """Plain magnitudes, doubly quantized ones, or such with a map that came from elsewhere."""
+    """Plain or doubly quantized magnitudes, or doubly quantized with a map from a file."""
     if how == "plain":
         return Statistics(absmax)
     stats = reference.compress_scales(absmax)
@@ -70,7 +70,7 @@ def statistics(absmax: Tensor, how: str) -> Statistics:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, so that a negative zero is not a zero."""
+    """Whether two tensors agree bit for bit; -0.0 differs from 0.0."""
     return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
 
 
@@ -101,7 +101,7 @@ def test_quantizing_gives_the_bytes_of_the_reference(
 def test_dequantizing_gives_the_bits_of_the_reference(
     how: str, count: int, block: int, seed: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """All of it, and any stretch that begins where a block does."""
+    """The whole matrix, and any range that begins at a block."""
     codes, absmax = reference.quantize_reference(numbers("normal", count, seed, torch.float32), block)
     stats = statistics(absmax, how)
     whole = reference.dequantize_reference(codes, stats, block=block, count=count, dtype=dtype)
@@ -117,7 +117,7 @@ def test_dequantizing_gives_the_bits_of_the_reference(
 def test_magnitudes_of_any_size_give_the_bits_of_the_reference(
     count: int, block: int, seed: int, dtype: torch.dtype, kind: str
 ) -> None:
-    """Also where the result overflows or underflows in sixteen bits."""
+    """Also if the result overflows or underflows in 16 bits."""
     codes = torch.randint(256, ((count + 1) // 2,), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     stats = Statistics(numbers(kind, -(-count // block), seed, torch.float32))
     out = torch.empty(count, dtype=dtype)
@@ -137,7 +137,7 @@ def test_the_nearest_of_the_dynamic_map_is_that_of_the_reference(count: int, see
 @settings(max_examples=10)
 @given(block=blocks, seed=seeds, dtype=dtypes, shares=st.integers(2, 7), more=st.integers(0, 5000))
 def test_threads_do_not_change_a_bit(block: int, seed: int, dtype: torch.dtype, shares: int, more: int) -> None:
-    """Enough entries for several threads, in shares that are not equal."""
+    """With enough entries for several threads, in unequal shares."""
     w = numbers("normal", (5 << 17) + more, seed, dtype)
     found = []
     for count in (1, 2, shares):
@@ -161,7 +161,7 @@ def test_many_magnitudes_are_searched_by_several_threads() -> None:
 
 
 def large() -> Tensor:
-    """Enough for several threads, and a short block at the end."""
+    """A matrix large enough for several threads, with a short last block."""
     return numbers("normal", (5 << 17) + 33, 1, torch.float32)
 
 
@@ -204,7 +204,7 @@ def test_a_forked_child_makes_its_own_threads() -> None:
 @pytest.mark.parametrize("wide", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_looking_codes_up_one_by_one_gives_the_same(dtype: torch.dtype, wide: bool) -> None:
-    """256 groups of 32 entries as one block, with all codes, ties among them."""
+    """256 groups of 32 entries as one block, with all codes and ties."""
     name = str(dtype)[6:]
     unpack, pack = nf4_cpu.unpacker(name, wide=wide), nf4_cpu.quantizer(name, wide=wide)
 
@@ -229,7 +229,7 @@ def test_looking_codes_up_one_by_one_gives_the_same(dtype: torch.dtype, wide: bo
 
 
 def example() -> list[Tensor]:
-    """A matrix whose rows are no multiple of a block: packed, its statistics, and some rows of it."""
+    """A quantized matrix whose rows are no multiple of a block, its statistics, and some of its rows."""
     weight = NF4().quantize(torch.linspace(-1, 2, 90 * 90).view(90, 90).sin())
     assert weight.nested is not None
     return [weight.codes, weight.absmax, weight.nested, weight.dense(slice(40, 50)), weight.rows(torch.tensor([3, 89]))]

@@ -1,8 +1,8 @@
 """NF4 in Triton: every kernel against the torch reference, on a GPU or in Triton's interpreter, and compiled for GPUs.
 
 The tests marked `gpu` run on a CUDA device. Without one they run in a process of their own with TRITON_INTERPRET=1,
-which must be set before Triton is imported; there the device is the CPU. The interpreter accepts what no compiler does,
-so that the kernels are also compiled, down to machine code, which needs no GPU.
+which must be set before Triton is imported; there the device is the CPU. The interpreter accepts code that
+the compiler does not, so the kernels are also compiled to machine code, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def on_device(test: object) -> object:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that depend on the shape alone."""
+    """Normal random numbers that depend only on the shape."""
     g = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
 
 
 def stored(w: Tensor, block: int, *, double: bool) -> tuple[Tensor, Statistics]:
-    """What the reference makes of `w`."""
+    """`w` quantized by the torch reference."""
     codes, absmax = quantize_reference(w, block)
     return codes, compress_scales(absmax) if double else Statistics(absmax)
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 in `dtype`. The interpreter cuts bfloat16 off where devices round (Triton 3.7)."""
+    """float32 converted to `dtype`. The interpreter truncates bfloat16, devices round (Triton 3.7)."""
     if INTERPRETED and dtype is torch.bfloat16:
         exact = (exact.view(torch.int32) & -0x10000).view(torch.float32)
     return exact.to(dtype)
@@ -69,7 +69,7 @@ def test_quantizing_gives_the_bytes_of_the_reference(block: int, dtype: torch.dt
 
 @on_device
 def test_ties_go_to_the_lower_code_and_neighbors_do_not() -> None:
-    """Each threshold and the two numbers beside it, in a block whose magnitude is 1."""
+    """Each threshold and its two neighboring numbers, in a block whose magnitude is 1."""
     near = [torch.nextafter(THRESHOLDS, torch.tensor(to)) for to in (-2.0, 2.0)]
     w = torch.cat([torch.ones(1), THRESHOLDS, *near]).to(DEVICE)
     assert torch.equal(nf4_gpu.quantize(w, 64)[0], quantize_reference(w, 64)[0])
@@ -78,7 +78,7 @@ def test_ties_go_to_the_lower_code_and_neighbors_do_not() -> None:
 @on_device
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-39, TINY, 1e38], ids=str)
 def test_blocks_of_zeros_and_at_the_ends_of_float32(scale: float) -> None:
-    """Zeros have the code of zero; a block too small for a finite reciprocal is what the reference says."""
+    """Zeros get the code of zero; a block too small for a finite reciprocal equals the reference."""
     w = torch.cat([random(64).clamp(-1, 1) * scale, random(65)])
     codes, absmax = nf4_gpu.quantize(w, 64)
     expected = quantize_reference(w, 64)
@@ -126,7 +126,7 @@ def test_many_blocks_of_statistics_an_own_map_and_a_part_from_the_middle(first: 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_product_equals_the_unpacked_one(block: int, double: bool, shape: tuple[int, int]) -> None:
-    """In float64 on the reference's matrix, up to the rounding of sums in float32 and of the result."""
+    """Compared in float64 with the reference's matrix, up to float32 rounding of sums and of the result."""
     outputs, inputs = shape
     codes, stats = stored(random(outputs, inputs), block, double=double)
     exact = dequantize_reference(codes, stats, block=block, count=outputs * inputs, dtype=torch.float32)
@@ -187,7 +187,7 @@ COMPILED = [
 def test_the_kernels_compile(
     capability: int, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """To machine code, with exact division, with rounding to bfloat16, and nothing fused where bits are promised."""
+    """To machine code with exact division, rounding to bfloat16, and no fused operations where bits must match."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

@@ -1,4 +1,4 @@
-"""The op of mixed batches: every implementation against a naive oracle, and what must never leak into a row."""
+"""The op of mixed batches: every implementation against a naive oracle, and no leaks between rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def case(
     rows: int, tokens: int, inputs: int, outputs: int, slots: list[int], ranks: list[int], *,
     gain: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
-    """Random operands; whatever is beyond a slot's rank, and every slot that no row uses, is NaN or infinite."""
+    """Random operands; entries beyond a slot's rank, and slots that no row uses, are NaN or infinite."""
     g = torch.Generator().manual_seed(seed)
     most = max(ranks, default=0) + seed % 3
 
@@ -53,7 +53,7 @@ def case(
 
 
 def oracle(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None) -> Tensor:
-    """The formula of the module, row by row in float64."""
+    """The module's formula, row by row in float64."""
     y, x, A, B_t = y.double(), x.double(), A.double(), B_t.double()
     rows = list(y)
     for b, s in enumerate(slots.tolist()):
@@ -65,14 +65,14 @@ def oracle(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: T
 
 
 def applied(implementation: Callable[..., None], operands: Case) -> Tensor:
-    """The result in a copy of y."""
+    """Apply the op to a copy of y."""
     y = operands[0].clone()
     implementation(y, *operands[1:])
     return y
 
 
 def close(found: Tensor, operands: Case) -> None:
-    """Equal to the oracle up to the rounding of the dtype, and bit for bit where no adapter is."""
+    """Check against the oracle up to the rounding of the dtype, and bit for bit in rows without adapter."""
     # A float32 sum of R products of sums of I products of normal numbers has errors of some ulp of its size.
     size = (operands[1].shape[-1] * operands[3].shape[1]) ** 0.5 + 1
     tolerance = 8 * torch.finfo(found.dtype).eps * size
@@ -164,7 +164,7 @@ def test_calls_from_several_threads_at_once() -> None:
 
 
 def large() -> Case:
-    """Enough work for several threads, in rows that do not divide evenly, one of them the base's."""
+    """Operands for several threads, in rows that do not divide evenly; one row uses the base."""
     return case(5, 97, 384, 520, [2, 0, -1, 1, 2], [16, 3, 21], gain=True)
 
 
@@ -321,7 +321,7 @@ def test_compiles_into_one_graph(tokens: int) -> None:
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a fresh Python process."""
     # Machine code without optimization, where it is compiled at all, is soon made.
     env = {**os.environ, "NUMBA_OPT": "0"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout

@@ -1,4 +1,4 @@
-"""AdaLoRA: the schedule, the importance, the choice; ranks that shrink for real; any optimizer and loop; PEFT."""
+"""AdaLoRA: the schedule, the importance, the choice of components, and the orthogonality term."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from reparam.methods.dora import DoRAUpdate
 
 
 def test_the_schedule_is_the_released_codes() -> None:
-    """Golden: two matrices, rank 6 to 4, 40 steps. The appendix' formula would begin at 18.98 and end at 8.34."""
+    """Golden values: two matrices, rank 6 to 4, 40 steps. The paper's formula would go from 18.98 to 8.34."""
     plan = Schedule(40, 5, 10, 5)
     expected = [12] * 6 + [11] * 2 + [10] * 3 + [9] * 4 + [8] * 25
     assert [plan.budget(t, 12, 8) for t in range(40)] == expected
@@ -96,7 +96,7 @@ def test_scaling_the_loss_scales_importance_with_its_square(score: str) -> None:
 
 
 def test_means_do_not_grow_with_the_width() -> None:
-    """Twice the outputs, with the same numbers in them, leave a component as important as it was."""
+    """Doubling the outputs with the same values does not change a component's importance."""
     found = []
     for copies in (1, 2):
         update = SVDUpdate(torch.ones(2, 3), torch.ones(4 * copies, 2), scale=1.0)
@@ -155,7 +155,7 @@ def test_masking_changes_lambda_alone_and_exactly_so_many() -> None:
 
 
 def test_ties_leave_as_many_as_the_budget_has() -> None:
-    """The released threshold keeps none of equal scores. Here the larger |λ| stays, then whoever comes first."""
+    """The released threshold may keep none of equal scores. Here the larger |λ| stays, then the first."""
     update = SVDUpdate(torch.ones(6, 3), torch.ones(4, 6), scale=1.0)
     budget = Budget(AdaLoRA(**SHORT), {"a": update})
     for parameter, _ in update.parts():
@@ -237,9 +237,9 @@ def test_the_reported_loss_is_the_tasks() -> None:
         ({"score": "late"}, "score='late': expected one of after, before"),
         ({"alpha": 0}, "alpha=0: expected a finite number above 0"),
         ({"dropout": 1.0}, r"dropout=1.0: expected a probability in \[0, 1\)"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern '\\(' is not a valid regular expression"),
         ({"total_steps": 10, "tinit": 5, "tfinal": 5}, "10 steps are too few for tinit=5 and tfinal=5"),
-        ({"total_steps": 10, "tinit": 2, "tfinal": 5, "milestones": (6,)}, "milestones=.* and 6 is not in between"),
+        ({"total_steps": 10, "tinit": 2, "tfinal": 5, "milestones": (6,)}, "milestones=.* 6 is outside of the fall"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -250,13 +250,13 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
 def test_the_number_of_steps_is_asked_for() -> None:
     _, adapter, _ = adapted(total_steps=None)
     optimizer = torch.optim.AdamW(adapter.parameters())
-    with pytest.raises(ValueError, match=r"the number of optimizer steps is not known.*total_steps=\.\.\."):
+    with pytest.raises(ValueError, match=r"needs the number of optimizer steps.*total_steps=\.\.\."):
         adapter.bind(optimizer)
     with pytest.raises(ValueError, match="5 steps are too few for tinit=2 and tfinal=3"):
         adapter.bind(optimizer, total_steps=5)
     adapter.bind(optimizer, total_steps=6)
     _, adapter, _ = adapted()
-    with pytest.raises(ValueError, match="total_steps=10, and the run has 11 steps"):
+    with pytest.raises(ValueError, match="total_steps=10, but the run has 11 steps"):
         adapter.bind(torch.optim.AdamW(adapter.parameters()), total_steps=11)
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA with PEFT as the judge: the same run, the same files."""
+"""AdaLoRA compared with PEFT: the same run, the same files."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from reparam import AdaLoRA
 
 
 def test_a_run_is_pefts_run() -> None:
-    """The same start, batches and steps: P, λ and Q agree with PEFT's after each step of the fall."""
+    """With the same initialization and batches, P, λ and Q agree with PEFT's after each step of the fall."""
     settings = {"init_r": 4, "tinit": 2, "tfinal": 3, "beta1": 0.85, "beta2": 0.85}
     config = peft.AdaLoraConfig(
         **settings,  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_a_run_is_pefts_run() -> None:
 
 
 def shrunk(**settings: Any) -> tuple[Any, reparam.Adapter]:
-    """A model after a whole schedule, its sites of different ranks."""
+    """A model after a whole schedule, with different ranks in its sites."""
     make = settings.pop("make", models.llama)
     model, adapter, _ = adapted(make(), **settings)
     adapter.bind(optimizer := torch.optim.AdamW(adapter.parameters(), lr=3e-2))

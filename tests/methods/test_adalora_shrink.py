@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks that shrink in training, in any loop, and runs that go on from saved states."""
+"""AdaLoRA: ranks that shrink during training, in any loop, and resumed runs."""
 
 import copy
 import io
@@ -182,11 +182,11 @@ def test_states_of_other_sites_and_ranks_are_refused() -> None:
         step(model, optimizer, seed=t)
     other = reparam.attach(models.llama(), AdaLoRA(**SHORT), targets=["q_proj"]).controller
     assert other is not None
-    with pytest.raises(ValueError, match="of other sites"):
+    with pytest.raises(ValueError, match="saved budget is for other sites"):
         other.load_state_dict(budget.state_dict())
     higher = reparam.attach(models.llama(), AdaLoRA(**{**SHORT, "init_r": 5})).controller
     assert higher is not None
-    with pytest.raises(ValueError, match="mean are of other ranks"):
+    with pytest.raises(ValueError, match="mean of the saved budget have other ranks"):
         higher.load_state_dict(budget.state_dict())
 
 

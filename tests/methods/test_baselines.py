@@ -1,4 +1,4 @@
-"""Full fine-tuning, BitFit and bottleneck adapters against plain torch, and against references written by hand."""
+"""Full fine-tuning, BitFit and bottleneck adapters, compared with plain torch and hand-written references."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def loss(model: Any) -> Tensor:
 
 
 def own(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:
-    """What full fine-tuning trains, by the names and in the layout of a plain model's parameters."""
+    """The parameters of full fine-tuning, with the names and layout of a plain model."""
     found = {}
     for path, update in adapter.updates.items():
         site, bias = adapter.sites[path], adapter.modules[path].biases
@@ -44,7 +44,7 @@ def own(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("make", [models.llama, models.bert])
 def test_steps_of_full_are_plain_adamws_bit_for_bit(make: Callable[[], Any]) -> None:
-    """An independent judge: torch's AdamW on the model's own parameters, with weight decay."""
+    """Compared with torch's AdamW on the model's own parameters, with weight decay."""
     plain, model = make(), make()
     adapter = reparam.attach(model, Full())
     settings = {"lr": 1e-2, "weight_decay": 0.1}
@@ -62,7 +62,7 @@ def test_steps_of_full_are_plain_adamws_bit_for_bit(make: Callable[[], Any]) -> 
 
 
 def test_full_trains_all_parameters_of_gpt2_as_plain_adamw_does() -> None:
-    """Not to the bit: `Conv1D` multiplies in another order."""
+    """Not bit for bit, because `Conv1D` multiplies in another order."""
     plain, model = models.gpt2().eval(), models.gpt2().eval()
     adapter = reparam.attach(model, Full())
     for m, parameters in ((plain, list(plain.parameters())), (model, adapter.parameters())):
@@ -111,7 +111,7 @@ def test_full_merges_into_what_it_trained() -> None:
 
 
 def test_full_adapters_are_summed(tmp_path: Path) -> None:
-    """A sum of changes that are of no low rank needs the base."""
+    """Summing full-rank updates needs the base."""
     model, base = models.llama(), models.llama()
     for number in (1, 2):
         adapter = reparam.attach(model, Full(), targets="q_proj", name=str(number) + "x")
@@ -172,7 +172,7 @@ def test_bitfit_on_a_model_without_biases_names_the_setting() -> None:
 
 
 def test_biases_that_a_class_does_not_read_are_not_written(tmp_path: Path) -> None:
-    """`from_pretrained` would leave them out."""
+    """`from_pretrained` would ignore them."""
     models.save_base(tmp_path / "base")
     model = models.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
     adapter = reparam.attach(model, BitFit(create=True), targets="all-linear")
@@ -200,7 +200,7 @@ def test_bitfit_is_not_taken_for_an_adapter_that_does_nothing(tmp_path: Path) ->
 
 
 def reference(model: Any, adapter: reparam.Adapter, method: Bottleneck) -> Tensor:
-    """A plain model whose modules pass through networks written out here."""
+    """A plain model with hand-written networks after its modules."""
     sigma = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[method.activation]
     plain, hooks = model, []
     for path, update in adapter.updates.items():
@@ -270,7 +270,7 @@ def test_a_bottleneck_is_used_alone_and_says_so(tmp_path: Path) -> None:
         reparam.merge(model)
     with pytest.raises(InputDependentError, match="mixed batch"):
         reparam.select(model, ["one", None, "one"])
-    with pytest.raises(ValueError, match="a bottleneck goes after, or beside, a linear map"):
+    with pytest.raises(ValueError, match="a bottleneck needs a linear layer"):
         reparam.attach(model, Bottleneck(), targets="embed_tokens", name="two")
     adapter.save(tmp_path / "a")
     other = models.llama()

@@ -1,4 +1,4 @@
-"""DoRA: its paper's identities, the norm without a dense matrix, what is kept and when it is measured anew, PEFT."""
+"""DoRA: the paper's identities, the norm without a dense matrix, and gradients."""
 
 from typing import Any
 
@@ -114,7 +114,7 @@ def test_rows_and_columns_of_zeros_are_plain_lora(gradient: str, axis: str) -> N
 def test_what_is_not_finite_is_refused() -> None:
     w = random(3, 3, dtype=torch.float32)
     w[1, 1] = torch.inf
-    with pytest.raises(ValueError, match="DoRA: layer: the norm of 1 rows is not finite"):
+    with pytest.raises(ValueError, match="DoRA: layer: 1 rows of the base weight have a norm that is not finite"):
         layer(w)
 
 
@@ -145,7 +145,7 @@ def test_dropout_is_on_the_branch_alone_and_in_training_alone() -> None:
 def test_the_norm_is_the_dense_one_also_where_the_update_cancels_the_matrix(
     axis: str, dtype: torch.dtype, share: float
 ) -> None:
-    """s B A = -share W, but for the rest of W that is not of low rank; every row, or column, is hit."""
+    """s B A = -share W except for the part of W that is not low-rank; affects every row, or column."""
     u, v = random(40, 3), random(3, 30, seed=2)
     w = (u @ v + 1e-3 * random(40, 30, seed=3)).to(dtype)
     adapted = layer(w, r=3, alpha=3.0, norm_axis=axis)
@@ -197,7 +197,7 @@ def test_the_norm_on_every_storage_is_that_of_the_quantized_values(axis: str, st
 
 
 def test_a_dense_matrix_is_never_made() -> None:
-    """Nothing that is allocated in a step, forward and backward, is nearly as large as W."""
+    """No allocation in a forward and backward is nearly as large as W."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -237,7 +237,7 @@ def test_gradients_are_those_of_autograd_on_the_dense_formula(gradient: str, axi
 
 
 def test_exact_gradients_have_no_part_along_the_direction() -> None:
-    """⟨∂L/∂V, v⟩ = 0 for each row, seen through B = V A⁻¹ with a square A."""
+    """⟨∂L/∂V, v⟩ = 0 for each row, tested through B = V A⁻¹ with a square A."""
     adapted = layer(random(6, 3), r=3, gradient="exact")
     A, B, s = factors_of(adapted)
     found = torch.autograd.grad((adapted(random(4, 3)) * random(4, 6, seed=9)).sum(), B)[0]
@@ -256,7 +256,7 @@ def test_both_modes_give_the_magnitudes_the_same_gradient() -> None:
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-6, 0.0])
 def test_magnitudes_near_zero_keep_their_gradient(smallest: float) -> None:
-    """The gain is divided out of the kept result only where that loses nothing."""
+    """The gain is divided out of the saved output only if that loses nothing."""
     adapted = layer(random(6, 5, dtype=torch.float32))
     with torch.no_grad():
         update_of(adapted).magnitude[3] = smallest

@@ -1,4 +1,4 @@
-"""DoRA: norms that are kept, and what makes them be measured again."""
+"""DoRA: cached norms, and the changes that invalidate them."""
 
 import copy
 from typing import Any
@@ -19,13 +19,13 @@ from reparam.weights.dense import DenseWeight
 
 
 def measured(adapted: Linear) -> Tensor:
-    """The output for a fixed input, with whatever is kept."""
+    """The output for a fixed input, with the cached norms."""
     with torch.no_grad():
         return adapted(random(3, adapted.frozen.in_features, dtype=adapted.frozen.dtype))
 
 
 def anew(adapted: Linear) -> Tensor:
-    """The same from a copy that has kept nothing."""
+    """The same from a copy without cached norms."""
     twin = copy.deepcopy(adapted)
     update_of(twin).forget()
     twin.weight.__dict__.pop("_squared_norms", None)
@@ -78,7 +78,7 @@ def test_a_change_is_seen(axis: str, change: str) -> None:
 
 
 def test_nothing_is_measured_twice_without_a_change() -> None:
-    """Within gradient accumulation, in eval mode, and when a trainer says `train()` before each batch."""
+    """During gradient accumulation, in eval mode, and if a trainer calls `train()` before each batch."""
     adapted = layer(random(6, 5)).train()
     update, x = update_of(adapted), random(3, 5)
     adapted(x).sum().backward()
@@ -106,7 +106,7 @@ def test_what_inference_mode_measured_can_be_trained_on() -> None:
 
 
 def test_an_optimizer_that_writes_past_the_version_counters_is_noticed() -> None:
-    """As fused ones do, and kernels of other libraries."""
+    """As fused optimizers and kernels of other libraries do."""
     adapted = layer(random(6, 5, dtype=torch.float32))
 
     class Raw(torch.optim.SGD):

@@ -1,4 +1,4 @@
-"""DoRA in whole models, with PEFT as the judge."""
+"""DoRA in whole models, compared with PEFT."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ from reparam.sites.linear import Linear
 
 
 def test_magnitudes_move_in_a_16_bit_model() -> None:
-    """By steps that bfloat16 would round away: a float32 master."""
+    """By steps that bfloat16 would round away, because they are float32 parameters."""
     model = models.llama().bfloat16()
     adapter = reparam.attach(model, reparam.DoRA(r=2))
     magnitudes = [p for name, p, role in adapter.named_parameters() if role == "gain"]
@@ -183,7 +183,7 @@ def test_what_peft_has_no_equal_of(settings: dict[str, Any], targets: list[str],
 
 
 def test_the_axis_is_in_our_file(tmp_path: Path) -> None:
-    """On a square layer the shapes would not tell."""
+    """On a square layer the shapes do not reveal the axis."""
     model = nn.Sequential(nn.Linear(4, 4))
     adapter = reparam.attach(model, reparam.DoRA(r=1, norm_axis="input"), targets=["0"])
     adapter.save(tmp_path / "own")
@@ -193,7 +193,7 @@ def test_the_axis_is_in_our_file(tmp_path: Path) -> None:
 
 
 def test_magnitudes_lie_over_a_static_mixture() -> None:
-    """Whatever has factors without a gain will do; what is kept is measured anew when the mixture's gates move."""
+    """Any update with factors and no gain works; cached norms are recomputed when the mixture's gates change."""
     w = random(6, 5)
     plain = nn.Linear(5, 6, bias=False, dtype=torch.float64)
     plain.weight = nn.Parameter(w.clone())

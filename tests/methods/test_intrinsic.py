@@ -1,4 +1,4 @@
-"""Training in an intrinsic space: what trains, its laws, files, and what is refused."""
+"""Training in an intrinsic space: trained parameters, invariants, files, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def space_of(adapter: reparam.Adapter) -> Space:
 
 
 def everything(method: Intrinsic, family: str = "gpt2") -> tuple[Any, reparam.Adapter]:
-    """A model whose every parameter moves."""
+    """A model with all parameters adapted."""
     model = {"gpt2": models.gpt2, "llama": models.llama}[family]()
     reparam.untie(model)
     return model, reparam.attach(model, method, targets="everything", name="one")
@@ -52,7 +52,7 @@ def steps(model: nn.Module, adapter: reparam.Adapter, count: int, rate: float = 
 @pytest.mark.parametrize("mode", ["did", "said"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_everything_starts_at_the_base_and_trains(family: str, mode: str, settings: dict[str, Any]) -> None:
-    """Heads, embeddings, norms and biases too; d numbers train and no more."""
+    """Also heads, embeddings, norms and biases; exactly d numbers are trained."""
     model, adapter = everything(Intrinsic(d=120, mode=mode, **settings), family)
     with reparam.select(model, None):
         base = logits(model)
@@ -65,7 +65,7 @@ def test_everything_starts_at_the_base_and_trains(family: str, mode: str, settin
 
 
 def test_everything_is_every_parameter() -> None:
-    """What moves, tensor by tensor, is the change of the merged model: λ P_i θ by the tensor's seed and name."""
+    """The change of each tensor by merging is λ P_i θ, by the tensor's seed and name."""
     base = {k: v.clone() for k, v in models.gpt2().state_dict().items()}
     model, adapter = everything(Intrinsic(d=90, mode="said", seed=4))
     move(adapter, 1)
@@ -87,7 +87,7 @@ def test_everything_is_every_parameter() -> None:
 
 @pytest.mark.parametrize("groups", ["tensor", "module", "block"])
 def test_said_with_factors_of_one_is_did(groups: str) -> None:
-    """With as many numbers less as there are groups."""
+    """With d smaller by the number of groups."""
     model, adapter = everything(Intrinsic(d=100, mode="said", said_groups=groups))
     m = len(space_of(adapter).groups)
     twin, other = everything(Intrinsic(d=100 - m))
@@ -200,7 +200,7 @@ def test_a_seed_and_d_numbers_are_the_adapter(space: str, tmp_path: Path) -> Non
 
 
 def test_a_file_is_described_without_its_base(tmp_path: Path) -> None:
-    """λ of biases too, though a file does not say what has one but in the settings."""
+    """Also for λ of biases, which the file describes only through its settings."""
     _, adapter = everything(Intrinsic(d=90, mode="said"))
     move(adapter, 1)
     adapter.save(tmp_path / "a")
@@ -259,10 +259,10 @@ def test_a_mixed_batch_with_biases_and_norms() -> None:
         ({"d": True}, "d=True"),
         ({"mode": "both"}, "mode='both'"),
         ({"projection": "fourier"}, "projection='fourier'"),
-        ({"layout": "padded", "projection": "dense"}, "layout='padded' is for"),
+        ({"layout": "padded", "projection": "dense"}, "layout='padded' needs projection"),
         ({"space": "factor", "r": 0}, "r=0"),
         ({"said_groups": "model"}, "said_groups='model'"),
-        ({"projection_version": 99}, "projection_version=99.*mean nothing here"),
+        ({"projection_version": 99}, "projection_version=99.*do not fit them"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -272,7 +272,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None
 
 def test_said_needs_more_numbers_than_groups() -> None:
     model = models.llama()
-    with pytest.raises(ValueError, match=r"a number on each of 14 groups, and d=14 leaves none"):
+    with pytest.raises(ValueError, match=r"each of 14 groups, and d=14 leaves none for θ"):
         reparam.attach(model, Intrinsic(d=14, mode="said"), targets="all-linear")
     assert reparam.adapters(model) == {}
     reparam.attach(model, Intrinsic(d=15, mode="said"), targets="all-linear")
@@ -285,7 +285,7 @@ def test_more_numbers_than_weights_are_warned_of() -> None:
 
 
 def test_tied_weights_are_projected_once() -> None:
-    """With the head untied, or not at all."""
+    """As a target, a tied weight is refused; "everything" leaves out the tied head, with a warning."""
     model = models.llama(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="shares its weight"):
         reparam.attach(model, Intrinsic(d=20), targets=["embed_tokens"])
@@ -295,7 +295,7 @@ def test_tied_weights_are_projected_once() -> None:
 
 
 def test_files_of_other_maps_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their version; a whole file, whose digests fit."""
+    """Refused by their version, though the file is intact and its digests match."""
     model, adapter = everything(Intrinsic(d=20))
     monkeypatch.setattr("reparam.methods.intrinsic.VERSION", 2)
     adapter.method = dataclasses.replace(adapter.method, projection_version=2)

@@ -1,4 +1,4 @@
-"""LoRA: scales, patterns, initialization, the invariants of its paper and of its code, and what it refuses."""
+"""LoRA: scales, patterns, initialization, the invariants of the paper and its code, and refusals."""
 
 import math
 import shutil
@@ -25,7 +25,7 @@ def site(outputs: int, inputs: int, *, name: str = "layer", kind: str = "linear"
 
 
 def layer(outputs: int, inputs: int, method: reparam.LoRA, *, name: str = "layer", seed: int | None = 0) -> Linear:
-    """A layer in float64 with this update; its factors are random when there is a seed."""
+    """A float64 layer with this update; with a seed, its factors are random."""
     generator = torch.Generator().manual_seed(seed or 0)
     plain = nn.Linear(inputs, outputs).double()
     for parameter in plain.parameters():
@@ -46,7 +46,7 @@ def update_of(adapted: Linear) -> LoRAUpdate:
 
 
 def change(adapted: Linear, x: Tensor) -> Tensor:
-    """What the update adds to the base's output."""
+    """The difference of the layer's output to the base's."""
     y = adapted(x)
     adapted.active = None
     base = adapted(x)
@@ -75,7 +75,7 @@ def test_the_output_is_the_papers_equation(outputs: int, inputs: int, r: int, al
 def test_gradients_are_the_closed_forms(
     outputs: int, inputs: int, r: int, seed: int, trains: bool, wants: bool
 ) -> None:
-    """G the gradient of y: dB = s Gᵀ(x Aᵀ), dA = s (G B)ᵀ x, dx = G W + s (G B) A; each when it is wanted alone too."""
+    """With G = ∂L/∂y: dB = s Gᵀ(x Aᵀ), dA = s (G B)ᵀ x, dx = G W + s (G B) A; also when only one is needed."""
     adapted = layer(outputs, inputs, reparam.LoRA(r=r, alpha=3.0), seed=seed)
     update, x, s = update_of(adapted), batch(inputs).requires_grad_(wants), 3.0 / r
     update.A.requires_grad_(trains)
@@ -93,14 +93,14 @@ def test_gradients_are_the_closed_forms(
 
 
 def test_second_derivatives_are_those_of_differences() -> None:
-    """A gradient penalty differentiates through the backward pass that takes the branch's share in place."""
+    """A gradient penalty differentiates through the fused, in-place backward pass."""
     adapted = layer(4, 3, reparam.LoRA(r=2))
     x = batch(3, 2).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda *_: adapted(x), (x, *update_of(adapted).parameters()))
 
 
 def test_an_input_that_others_read_too_gets_its_whole_gradient() -> None:
-    """The fused backward adds in place; nobody else's gradient may be written to, nor lost."""
+    """The fused backward adds in place; it must neither overwrite nor lose another reader's gradient."""
     first = layer(5, 3, reparam.LoRA(r=2), seed=1)
     second = layer(5, 3, reparam.LoRA(r=2), seed=2)
     found = []
@@ -192,7 +192,7 @@ def test_ranks_and_alphas_follow_the_first_pattern_that_matches_the_end_of_a_pat
 
 
 def test_a_pattern_is_not_a_part_of_a_name() -> None:
-    """`proj` is no end of `model.layers.0.self_attn.q_proj` in terms of path segments."""
+    """`proj` is not a whole trailing path segment of `model.layers.0.self_attn.q_proj`."""
     with pytest.raises(ValueError, match=r"rank_pattern 'proj' matches none of the 14 sites"):
         reparam.attach(models.llama(), reparam.LoRA(rank_pattern={"proj": 2}))
     with pytest.raises(ValueError, match=r"alpha_pattern 'k_projj' matches none"):
@@ -229,7 +229,7 @@ def test_an_embedding_starts_at_zero_on_the_side_of_the_vocabulary() -> None:
 
 
 def test_numbers_depend_on_the_seed_and_the_site_alone() -> None:
-    """Not on other sites, the order of wrapping, other adapters, or the program's generator."""
+    """Not on other sites, the order of attaching, other adapters, or the global random generator."""
     whole = reparam.attach(models.llama(), reparam.LoRA(r=3, seed=5)).tensors()
     model = models.llama()
     torch.manual_seed(1)
@@ -260,7 +260,7 @@ def test_the_first_step_moves_the_output_side_only() -> None:
 
 @pytest.mark.parametrize("make", [models.llama, models.gpt2, models.t5, models.bert])
 def test_it_trains_r_times_inputs_and_outputs(make: Any) -> None:
-    """Also where keys and values are narrower than the model, and beside biases."""
+    """Also with keys and values narrower than the model, and with biases."""
     model = make()
     shapes = {name: module.weight.shape for name, module in model.named_modules() if hasattr(module, "weight")}
     adapter = reparam.attach(model, reparam.LoRA(r=3))
@@ -324,7 +324,7 @@ def test_the_embedding_looks_up_its_own_row() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the code generator needs a C++ compiler")
 def test_compiled_code_gives_the_same() -> None:
-    """Through the code generator, forward and backward; the conformance suite traces whole models."""
+    """With code generation, forward and backward; the conformance suite only traces whole models."""
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(6, 5))
     adapter = reparam.attach(model, reparam.LoRA(r=2))
@@ -364,8 +364,8 @@ def test_compiled_code_gives_the_same() -> None:
         ({"init": "gaussian", "init_std": math.inf}, "init_std=inf"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
         ({"alpha_pattern": {"q": math.nan}}, r"alpha_pattern\['q'\]=nan"),
-        ({"rank_pattern": {"q(": 1}}, r"rank_pattern 'q\(' is no regular expression"),
-        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern '\*' is no regular expression"),
+        ({"rank_pattern": {"q(": 1}}, r"rank_pattern 'q\(' is not a valid regular expression"),
+        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern '\*' is not a valid regular expression"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
@@ -379,7 +379,7 @@ def test_all_bad_settings_are_named_at_once() -> None:
 
 
 def test_a_rank_that_is_not_low_is_a_warning_that_names_a_site() -> None:
-    with pytest.warns(UserWarning, match=r"exceeds the smaller side of 4 sites .*k_proj, 16 x 32") as caught:
+    with pytest.warns(UserWarning, match=r"rank exceeds min.* at 4 sites .*k_proj, 16 x 32") as caught:
         reparam.attach(models.llama(), reparam.LoRA(r=17), targets="attention")
     assert caught[0].filename == __file__  # told at the caller's line
     reparam.attach(models.llama(), reparam.LoRA(r=16), targets="attention")  # and none here

@@ -61,7 +61,7 @@ def test_one_expert_is_a_single_adapter_and_merges(name: str) -> None:
 
 @on_one_layer
 def test_the_output_is_the_sum_over_experts(name: str) -> None:
-    """Written out expert by expert, from probabilities computed here."""
+    """Computed expert by expert, from probabilities computed in the test."""
     model, adapter, x = layer(name)
     update, method = adapter.updates["0"], adapter.method
     tasks = torch.tensor([2, 0, 1])
@@ -125,7 +125,7 @@ def test_scattered_experts_equal_the_dense_mask(ranks: tuple[int, ...], case: st
 
 
 def test_a_site_of_many_ranks_runs_scattered_and_gives_the_same() -> None:
-    """Enough tokens and idle ranks for it; experts that no token chose get no gradient."""
+    """With enough tokens and unused ranks; experts that no token selected get no gradient."""
     model = nn.Sequential(nn.Linear(10, 14))
     method = preset("llava_mole", n=16, r=8, plain="", scope="module", router_bias=False)
     adapter = reparam.attach(model, method, targets=["0"])
@@ -168,7 +168,7 @@ def test_permuting_experts_changes_nothing(name: str) -> None:
 
 @presets
 def test_rows_do_not_see_each_other(name: str) -> None:
-    """With a task for each row, where there are tasks; and with as many rows as tokens."""
+    """With a task for each row if there are tasks; also with as many rows as tokens."""
     model, _ = adapted(name)
     for rows, length in ((3, 7), (5, 5)):
         ids = torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(rows))

@@ -18,7 +18,7 @@ from reparam.core.registry import METHODS
 
 
 def test_nothing_leaks_from_later_tokens() -> None:
-    """A gate over all tokens does leak, which shows that this test would see it."""
+    """A gate over all tokens does leak, which shows that the test detects leaks."""
     later = IDS.clone()
     later[:, 5:] = (later[:, 5:] + 11) % 97
     for pool, leaks in (("prompt", False), ("all", True)):
@@ -46,7 +46,7 @@ def test_the_prompt_is_what_comes_before_the_first_label() -> None:
         all_of_it = model(input_ids=IDS, labels=IDS).logits  # the first token is predicted from nothing
         with reparam.context(model, prompt=1):
             assert torch.equal(model(input_ids=IDS).logits, all_of_it)
-    with pytest.raises(ValueError, match="nothing says what the prompt is"):
+    with pytest.raises(ValueError, match="the prompt's length is unknown"):
         logits(model)
 
 
@@ -65,7 +65,7 @@ def test_padding_is_no_part_of_the_prompt(side: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_generation_with_a_cache_is_full_recomputation(name: str) -> None:
-    """Of a batch of prompts of several lengths, padded on the left."""
+    """For a batch of prompts of different lengths, padded on the left."""
     model, _ = adapted(name, **(SEQUENCE if name == "mole" else {}))
     task = {"tasks": [2, 0, 1]} if name in BY_TASK else {}
     settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -103,7 +103,7 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
 
 
 def test_xlora_weighs_by_the_hidden_states_of_the_base() -> None:
-    """Written out: the gates from the plain model's last hidden states; a base of one expert is that LoRA."""
+    """Gates are computed from the plain model's last hidden states; a single expert equals its LoRA."""
     model, adapter = adapted("xlora")
     with torch.no_grad():
         hidden = models.llama()(IDS, output_hidden_states=True).hidden_states[-1]
@@ -129,17 +129,17 @@ def test_xlora_refuses_a_cache_that_was_cut_and_a_layer_alone() -> None:
     with torch.no_grad():
         model(IDS, past_key_values=cache)
         cache.crop(-2)
-        with pytest.raises(ValueError, match="the cache holds 5 tokens, and the first pass has seen 7"):
+        with pytest.raises(ValueError, match="the cache holds 5 tokens, but the first pass has seen 7"):
             model(IDS[:, 5:], past_key_values=cache)
     assert not adapter.shared.silent
     fresh, _ = adapted("xlora")
-    with pytest.raises(RuntimeError, match="needs a forward of the whole model"):
+    with pytest.raises(RuntimeError, match="needs a forward pass of the whole model"):
         fresh.model.layers[0].mlp.up_proj(torch.zeros(1, 2, 32))
     with pytest.raises(ValueError, match="no plain sites"):
         METHODS["xlora"](plain="q_proj", frozen=False)
     other = models.llama()
     reparam.attach(other, METHODS["xlora"](n=2, r=2, frozen=False), targets=["down_proj"])
-    with pytest.raises(ValueError, match="width of the first site's input, 48"):
+    with pytest.raises(ValueError, match="input width of the first site, 48"):
         logits(other)
 
 

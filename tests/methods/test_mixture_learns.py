@@ -1,6 +1,6 @@
-"""What mixtures are for, on tasks that contradict each other: a small linear teacher for each, over shared inputs.
+"""Mixtures on tasks that contradict each other: a small linear teacher for each, over shared inputs.
 
-Errors are those of the trained map on fresh rows, over the error of the base. The same ranks in all for everyone.
+Errors are those of the trained map on new rows, over the error of the base. All methods have the same total rank.
 """
 
 import functools
@@ -19,7 +19,7 @@ TASKS, WIDTH, RANK = 4, 16, 2
 
 @functools.cache
 def problem() -> tuple[Tensor, Tensor, Tensor]:
-    """Means [K, I] by which tokens tell their task apart, changes [K, O, I] of rank 2, and W [O, I]."""
+    """Means [K, I] that reveal the task of tokens, teacher updates [K, O, I] of rank 2, and W [O, I]."""
     generator = torch.Generator().manual_seed(4)
     means = 1.5 * torch.randn(TASKS, WIDTH, generator=generator)
     up, down = (torch.randn(TASKS, WIDTH, RANK, generator=generator) for _ in range(2))
@@ -27,7 +27,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batch(seed: int, rows: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [B, 3, I], a task for each row, and what the teachers of the tasks say."""
+    """Inputs [B, 3, I], a task for each row, and the outputs of the tasks' teachers."""
     means, changes, W = problem()
     generator = torch.Generator().manual_seed(seed)
     tasks = torch.randint(TASKS, (rows,), generator=generator)

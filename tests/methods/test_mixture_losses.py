@@ -32,7 +32,7 @@ def gradients(name: str, weight: float, changes: dict[str, Any], **inputs: Any) 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_reaches_the_gradient_and_no_figure(name: str) -> None:
-    """The gradient grows in proportion to the factor; the loss that is returned does not; evaluation knows nothing."""
+    """The gradient is proportional to the factor; the returned loss and evaluation do not change."""
     adapter, none, value = gradients(name, 0.0, {})
     assert adapter.losses() == {}
     adapter, once, same = gradients(name, 0.5, {})
@@ -96,7 +96,7 @@ def test_padding_is_in_no_statistic(name: str) -> None:
 
 
 def test_a_loss_counts_as_the_models_own_does() -> None:
-    """By its tokens where transformers counts them, and by `accumulation` elsewhere."""
+    """By its tokens if transformers counts them, and by `accumulation` otherwise."""
     labels = IDS.clone()
     labels[:, :3] = -100  # 12 of the tokens have loss
     zero = gradients("router_z", 0.0, {})[1]
@@ -119,7 +119,7 @@ def test_a_loss_counts_as_the_models_own_does() -> None:
 
 
 def test_the_contrastive_loss_waits_for_outputs_to_compare() -> None:
-    """For a tenth of the steps, where their number is known; the count is in the controller's state."""
+    """For a tenth of the steps, if their number is known; the count is in the controller's state."""
     model, adapter = adapted("moelora_contrastive", contrastive_warmup=0.1)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-3)
     adapter.bind(optimizer, total_steps=20)
@@ -138,7 +138,7 @@ def test_the_contrastive_loss_waits_for_outputs_to_compare() -> None:
     other, again = adapted("moelora_contrastive", contrastive_warmup=0.1)
     other.train()
     again.bind(torch.optim.SGD(again.parameters(), lr=1e-3), total_steps=20)
-    assert "begin after step 2, and there were 0 steps" in again.finish()
+    assert "starts after step 2, and there were 0 steps" in again.finish()
     again.controller.load_state_dict({"steps": 2})
     models.loss(other).backward()
     assert "contrastive" in again.losses()

@@ -32,7 +32,10 @@ def test_a_task_is_merged_and_the_base_comes_back(name: str) -> None:
         assert torch.equal(logits(model), base)
     with pytest.raises(InputDependentError, match=r"router .task_.*no task was given"):
         reparam.merge(model)
-    with reparam.context(model, tasks=["a", "b", "c"]), pytest.raises(InputDependentError, match="several were given"):
+    with (
+        reparam.context(model, tasks=["a", "b", "c"]),
+        pytest.raises(InputDependentError, match="several tasks were given"),
+    ):
         reparam.merge(model)
 
 
@@ -55,7 +58,7 @@ def test_a_static_mixture_is_merged() -> None:
 
 @pytest.mark.parametrize("name", [n for n in LOOKING if n != "mov"])
 def test_gates_that_are_constant_make_a_merged_lora(name: str) -> None:
-    """Routers of zeros weigh all alike."""
+    """Routers of zeros give equal weights."""
     model, adapter = adapted(name, select="softmax", k=1, gate="prob", losses={})
     with torch.no_grad():
         for key, parameter, _ in adapter.named_parameters():

@@ -1,4 +1,4 @@
-"""The pure pieces of mixtures: selections, auxiliary losses, routers."""
+"""The components of mixtures: selections, auxiliary losses, routers."""
 
 import itertools
 import math
@@ -165,7 +165,7 @@ def test_every_loss_has_a_gradient_and_sees_valid_tokens_alone(name: str) -> Non
 
 
 def test_pooling_layers_hides_collapse() -> None:
-    """The reason why losses are of one router each."""
+    """This is why each loss is computed for one router."""
     layers = torch.eye(N, dtype=torch.float64)[:, None].expand(N, 6, N)  # each layer collapsed on another expert
     pooled = float(losses.switch_balance(layers, layers > 0))
     each = [float(losses.switch_balance(layer, layer > 0)) for layer in layers]
@@ -174,7 +174,7 @@ def test_pooling_layers_hides_collapse() -> None:
 
 
 def pairs(m: int, experts: int = 2, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """m outputs of each expert: the same within, orthogonal across."""
+    """m outputs of each expert: equal for one expert, orthogonal between experts."""
     outputs = torch.eye(width, dtype=torch.float64)[:experts].repeat_interleave(m, 0)
     return outputs, torch.arange(experts).repeat_interleave(m), torch.ones(m * experts, dtype=torch.float64)
 

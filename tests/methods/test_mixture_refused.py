@@ -1,4 +1,4 @@
-"""What mixtures refuse: settings, missing experts, gates that were not computed."""
+"""Refusals of mixtures: settings, missing experts, gates that were not computed."""
 
 import dataclasses
 
@@ -17,24 +17,24 @@ from reparam.methods.mixture import Mixture
     ("settings", "message"),
     [
         ({"n": 0}, "n=0: expected a whole number of at least 1"),
-        ({"select": "top_k", "k": 5, "n": 4}, "k=5 of n=4 experts"),
-        ({"select": "top_k", "k": 1, "gate": "renorm"}, "the constant 1, and the router would learn nothing"),
-        ({"k": 2}, "k and gate are for select='top_k'"),
+        ({"select": "top_k", "k": 5, "n": 4}, "k=5 is above n=4, the number of experts"),
+        ({"select": "top_k", "k": 1, "gate": "renorm"}, "the constant 1, so the router would not train"),
+        ({"k": 2}, "k and gate need select='top_k'"),
         ({"temperature": 0.0}, "temperature=0.0: expected a finite number above 0"),
         ({"split": True, "r": 6, "n": 4}, "r=6 cannot be split among n=4"),
-        ({"tasks": ("a", "b")}, "router='token' does not go by them"),
-        ({"tasks": ()}, "expected names"),
+        ({"tasks": ("a", "b")}, "router='token' does not depend on them"),
+        ({"tasks": ()}, "expected one or more different names"),
         ({"losses": {"balance": 1.0}}, "unknown 'balance' .did you mean 'mole_balance'"),
         ({"losses": {"router_z": -1.0}}, "at least 0"),
-        ({"kind": "vectors", "router_std": 0.0}, "the same gradients for ever"),
+        ({"kind": "vectors", "router_std": 0.0}, "keeps all vectors equal"),
         ({"kind": "vectors", "losses": {"contrastive": 0.1}}, "two or more low-rank experts"),
-        ({"route_on": "activation"}, "is for vectors"),
+        ({"route_on": "activation"}, "needs kind='vectors', scope='module'"),
         ({"experts": ("a", "b")}, "set frozen=true"),
         ({"frozen": True, "experts": ("a", "a")}, "named twice"),
-        ({"select": "sigmoid", "router": "static", "scope": "model"}, "at each module anew"),
+        ({"select": "sigmoid", "router": "static", "scope": "model"}, "samples at each module in training"),
         ({"router": "tokens"}, "expected one of static"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"combine": "factor", "kind": "shared_a"}, "no meaning for shared_a"),
+        ({"combine": "factor", "kind": "shared_a"}, "does not support kind='shared_a'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a forward is told about tasks and experts, for mixtures."""
+"""Passing tasks and experts to a forward of a mixture."""
 
 from typing import Any
 
@@ -30,14 +30,14 @@ def test_tasks_by_name_number_list_and_tensor(name: str) -> None:
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ("d", r"'d' is none of the 3 tasks \(a, b, c; numbers from 0\)"),
-        (3, "3 is none of"),
-        (-1, "-1 is none of"),
-        (torch.tensor([0, 1, 7]), "7 is none of"),
+        ("d", r"'d' is not one of the 3 tasks \(a, b, c; numbers from 0\)"),
+        (3, "3 is not one of"),
+        (-1, "-1 is not one of"),
+        (torch.tensor([0, 1, 7]), "7 is not one of"),
         (torch.tensor([0.0, 1.0, 2.0]), "expected whole numbers"),
         (torch.tensor([[0, 1, 2]]), "expected whole numbers, one or one per row"),
-        ([0, 1], "2 tasks were given, and the batch has 3 rows"),
-        (None, "this forward needs a task, and no task was given"),
+        ([0, 1], "2 tasks were given, but the batch has 3 rows"),
+        (None, "this forward pass needs one task, and no task was given"),
     ],
 )
 def test_tasks_that_cannot_be_are_refused(tasks: Any, message: str) -> None:
@@ -94,13 +94,16 @@ def test_generation_knows_its_tasks() -> None:
     for row, task in enumerate("cab"):
         with reparam.context(model, tasks=task):
             assert torch.equal(model.generate(IDS[row : row + 1], **settings)[0], mixed[row])
-    with reparam.context(model, tasks=["c", "a", "b"]), pytest.raises(ValueError, match="repeat each that often"):
+    with (
+        reparam.context(model, tasks=["c", "a", "b"]),
+        pytest.raises(ValueError, match="repeat each task for each of its beams"),
+    ):
         model.generate(IDS, num_beams=2, **settings)
 
 
 @pytest.mark.parametrize("tasks", [1, [2, 0, 1]])
 def test_an_encoder_and_a_decoder_know_their_tasks(tasks: Any) -> None:
-    """In generation the encoder is called without the model."""
+    """During generation the encoder is called on its own."""
     model, _ = adapted("task_gated", models.t5())
     settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with reparam.context(model, tasks=tasks):
@@ -108,7 +111,7 @@ def test_an_encoder_and_a_decoder_know_their_tasks(tasks: Any) -> None:
         with torch.no_grad():
             again = model(input_ids=IDS, decoder_input_ids=told.sequences[:, :-1]).logits
     assert error(torch.stack(told.logits, 1), again) < 1e-5
-    with pytest.raises(ValueError, match="needs a task"):
+    with pytest.raises(ValueError, match="needs one task"):
         model.generate(IDS, **settings)
 
 

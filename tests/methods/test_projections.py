@@ -1,4 +1,4 @@
-"""The fixed random maps: linear, with the right adjoint, unit columns, the same for a key on every machine."""
+"""The fixed random maps: linearity, adjoint, unit columns, and the same numbers for a key on every machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_columns_have_norm_one(kind: str) -> None:
 
 
 def test_entries_of_the_sparse_map() -> None:
-    """Each is there with probability 1/√D, by itself, with either sign."""
+    """Each entry is nonzero with probability 1/√D, independently, with random sign."""
     counts = []
     for key in range(40):
         p = Projection("sparse", key, 30, 400)
@@ -79,7 +79,7 @@ def test_a_key_is_a_map(kind: str, layout: str) -> None:
 
 
 def test_keys_depend_on_seed_and_name() -> None:
-    """Golden: files hold no maps, so that these may never change under one version."""
+    """Golden values: files hold no maps, so these must never change within one version."""
     assert key_of(0, "model.layers.0.q_proj.weight") == GOLDEN
     assert len({key_of(seed, name) for seed in range(3) for name in ("a.weight", "a.bias", "b.weight")}) == 9
     assert 0 <= key_of(7, "x") < 1 << 63

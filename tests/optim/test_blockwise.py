@@ -1,4 +1,4 @@
-"""8-bit blocks: bitsandbytes' maps bit for bit, and the exact nearest level for every float32 there is."""
+"""8-bit blocks: bitsandbytes' maps bit for bit, and the exact nearest level for every float32."""
 
 import hashlib
 
@@ -33,14 +33,14 @@ def test_the_maps_are_the_same_on_every_machine(signed: bool, expected: str) -> 
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """The code of the nearest level, the lower of two that are as near, by comparing with all float32 midpoints."""
+    """The code of the nearest level (the lower one of a tie), by comparing with all float32 midpoints."""
     middle = ((levels[:-1] + levels[1:]) / 2).double()
     return (x.double()[:, None] > middle).sum(1)
 
 
 @SIGNS
 def test_every_bucket_of_the_look_up_is_exact_at_its_ends_and_thresholds(signed: bool) -> None:
-    """A code changes only at a threshold: right at all of these, it is right for every number between them."""
+    """Codes change only at thresholds, so codes that are right at all of these are right for every number."""
     levels = dynamic_map(signed=signed)
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     ends = torch.cat([upper, upper | 0xFFFF]).view(torch.float32)

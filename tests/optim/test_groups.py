@@ -1,4 +1,4 @@
-"""LoRA+: groups by role as PEFT's, the laws that follow from two rates, and schedules."""
+"""LoRA+: groups by role as in PEFT, invariants of two learning rates, and schedules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 def summary(groups: list[dict[str, Any]]) -> Counter[tuple[float, float, tuple[int, ...]]]:
-    """Rates, weight decay, and sizes of parameters; PEFT holds embeddings' factors the other way round."""
+    """Rates, weight decay and parameter sizes; PEFT transposes the factors of embeddings."""
     return Counter(
         (g["lr"], g["weight_decay"], tuple(sorted(p.numel() for p in g["params"]))) for g in groups if g["params"]
     )
@@ -42,7 +42,7 @@ def summary(groups: list[dict[str, Any]]) -> Counter[tuple[float, float, tuple[i
 
 
 def test_groups_are_those_of_peft() -> None:
-    """Factors, biases, an adapted embedding, a matrix that trains whole."""
+    """Factors, biases, an adapted embedding, a matrix trained whole."""
     targets, whole = ["q_proj", "up_proj", "embed_tokens"], ["lm_head"]
     judge = peft.get_peft_model(
         llama(attention_bias=True),
@@ -90,7 +90,7 @@ def test_every_method_has_its_groups_or_is_refused(method: Method) -> None:
 
 
 def test_roles_and_not_names_say_the_rate() -> None:
-    """A core with one dimension (AdaLoRA's) learns as A; a gain (DoRA's) as B, or as A on request; routers as A."""
+    """AdaLoRA's λ has A's rate; DoRA's gain has B's rate, or A's on request; routers have A's."""
     named = {
         "a.lora_B": (parameter(2, 8), "in"),
         "a.experts.0.out": (parameter(4, 2), "out"),

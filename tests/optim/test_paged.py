@@ -1,4 +1,4 @@
-"""PagedAdamW: torch's AdamW bit for bit, whatever the pages; which pages move; what is refused."""
+"""PagedAdamW: torch's AdamW bit for bit with any pages; which pages move; refusals."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_gradients_in_any_layout() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 7])
 def test_a_step_moves_only_the_pages_that_do_not_fit(slots: int) -> None:
-    """Going there and back, P pages with room for S need P - S, which is the least that is possible."""
+    """Visiting pages in alternating order, P pages with room for S need P - S moves, which is the minimum."""
     pages = 7
     optimizer = PagedAdamW(make([(700,), (1000,)]), page=2048, budget=slots * 2048)
     run(optimizer, range(2))
@@ -114,7 +114,7 @@ def test_a_step_moves_only_the_pages_that_do_not_fit(slots: int) -> None:
 
 
 def test_small_tensors_share_pages() -> None:
-    """bitsandbytes pages none below 100,000 elements, which are most factors of low rank."""
+    """bitsandbytes pages no tensor below 100,000 elements, as most low-rank factors are."""
     optimizer = PagedAdamW(make([(8, 32)] * 40), bits=8, page=520 * 10, budget=520 * 10)
     run(optimizer, range(2))
     assert optimizer.paging.total == 4 * 520 * 10

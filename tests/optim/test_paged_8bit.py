@@ -1,4 +1,4 @@
-"""PagedAdamW with states of 8 bits beside 32 bits and bitsandbytes."""
+"""PagedAdamW with 8-bit states, compared with 32 bits and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_8_bits_learn_as_32_do() -> None:
 
 
 def test_8_bits_are_as_near_to_32_as_those_of_bitsandbytes() -> None:
-    """With gradients of sizes far apart within a block, whose small ones are what rounding loses."""
+    """With gradients of very different sizes in a block, where rounding loses the small ones."""
     judge = pytest.importorskip("bitsandbytes.optim")
     kinds: list[Callable[[list[Any]], torch.optim.Optimizer]] = [
         lambda p: torch.optim.AdamW(p, 1e-2),
@@ -62,7 +62,7 @@ def test_8_bits_are_as_near_to_32_as_those_of_bitsandbytes() -> None:
 
 
 def test_a_small_gradient_beside_a_large_one_is_not_stepped_with_eps_alone() -> None:
-    """Its mean square is below the first level; rounded to zero, the next step would be thousands of times the rate."""
+    """Its second moment is below the first level; rounded to zero, the next step would be far too large."""
     p = nn.Parameter(torch.zeros(2))
     optimizer = PagedAdamW([p], 0.001, bits=8, weight_decay=0.0)
     for gradient in ([1.0, 1e-4], [1.0, 0.0]):

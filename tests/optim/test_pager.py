@@ -1,4 +1,4 @@
-"""The pager against a model of it: contents, what LRU moves, the budget; and a disk that fails."""
+"""The pager compared with a model of it: contents, LRU moves, the budget; and a failing disk."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ SIZE = 16
 
 
 def lru(accesses: list[int], slots: int) -> tuple[int, int]:
-    """Pages read back and pages written of a cache that starts empty."""
+    """The numbers of pages read and written by an LRU cache that starts empty."""
     held: list[int] = []
     seen: set[int] = set()
     read = written = 0
@@ -98,7 +98,7 @@ def test_everything_fits_and_no_file_is_made(tmp_path: Path) -> None:
 
 
 def held(folder: Path) -> list[str]:
-    """Files in a folder that this process has open, those without a name too."""
+    """Files in a folder that this process has open, including unlinked ones."""
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     return [os.readlink(link) for link in links if os.path.lexists(link) and str(folder) in os.readlink(link)]
 
@@ -124,7 +124,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
 @pytest.fixture
 def limit():
-    """Sets the largest size of a file that this process may write."""
+    """Limit the size of files that this process may write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

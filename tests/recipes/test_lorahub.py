@@ -1,4 +1,4 @@
-"""LoraHub on small models: the objective is a plain mean, nothing is changed, and the result is what was measured."""
+"""LoraHub on small models: the objective is a plain mean, nothing is modified, and the result is reproduced."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parts(base: str, few: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Adapters trained for a few steps on other rows each; and one with a gain."""
+    """Adapters trained for a few steps on different rows, and one with a gain."""
     folder = tmp_path_factory.mktemp("parts")
     tokenizer = load_tokenizer(base)
     encoded = encode(read_rows(few), tokenizer, max_length=64)
@@ -164,7 +164,7 @@ def test_from_the_command_line(few: Path, parts: list[str], tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search exclude each other"),
+        (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search cannot be used together"),
         (["--valid", "FEW"], "--valid is for --search"),
         (["--search", "EMPTY"], "the file is empty"),
         (["--search", "FEW", "--space", "ties"], "weights can be searched for in delta and factor"),
@@ -192,7 +192,7 @@ def test_one_sentence_for_each_mistake(
 
 
 def test_on_the_embedded_model_with_adapters_of_different_ranks(few: Path, tmp_path: Path) -> None:
-    """No adapter here helps, so that the search has to stay near the base, which it never falls behind."""
+    """No adapter helps here, so the search must stay near the base and never score worse."""
     model = str(ASSETS / "tiny-python")
     for seed, r in enumerate((1, 3)):
         fresh = AutoModelForCausalLM.from_pretrained(model)

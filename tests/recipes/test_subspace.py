@@ -1,4 +1,4 @@
-"""The search for d90: sizes, bisection, verdicts and refusals; a toy whose dimension is known."""
+"""The search for d90: sizes, bisection, results and refusals; a toy problem whose dimension is known."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_grids_that_are_refused(text: str) -> None:
 
 @given(st.integers(1, 5000))
 def test_bisection_comes_close(at: int) -> None:
-    """d90 passes, what was tried below fails, and they are as near as the tolerance, or neighbors."""
+    """d90 passes, the largest smaller size tried fails, and they are within the tolerance or adjacent."""
     curve = search_dimension(step(at), base=0.0, full=1.0, sizes=grid("1:5000", 1))  # type: ignore[arg-type]
     assert curve.d90 is not None
     assert curve.d90 >= at
@@ -94,16 +94,16 @@ def test_a_run_that_failed_passes_nothing() -> None:
     ],
 )
 def test_references_of_which_a_share_means_nothing(base: float, full: float, words: str) -> None:
-    """Before anything is evaluated."""
+    """Refused before anything is evaluated."""
     with pytest.raises(ValueError, match=words):
         search_dimension(lambda d: pytest.fail("evaluated"), base=base, full=full, sizes=(1, 2))
     check_reference(0.5, 0.85, 0.9)
 
 
 def test_a_linear_regression_needs_what_its_solution_has() -> None:
-    """Targets of y = x W that only k of 64 weights matter for: R² by least squares within the space.
+    """Targets y = x W where only k of 64 weights matter; the metric is R² by least squares in the subspace.
 
-    d90 grows with the threshold, and is no more than all weights.
+    d90 grows with the threshold, and is at most the number of weights.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(500, 64, generator=g, dtype=torch.float64)

@@ -21,7 +21,7 @@ from reparam.weights.dense import DenseWeight
 def test_each_row_of_a_bank_is_its_own_matrix(
     rows: list[int], tokens: int, kind: str, embedding: bool, seed: int
 ) -> None:
-    """Against dense matrices; slots with different ranks, one that leaves the site alone, gains only in some."""
+    """Compared with dense matrices; slots with different ranks, one without an update, gains in some."""
     o, i = (9, 5) if embedding else (4, 5)
     W, base_bias = numbers(o, i, seed=seed), None if embedding else numbers(o, seed=seed + 1)
     weight = DenseWeight(W)

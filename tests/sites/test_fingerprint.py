@@ -1,4 +1,4 @@
-"""What a base's fingerprint sees, and what it does not depend on."""
+"""What a base's fingerprint detects, and what it does not depend on."""
 
 import copy
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_fingerprint_notices_names_and_shapes() -> None:
 
 
 def test_fingerprint_looks_at_every_column_of_a_matrix() -> None:
-    """Places at a fixed distance would all lie in one column of a matrix whose width is a power of two."""
+    """Samples at a fixed stride would all be in one column of a matrix whose width is a power of two."""
     a, b = torch.nn.Linear(64, 256, bias=False), torch.nn.Linear(64, 256, bias=False)
     b.weight.data = a.weight.data.clone()
     seen = set()
@@ -66,7 +66,7 @@ def test_fingerprint_looks_at_every_column_of_a_matrix() -> None:
 
 
 def test_fingerprint_copies_no_matrix() -> None:
-    """A model that has no storage for more than a few bytes: every element of the matrices is the same number."""
+    """A model with expanded matrices, whose storage has only a few bytes."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight = torch.nn.Parameter(torch.ones(1).expand(1 << 20, 1 << 20), requires_grad=False)  # 4 TiB if copied
     assert fingerprint(model)
@@ -86,7 +86,7 @@ def test_a_fingerprint_is_of_the_base_whatever_is_on_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_fingerprint_survives_the_dtype_a_model_is_loaded_in(dtype: torch.dtype) -> None:
-    """Saved in 16 bits, and loaded in 16 or in 32."""
+    """Saved in 16 bits, and loaded in 16 or 32 bits."""
     model = models.llama().to(dtype)
     assert agree(fingerprint(model), fingerprint(copy.deepcopy(model).float()))
 

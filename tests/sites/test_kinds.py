@@ -1,4 +1,4 @@
-"""A new kind of site is one class: a toy, registered while a test runs, goes the whole way that a linear map goes."""
+"""A new kind of site is one class: a toy kind, registered during a test, supports all that a linear map does."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ def attach(model: nn.Module, name: str, *, r: int = 2) -> reparam.Adapter:
 
 
 def step(model: nn.Module, adapter: reparam.Adapter) -> None:
-    """Away from B = 0, and one step of training."""
+    """Move B away from 0, and make one step of training."""
     nn.init.normal_(adapter.updates["2"].B, generator=torch.Generator().manual_seed(len(adapter.name)))  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in adapter.parameters()]
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
@@ -47,7 +47,7 @@ def step(model: nn.Module, adapter: reparam.Adapter) -> None:
 
 
 def closed(adapter: reparam.Adapter) -> Tensor:
-    """What the model computes with W + (alpha / r) B A for W; alpha / r is 1 or 2, so that float32 loses nothing."""
+    """The output with W + (alpha / r) B A as the matrix; alpha / r is 1 or 2, so that scaling is exact."""
     first, _, last = make()
     A, B = (adapter.tensors()[f"2.{name}"].detach().double() for name in "AB")
     return torch.tanh(first(X)) @ (last.weight + 4 / len(A) * B @ A).T

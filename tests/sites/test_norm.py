@@ -59,7 +59,7 @@ def _shift() -> Iterator[None]:
 
 
 class Norms(nn.Module):
-    """A norm of each kind that is met: with a bias, without, and with another formula."""
+    """Norms of each kind: with a bias, without, and with another formula."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_a_fresh_adapter_on_everything_changes_no_bit(model: nn.Module) -> None:
 
 
 def test_it_computes_what_the_plain_model_does_with_the_changed_tensors(model: nn.Module) -> None:
-    """An independent judge: the untouched model, called with W' and b' in the place of its own tensors."""
+    """Compared with the original model, called with W' and b' instead of its own tensors."""
     plain = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     adapter = reparam.attach(model, Shift(), targets="everything", name="one")
     move(adapter, 1)

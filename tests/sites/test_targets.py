@@ -1,4 +1,4 @@
-"""Where adapters go: words, ends of paths, patterns; and what is refused instead of adapted in silence."""
+"""Targets: keywords, path suffixes, patterns; and modules that are refused with an error."""
 
 import re
 from typing import Any
@@ -151,7 +151,7 @@ def test_models_without_experts_are_not_warned_about(name: str, recwarn: pytest.
 
 
 class Doubled(nn.Linear):
-    """A linear map that computes something else."""
+    """A subclass of Linear that computes something else."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -185,7 +185,7 @@ def test_a_forward_set_on_the_module_is_refused() -> None:
 
 
 def test_the_output_of_torchs_attention_is_refused() -> None:
-    """It reads the weight of `out_proj` and never calls it."""
+    """torch's attention reads the weight of `out_proj` and never calls the module."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match=r"self_attn\.out_proj: nn\.MultiheadAttention reads the weight"):
         resolve(model, "out_proj")
@@ -293,7 +293,7 @@ def test_the_parameter_of_a_linear_map_is_shared_not_copied() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_layer_kept_in_float32_gets_its_input_in_float32(dtype: torch.dtype) -> None:
-    """transformers keeps T5's `wo` so in 16 bits; the model casts for it when it is a plain layer."""
+    """transformers keeps T5's `wo` in float32 in a 16-bit model, and casts its input if it is a plain layer."""
     model: Any = models.t5().to(dtype)
     for name, module in model.named_modules():
         if name.endswith(".wo"):

@@ -1,4 +1,4 @@
-"""The commit protocol of checkpoints, and the state of training that they hold."""
+"""The commit protocol of checkpoints, and their training state."""
 
 import errno
 import json
@@ -156,7 +156,7 @@ def test_an_error_while_saving_leaves_the_older_one(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """A limit of 64 KiB on each file, which the system enforces as it does a full disk."""
+    """Limit each file to 64 KiB, which fails like a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
     yield

@@ -1,4 +1,4 @@
-"""LoRA+ in whole runs: bit for bit LoRA at a ratio of one, what a run shows, what it refuses."""
+"""LoRA+ in whole runs: equal to LoRA at a ratio of one, printed output, refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny base with biases, rows, and the rest of a short run with every kind of group."""
+    """Settings of a short run with every kind of group: a tiny base with biases, and rows."""
     folder = tmp_path_factory.mktemp("lora_plus")
     save_base(folder / "base", attention_bias=True, tie_word_embeddings=False)
     lines = (ASSETS / "tasks" / "signatures" / "train.jsonl").read_text().splitlines()[:60]
@@ -50,7 +50,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def go(common: dict[str, Any], output: Path, *, stop: int = 0, **optim: Any) -> tuple[Result, str]:
-    """A run, and what it printed."""
+    """Run the training; returns the result and the printed text."""
     text = io.StringIO()
     console = Console(file=text, width=200)
     overrides = {**common, "run.output": str(output), **{f"optim.{key}": value for key, value in optim.items()}}
@@ -63,7 +63,7 @@ def adapter_bytes(output: Path) -> bytes:
 
 
 def test_a_ratio_of_one_is_lora_bit_for_bit(common: dict[str, Any], tmp_path: Path) -> None:
-    """Weight decay, biases, a norm that trains whole: the groups divide transformers' two. Files have no trace."""
+    """Weight decay, biases, a norm trained whole: the groups subdivide transformers' two. Files are equal."""
     linear = common | {"adapter.targets": "q_proj,up_proj"}
     _, printed = go(linear, tmp_path / "plain")
     go(linear, tmp_path / "one", lora_plus=1)
@@ -122,7 +122,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(common: dict[str, Any], tmp
 
 
 def test_a_schedule_that_breaks_the_ratio_ends_the_run(common: dict[str, Any], tmp_path: Path) -> None:
-    """GreedyLR has a lowest rate of 0.001, which A's begins below, and leaves changes below 1e-8 out."""
+    """GreedyLR's lowest rate, 0.001, is above A's initial rate; it ignores changes below 1e-8."""
     settings = {"schedule": "greedy", "warmup": 0, "learning_rate": 1e-4, "lora_plus_embedding": 1e-8}
     with pytest.raises(ValueError, match=r"LoRA\+: the learning rate of .*, because 'out' has"):
         go(common | {"run.max_steps": 16, "run.eval_every": 1}, tmp_path / "run", **settings, lora_plus=16)

@@ -1,4 +1,4 @@
-"""Our optimizers in a run: the same bits as torch's and as an interrupted run's, the counters shown, mistakes named."""
+"""reparam's optimizers in a run: equal to torch's, exact resume, printed counters, clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGES = {"optim.page": "4KiB", "optim.budget": "12KiB"}
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny base with biases, rows, and the rest of a short run."""
+    """Settings of a short run: a tiny base with biases, and rows."""
     folder = tmp_path_factory.mktemp("paged")
     save_base(folder / "base", attention_bias=True)
     lines = (ASSETS / "tasks" / "signatures" / "train.jsonl").read_text().splitlines()[:60]
@@ -45,7 +45,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def go(common: dict[str, Any], output: Path, *, stop: int = 0, **optim: Any) -> tuple[Result, str]:
-    """A run, and what it printed."""
+    """Run the training; returns the result and the printed text."""
     text = io.StringIO()
     console = Console(file=text, width=200)
     overrides = {**common, "run.output": str(output), **{key.replace("__", "."): value for key, value in optim.items()}}
@@ -58,7 +58,7 @@ def adapter(output: Path) -> bytes:
 
 
 def test_32_bits_train_what_torch_does_bit_for_bit(common: dict[str, Any], tmp_path: Path) -> None:
-    """Weight decay and biases among it: the groups are transformers'."""
+    """With weight decay and biases, in the groups of transformers."""
     go(common, tmp_path / "torch")
     result, printed = go(common | PAGES, tmp_path / "ours", optim__name="paged_adamw_32bit")
     assert adapter(tmp_path / "torch") == adapter(tmp_path / "ours")

@@ -166,7 +166,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path):
 
 
 class Holder:
-    """Something with a state dict."""
+    """An object with a state dict."""
 
     def __init__(self, state: dict) -> None:
         self.state = state

@@ -1,4 +1,4 @@
-"""Checkpoints of the Trainer: which stay, what is in them, what a full disk does."""
+"""Checkpoints of the Trainer: which are kept, their contents, and a full disk."""
 
 import os
 import resource

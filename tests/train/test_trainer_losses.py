@@ -1,4 +1,4 @@
-"""Losses of the Trainer: the run stops at those that are not finite; a penalty moves the weights alone."""
+"""Losses of the Trainer: a run stops if one is not finite; a penalty is not in the reported loss."""
 
 import pytest
 import torch

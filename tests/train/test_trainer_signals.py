@@ -1,4 +1,4 @@
-"""The Trainer under signals, in this process, in one of its own, and in two that train together."""
+"""The Trainer under signals, in this process, in a child process, and in two that train together."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def wait_for(process: "subprocess.Popen[str]", word: str) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The folders of a run that was terminated and one that was killed while saving, in a process of their own."""
+    """The folders of a run that was terminated and of one that was killed while saving, in child processes."""
     folder = tmp_path_factory.mktemp("ended")
     command = [sys.executable, "-c", CHILD, HELPERS, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
 """Files of bitsandbytes in 4 bits: read and written byte for byte, and refused where they are damaged.
 
 The folder in `golden/` was written by bitsandbytes 0.50.2 (`python tests/test_bitsandbytes.py` does it again), so
-that the format is tested without it. Where it is installed it is also the judge, in what its CPU kernels are right
-about: the last dimension is a multiple of the block, and nothing is computed before a save.
+that the format is tested without it. If bitsandbytes is installed, results are also compared with it, where its CPU
+kernels are right: the last dimension is a multiple of the block, and nothing is computed before a save.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def tensors(folder: Path) -> State:
 
 
 def equal(one: State, other: State) -> bool:
-    """Names, dtypes, shapes and bytes."""
+    """Whether names, dtypes, shapes and bytes are equal."""
     return one.keys() == other.keys() and all(
         a.dtype == other[k].dtype and a.shape == other[k].shape and torch.equal(raw(a), raw(other[k]))
         for k, a in one.items()
@@ -48,7 +48,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def small(**changes: Any) -> Any:
-    """A Llama whose matrices all have rows of whole blocks of 64."""
+    """A Llama whose matrix rows are multiples of 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     return llama(**{**sizes, "num_key_value_heads": 1, "vocab_size": 16, **changes})
 
@@ -61,13 +61,13 @@ def digest(matrices: dict[str, Tensor]) -> str:
 
 
 def ours(model: Any) -> dict[str, Tensor]:
-    """All quantized matrices in their dtype."""
+    """All quantized matrices of a reparam model, dequantized."""
     quantized = (item for item in model.named_modules() if isinstance(getattr(item[1], "weight", None), NF4Weight))
     return {path: module.frozen.tensor() for path, module in quantized}
 
 
 def theirs(model: Any) -> dict[str, Tensor]:
-    """The same of a model that bitsandbytes holds."""
+    """All quantized matrices of a bitsandbytes model, dequantized."""
     bnb = pytest.importorskip("bitsandbytes")
     layers = {path: module.weight for path, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     return {path: bnb.functional.dequantize_4bit(w.data, w.quant_state) for path, w in layers.items()}
@@ -176,7 +176,7 @@ def test_tensors_of_a_file_are_not_copied() -> None:
 
 
 def said(**changes: Any) -> Callable[[State], None]:
-    """Changes the JSON; None takes a key out."""
+    """Edit the JSON; None removes a key."""
 
     def change(state: State) -> None:
         values = json.loads(bytes(state[f"a.{STATE}"].tolist())) | changes
@@ -187,7 +187,7 @@ def said(**changes: Any) -> Callable[[State], None]:
 
 
 def put(key: str, tensor: Tensor | None) -> Callable[[State], None]:
-    """Replaces a tensor; None takes it out."""
+    """Replace a tensor; None removes it."""
 
     def change(state: State) -> None:
         state.pop(f"a.{key}", None)
@@ -345,7 +345,7 @@ def test_a_part_of_the_model_in_bitsandbytes(targets: list[str], tmp_path: Path)
 
 
 def write(dense: Path, folder: Path, *, nested: bool = True, holder: torch.dtype = torch.uint8) -> None:
-    """A folder that bitsandbytes quantized and wrote."""
+    """Write a folder with a model quantized by bitsandbytes."""
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,4 +1,4 @@
-"""Int8: the text's example, rounding, what holds for every matrix, what cannot be quantized."""
+"""Int8: a worked example, rounding, invariants of every matrix, and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quantized(*rows: list[float]) -> Int8Weight:
 
 
 def test_one_outlier_costs_its_row_the_others() -> None:
-    """2, 3, 4 and 1000 are 0.254, 0.381, 0.508 and 127 steps."""
+    """In steps, 2, 3, 4 and 1000 are 0.254, 0.381, 0.508 and 127."""
     weight = quantized([2.0, 3.0, 4.0, 1000.0], [2.0, 3.0, 4.0, 10.0])
     assert weight.codes.tolist() == [[0, 0, 1, 127], [25, 38, 51, 127]]
     assert floats(weight.absmax).tolist() == [1000, 10]
@@ -60,7 +60,7 @@ def test_no_entry_is_further_away_than_half_a_step(
 def test_every_way_to_ask_a_weight_gives_the_same_numbers(
     shape: tuple[int, int], seed: int, dtype: torch.dtype
 ) -> None:
-    """Whole, by rows, by a lookup, and as an operator; and they are the codes times a step."""
+    """Whole, by rows, by lookup, and as an operator; all equal the codes times the step."""
     w = normal(*shape, seed=seed, dtype=dtype)
     weight = Int8().quantize(w)
     whole = weight.codes * (w.float().abs().amax(1) / 127)[:, None]
@@ -74,7 +74,7 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 
 
 def test_bits_an_entry() -> None:
-    """Eight, and a float32 for each row."""
+    """Eight bits, plus a float32 for each row."""
     weight = Int8().quantize(normal(20, 64))
     assert sum(p.nbytes for p in weight.parameters()) * 8 == (8 + 32 / 64) * 20 * 64
     assert {name: p.dtype for name, p in weight.named_parameters()} == {"codes": torch.int8, "absmax": torch.int32}

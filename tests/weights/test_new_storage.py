@@ -1,4 +1,4 @@
-"""A storage is one class: one with a setting of its own goes through everything that NF4 goes through."""
+"""A new storage is one class: a toy with its own setting supports everything that NF4 does."""
 
 import dataclasses
 import subprocess
@@ -33,7 +33,7 @@ from reparam.weights.quantized import QuantizedWeight, bits, check_quantizable, 
 
 @dataclasses.dataclass(frozen=True)
 class Mine(Storage):
-    """16-bit whole numbers, with a magnitude for each group of rows."""
+    """Toy storage: 16-bit integers, with one magnitude for each group of rows."""
 
     group: int = 32
     """Rows that share one magnitude."""
@@ -48,7 +48,7 @@ class Mine(Storage):
 
 
 class MineWeight(QuantizedWeight):
-    """The numbers and the magnitudes."""
+    """A weight of `Mine`: integer codes and magnitudes."""
 
     def __init__(self, codes: Tensor, absmax: Tensor, group: int, dtype: torch.dtype) -> None:
         super().__init__((codes.shape[0], codes.shape[1]), dtype, codes.device)
@@ -56,11 +56,11 @@ class MineWeight(QuantizedWeight):
 
     @property
     def storage(self) -> Mine:
-        """With its group."""
+        """The storage, with its group size."""
         return Mine(self.group)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Codes times magnitudes."""
+        """W: the codes times the magnitudes."""
         scale = floats(self.absmax).repeat_interleave(self.group)[: self.out_features, None]
         return (self.codes.float() * (scale.clamp(min=1e-30) / 32767))[rows]
 
@@ -69,13 +69,13 @@ class MineWeight(QuantizedWeight):
         return F.linear(x, self.dense().to(x.dtype), bias)
 
     def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """One step up and down."""
+        """The steps [rows, I] from each entry to the next level up and down; 0 at the ends."""
         scale = floats(self.absmax).repeat_interleave(self.group)[: self.out_features, None] / 32767
         step = scale[rows].expand(-1, self.in_features)
         return torch.where(self.codes[rows] < 32767, step, 0), torch.where(self.codes[rows] > -32767, -step, 0)
 
     def coded(self, w: Tensor) -> "MineWeight":
-        """The same magnitudes."""
+        """The weight with new codes and the same magnitudes."""
         scale = floats(self.absmax).repeat_interleave(self.group)[: self.out_features, None].clamp(min=1e-30)
         codes = (w / scale * 32767).round().clamp(-32767, 32767).to(torch.int16)
         return MineWeight(codes, floats(self.absmax).clone(), self.group, self.dtype)
@@ -119,7 +119,7 @@ def test_mistakes(given: dict[str, Any], said: str) -> None:
 
 
 def test_a_file_with_the_defaults_of_another_storage_is_read() -> None:
-    """Older files have NF4's settings whatever the storage."""
+    """Older files have NF4's settings for every storage."""
     assert resolve(None, {"base.block": 64, "base.double": "true"}) == resolve(None, {})
 
 

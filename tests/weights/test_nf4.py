@@ -1,4 +1,4 @@
-"""The storage NF4: its size, the ways to ask a weight, and what cannot be quantized."""
+"""The storage NF4: its size, ways to read a weight, and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bits(weight: NF4Weight) -> int:
 
 @pytest.mark.parametrize("shape", [(128, 128), (64, 512), (256, 320), (1, 16384)], ids=str)
 def test_bits_an_entry(shape: tuple[int, int]) -> None:
-    """Exactly, where blocks of blocks are whole: 4.5, and 4.127 with one float32 for the whole matrix on top."""
+    """Exact if blocks of blocks are full: 4.5, and 4.127 plus one float32 for the whole matrix."""
     w = normal(*shape)
     assert bits(NF4(double=False).quantize(w)) == 4.5 * w.numel()
     assert bits(NF4().quantize(w)) == 4.126953125 * w.numel() + 32
@@ -43,7 +43,7 @@ def test_bytes_of_any_matrix(shape: tuple[int, int], block: int, double: bool) -
 def test_every_way_to_ask_a_weight_gives_the_same_numbers(
     shape: tuple[int, int], block: int, double: bool, seed: int, dtype: torch.dtype
 ) -> None:
-    """Whole, by rows, by a lookup, by entry, and as an operator."""
+    """Whole, by rows, by lookup, by entry, and as an operator."""
     w = normal(*shape, seed=seed, dtype=dtype)
     weight = NF4(block, double).quantize(w)
     codes, absmax = quantize(w, block)
@@ -64,7 +64,7 @@ def test_every_way_to_ask_a_weight_gives_the_same_numbers(
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
 def test_an_id_that_is_no_row_is_refused(bad: int) -> None:
-    """Where an index from the end, or one that padding answers, would be something else than an embedding's."""
+    """Negative ids and ids in the padding would give something else than an embedding's rows."""
     for shape in ((9, 7), (9, 1)):
         weight = NF4().quantize(normal(*shape))
         with pytest.raises(RuntimeError, match="an id is not one of the 9 rows"):
@@ -82,7 +82,7 @@ def test_a_parameter_is_quantized_and_nothing_of_it_trains() -> None:
 
 
 def test_a_matrix_without_values_has_the_same_tensors() -> None:
-    """On the meta device: what a model takes can be told before it is loaded."""
+    """On the meta device, so that the size of a model is known before it is loaded."""
     for storage in (NF4(), NF4(32, double=False)):
         real, empty = (storage.quantize(normal(24, 50).to(device)) for device in ("cpu", "meta"))
         assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {

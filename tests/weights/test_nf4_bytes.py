@@ -1,4 +1,4 @@
-"""What holds for the NF4 bytes of every matrix, with plain and with doubly quantized statistics."""
+"""Invariants of the NF4 bytes of every matrix, with plain and doubly quantized statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_entry_is_further_away_than_half_the_widest_gap(
 
 @given(shape=shapes, block=blocks, seed=seeds, dtype=st.sampled_from(DTYPES))
 def test_bytes_depend_on_the_values_alone(shape: tuple[int, int], block: int, seed: int, dtype: torch.dtype) -> None:
-    """Not on the dtype that holds them, nor on how the matrix lies in memory."""
+    """Not on their dtype, nor on the memory layout of the matrix."""
     w = normal(*shape, seed=seed, dtype=dtype)
     codes, absmax = quantize(w, block)
     assert (codes.dtype, codes.numel()) == (torch.uint8, -(-w.numel() // 2))
@@ -73,7 +73,7 @@ def test_blocks_in_another_order_are_bytes_in_another_order(
 
 @given(index=st.lists(st.integers(0, 15), min_size=1, max_size=200), scale=st.floats(1e-30, 1e30))
 def test_quantizing_keeps_every_code_at_even_and_at_odd_lengths(index: list[int], scale: float) -> None:
-    """Levels themselves, in blocks whose magnitude a one at their start fixes."""
+    """The levels themselves, in blocks whose magnitude is fixed by a leading one."""
     count = len(index)
     for place in range(0, count, 64):
         index[place] = 15
@@ -130,7 +130,7 @@ def test_a_block_of_zeros_has_the_code_of_zero() -> None:
 
 @given(exponent=st.integers(-149, -110), seed=seeds)
 def test_numbers_at_the_end_of_float32_stay_finite(exponent: int, seed: int) -> None:
-    """A block below the smallest normal number may come back as zeros or as anything of that size."""
+    """A block below the smallest normal number may become zeros or anything of that size."""
     w = (normal(130, seed=seed) / 8).clamp(-1, 1) * 2.0**exponent
     found, c = dequantized(w), largest(w, 64)
     small = c < TINY
@@ -148,7 +148,7 @@ def test_numbers_at_the_end_of_float32_stay_finite(exponent: int, seed: int) -> 
 def test_a_doubly_quantized_magnitude_is_near_by_the_spread_of_its_block(
     values: list[float], count: int, seed: int
 ) -> None:
-    """Few different values, many, and values that are far apart."""
+    """With few different values, with many, and with values far apart."""
     a = normal(count, seed=seed).abs()
     a[: len(values)] = torch.tensor(values)[:count]
     stats = compress_scales(a)
@@ -168,7 +168,7 @@ def test_equal_magnitudes_stay_as_they_are() -> None:
 
 
 def test_the_mean_is_the_nearest_number_to_it_whatever_the_number_of_threads() -> None:
-    """So that a model quantized on one machine is the model quantized on another."""
+    """So that a model is quantized identically on every machine."""
     before = torch.get_num_threads()
     try:
         for seed in range(4):

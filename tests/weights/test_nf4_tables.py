@@ -18,7 +18,7 @@ from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, THRESHOLDS, Statis
 
 
 def linspace(start: float, end: float, count: int, *, kind: type = f32, fused: bool = False) -> np.ndarray:
-    """As torch computes it: from both ends to the middle, in `kind`; `fused` rounds a product and its sum once."""
+    """torch's linspace: from both ends to the middle, in `kind`; `fused` rounds product and sum once."""
     start, end = kind(start), kind(end)
     step = kind((end - start) / kind(count - 1))
     wide = np.float64 if fused else kind  # a product of 24 and 7 bits and a sum near it are exact in float64
@@ -28,7 +28,7 @@ def linspace(start: float, end: float, count: int, *, kind: type = f32, fused: b
 
 
 def levels(kind: type) -> np.ndarray:
-    """The construction of the code: quantiles of the normal distribution, over the largest of them."""
+    """The levels by construction: quantiles of the normal distribution over the largest of them."""
     quantile = NormalDist().inv_cdf
     above = [quantile(float(p)) for p in linspace(0.9677083, 0.5, 9, kind=kind)[:-1]]
     below = [-quantile(float(p)) for p in linspace(0.9677083, 0.5, 8, kind=kind)[:-1]]

@@ -1,7 +1,7 @@
-"""The command line: verbs, their options and exit codes. What they do is elsewhere.
+"""The command line: verbs, their options and exit codes. Other packages implement what the verbs do.
 
-Exit codes: 0 done, 2 usage or configuration, 1 failure at run time, 130 and 143 after SIGINT and SIGTERM.
-Importing this imports nothing else, so that `main` can say what is missing.
+Exit codes: 0 success, 1 failure at run time, 2 wrong usage or configuration, 130 after SIGINT, 143 after SIGTERM.
+This module imports only the standard library, so that `main` can report a missing dependency.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ EXTRA = {"accelerate", "cma", "jinja2", "matplotlib", "pydantic", "rich", "scipy
 
 
 def main() -> None:
-    """Run the command line, with one sentence and an exit code for every failure."""
-    atexit.register(gc.freeze)  # the interpreter's last collections would walk all of torch for nothing
+    """Run the command line and exit with its code; print a sentence for a failure."""
+    atexit.register(gc.freeze)  # so that the collections at exit do not visit all objects of torch
     try:
         with _no_collections():
             code = _run()
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The application, imported when it is first asked for."""
+    """Import `app`, the application, when it is first used."""
     if name == "app":
         return importlib.import_module("reparam.cli.options").app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -44,8 +44,8 @@ def __getattr__(name: str) -> Any:
 def _no_collections() -> Iterator[None]:
     """Turn the garbage collector off until a verb runs; `Verb.invoke` turns it on.
 
-    Imports make many objects and little garbage. Each full collection walks all of them, and takes a tenth of a second
-    after torch.
+    Imports make many objects and little garbage. Each full collection visits all objects, which takes a tenth of a
+    second once torch is imported.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -59,7 +59,7 @@ def _no_collections() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show warnings as one line, without a source line under them."""
+    """Show each warning as one line, without its source line."""
     shown = warnings.showwarning
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -75,7 +75,7 @@ def _run() -> int:
 
     from reparam.cli.options import app
 
-    usage_problem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer typer has a click of its own
+    usage_problem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bundle click
     errors = Console(stderr=True)
     try:
         with _plain_warnings():

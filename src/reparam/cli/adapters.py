@@ -120,7 +120,7 @@ def compose(
     if search is not None:
         if weights is not None:
             raise ValueError(
-                "--weights and --search exclude each other: --search finds the weights itself; leave one out"
+                "--weights and --search cannot be used together: --search finds the weights itself; leave one out"
             )
         from reparam.recipes.lorahub import search_to
 
@@ -146,7 +146,7 @@ def compose(
         )
         return
     if valid is not None:
-        raise ValueError("--valid is for --search: it scores the weights that the search finds")
+        raise ValueError("--valid is for --search: it scores the weights that the search finds; leave --valid out")
     from reparam.recipes.compose import compose_to
 
     compose_to(
@@ -194,7 +194,7 @@ def compress(
     from reparam.recipes.compress import compress_to
 
     if base is not None and data is None:
-        raise ValueError("--base is for --data, which runs the base; ranks are chosen without the base")
+        raise ValueError("--base is for --data: only scoring needs the base; add --data or leave --base out")
     compress_to(
         output,
         adapter,

@@ -1,4 +1,4 @@
-"""Command-line options made from the configuration: `--section.key`, with the aliases that other scripts use."""
+"""Make command-line options from the configuration: `--section.key`, and the names that other libraries use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reparam.train.config import SECTIONS, fields_of
 
 Key = tuple[type, dataclasses.Field[Any] | None]
 
-# What the scripts of PEFT, TRL and transformers call the same settings.
+# Names of the same settings in the scripts of PEFT, TRL and transformers.
 ALIASES = {
     "base.path": ["--model_name_or_path", "--base", "--model"],
     "base.dtype": ["--dtype", "--torch_dtype"],
@@ -92,9 +92,9 @@ USUAL = (
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose parameter `overrides` is a dictionary one option for each key of the configuration.
+    """Add one option for each key of the configuration to a command; it gets the given ones as the dict `overrides`.
 
-    Also add `--help-all`, which shows every key, and `--help-method NAME`, which shows one method's settings.
+    Also add `--help-all`, which shows every option, and `--help-method NAME`, which shows the settings of one method.
     """
     keys = _keys()
 
@@ -121,10 +121,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose parameter `overrides` is a dictionary one option for each setting of any storage.
+    """Add one option for each setting of any storage to a command; it gets the given ones as the dict `overrides`.
 
-    The options are `--<setting>` and `--base.<setting>`; a setting named like an option of the command has the second
-    name only.
+    The options are `--<setting>` and `--base.<setting>`. If the command already has an option `--<setting>`, only the
+    second name is added.
     """
     keys = {f"base.{name}": pair for name, pair in fields_of("base").items() if name not in KEYS}
     taken = inspect.signature(command).parameters
@@ -137,7 +137,7 @@ def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _extended(
     command: Callable[..., None], options: dict[str, Any], more: dict[str, tuple[Any, Any]]
 ) -> Callable[..., None]:
-    """The command with these options by dotted key, whose values it gets as `overrides`, and with `more` parameters."""
+    """Add `options`, by dotted key, and `more` parameters to a command; it gets the options' values as `overrides`."""
     names = {key.replace(".", "__", 1): key for key in options}
 
     @functools.wraps(command)
@@ -155,12 +155,12 @@ def _extended(
     ]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    del wrapped.__wrapped__  # typer would read the signature underneath
+    del wrapped.__wrapped__  # otherwise typer would read the signature of the wrapped command
     return wrapped
 
 
 def _help_method(ctx: typer.Context, name: str | None) -> None:
-    """Print a method's own settings."""
+    """Print the description and the settings of a method, then exit."""
     if name is None:
         return
     method = find_method(name)
@@ -176,7 +176,7 @@ def _help_method(ctx: typer.Context, name: str | None) -> None:
 
 
 def _keys() -> dict[str, Key]:
-    """Every dotted key with its class and field. A setting of several methods has those of the first one."""
+    """All dotted keys, each with its class and field; a setting of several methods has those of the first method."""
     found: dict[str, Key] = {}
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{name}": pair for name, pair in fields_of(section).items()}
@@ -189,7 +189,7 @@ def _keys() -> dict[str, Key]:
 
 
 def _help(cls: type, field: dataclasses.Field[Any] | None, key: str) -> str:
-    """What a key means, and its default, as markup."""
+    """Help text of a key with its default, as rich markup."""
     if field is None:
         return f"One of {', '.join(METHODS)}. [dim](default: lora)[/dim]"
     text, default = " ".join(documentation(cls).get(field.name, "").split()), field.default
@@ -204,7 +204,7 @@ def _help(cls: type, field: dataclasses.Field[Any] | None, key: str) -> str:
 def _option(
     key: str, cls: type, field: dataclasses.Field[Any] | None, *, short: Sequence[str] = (), panel: str | None = None
 ) -> Any:
-    """The annotation of the option for a key. Without a panel of its own, it is hidden unless it is usual."""
+    """Annotation of the option for a key. Without a given panel, an option that is not in `USUAL` is hidden."""
     shown = panel is not None or key in USUAL
     settings: dict[str, Any] = {"hidden": not shown, "rich_help_panel": panel or TITLES[key.partition(".")[0]]}
     settings["help"] = _help(cls, field, key) if shown else ""

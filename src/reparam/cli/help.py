@@ -1,4 +1,4 @@
-"""What `--help` prints: each option's names on lines of their own, never cut, and what it does under them."""
+"""Format the output of `--help`: the names of each option are never truncated, and its help text is below them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ INDENT, DEEPER = (0, 0, 0, 2), (0, 0, 0, 8)
 
 
 class Verb(TyperCommand):
-    """A command whose help shows every name whole at any width."""
+    """A command whose help shows all option names in full at any terminal width."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command with the garbage collector on; it skips what was imported up to here."""
+        """Run the command with the garbage collector on; objects from imports so far are never collected."""
         gc.freeze()
         gc.enable()
         return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write usage, description and options, by panel."""
+        """Write the usage line, the description, and the options grouped by panel."""
         panels: dict[str, list[Any]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
@@ -37,7 +37,7 @@ class Verb(TyperCommand):
 
 
 def described(command: Any, ctx: Any) -> list[RenderableType]:
-    """The usage line and the paragraphs of a command's description."""
+    """Render the usage line and the paragraphs of a command's description."""
     paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
     found: list[RenderableType] = [Text(command.get_usage(ctx), "bold")]
     for paragraph in paragraphs:
@@ -46,17 +46,17 @@ def described(command: Any, ctx: Any) -> list[RenderableType]:
 
 
 def heading(title: str) -> RenderableType:
-    """The line above a group of options."""
+    """Render the title above a group of options."""
     return Text(f"\n{title}", "bold yellow")
 
 
 def row(names: str, text: Text) -> list[RenderableType]:
-    """Names and, under them, what they do."""
+    """Render an option's names and, below them, its help text."""
     return [Padding(Text(names.strip(), "bold cyan"), INDENT), Padding(text, DEEPER)]
 
 
 def write(formatter: Any, parts: list[RenderableType]) -> None:
-    """Put rendered lines into click's formatter, which prints them."""
+    """Render the parts as text and pass it to click's formatter, which prints it."""
     console = Console(highlight=False)
     with console.capture() as captured:
         for part in parts:
@@ -65,7 +65,7 @@ def write(formatter: Any, parts: list[RenderableType]) -> None:
 
 
 def _lines(parameter: Any, ctx: Any) -> list[RenderableType]:
-    record = parameter.get_help_record(ctx)  # None where it is hidden
+    record = parameter.get_help_record(ctx)  # None for a hidden option
     if record is None:
         return []
     text = parameter.help or ""

@@ -1,4 +1,4 @@
-"""The application, which imports a verb when it is called, its console, and the options that several verbs have."""
+"""The application, its console, and the options that several verbs share. A verb is imported when it is called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.main import get_command as as_command
 
 from reparam.cli.help import Verb, described, heading, row, write
 
-# In the order of `--help`: the file and the function in it, and one line.
+# In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
     "train": ("train.train", "Train an adapter on JSONL rows and score it."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
@@ -33,7 +33,7 @@ VERBS = {
 
 
 class _Loaded(MutableMapping[str, Any]):
-    """The commands by name; each is imported when it is first asked for."""
+    """A mapping from names to commands, which imports a command when it is first accessed."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
@@ -60,27 +60,27 @@ class _Loaded(MutableMapping[str, Any]):
 
 
 class Verbs(TyperGroup):
-    """All verbs. Help and completion show their names and one line each; only the verb that runs is imported."""
+    """The group of all verbs; help and completion show names and one line each, without importing the verbs."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Loaded()
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names, in the order of the help."""
+        """Return the names of the verbs in the order of the help."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A verb's name and line, without its options; `resolve_command` gives the verb itself."""
+        """Return a verb without its options, for help and completion; `resolve_command` returns the full verb."""
         return TyperCommand(cmd_name, help=VERBS[cmd_name][1]) if cmd_name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The verb that is called, imported now."""
+        """Import and return the verb that is called."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, self.commands[name] if name in VERBS else command, rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write what the program is for, its verbs, and its options."""
+        """Write the description of the program, its verbs and its options."""
         parts = [*described(self, ctx), heading("Verbs")]
         parts += [Text.assemble("  ", (f"{name:<11}", "bold cyan"), line) for name, (_, line) in VERBS.items()]
         parts.append(heading("Options"))

@@ -1,4 +1,4 @@
-"""Verbs that study a task: intrinsic."""
+"""Verb that measures a task: intrinsic."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def intrinsic(
     )
     found = intrinsic_to(resolve(config, {"method.name": "intrinsic", **overrides}), plan, console=console)
     if found.signal is not None:
-        console.print("stopped by a signal; the same command continues from here")
+        console.print("stopped by a signal; run the same command to continue")
         raise typer.Exit(128 + found.signal)

@@ -35,5 +35,5 @@ def train(
 
     result = run(resolved, show=Show(console))
     if result.signal is not None:
-        console.print(f"stopped by a signal; the same command continues from the checkpoint in {result.folder}")
+        console.print(f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)

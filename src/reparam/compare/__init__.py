@@ -1,1 +1,1 @@
-"""Comparing methods on one's own task: the plan, the runs, the statistics, the report."""
+"""Compare methods on your own task: the plan, the runs, the statistics and the report."""

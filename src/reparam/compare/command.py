@@ -1,4 +1,4 @@
-"""The command that does a training run of the comparison again."""
+"""Build the `reparam train` command that repeats a training run of the comparison."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from reparam.train.config import SECTIONS, Config, resolve
 
 
 def command(config: Config) -> str:
-    """`reparam train` with every setting that is not its default; `resolve` on these options gives an equal Config."""
+    """Return `reparam train` with all settings that differ from their defaults.
+
+    `resolve` on these options gives an equal Config.
+    """
     defaults = resolve(None, {"method.name": config.method.name})
-    # A method's seed is the run's unless it has one of its own.
+    # A method's seed defaults to run.seed.
     defaults = dataclasses.replace(
         defaults, method=resolve(None, {"method.name": config.method.name, "run.seed": config.run.seed}).method
     )
     words = ["reparam", "train", *_option("method.name", config.method.name)]
     for section in [*SECTIONS, "method"]:
         own, usual = getattr(config, section), _values(getattr(defaults, section))
-        if section == "base":  # the defaults of its storage, which is named where it is not the usual one
+        if section == "base":  # compare with the defaults of this storage, and name it unless it is dense
             usual = BaseConfig(storage=own.storage).table() | {"storage": usual["storage"]}
         for name, value in _values(own).items():
             if value != usual[name]:

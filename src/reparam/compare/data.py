@@ -1,8 +1,8 @@
-"""The three sides of the data: rows to train on, rows that rates are tuned on, rows that scores are reported on.
+"""Split the data into training rows, tuning rows (to choose learning rates) and test rows (for the reported scores).
 
-Who gives one file gets all three from it, by a draw that depends on the seed alone; who gives `data.valid` without
-`compare.test` gets both from its halves. What is drawn or cut is written beside the results, so that a training run can
-be repeated on it by hand.
+If only `data.train` is given, tuning and test rows are held out of it. With `data.valid` but no `compare.test`, each
+gets half of `data.valid`. With `compare.test` but no `data.valid`, tuning rows are held out of `data.train`. The draw
+depends on the seed alone. Files made by splitting or cutting are kept with the results, to repeat runs on them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from reparam.train.config import DataConfig
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """Three files, and what was done to come by them."""
+    """Paths of the three JSONL files, and notes on how they were made."""
 
     train: str
     valid: str
     test: str
     kind: str
-    """Of the rows that are scored: "answers" or "texts"."""
+    """Kind of the test rows: "answers" or "texts"."""
     notes: tuple[str, ...]
 
     def stamp(self) -> str:
-        """Changes when the content of any of the files does."""
+        """A string that changes when the content of any of the three files changes."""
         return " ".join(digest(file) for file in (self.train, self.valid, self.test))
 
 
 def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: int) -> Sides:
-    """Read, split and cut; files that had to be made are in `folder`. At most `rows` of `valid` and `test` are kept.
+    """Read the files, split them, and cut `valid` and `test` to at most `rows` rows each; write new files to `folder`.
 
-    Raises DataError for unusable rows, ConfigError where there are too few of them to split.
+    Raises DataError for unusable rows and ConfigError for a file with too few rows to split.
     """
     notes: list[str] = []
     given = {"train": data.train, "valid": data.valid, "test": test}
@@ -52,11 +52,11 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
         assert data.valid is not None
         count = len(lines["valid"])
         lines["valid"], lines["test"] = _draw(lines["valid"], count // 2, draw, data.valid)
-        notes.append(f"{data.valid} is halved (seed {seed}): rates are tuned on one half, scores are from the other.")
+        notes.append(f"{data.valid} is split in half (seed {seed}): one half tunes rates, the other gives the scores.")
     elif "valid" not in lines:
         count = round(data.holdout * len(lines["train"]))
         lines["train"], lines["valid"] = _draw(lines["train"], count, draw, data.train)
-        notes.append(f"{count} rows of {data.train} are held out to tune rates on (seed {seed}).")
+        notes.append(f"{count} rows of {data.train} are held out for tuning learning rates (seed {seed}).")
     for side in ("valid", "test"):
         if len(lines[side]) > rows:
             notes.append(f"{rows} of {len(lines[side])} {side} rows are scored (compare.rows; seed {seed}).")
@@ -66,24 +66,24 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
 
 
 def _lines(file: str) -> list[str]:
-    """The rows of a file as they stand in it, once they have all been found good."""
+    """Non-empty lines of a JSONL file, after all its rows are checked."""
     read_rows(file)
     return [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _draw(lines: list[str], count: int, draw: random.Random, source: str) -> tuple[list[str], list[str]]:
-    """Those that are left and those that are drawn, each in the order of the file."""
+    """Draw `count` lines; return the lines that are left and those that are drawn, both in the order of the file."""
     if not 0 < count < len(lines):
         raise ConfigError(
-            f"{source}: {len(lines)} rows are too few to split ({count} would be drawn); give data.valid and "
-            f"compare.test"
+            f"{source}: {len(lines)} rows are too few to split ({count} would be held out); add rows, or set "
+            f"data.valid and compare.test"
         )
     chosen = set(draw.sample(range(len(lines)), count))
     return [x for i, x in enumerate(lines) if i not in chosen], [x for i, x in enumerate(lines) if i in chosen]
 
 
 def _file(side: str, given: str | None, lines: list[str], folder: Path) -> str:
-    """The user's own file where it is used as it is, else one that is written here."""
+    """Path of the given file if all its lines are used; otherwise, of a new file in `folder` with these lines."""
     if given is not None and _lines(given) == lines:
         return given
     content = ("\n".join(lines) + "\n").encode()

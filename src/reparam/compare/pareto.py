@@ -1,4 +1,4 @@
-"""What nothing else beats: the Pareto front of a score and a cost."""
+"""The Pareto front of a score and a cost."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 
 def front(points: Mapping[str, tuple[float, float]], *, larger_is_better: bool) -> list[str]:
-    """The names that no other point beats, cheapest first. A point is a cost and a score.
+    """Names of the points, each (cost, score), that no other point dominates, from the cheapest to the most expensive.
 
-    One point beats another if it costs no more and scores no worse, and is better in one of the two. Points that are
-    equal in both are all on the front.
+    One point dominates another if neither its cost nor its score is worse and at least one of them is better. Points
+    with equal cost and equal score are all on the front.
 
     >>> front({"a": (1, 0.5), "b": (2, 0.9), "c": (3, 0.7)}, larger_is_better=True)
     ['a', 'b']
     """
     sign = -1 if larger_is_better else 1
     kept: list[str] = []
-    best = (0.0, float("inf"))  # cost and loss of the last point that went on the front
+    best = (0.0, float("inf"))  # cost and loss of the last point added to the front
     for name, (cost, score) in sorted(points.items(), key=lambda item: (item[1][0], sign * item[1][1])):
         loss = sign * score
         if loss < best[1] or (cost, loss) == best:

@@ -1,12 +1,12 @@
-"""The plan of a comparison: what `reparam train` reads, and beside it who is compared, how often, at what expense.
+"""Read the plan of a comparison: the configuration of `reparam train` plus the methods to compare and the budget.
 
-    [base] [data] [adapter] [optim] [run]      as in a training run; common to all contestants
+    [base] [data] [adapter] [optim] [run]      as in a training run; shared by all contestants
     [compare]                                  metric, seeds, rates, ranks, storages, budget
-    [[compare.methods]]                        one for each method: its name and any of its settings
+    [[compare.methods]]                        one table for each method: its name and any of its settings
 
-A setting that is given as a list, and is none, makes a contestant of each of its values. `ranks` does so for every
-method that has a rank. A method may also have a `label`, `ranks` and `storages` of its own, and tables `adapter`,
-`optim` and `base` that change these sections for it alone.
+A list for a setting that takes a single value makes one contestant for each value in the list. `ranks` makes one
+contestant for each rank of every method that has a rank. A method's table may also contain `label`, `ranks` and
+`storages`, and tables `adapter`, `optim` and `base` that override these sections for this method only.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from reparam.train.config import LORA_PLUS, SECTIONS, Config, build, read_tables
 
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")
-# What a rank is called. AdaLoRA's budget ends at rank r a site and begins at half as much again.
+# Settings that give a method rank r, by the name of its rank. AdaLoRA starts at mean rank 1.5 r per site and ends at r.
 RANKS: dict[str, Callable[[int], dict[str, int]]] = {
     "r": lambda r: {"r": r},
     "target_r": lambda r: {"target_r": r, "init_r": math.ceil(1.5 * r)},
 }
-RANKLESS = ("intrinsic",)  # their r is not what they train
+RANKLESS = ("intrinsic",)  # methods with a setting r that does not determine the number of trained parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """Who is compared, and how. Raises ValueError for what makes no sense."""
+    """Settings of the section [compare]. Raises ValueError, with all problems at once, for values out of range."""
 
     metric: Literal["auto", "exact", "loss", "bits"] = "auto"
-    """What is compared: exact match of answers, loss per answer token, or bits per byte of texts; auto is exact match
-    where rows have answers, else bits per byte."""
+    """Metric to compare: exact (exact match of answers), loss (per answer token) or bits (per byte of text). auto means
+    exact for rows with answers and bits for rows of text."""
     test: str | None = None
-    """JSONL file that scores are reported on; by default half of data.valid, which rates are tuned on."""
+    """JSONL file of the rows for the reported scores. By default, half of data.valid; the other half is for tuning."""
     rows: int = 200
-    """How many rows of each of the two are scored at most; they are drawn once, by run.seed."""
+    """Maximum number of tuning rows and of test rows to score. They are drawn once, with run.seed."""
     methods: tuple[Mapping[str, Any], ...] = ()
-    """The methods, each with its name and settings."""
+    """Methods to compare, each with its name and settings."""
     ranks: tuple[int, ...] = ()
-    """Ranks of every method that has one; by default the method's own."""
+    """Ranks for every method that has a rank. By default, the method's default rank."""
     storages: tuple[str, ...] = ()
-    """Storages of the base, by name; by default base.storage."""
+    """Names of the storages of the base to compare. By default, base.storage alone."""
     seeds: int = 3
-    """Scored runs of each contestant, with seeds from run.seed on."""
+    """Number of scored runs of each contestant. Their seeds are run.seed, run.seed + 1, and so on."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates that every contestant is tuned over."""
+    """Learning rates to try for every contestant."""
     rungs: tuple[float, ...] = (0.25, 0.5)
-    """Lengths of the tuning runs as shares of the steps, shortest first."""
+    """Lengths of the tuning runs as shares of the full number of steps, shortest first."""
     keep: float = 0.5
-    """Share of the contestants that goes on after a rung; 1 stops nobody."""
+    """Share of the contestants that continue after each rung of tuning; 1 stops none."""
     least: int = 8
-    """Never fewer contestants than this go on."""
+    """Minimum number of contestants that continue after each rung."""
     reference: str = ""
-    """Label of the contestant that the others are compared with; by default the first that is plain LoRA."""
+    """Label of the contestant that the others are compared with. By default, the first plain LoRA, if any."""
     minutes: float | None = None
-    """No run starts after this long; a second call goes on for as long again."""
+    """Start no further run after this many minutes. Each call of the command has this much time."""
     parameters: int | None = None
-    """Contestants that train more than this are left out."""
+    """Leave out contestants with more trained parameters than this."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -91,37 +91,38 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """One way to train: a method with its settings, on a storage."""
+    """One training configuration to compare: a method with its settings, on one storage of the base."""
 
     label: str
     settings: Mapping[str, Any]
-    """What differs from the common run, by dotted key."""
+    """Settings that override or extend the common ones, by dotted key."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A comparison, checked as far as it can be without the model."""
+    """A comparison whose settings are checked; whether they fit the model is checked by `preflight`."""
 
     compare: CompareConfig
     common: Mapping[str, Any]
-    """The settings that all have, by dotted key."""
+    """Settings that all contestants share, by dotted key."""
     contestants: tuple[Contestant, ...]
     reference: str
     notes: tuple[str, ...]
-    """What the plan asks for and cannot be, in sentences for the report."""
+    """Sentences for the report about requests of the plan that do not apply, such as ranks for a method without one."""
     output: str
 
     def config(self, contestant: Contestant, more: Mapping[str, Any]) -> Config:
-        """A training run of the contestant, with `more` settings on top."""
+        """The configuration of a training run of the contestant; `more` settings, by dotted key, override its own."""
         return _resolved(self.common, {**contestant.settings, **more})
 
 
 def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
-    """The plan in a TOML file, if one is given, with dotted overrides such as {"compare.seeds": 5} on top.
+    """Read a plan from an optional TOML file, then apply overrides by dotted key, such as {"compare.seeds": 5}.
 
-    `compare.methods` may also be names, "lora,dora". Raises ConfigError, with all problems at once: whatever `resolve`
-    refuses in a contestant, unknown keys of [compare] (naming the nearest), settings that are tuned or have no meaning
-    here, a rank for a method that has none, two contestants with one label, an unknown reference.
+    `compare.methods` may also be a string of names, such as "lora,dora". Raises ConfigError, with all problems at once,
+    for: settings of a contestant that `resolve` rejects; unknown keys of [compare]; a learning rate outside
+    compare.rates; a section [method]; ranks for a method that has none; two contestants with the same label; an unknown
+    reference.
     """
     tables = read_tables(file) if file is not None else {}
     for key, value in overrides.items():
@@ -134,7 +135,7 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     common = {f"{s}.{key}": value for s, keys in tables.items() if s != "method" for key, value in keys.items()}
     contestants: list[Contestant] = []
     notes: list[str] = []
-    known = compare or CompareConfig()  # so that one wrong key hides no other problem
+    known = compare or CompareConfig()  # defaults, so that the checks below also run if a key is wrong
     for entry in entries:
         storages = known.storages or (str(common.get("base.storage", "dense")),)
         contestants += _contestants(entry, known.ranks, storages, problems, notes)
@@ -144,7 +145,7 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
         where = f"{file}: " if file is not None else ""
         raise ConfigError(where + "; ".join(dict.fromkeys(problems)))
     output = str(common.pop("run.output", "out/compare"))
-    resolved = _resolved(common)  # so that values have their types, wherever they came from
+    resolved = _resolved(common)  # this converts values to their types; options give strings
     common = {key: value for key in common if (value := _at(resolved, key, common[key])) is not None}
     known = dataclasses.replace(known, methods=tuple(entries))
     return Plan(known, common, tuple(contestants), reference, tuple(dict.fromkeys(notes)), output)
@@ -152,7 +153,7 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
 
 def _at(config: Config, key: str, given: Any) -> Any:
     section, _, name = key.partition(".")
-    if section == "base" and name not in KEYS:  # of a storage that only some contestants have, it is as it was given
+    if section == "base" and name not in KEYS:  # a setting of a storage may not exist here; then keep the given value
         return config.base.settings.get(name, given)
     return getattr(getattr(config, section), name)
 
@@ -162,7 +163,7 @@ def _rising(rungs: Sequence[float]) -> bool:
 
 
 def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
-    """Unknown sections, and keys of a training run that mean nothing in a comparison."""
+    """Problems with sections and keys: unknown ones, required ones that are missing, and ones for a single run only."""
     known = [*SECTIONS, "compare"]
     problems = [
         f"unknown section [{section}]{nearest(section, known)}"
@@ -171,10 +172,12 @@ def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
     ]
     if "method" in tables:
         problems.append(
-            "[method] is for one training run: name the methods in [[compare.methods]], or with --methods lora,dora"
+            "[method] is for a single training run: list the methods in [[compare.methods]] or with --methods lora,dora"
         )
     if "learning_rate" in tables.get("optim", {}):
-        problems.append("optim.learning_rate is tuned for each contestant: give the grid as compare.rates")
+        problems.append(
+            "optim.learning_rate is tuned for each contestant: set the learning rates to try in compare.rates"
+        )
     for key, value in (("base.path", "the base model"), ("data.train", "the rows to train on")):
         section, _, name = key.partition(".")
         if not tables.get(section, {}).get(name):
@@ -183,16 +186,16 @@ def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _entries(table: dict[str, Any], problems: list[str]) -> list[dict[str, Any]]:
-    """[[compare.methods]] as tables; taken out of `table`."""
+    """Remove `methods` from the table [compare] and return one table for each method that has a name."""
     given = table.pop("methods", None)
     if isinstance(given, str):
         given = [name for name in given.split(",") if name]
     if not given or not isinstance(given, list | tuple):
-        problems.append(f"compare.methods: name at least one, of {', '.join(METHODS)}")
+        problems.append(f"compare.methods: list at least one of {', '.join(METHODS)}")
         return []
     entries = [dict(entry) if isinstance(entry, Mapping) else {"name": str(entry)} for entry in given]
     problems += [
-        f"compare.methods: entry {i + 1} has no name" for i, entry in enumerate(entries) if "name" not in entry
+        f"compare.methods: entry {i + 1} has no name; add one" for i, entry in enumerate(entries) if "name" not in entry
     ]
     return [entry for entry in entries if "name" in entry]
 
@@ -204,7 +207,7 @@ def _contestants(
     problems: list[str],
     notes: list[str],
 ) -> list[Contestant]:
-    """What one entry stands for: the product of its settings that are lists, its ranks and its storages."""
+    """The contestants of one entry: all combinations of its listed settings, its ranks and its storages."""
     rest = {key: value for key, value in entry.items() if key not in OWN}
     name = str(rest.pop("name"))
     plus = name.lower() in LORA_PLUS
@@ -218,7 +221,7 @@ def _contestants(
         changes = rest.pop(section, {})
         settings |= {f"{section}.{key}": value for key, value in changes.items()}
         if section == "optim" and "learning_rate" in changes:
-            problems.append(f"{name}: optim.learning_rate is tuned: give the grid as compare.rates")
+            problems.append(f"{name}: optim.learning_rate is tuned: set the learning rates to try in compare.rates")
     types = {field.name: str(field.type) for field in dataclasses.fields(method)}
     axes: list[list[tuple[str, dict[str, Any]]]] = []
     for key, value in rest.items():
@@ -245,17 +248,20 @@ def _rank_axis(
     problems: list[str],
     notes: list[str],
 ) -> list[list[tuple[str, dict[str, Any]]]]:
-    """The ranks of one entry as an axis of the product; none where it has no ranks, or says its rank itself."""
+    """Alternatives for the rank of one entry, as an axis of the product.
+
+    Empty if the method has no rank, the entry sets its rank, or no ranks are given.
+    """
     kind = next((key for key in RANKS if key in types and name not in RANKLESS), None)
     if kind is None:
         if own is not None:
-            problems.append(f"{name}: has no rank, so ranks={list(own)} means nothing for it; leave it out")
+            problems.append(f"{name}: has no rank, so ranks={list(own)} does not apply; remove it")
         elif ranks:
-            notes.append(f"{name} has no rank: it is one contestant whatever compare.ranks says.")
+            notes.append(f"{name} has no rank: compare.ranks does not apply, and it is a single contestant.")
         return []
     if kind in given:
         if own is not None:
-            problems.append(f"{name}: {kind} and ranks are both given; leave one out")
+            problems.append(f"{name}: {kind} and ranks are both set; remove one")
         return []
     wanted = own if own is not None else ranks
     if not wanted:
@@ -269,11 +275,11 @@ def _merged(parts: Any) -> dict[str, Any]:
 
 
 def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the contestants, each by itself and beside the others."""
+    """Problems of the common settings, of each contestant's settings, and of labels that occur twice."""
     problems = []
     try:
         _resolved(common)
-    except ConfigError as error:  # then every contestant would say the same
+    except ConfigError as error:  # every contestant would have the same problem
         return [str(error)]
     for contestant in contestants:
         try:
@@ -282,7 +288,7 @@ def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> lis
             problems.append(f"{contestant.label}: {error}")
     labels = [contestant.label for contestant in contestants]
     problems += [
-        f"two contestants are called {label!r}: give one of them another label"
+        f"two contestants have the label {label!r}: set `label` for one of them"
         for label in dict.fromkeys(labels)
         if labels.count(label) > 1
     ]
@@ -290,11 +296,11 @@ def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> lis
 
 
 def _reference(wanted: str, contestants: Sequence[Contestant], problems: list[str]) -> str:
-    """The label of the contestant that the others are compared with."""
+    """Label of the reference: the wanted one, else the first plain LoRA, else the first contestant, else ""."""
     labels = [contestant.label for contestant in contestants]
     if wanted:
         if wanted not in labels:
-            problems.append(f"compare.reference: no contestant is called {wanted!r}{nearest(wanted, labels)}")
+            problems.append(f"compare.reference: no contestant has the label {wanted!r}{nearest(wanted, labels)}")
         return wanted
     plain = [
         c.label for c in contestants if c.settings["method.name"] == "lora" and "optim.lora_plus" not in c.settings
@@ -303,11 +309,11 @@ def _reference(wanted: str, contestants: Sequence[Contestant], problems: list[st
 
 
 def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """The configuration with `own` settings over the common ones, of which those of other storages do not count."""
+    """The configuration from the common settings, without those of other storages, overridden by `own` settings."""
     name = str({**common, **own}.get("base.storage", "dense"))
     fields = {storage: {f"base.{f.name}" for f in dataclasses.fields(cls)} for storage, cls in STORAGES.items()}
     foreign = {key for keys in fields.values() for key in keys} - fields.get(name, set())
     fitting = {key: value for key, value in common.items() if key not in foreign}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="method.name .* is taken for LoRA")  # the report shows the settings
+        warnings.filterwarnings("ignore", message="method.name .*LoRA")  # the report shows the settings
         return resolve(None, {**fitting, **own})

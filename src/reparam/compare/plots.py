@@ -1,4 +1,4 @@
-"""The report's plots: scores with intervals, score over cost with the Pareto front, learning curves."""
+"""Draw the report's plots: scores with intervals, score against cost with the Pareto front, and learning curves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from reparam.compare import svg
 
 Row = Mapping[str, Any]
-FAR = 16  # a label this far above or below its point is tied to it by a line
+FAR = 16  # a label farther above or below its point than this gets a line to it
 COSTS: dict[str, tuple[str, Callable[[float], float]]] = {
     "parameters": ("trained parameters", float),
-    "step_seconds": ("milliseconds of a training step", lambda v: 1000 * v),
-    "peak_bytes": ("MiB that training held at most", lambda v: v / 2**20),
-    "decode_seconds": ("milliseconds of a decoded token, not merged", lambda v: 1000 * v),
+    "step_seconds": ("milliseconds per training step", lambda v: 1000 * v),
+    "peak_bytes": ("peak memory of training, MiB", lambda v: v / 2**20),
+    "decode_seconds": ("milliseconds per decoded token, not merged", lambda v: 1000 * v),
 }
 
 
 def scores(rows: Sequence[Row], metric: str, reference: str) -> str:
-    """One line for each contestant: its mean and interval; the reference's interval as a band behind all."""
+    """Draw each contestant's mean score and interval on its own line, over a band for the reference's interval."""
     rows = [row for row in rows if row["score"] is not None]
     names = 12 + 7.2 * max(len(row["label"]) for row in rows)
     left, right, top, height = min(names, 200), svg.WIDTH - 14, 8, 24
@@ -48,7 +48,7 @@ def scores(rows: Sequence[Row], metric: str, reference: str) -> str:
 
 
 def pareto(rows: Sequence[Row], cost: str, front: Sequence[str], metric: str, *, larger: bool, reference: str) -> str:
-    """Score over a cost; the front as a line through those that nobody beats."""
+    """Draw the mean score against a cost, a point for each contestant, and the Pareto front as a line."""
     rows = [row for row in rows if row["score"] is not None and row[cost] is not None]
     title, unit = COSTS[cost]
     costs = {row["label"]: unit(row[cost]) for row in rows}
@@ -84,11 +84,11 @@ def pareto(rows: Sequence[Row], cost: str, front: Sequence[str], metric: str, *,
         svg.text((left + right) / 2, bottom + 34, title + (", log scale" if log else ""), anchor="middle", kind="axis")
     )
     body.append(svg.text(left, 11, f"{metric} ({better})", kind="axis"))
-    return svg.svg(bottom + 42, body, f"{metric} over {title}; on the front: {', '.join(front)}")
+    return svg.svg(bottom + 42, body, f"{metric} against {title}; on the Pareto front: {', '.join(front)}")
 
 
 def curve(rows: Sequence[Row], label: str) -> str:
-    """The held-out loss by step of one contestant, before those of all the others."""
+    """Draw one contestant's held-out loss by step in front of the curves of all others."""
     width, left, right, top, bottom = 230.0, 34.0, 222.0, 10.0, 104.0
     points = [point for row in rows for point in row["curve"]]
     (x_low, x_high), (y_low, y_high) = (svg.around([point[i] for point in points]) for i in (0, 1))
@@ -106,7 +106,7 @@ def curve(rows: Sequence[Row], label: str) -> str:
 
 
 def count(value: float) -> str:
-    """A number for an axis.
+    """Format a number for an axis, with at most three digits and a suffix.
 
     >>> [count(v) for v in (0.5, 40, 1500, 224256, 5475584)]
     ['0.5', '40', '1.5k', '224k', '5.48M']
@@ -131,7 +131,7 @@ def _grid_x(
 
 
 def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """From each point of the front to the next: along the cost first, since nothing in between is better."""
+    """Corners of the front as a staircase: between two points the score stays that of the cheaper one."""
     found = list(points[:1])
     for (_, before), (x, y) in itertools.pairwise(points):
         found += [(x, before), (x, y)]

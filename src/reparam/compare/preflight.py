@@ -1,4 +1,4 @@
-"""Before anything is trained: how many parameters each contestant trains, and everything that a base speaks against."""
+"""Before training: count each contestant's trained parameters, and check that all contestants fit the base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _METRICS_OF = {"answers": ("exact", "loss"), "texts": ("bits",)}
 
 
 def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
-    """Trained parameters by contestant, and what was warned of, in sentences.
+    """Return the number of trained parameters by contestant, and the warnings raised meanwhile, as sentences.
 
-    The base is loaded once for each storage, and every contestant is put on it.
+    The base is loaded once for each of its configurations, and every contestant's adapter is attached to it.
 
     Raises ConfigError, with all problems at once, for contestants that do not fit the model.
     """
@@ -55,7 +55,7 @@ def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
 
 
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
-    """Steps of a whole run, as `reparam train` counts them."""
+    """Number of optimizer steps of a full run, counted as `reparam train` does."""
     config = plan.config(plan.contestants[0], {"data.train": sides.train, "data.valid": sides.valid})
     if config.run.max_steps > 0:
         return config.run.max_steps
@@ -64,7 +64,7 @@ def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
 
 
 def metric_of(wanted: str, kind: str) -> str:
-    """The name of the score that is compared. Raises ConfigError where the rows do not have it.
+    """Name of the score for a metric and a kind of rows. Raises ConfigError if these rows do not have the metric.
 
     >>> metric_of("auto", "texts")
     'bits per byte'
@@ -72,6 +72,6 @@ def metric_of(wanted: str, kind: str) -> str:
     known = _METRICS_OF[kind]
     if wanted != "auto" and wanted not in known:
         raise ConfigError(
-            f"compare.metric: {wanted} cannot be had of rows that are {kind}; expected {' or '.join(known)}"
+            f"compare.metric: rows with {kind} have no metric {wanted!r}; set {' or '.join(known)}, or auto"
         )
     return METRICS[known[0] if wanted == "auto" else wanted]

@@ -1,8 +1,8 @@
-"""A recommendation in one sentence: which contestant to take, or that the difference is within noise.
+"""Recommend a contestant in one sentence, or say that the difference is within noise.
 
-Within noise of the best is whoever's difference to it, paired by seed, has an interval that holds 0. Among these the
-one with the fewest trained parameters is taken. A contestant with a run that failed is never recommended, and nobody is
-where nothing is better than the base.
+A contestant is within noise of the best one if the 95 % interval of their difference, paired by seed, contains 0. The
+contestant with the fewest trained parameters among these is recommended. Contestants with a failed run are never
+recommended. If no contestant is better than the base, none is recommended.
 """
 
 from __future__ import annotations
@@ -20,35 +20,39 @@ def recommend(
     failed: Collection[str],
     base: float | None,
 ) -> str:
-    """The sentence. `values` has each contestant's score by seed, `base` is that of the base as it is, if known."""
+    """Return the recommendation.
+
+    `values` has each contestant's score by seed and `parameters` its number of trained parameters. `failed` are the
+    contestants with a failed run. `base` is the score of the base without an adapter, or None if it is not known.
+    """
     larger = metric == "exact match"
     means = {label: interval(list(v.values())).mean for label, v in values.items() if v and label not in failed}
     if not means:
-        return "There is nothing to compare yet: no contestant has a scored run that ended well."
+        return "There is nothing to compare yet: every contestant has a failed run or no scored run."
     order = sorted(means, key=lambda label: -means[label] if larger else means[label])
     best = order[0]
     if base is not None and not (means[best] > base if larger else means[best] < base):
         return (
-            f"Nothing is better than the base as it is ({_score(base, metric)}; the best is {best}, "
-            f"{means[best]:.3f}): train longer, try other rates, or choose a metric that sees smaller steps."
+            f"No contestant is better than the base without an adapter ({_score(base, metric)}; the best is {best}, "
+            f"{means[best]:.3f}): train longer, try other learning rates, or choose a more sensitive metric."
         )
     if len(order) == 1:
         return f"{best} is the only contestant with scored runs ({_score(means[best], metric)})."
     seeds = min(len(values[label]) for label in order)
     if seeds < 2:
         return (
-            f"{best} has the best {metric} ({means[best]:.3f}), of one seed each, which cannot tell a difference from "
-            f"noise: run more seeds."
+            f"{best} has the best {metric} ({means[best]:.3f}), but one seed per contestant cannot distinguish a "
+            f"difference from noise: run more seeds."
         )
     near = [label for label in order if label == best or _within(paired(values[label], values[best]))]
     taken = min(near, key=lambda label: (parameters[label], order.index(label)))
     if best == reference:
         rest = [label for label in near if label != best]
         if not rest:
-            return f"Take {best}: nothing comes within noise of it ({_score(means[best], metric)}, {seeds} seeds)."
+            return f"Take {best}: no other is within noise of it ({_score(means[best], metric)}, {seeds} seeds)."
         return (
-            f"The difference is within noise: nothing beats {best} ({_score(means[best], metric)}), and "
-            f"{_listed(rest)} cannot be told from it by {seeds} seeds{_smallest(taken, near, parameters)}."
+            f"The difference is within noise: {best} is the best ({_score(means[best], metric)}), and {seeds} seeds "
+            f"cannot distinguish it from {_listed(rest)}{_smallest(taken, near, parameters)}."
         )
     if reference in near:
         difference = paired(values[best], values[reference])
@@ -61,7 +65,7 @@ def recommend(
     if taken == best:
         return f"Take {best}: {_score(means[best], metric)}{ahead}, over {seeds} seeds."
     return (
-        f"Take {taken}: {_score(means[taken], metric)}{ahead}, within noise of {best}, the best "
+        f"Take {taken}: {_score(means[taken], metric)}{ahead}. It is within noise of {best}, the best "
         f"({means[best]:.3f}), and the smallest of the {len(near)} that are ({parameters[taken]:,} trained parameters)."
     )
 

@@ -1,6 +1,6 @@
-"""The report: one HTML file that needs nothing else, from the dictionary of `results.json`.
+"""Render the report: one self-contained HTML file, from the dictionary that `results.json` holds.
 
-Everything that comes from the user is escaped by the template; the plots are SVG text of our own, which escapes too.
+The template escapes all text that comes from the user; `svg.py`, which makes the plots, escapes it too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from reparam.compare import plots
 Cell = dict[str, Any]
 TITLES = {
     "parameters": "Score and size",
-    "step_seconds": "Score and time of training",
-    "peak_bytes": "Score and memory of training",
-    "decode_seconds": "Score and latency",
+    "step_seconds": "Score and training time",
+    "peak_bytes": "Score and training memory",
+    "decode_seconds": "Score and decoding latency",
 }
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The page as text. It makes no request, and its table is complete without its script."""
+    """Return the HTML page. It makes no network request; its script only sorts the table."""
     rows, larger = results["rows"], results["larger_is_better"]
     scored = [row for row in rows if row["score"] is not None]
     curved = [row for row in rows if row["curve"]]
@@ -61,21 +61,21 @@ def _heads(results: Mapping[str, Any]) -> list[Cell]:
     heads = [
         ("contestant", "", ""),
         (results["metric"], better, ""),
-        (f"less {results['reference']}'s", "paired", ""),
+        (f"difference to {results['reference']}", "paired by seed", ""),
         *((name, "", "") for name in _others(results)),
         ("parameters", "trained", ""),
-        ("rate", "tuned", ""),
+        ("rate", "tuned", "learning rate"),
         ("step", "ms", "median time of a training step"),
-        ("memory", "MiB", "the most that training held"),
-        ("decode", "ms a token", "greedy, batch 1, adapter beside the base"),
-        ("merged", "ms a token", "the same after folding the adapter into the base"),
-        ("adapter", "KiB", "its files"),
+        ("memory", "MiB", "peak memory of training"),
+        ("decode", "ms per token", "greedy decoding at batch size 1, adapter not merged"),
+        ("merged", "ms per token", "the same after merging the adapter into the base"),
+        ("adapter", "KiB", "size of the adapter's files"),
     ]
     return [{"name": name, "unit": unit, "why": why} for name, unit, why in heads]
 
 
 def _others(results: Mapping[str, Any]) -> list[str]:
-    """Scores beside the one that is compared."""
+    """Names of the scores other than the compared metric."""
     return list(dict.fromkeys(name for row in results["rows"] for name in row["others"]))
 
 
@@ -125,7 +125,7 @@ def _unmerged(why: str) -> Cell:
 
 
 def _tuning(entry: Mapping[str, Any], rates: list[float]) -> list[Cell]:
-    """A line for each rung that the contestant was on; its best rate there is marked."""
+    """One line for each rung at which the contestant was tuned; the rate with the lowest loss is marked."""
     lines: list[Cell] = []
     for steps, losses in entry["losses"].items():
         best = min((loss for loss in losses.values() if loss is not None), default=None)

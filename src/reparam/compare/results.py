@@ -1,4 +1,4 @@
-"""From what the runs left to the figures of the report: one dictionary of plain values, which is `results.json`."""
+"""Compute the figures of the report from the outcomes of all runs, as one dictionary: the content of `results.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COSTS = ("parameters", "step_seconds", "peak_bytes", "decode_seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Everything that a comparison has found out so far."""
+    """Outcomes and measurements of a comparison so far."""
 
     plan: Plan
     metric: str
@@ -30,19 +30,22 @@ class Findings:
     parameters: Mapping[str, int]
     tuning: Sequence[Outcome]
     rates: Mapping[str, float]
-    """The rate that tuning chose, by contestant."""
+    """Learning rate that tuning chose, by contestant."""
     scored: Sequence[Outcome]
     serving: Mapping[str, Serving]
     stopped: Mapping[str, str]
-    """Contestants that were stopped or left out, and why."""
+    """Reason, by contestant, for those that were stopped early or left out."""
     notes: Sequence[str]
     missing: Sequence[str]
-    """What of the plan was not done yet, in sentences."""
+    """Parts of the plan that were not run, as sentences."""
     machine: str
 
 
 def results(found: Findings) -> dict[str, Any]:
-    """The figures. A round of seeds that not all contestants have ended is left out, so that the table is balanced."""
+    """Return the figures of the report.
+
+    Seeds that some contestant has not finished are left out for all, unless no seed is finished by all.
+    """
     compared = [c.label for c in found.plan.contestants if c.label not in found.stopped]
     whole = _whole_rounds(found.scored, compared)
     by_label = {label: [o for o in whole if o.label == label] for label in compared}
@@ -91,7 +94,7 @@ def _whole_rounds(scored: Sequence[Outcome], labels: Sequence[str]) -> list[Outc
 
 
 def _values(runs: Sequence[Outcome], name: str) -> dict[int, float]:
-    """A score by seed, of the runs that did not fail."""
+    """The named score by seed, for the runs that did not fail."""
     return {o.seed: float(s["value"]) for o in runs for s in o.after if o.failed is None and s["name"] == name}
 
 
@@ -140,7 +143,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _curve(runs: Sequence[Outcome]) -> list[tuple[int, float]]:
-    """The mean held-out loss over the runs, at each step that all of them have."""
+    """Step and mean held-out loss over the runs, for each step that all runs have evaluated."""
     if not runs:
         return []
     curves = [dict(run.curve) for run in runs]
@@ -149,7 +152,7 @@ def _curve(runs: Sequence[Outcome]) -> list[tuple[int, float]]:
 
 
 def _tuned(found: Findings, label: str) -> dict[str, Any]:
-    """The losses of a contestant's tuning runs: by steps, then by rate; None for a run that failed."""
+    """Losses of a contestant's tuning runs, by number of steps and then by learning rate; None for a failed run."""
     losses: dict[str, dict[str, float | None]] = {}
     for run in found.tuning:
         if run.label == label:

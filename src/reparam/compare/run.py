@@ -1,11 +1,11 @@
-"""A whole comparison: split the data, tune, score seed by seed, measure, report. What is there already is not repeated.
+"""Run a whole comparison: split the data, tune, score seed by seed, measure latency, and report.
 
     results.json   report.html       runs/       one folder for each training run, see trial.py
     plan.toml                        data/       rows that were split off or cut
 
-Runs are ordered so that an end before the end leaves a balanced table: all contestants' tuning first, rate by rate,
-then one seed after the other for everybody. A second call goes on; a changed plan in the same folder repeats only what
-changed, and its report has the contestants of that plan alone.
+Tuning runs come first, rate by rate for all contestants; then scored runs, seed by seed for all contestants. So the
+table is balanced even if a comparison stops early. A second call with the same folder continues and skips finished
+runs. After a change of the plan, only the runs that it affects are repeated, and the report shows only its contestants.
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ from reparam.hf.models import check_not_base
 from reparam.io.staged import digest, write_file
 from reparam.train.checkpoint import RunLock
 
-TUNING = 1000  # added to the seed, for the runs that rates are chosen by
+TUNING = 1000  # added to run.seed for the tuning runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a comparison ended."""
+    """The report of a comparison, and the signal if one stopped it."""
 
     report: Path
     signal: int | None = None
-    """The signal that ended it early."""
+    """Number of the signal that stopped the comparison early, or None."""
 
 
 def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
-    """Run it. Raises ValueError for what the user can mend, RuntimeError for what fails on the way."""
+    """Run the comparison in the folder `plan.output` and write its report, also after a signal.
+
+    Raises ValueError for a plan, data or a base that the user has to fix, and RuntimeError if a run cannot continue.
+    """
     folder = Path(plan.output)
     check_not_base(folder, str(plan.common["base.path"]))
     with RunLock(folder):
@@ -61,12 +64,12 @@ def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
             comparison.run()
         except Stopped as stopped:
             number = stopped.number
-            comparison.missing.append(f"The comparison was {stopped}; the same command goes on with it.")
+            comparison.missing.append(f"The comparison was {stopped}; the same command continues it.")
         return Ended(write(comparison.findings(), folder, console), number)
 
 
 class _Comparison:
-    """The state of one call."""
+    """State of one call of `compare`."""
 
     def __init__(self, plan: Plan, folder: Path, workers: Workers, console: Console) -> None:
         self.plan, self.folder, self.workers, self.console = plan, folder, workers, console
@@ -88,31 +91,31 @@ class _Comparison:
         self.missing: list[str] = []
 
     def run(self) -> None:
-        """All of it, as far as there is time."""
+        """Tune, score and measure, until all is done or the time is up."""
         limit = self.plan.compare.parameters
         for label, count in self.parameters.items():
             if limit is not None and count > limit:
                 self.stopped[label] = f"it trains {count:,} parameters, more than compare.parameters ({limit:,})"
         if not self.left():
-            raise ValueError(f"compare.parameters={limit}: every contestant trains more than that")
+            raise ValueError(f"compare.parameters={limit}: every contestant trains more parameters; raise the limit")
         self.tune()
         self.score()
         self.measure()
 
     def left(self) -> list[Contestant]:
-        """The contestants that were not stopped."""
+        """Contestants that were neither left out nor stopped."""
         return [contestant for contestant in self.plan.contestants if contestant.label not in self.stopped]
 
     def late(self) -> bool:
-        """Whether the budget is spent."""
+        """Whether compare.minutes have passed since the call began."""
         return time.monotonic() >= self.deadline
 
     def tune(self) -> None:
-        """Choose each contestant's rate, rung by rung."""
+        """Choose each contestant's learning rate by successive halving, one rung after the other."""
         compare = self.plan.compare
         rates = {contestant.label: list(compare.rates) for contestant in self.left()}
         for number, share in enumerate(compare.rungs, 1):
-            steps = min(self.steps, max(2, round(share * self.steps)))  # with one step, warm-up is all there is
+            steps = min(self.steps, max(2, round(share * self.steps)))  # a single step would be warm-up only
             trials = [
                 self.trial(contestant, rate, self.seed + TUNING, steps, tuning=True)
                 for rate in compare.rates
@@ -129,7 +132,8 @@ class _Comparison:
                 self.rates[label] = rates[label][0]
             if len(found) < len(trials):
                 self.missing.append(
-                    f"{len(trials) - len(found)} tuning runs of {steps} steps, and longer ones, were not made."
+                    f"{len(trials) - len(found)} tuning runs of {steps} steps and all longer ones were not made: the "
+                    f"time was up."
                 )
                 break
             best = {label: min(by_rate.values()) for label, by_rate in losses.items()}
@@ -141,37 +145,35 @@ class _Comparison:
                 self.console.print(f"  stopped {label}: {why}", highlight=False, soft_wrap=True)
 
     def score(self) -> None:
-        """The runs that are reported, one seed after the other; no seed is begun that there is no time for."""
+        """Run the scored runs, seed by seed; start no seed that would not finish in time, judging by the last one."""
         took = 0.0
         entrants = [contestant for contestant in self.left() if contestant.label in self.rates]
-        self.missing += [f"{c.label} was not tuned, and so not scored." for c in self.left() if c not in entrants]
+        self.missing += [f"{c.label} was not tuned and therefore not scored." for c in self.left() if c not in entrants]
         count = self.plan.compare.seeds
         for seed in range(self.seed, self.seed + count):
             trials = [self.trial(c, self.rates[c.label], seed, self.steps, tuning=False) for c in entrants]
             fresh = any(done(one) is None for one in trials)
             if fresh and time.monotonic() + took >= self.deadline:
-                self.missing.append(
-                    f"Seeds from {seed} to {self.seed + count - 1} were not run: the minutes were spent."
-                )
+                self.missing.append(f"Seeds {seed} to {self.seed + count - 1} were not run: not enough time was left.")
                 return
             began = time.monotonic()
             found = self.perform(f"seed {seed}, {self.steps} steps", trials)
             self.scored += found
             took = time.monotonic() - began if fresh else took
             if len(found) < len(trials):
-                self.missing.append(f"Seed {seed} was not ended, and is left out: the minutes were spent.")
+                self.missing.append(f"Seed {seed} was not finished and is left out: the time was up.")
                 return
 
     def measure(self) -> None:
-        """Decoding, merging and bytes, of each contestant's first adapter."""
+        """Measure decoding, merging and size of the adapter from each contestant's first successful run."""
         for contestant in self.left():
             runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
             if runs:
-                self.console.print(f"  decoding with {contestant.label}", style="dim", highlight=False)
+                self.console.print(f"  measuring decoding with {contestant.label}", style="dim", highlight=False)
                 self.serving[contestant.label] = serving(Path(runs[0].folder), self.plan.config(contestant, {}).base)
 
     def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
-        """A run of the contestant. Scored runs hold out the test rows, so that they print the scores of the report."""
+        """Make a trial of the contestant. Tuning runs hold out the tuning rows, and scored runs the test rows."""
         settings: dict[str, Any] = {
             "data.train": self.sides.train,
             "data.valid": self.sides.valid if tuning else self.sides.test,
@@ -184,10 +186,10 @@ class _Comparison:
         return trial(contestant.label, config, self.folder / "runs", tuning=tuning, stamp=self.stamp)
 
     def perform(self, what: str, trials: Sequence[Trial]) -> list[Outcome]:
-        """Perform them, a line for each that is new; in the order of `trials`."""
+        """Perform the trials that are not done yet, and print a line for each; return outcomes in order of `trials`."""
         known = [outcome for one in trials if (outcome := done(one)) is not None]
         fresh = [one for one in trials if done(one) is None]
-        there = f", {len(known)} are there already" if known else ""
+        there = f", {len(known)} already done" if known else ""
         self.console.print(f"{what}: {len(trials)} runs{there}", highlight=False, soft_wrap=True)
         found = {outcome.folder: outcome for outcome in known}
         for number, outcome in enumerate(self.workers(fresh, self.late), 1):
@@ -202,7 +204,7 @@ class _Comparison:
         return [found[one.folder] for one in trials if one.folder in found]
 
     def findings(self) -> Findings:
-        """What there is to report."""
+        """Everything that the report needs."""
         return Findings(
             plan=self.plan,
             metric=self.metric,
@@ -224,7 +226,7 @@ def _scores(outcome: Outcome) -> str:
 
 
 def _toml(plan: Plan) -> str:
-    """The plan as it was resolved, as `reparam compare` reads it."""
+    """The resolved plan as TOML that `reparam compare` can read."""
     tables: dict[str, dict[str, Any]] = {"run": {"output": plan.output}}
     for key, value in plan.common.items():
         section, _, name = key.partition(".")
@@ -234,7 +236,7 @@ def _toml(plan: Plan) -> str:
 
 
 def _base_stamp(path: str) -> str:
-    """Changes when a local base does: its configuration by content, its weights by their size."""
+    """A string that changes when the config.json of a local base or the size of one of its weight files changes."""
     folder = Path(path)
     config = digest(folder / "config.json") if (folder / "config.json").is_file() else path
     return " ".join([config, *(f"{f.name}:{f.stat().st_size}" for f in sorted(folder.glob("*.safetensors")))])

@@ -1,4 +1,4 @@
-"""What a trained adapter costs in use: latency of decoding one row, before and after merging, and its bytes on disk."""
+"""Measure the cost of using a trained adapter: decoding latency before and after merging, and bytes on disk."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from reparam.train.base import BaseConfig
 from reparam.train.model import loaded
 
 FILE = "serving.json"
-TOKENS = 16  # that are decoded at a time, after a prompt of as many
+TOKENS = 16  # tokens in the prompt, and tokens that are decoded after it
 ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """Figures of one adapter. Seconds are medians over rounds, for each decoded token at batch 1."""
+    """Figures of one adapter. Seconds are per decoded token at batch size 1, as medians over `ROUNDS` rounds."""
 
     adapter_bytes: int
     base_seconds: float
-    """Of the plain base, measured in turns with the adapter."""
+    """Latency of the base without the adapter, measured in turns with `seconds`."""
     seconds: float
     merged_seconds: float | None
     merged: str
-    """What came of merging: "yes", or why not."""
+    """Result of merging: "yes", "yes, keeping <share> of the update", or "no: <reason>"."""
 
 
 def serving(run: Path, base: BaseConfig) -> Serving:
-    """Measure the adapter of a run; what was measured once is read from the run's folder."""
+    """Measure the adapter in the folder of a run, or read the figures if `serving.json` already holds them."""
     file = run / FILE
     if file.exists():
         return Serving(**json.loads(file.read_text(encoding="utf-8")))
@@ -49,7 +49,7 @@ def serving(run: Path, base: BaseConfig) -> Serving:
     merged_seconds, merged = None, "yes"
     try:
         report = merge(model)
-    except ValueError as error:  # there is no one matrix for the update, or it would not be finite
+    except ValueError as error:  # the update depends on its input, or the merged weights would not be finite
         merged = f"no: {str(error).split(chr(10))[0]}"
     else:
         share = min(report.survival().values(), default=1.0)
@@ -61,14 +61,14 @@ def serving(run: Path, base: BaseConfig) -> Serving:
 
 
 def _in_turns(*models: nn.Module) -> list[float]:
-    """Seconds a token of each model; the models take turns, so that whatever slows the machine slows all of them."""
+    """Median seconds per token of each model. The models take turns, so that other load on the machine affects all."""
     rounds = [[_decode(model) for model in models] for _ in range(ROUNDS + 1)][1:]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 @torch.no_grad()
 def _decode(model: nn.Module) -> float:
-    """Seconds of each of TOKENS tokens that are decoded greedily, the prompt's forward among them."""
+    """Seconds per token for decoding TOKENS tokens greedily, with the forward pass of the prompt included."""
     device = next(model.parameters()).device
     rows = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     prompt = (torch.arange(TOKENS, device=device) % rows)[None]

@@ -1,8 +1,8 @@
-"""Means with Student's 95 % intervals, and differences that are paired by seed.
+"""Means with Student's 95 % confidence intervals, and differences that are paired by seed.
 
-An interval says how far a mean over seeds can be trusted: a seed draws the adapter's start and the order of the rows.
-The rows that are scored are the same for all, so that their choice is no part of it. No correction is made for the
-number of intervals in a table.
+An interval covers the variation between seeds. A seed determines the adapter's initial values and the order of the
+training rows. All runs score the same held-out rows, so the interval does not cover the choice of these rows. It is
+not corrected for the number of intervals in a table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NORMAL = 1.959964
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; the ends are None where one value says nothing of the spread."""
+    """Mean of `count` values and its 95 % interval from `low` to `high`; both ends are None for a single value."""
 
     mean: float
     low: float | None
@@ -30,17 +30,19 @@ class Interval:
 
     @property
     def half(self) -> float | None:
-        """Half the interval's length."""
+        """Half of the interval's length; None for a single value."""
         return None if self.high is None else self.high - self.mean
 
     @property
     def holds_zero(self) -> bool:
-        """Whether 0 is in it; an interval that is not known may hold anything."""
+        """Whether the interval contains 0; True if its ends are not known."""
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
 def student(freedom: int) -> float:
-    """Student's t at 0.975; above 30 degrees of freedom by Fisher's expansion, which is right to four digits.
+    """The 0.975 quantile of Student's t distribution, to four digits; Fisher's expansion above 30 degrees of freedom.
+
+    Raises ValueError for fewer than 1 degree of freedom.
 
     >>> student(2), round(student(60), 4)
     (4.3027, 2.0003)
@@ -54,13 +56,13 @@ def student(freedom: int) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of some values, one for each seed, and its interval. Raises ValueError for none.
+    """Mean and 95 % interval of values, one for each seed. Raises ValueError if there are no values.
 
     >>> interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, low=-0.4841..., high=4.4841..., count=3)
     """
     if not values:
-        raise ValueError("there is no mean of no values")
+        raise ValueError("values: there are no values to take the mean of; give at least one")
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Interval(mean, None, None, 1)
@@ -69,7 +71,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
-    """The mean of the differences `values` less `others`, seed by seed; None where they have no seed in common.
+    """Mean and 95 % interval of `values[seed] - others[seed]` over the seeds that both have; None if there are none.
 
     >>> paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 9.0}).mean
     0.5

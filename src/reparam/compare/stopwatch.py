@@ -1,4 +1,4 @@
-"""What a run costs, read off the run itself: seconds of a step, and the most memory that training held."""
+"""Measure a training run while it runs: median seconds of a step, and peak memory in bytes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from transformers import TrainerCallback
 
 from reparam.train.show import Show
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints lines of its own otherwise
-PROFILED = 1  # the second step: the optimizer's states are there, and shapes are what they stay
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without this, the profiler prints log lines
+PROFILED = 1  # index of the profiled step: at the second step, optimizer states exist and shapes no longer change
 
 
 class Quiet(Show):
-    """Prints nothing, and holds a stopwatch."""
+    """Show a training run by printing nothing, and measure it with a `Stopwatch`."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
         self.watch = Stopwatch()
 
     def callback(self, steps: int) -> TrainerCallback:
-        """The stopwatch."""
+        """Return the stopwatch, which takes the place of the callback that prints progress."""
         return self.watch
 
 
 class Stopwatch(TrainerCallback):
-    """Times each step from its first forward to the end of the optimizer's, evaluations left out.
+    """Time each training step, from the first forward pass to the end of the optimizer step, without evaluations.
 
-    Memory is torch's count of bytes: on a CPU what is held between steps (weights, adapter, optimizer's states) and the
-    most that one step, which is profiled and not timed, holds beyond it; on a GPU the allocator's peak.
+    On a GPU, peak memory is the peak of torch's allocator. On a CPU it is the bytes that are held between steps
+    (weights, adapter, optimizer states) plus the peak of additional bytes within one step. That step is profiled and
+    not timed.
     """
 
     def __init__(self) -> None:
@@ -46,18 +47,18 @@ class Stopwatch(TrainerCallback):
 
     @property
     def step_seconds(self) -> float | None:
-        """The median, the first step left out; None for a run that made no other."""
+        """Median seconds of the timed steps; the first step is not timed. None if no step was timed."""
         return statistics.median(self.seconds) if self.seconds else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the memory that loading took."""
+        """Reset the GPU's peak memory, so that loading the model does not count."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Begin to time, or to profile."""
+        """Start the clock and, at the profiled step on a CPU, the profiler."""
         if state.global_step == PROFILED and not torch.cuda.is_available():
             self._held = held_bytes(model, optimizer)
             self._profile = torch.profiler.profile(
@@ -67,7 +68,7 @@ class Stopwatch(TrainerCallback):
         self._began = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
+        """Stop the profiler and compute the peak, or record the seconds of the step."""
         if self._profile is not None:
             self._profile.stop()
             self.peak_bytes = self._held + _peak(self._profile)
@@ -76,13 +77,13 @@ class Stopwatch(TrainerCallback):
             self.seconds.append(_now() - self._began)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read the allocator."""
+        """Read the peak of the GPU's allocator."""
         if torch.cuda.is_available():
             self.peak_bytes = torch.cuda.max_memory_allocated()
 
 
 def held_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer's states, each memory once."""
+    """Bytes of parameters, buffers, gradients and optimizer states; shared memory is counted once."""
     states = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
     tensors = [t for state in states.values() for t in state.values() if isinstance(t, Tensor)]
     tensors += [t for p in model.parameters() for t in (p, p.grad) if t is not None]
@@ -97,7 +98,7 @@ def _now() -> float:
 
 
 def _peak(profile: torch.profiler.profile) -> int:
-    """The most bytes that were held at once beyond those at the start."""
+    """Peak of the bytes that were allocated while the profiler ran, beyond those held at its start."""
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     events: list[Any] = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,7 +1,7 @@
-"""Plots as SVG text: small, without a library, in the colors of the page they stand in.
+"""Build plots as SVG text without a plotting library.
 
-Sizes are in units of the drawing; 460 wide, so that text stays readable on a telephone. Colors are classes, which the
-page's style sheet defines for light, dark and paper.
+Coordinates are in SVG user units. A plot is 460 units wide, so that its text is readable on a phone. Colors are CSS
+classes; the page's style sheet defines them for the light, dark and print modes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 Spot = tuple[float, float, str]
-"""x, y and anchor of a text."""
-_CHARACTER = 6.9  # mean width of a character of the labels
+"""x, y and text-anchor of a label."""
+_CHARACTER = 6.9  # mean width of a character in a label
 
 
 def svg(height: float, body: Sequence[str], title: str, *, width: float = WIDTH) -> str:
-    """The drawing; `title` is what a screen reader says."""
+    """An `<svg>` element around the parts in `body`; screen readers read `title`."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
@@ -29,27 +29,27 @@ def svg(height: float, body: Sequence[str], title: str, *, width: float = WIDTH)
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", kind: str = "label") -> str:
-    """A line of text."""
+    """A `<text>` element of one line; the content is escaped."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    """A straight line."""
+    """A `<line>` element from (x1, y1) to (x2, y2)."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
 def path(points: Sequence[tuple[float, float]], kind: str) -> str:
-    """A line through points."""
+    """A `<polyline>` element through the points."""
     return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="{kind}"/>'
 
 
 def dot(x: float, y: float, kind: str, tip: str) -> str:
-    """A point with a text that shows while a pointer is on it."""
+    """A `<circle>` element with a tooltip; the tooltip is escaped."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="{kind}"><title>{escape(tip)}</title></circle>'
 
 
 def scale(low: float, high: float, start: float, end: float, *, log: bool = False) -> Callable[[float], float]:
-    """From values to places in the drawing."""
+    """A function that maps values from [low, high] linearly, or by logarithm, to coordinates from [start, end]."""
     f = math.log10 if log else float
     a, b = f(low), f(high)
     span = (b - a) or 1.0
@@ -57,7 +57,7 @@ def scale(low: float, high: float, start: float, end: float, *, log: bool = Fals
 
 
 def ticks(low: float, high: float, *, log: bool = False, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`.
+    """Round numbers from `low` to `high` for an axis, about `most` of them.
 
     >>> ticks(0.12, 0.58)
     [0.2, 0.3, 0.4, 0.5]
@@ -78,7 +78,7 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 5) -> list[
 
 
 def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
-    """The ends of an axis with some room around the values."""
+    """Ends of an axis that covers the values, with a margin on both sides."""
     low, high = min(values), max(values)
     if log:
         room = (high / low) ** 0.08 if high > low else 1.5
@@ -88,9 +88,9 @@ def around(values: Sequence[float], *, log: bool = False) -> tuple[float, float]
 
 
 def placed(points: Mapping[str, Point], lines: Sequence[Point], box: Box) -> dict[str, Spot]:
-    """Where each point's label goes, so that labels cover neither each other nor anything else if they can.
+    """Position of each point's label, chosen so that labels overlap each other, points and lines as little as possible.
 
-    `lines` are the corners of a line of level and upright pieces; `box` is the space that there is.
+    `lines` are the corners of a line of horizontal and vertical segments; `box` is the area for labels.
     """
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points.values()]
     taken += [(min(a, c), min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in itertools.pairwise(lines)]
@@ -118,7 +118,7 @@ def _cost(
     taken: Sequence[Box],
     box: Box,
 ) -> float:
-    """The area that a label there covers of others, and what of it is outside the box, which is worse."""
+    """Area that a label at `spot` would overlap, plus 100 times the length by which it would leave the box."""
     a = _extent(spot, width)
     covered = sum(
         max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1])) for b in taken

@@ -1,11 +1,11 @@
-"""One training run of a comparison: exactly what `reparam train` does with the same settings, and never done twice.
+"""One training run of a comparison: the same as `reparam train` with these settings, and not repeated once it is done.
 
-    runs/<label>-<rate>-<steps>-<seed>-<digest>/     config.toml, figures.json, loss.png, adapter/ as `reparam train`
-                                                     leaves them; result.json last
+    runs/<label>-<rate>-<steps>-<seed>-<digest>/     config.toml, figures.json, loss.png and adapter/ as written by
+                                                     `reparam train`; result.json is written last
 
-The digest is over the settings and the content of data and base, so that a changed plan repeats only what changed. A
-run that was interrupted goes on from its checkpoint. A run whose loss or gradient is not finite, or that learned
-nothing, has failed: that is a result too.
+The digest covers the settings, the data and the base, so that after a change only the affected runs are repeated. An
+interrupted run continues from its checkpoint. A run fails if its loss or gradient is not finite, if it learns nothing,
+or if it runs out of GPU memory; the failure is recorded as its result.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from reparam.train.attempt import attempt
 from reparam.train.config import Config, dump, resolve
 
 RESULT = "result.json"
-CURVE = 6  # held-out losses on a learning curve, where the plan does not say how often
+CURVE = 6  # evaluations on a learning curve if run.eval_every is not set
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What is to be run. Plain values, so that it can be sent to another process."""
+    """A training run to perform; holds plain values, so that it can be sent to another process."""
 
     label: str
     rate: float
     seed: int
     steps: int
     tuning: bool
-    """Whether it only serves to choose a rate: it makes no curve, answers no rows and leaves no adapter."""
+    """Whether the run is for tuning: it then evaluates only at its end, generates no answers and keeps no adapter."""
     folder: str
     config: str
     """The training run's configuration, as TOML."""
@@ -45,7 +45,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a trial; plain values, as they stand in `result.json`."""
+    """Result of a trial, as plain values; `result.json` holds the same."""
 
     label: str
     rate: float
@@ -54,13 +54,13 @@ class Outcome:
     tuning: bool
     folder: str
     failed: str | None = None
-    """Why there are no figures."""
+    """Reason of the failure; None if the run succeeded."""
     before: tuple[dict[str, Any], ...] = ()
-    """The base's scores, as fields of `Score`."""
+    """Scores of the base, each as the fields of `Score`."""
     after: tuple[dict[str, Any], ...] = ()
-    """The adapter's."""
+    """Scores of the adapter, each as the fields of `Score`."""
     curve: tuple[tuple[int, float], ...] = ()
-    """Step and held-out loss."""
+    """Pairs of step and held-out loss."""
     parameters: int = 0
     step_seconds: float | None = None
     peak_bytes: int | None = None
@@ -68,13 +68,13 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """The loss that rates are chosen by; infinite for a run that failed."""
+        """First score after training: for a tuning run, the held-out loss. Infinite for a failed run."""
         value = math.inf if self.failed is not None else float(self.after[0]["value"])
         return value if math.isfinite(value) else math.inf
 
 
 def trial(label: str, config: Config, place: Path, *, tuning: bool, stamp: str) -> Trial:
-    """The trial of this configuration, in a folder of its own under `place`. `stamp` stands for data and base."""
+    """Make the trial of a configuration, with its own folder under `place`; `stamp` identifies the data and base."""
     run, rate = config.run, config.optim.learning_rate
     every = run.eval_every or max(1, run.max_steps // CURVE)
     run = dataclasses.replace(
@@ -94,7 +94,7 @@ def trial(label: str, config: Config, place: Path, *, tuning: bool, stamp: str) 
 
 
 def done(trial: Trial) -> Outcome | None:
-    """What came of it, if it was run already."""
+    """Read the outcome of a trial from its folder; None if the trial is not done."""
     file = Path(trial.folder) / RESULT
     if not file.exists():
         return None
@@ -106,7 +106,10 @@ def done(trial: Trial) -> Outcome | None:
 
 
 def perform(trial: Trial) -> Outcome:
-    """Run it, unless that was done already. Raises Stopped after a signal, ValueError for what the user can mend."""
+    """Run the trial, or read its outcome if it is done.
+
+    Raises Stopped after a signal, and ValueError for settings or data that the user has to fix.
+    """
     found = done(trial)
     if found is not None:
         return found

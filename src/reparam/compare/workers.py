@@ -1,4 +1,4 @@
-"""Where trials run: one after the other in this process, or on a Ray cluster that is there already."""
+"""Run trials one after the other in this process, or in parallel on a running Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 from reparam.compare.trial import Outcome, Trial, perform
 
 Late = Callable[[], bool]
-"""Whether no further trial may start."""
+"""Returns whether the time is up, so that no further trial may start."""
 Workers = Callable[[Sequence[Trial], Late], Iterator[Outcome]]
-"""Performs trials and gives what came of them as they end, without those that it was too late for."""
+"""Performs trials and yields each outcome when its trial ends; starts no further trial once `Late` returns True."""
 
 NAMES = ("here", "ray")
 
 
 def workers(name: str) -> Workers:
-    """The workers of this name. Raises ValueError for an unknown one, and where Ray is missing or has no cluster."""
+    """Return the workers with this name, one of `NAMES`.
+
+    Raises ValueError for an unknown name and, for "ray", if Ray is not installed or no cluster is running.
+    """
     if name == "here":
         return here
     if name == "ray":
@@ -27,7 +30,7 @@ def workers(name: str) -> Workers:
 
 
 def here(trials: Sequence[Trial], late: Late) -> Iterator[Outcome]:
-    """One after the other."""
+    """Perform the trials one after the other in this process."""
     for trial in trials:
         if late():
             return
@@ -35,9 +38,10 @@ def here(trials: Sequence[Trial], late: Late) -> Iterator[Outcome]:
 
 
 def _on_ray() -> Workers:
-    """On the cluster of RAY_ADDRESS, or the one on this machine; every trial gets a CPU, and a GPU where there are any.
+    """Workers on the Ray cluster at RAY_ADDRESS, or on this machine's.
 
-    The output folder and all files of the plan must be the same, by the same paths, on all of its machines.
+    Each trial gets one CPU and, if the cluster has GPUs, one GPU. All machines of the cluster must have the output
+    folder and the plan's files at the same paths.
     """
     try:
         import ray
@@ -48,8 +52,8 @@ def _on_ray() -> Workers:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
         except ConnectionError:
             raise ValueError(
-                "--workers ray: no Ray cluster is running here; start one with `ray start --head`, or name one in the "
-                "environment variable RAY_ADDRESS"
+                "--workers ray: no Ray cluster is running on this machine; start one with `ray start --head`, or set "
+                "the environment variable RAY_ADDRESS to the address of another one"
             ) from None
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0)) or int(resources["CPU"])
@@ -73,5 +77,5 @@ def _on_ray() -> Workers:
 
 
 def _perform(trial: dict[str, Any]) -> dict[str, Any]:
-    """`perform` on plain values, which pass between machines whatever Python runs there."""
+    """Run `perform` on plain values, which Ray can send between machines with different Python versions."""
     return dataclasses.asdict(perform(Trial(**trial)))

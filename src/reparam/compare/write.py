@@ -1,4 +1,4 @@
-"""The end of a comparison: `results.json`, `report.html`, and a table on the console."""
+"""Write the results of a comparison: `results.json`, `report.html`, and a table on the console."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reparam.io.staged import write_file
 
 
 def write(findings: Findings, folder: Path, console: Console) -> Path:
-    """Write both, print what matters, and give the report's path."""
+    """Write `results.json` and `report.html`, print a summary, and return the path of the report."""
     found = results(findings)
     write_file(folder / "results.json", (json.dumps(found, indent=1) + "\n").encode())
     write_file(folder / "report.html", render(found).encode())
@@ -29,9 +29,9 @@ def write(findings: Findings, folder: Path, console: Console) -> Path:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """Score, difference and size of each contestant, best first."""
+    """Table of each contestant's score, difference to the reference, trained parameters and rate, best first."""
     made = Table()
-    heads = ("", f"{found['metric']}, 95 % interval", f"less {found['reference']}'s", "parameters", "rate")
+    heads = ("", f"{found['metric']}, 95 % interval", f"difference to {found['reference']}", "parameters", "rate")
     for head in heads:
         made.add_column(head, justify="right" if head in ("parameters", "rate") else "left")
     for row in found["rows"]:
@@ -42,7 +42,7 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def plus_minus(interval: dict[str, Any], *, sign: str = "") -> str:
-    """A mean and half of its interval.
+    """Format a mean and half the length of its interval.
 
     >>> plus_minus({"mean": 0.5, "low": 0.4, "high": 0.6})
     '0.500 ± 0.100'

@@ -241,7 +241,7 @@ class Update(nn.Module):
         return found + (nn.functional.embedding(ids, factors.B) @ factors.A).to(found.dtype)
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resize the parameters to these saved tensors. Methods whose parameters shrink in training override it."""
+        """Resize parameters to the shapes of these saved tensors, in methods whose parameters shrink in training."""
 
     def penalty(self) -> Tensor | None:
         """An extra loss (a scalar), or None."""

@@ -11,7 +11,7 @@ class Controller(Protocol):
     """A method's actions before and after each optimizer step, with the state that a checkpoint saves for them."""
 
     def plan(self, total_steps: int | None) -> None:
-        """Called before the first step with the number of steps, or None. Raises ValueError if it is unsuitable."""
+        """Called before the first step with the number of steps, if known. Raises ValueError if it does not fit."""
 
     def before_step(self) -> None:
         """Called before each step, when the gradients have been computed."""

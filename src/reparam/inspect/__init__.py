@@ -1,1 +1,1 @@
-"""Looking at what an adapter holds and what it does to the weights."""
+"""Inspect adapters: their content, and how they change the weights of the base."""

@@ -1,14 +1,14 @@
-"""How much ΔW amplifies directions that W has little of (LoRA's paper, arXiv 2106.09685, §7.3).
+"""Measure how much ΔW amplifies directions in which W is small (LoRA's paper, arXiv 2106.09685, §7.3).
 
-    amplification = |ΔW| / |Uᵀ W V|        U [O, r], V [I, r]: ΔW's leading singular directions, Frobenius norms
+    amplification = |ΔW| / |Uᵀ W V|        U [O, r], V [I, r]: leading singular directions of ΔW; Frobenius norms
 
-|Uᵀ W V| is how much of W lies in those directions. It is to be read against two other sizes: what the r leading
-directions of W itself hold, and what random ones do. The paper's adapter of GPT-3 (48th layer, W_q, r = 4) has
-|ΔW| = 6.91 against 0.32 in its own directions, 21.67 in W's leading ones and 0.02 in random ones: 21.5 times.
+|Uᵀ W V| is the norm of W in these directions. Compare it with the norm of W in its own r leading directions and in
+random directions. The paper's example is GPT-3, 48th layer, W_q, r = 4: |ΔW| = 6.91; the norm of W is 0.32 in the
+directions of ΔW, 21.67 in its own and 0.02 in random ones; so the amplification is 21.5.
 
-W is applied to r vectors, and never dequantized as a whole. Its leading directions are found by the randomized range
-finder of `operators.py`, so that `top` is at most the true value; `random` is the root of the expected square,
-r |W| / √(O I).
+W is applied to r vectors at a time and never dequantized as a whole. Its leading directions come from the randomized
+range finder in `operators.py`, so `top` is at most the true value. `random` is the root mean square over random
+directions, r |W| / √(O I).
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from reparam.inspect.operators import leading, of_weight
 from reparam.inspect.spectrum import Spectrum
 
 DIRECTIONS = 8
-"""How many directions at most, where ΔW has full rank."""
+"""Maximum number of directions if ΔW has full rank."""
 
 
 class Amplification(NamedTuple):
-    """One site's ΔW against its W."""
+    """Norms of one site's ΔW and of W in several sets of r directions."""
 
     r: int
-    """How many directions were taken: the rank of ΔW, or `DIRECTIONS` where that is full."""
+    """Number of directions: the rank of ΔW, or at most `DIRECTIONS` if ΔW has full rank."""
     change: float
-    """|ΔW|."""
+    """Frobenius norm of ΔW."""
     own: float
-    """|Uᵀ W V| in ΔW's leading directions."""
+    """Norm of W in the leading directions of ΔW, |Uᵀ W V|."""
     random: float
-    """The same in random directions, as the root of the expected square."""
+    """Norm of W in random directions, as the root mean square: r |W| / √(O I)."""
     top: float
-    """The same in W's leading directions: √(σ_1² + ... + σ_r²)."""
+    """Norm of W in its own leading directions: √(σ_1² + ... + σ_r²)."""
 
     @property
     def factor(self) -> float | None:
-        """The amplification; None where W has nothing in these directions."""
+        """Amplification |ΔW| / |Uᵀ W V|; None if W is zero in these directions."""
         return self.change / self.own if self.own else None
 
 
 @torch.no_grad()
 def amplification(change: Spectrum, weight: Weight) -> Amplification | None:
-    """The amplification of one site; None without a change."""
+    """Compute the amplification of one site from the spectrum of ΔW and the frozen W; None if ΔW is zero."""
     r = min(change.rank, DIRECTIONS) if change.kind == "leading" else change.rank
     if not r:
         return None

@@ -1,4 +1,4 @@
-"""What the change of each site looks like: its spectrum, what it amplifies, what a merge would keep of it."""
+"""Analyze the change ΔW of each site: its spectrum, its amplification, and how much of it a merge would keep."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SHARES = (0.9, 0.99)
 
 @dataclasses.dataclass(frozen=True)
 class SiteView:
-    """One site of an adapter, from close by."""
+    """Analysis of one site of an adapter."""
 
     name: str
     spectrum: Spectrum | None
-    """None where no one matrix is the change."""
+    """None if ΔW is not a single matrix, because it depends on the input, or if it is not known without the base."""
     amplification: Amplification | None
-    """None without the base, and without a change."""
+    """None without the base, without a spectrum, or if ΔW is zero."""
     survival: dict[str, SiteMerge] | None
-    """By storage; None where it was not asked for."""
+    """Result of a merge by dtype or storage; None if it was not requested."""
 
     def told(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the analysis as plain values for JSON."""
         found: dict[str, Any] = {"name": self.name, "spectrum": None, "amplification": None}
         if (seen := self.spectrum) is not None:
             found["spectrum"] = {
@@ -56,13 +56,13 @@ class SiteView:
 
 
 def view(folder: str | Path, model: nn.Module | None = None, *, survival: bool = False) -> tuple[SiteView, ...]:
-    """All sites of the adapter in `folder`, ours or PEFT's. `model` is its base, plain, or None.
+    """Analyze all sites of an adapter in reparam's or PEFT's format. `model` is its base without adapters, or None.
 
-    With `survival`, also what merging into each storage would keep. Raises FormatError for a folder without a whole
-    adapter, and ValueError for `survival` without a base.
+    With `survival`, also merge each site into every dtype and storage and measure how much of ΔW is kept. Raises
+    FormatError for a folder without a complete adapter, and ValueError for `survival` without a base.
     """
     if survival and model is None:
-        raise ValueError("what a merge keeps depends on the base; give it too (--base)")
+        raise ValueError("survival of a merge depends on the base weights; give the base (--base)")
     record = files.read(folder)
     found = []
     for name, weight in weights(record, model).items():
@@ -79,16 +79,17 @@ def view(folder: str | Path, model: nn.Module | None = None, *, survival: bool =
 
 
 def compared(folder: str | Path, other: str | Path, model: nn.Module | None = None) -> dict[str, Similarity]:
-    """What two adapters of one base have in common, by the sites that both change.
+    """Compare the directions of two adapters of the same base at each site that both change.
 
-    Raises FormatError where there is no such site, or their matrices differ in size.
+    `model` is the base without adapters, or None. Sites at which one of the adapters has no spectrum or a zero ΔW are
+    left out. Raises FormatError if the adapters have no site in common, or if a site's matrices differ in size.
     """
     one, its = files.read(folder), files.read(other)
     shared = [name for name in one.sites if name in its.sites]
     if not shared:
         raise FormatError(
-            f"{folder} and {other} change no site in common: {listed(list(one.sites), shown=2)} in one, "
-            f"{listed(list(its.sites), shown=2)} in the other"
+            f"{folder} and {other} have no site in common: the first changes {listed(list(one.sites), shown=2)}, "
+            f"the second {listed(list(its.sites), shown=2)}"
         )
     here, there = (spectra(_only(record, shared), model) for record in (one, its))
     found = {}
@@ -97,7 +98,7 @@ def compared(folder: str | Path, other: str | Path, model: nn.Module | None = No
             try:
                 alike = similarity(here[name], there[name])
             except ValueError as error:
-                raise FormatError(f"{name}: {error}; the adapters are of different bases") from None
+                raise FormatError(f"{name}: {error}; the adapters must have the same base") from None
             if alike is not None:
                 found[name] = alike
     return found

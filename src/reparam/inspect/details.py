@@ -1,4 +1,4 @@
-"""`reparam inspect --deep`, `--survival`, `--against` and `--suggest`: what they print, draw and give as JSON."""
+"""`reparam inspect --deep`, `--survival`, `--against` and `--suggest`: run the analyses; print, plot, or give JSON."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from reparam.io import files
 
 @dataclasses.dataclass(frozen=True)
 class Closely:
-    """What to look at beside the summary."""
+    """Which analyses to run in addition to the summary."""
 
     deep: bool = False
-    """Spectra and, with the base, amplification."""
+    """Singular values of ΔW and, with the base, amplification."""
     survival: bool = False
-    """What merging into each storage would keep; with the base."""
+    """Share of ΔW that a merge into each storage would keep; requires the base."""
     against: Path | None = None
     """Folder of another adapter of the same base."""
     suggest: float | None = None
-    """Share of |ΔW|² that what is suggested keeps."""
+    """Share of |ΔW|² to keep, between 0 and 1, for which smaller ranks are suggested."""
     data: Path | None = None
-    """With `suggest`: a file of held-out rows."""
+    """With `suggest`: JSONL file of held-out rows to score the suggestion on."""
 
     def __bool__(self) -> bool:
         return self.deep or self.survival or self.against is not None or self.suggest is not None
 
 
 class Seen(NamedTuple):
-    """What was found."""
+    """Results of the analyses; empty or None for those that were not requested."""
 
     sites: tuple[SiteView, ...]
     similarity: dict[str, Similarity]
@@ -51,12 +51,13 @@ class Seen(NamedTuple):
 
 
 def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None) -> Seen:
-    """Look at what is asked for. `folder` is the adapter's own, `base` the name of its base and `model` that base.
+    """Run the requested analyses on the adapter in `folder`. `base` is the name of its base, and `model` the base.
 
-    Raises ValueError for options that need another one, and FormatError for adapters that they are not for.
+    Raises ValueError for `data` without `suggest` or `survival` without a base, and FormatError for adapters to which
+    an analysis does not apply.
     """
     if asked.data is not None and asked.suggest is None:
-        raise ValueError("--data is for --suggest, whose suggestion is scored on it")
+        raise ValueError("--data is for --suggest: its rows score the suggestion; add --suggest or leave --data out")
     sites = view(folder, model, survival=asked.survival) if asked.deep or asked.survival else ()
     other = None if asked.against is None else files.adapter_folder(asked.against)
     alike = {} if other is None else compared(folder, other, model)
@@ -69,7 +70,7 @@ def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None
 
 
 def as_json(asked: Closely, seen: Seen) -> dict[str, Any]:
-    """What was found as plain values for JSON."""
+    """Return the results as plain values for JSON."""
     found: dict[str, Any] = {}
     if seen.sites:
         found["deep"] = [site.told() for site in seen.sites]
@@ -97,26 +98,32 @@ def as_json(asked: Closely, seen: Seen) -> dict[str, Any]:
 
 
 def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
-    """Print it as tables."""
+    """Print the results as tables, with notes."""
     spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None}
     if asked.deep and spectra:
         console.print(tables.spectra(spectra))
         kinds = {spectrum.kind for spectrum in spectra.values()}
         if "low-rank part" in kinds:
-            _line(console, "these are of s B A, the change of the direction: ΔW depends on W here, --base shows it")
+            _line(
+                console, "values of s B A, the change of the direction; ΔW also depends on W: to show it, pass --base"
+            )
         if "leading" in kinds:
             _line(
                 console,
-                "ΔW has full rank (a gain scales W too). Looked at are its leading values, and which share of |ΔW|² "
-                "they hold; each is at most the true one",
+                "ΔW has full rank, because a gain also scales W. The table has its leading values, each at most the "
+                "true one, and the share of |ΔW|² that they hold",
             )
     if asked.deep and len(spectra) < len(seen.sites):
         count = len(seen.sites) - len(spectra)
-        _line(console, f"{count} sites have no spectrum: their change depends on the input, or on the base (--base)")
+        _line(console, f"{count} sites have no spectrum: ΔW depends on the input, or on W (then pass --base)")
     against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
     if asked.deep and against:
         console.print(tables.amplification(against))
-        _line(console, "columns: norms of W in r directions of ΔW, random ones, and W's own; factor: |ΔW| / in ΔW's")
+        _line(
+            console,
+            "columns: norm of W in r leading directions of ΔW, in r random ones, and in W's own; factor: |ΔW| / \"in "
+            "ΔW's\"",
+        )
     if asked.survival:
         kept = {site.name: site.survival or {} for site in seen.sites}
         console.print(tables.survival(kept, overall(list(kept.values()))))
@@ -129,7 +136,7 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
 
 
 def draw(seen: Seen, folder: Path) -> None:
-    """Write PNGs of it: spectra, amplification, survival, similarity."""
+    """Write the results as PNGs: spectra, amplification, survival, similarity."""
     spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None and site.spectrum.rank}
     if spectra:
         figures.spectra(spectra, folder / "spectra.png")
@@ -145,14 +152,14 @@ def draw(seen: Seen, folder: Path) -> None:
 
 def _show_suggestion(asked: Closely, found: Suggestion, folder: Path, console: Console) -> None:
     if not found.sites:
-        _line(console, f"nothing can go: less would keep under {asked.suggest:.6g} of |ΔW|²")
+        _line(console, f"no rank can be reduced while keeping {asked.suggest:.6g} of |ΔW|²")
         return
     console.print(tables.suggestion(found))
     dropped = sum(not site.rank for site in found.sites)
     _line(
         console,
         f"{dropped} sites dropped, {len(found.sites) - dropped} shrunk: {found.before:,} -> {found.bytes:,} bytes "
-        f"({found.bytes / found.before:.1%}), {found.kept:.4f} of |ΔW|² stays",
+        f"({found.bytes / found.before:.1%}), {found.kept:.4f} of |ΔW|² kept",
     )
     _line(console, f"reparam compress {shlex.quote(str(folder))} OUTPUT --bytes {found.bytes}")
 

@@ -1,4 +1,4 @@
-"""PNGs of what `deep.py` sees: spectra, amplification, survival, and what two adapters have in common."""
+"""PNG plots of the results of `deep.py`: spectra, amplification, survival, and similarity of two adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = 4
 
 
 def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
-    """Draw the singular values of each site, a panel for each kind of site and a line for each layer."""
+    """Plot the singular values of each site, with a panel for each kind of site and a line for each layer."""
     groups: dict[str, list[tuple[int, Spectrum]]] = {}
     for path, seen in found.items():
         _, layer, kind = layer_of(path)
@@ -43,13 +43,13 @@ def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
         _plain(axes)
     for axes in panels.flat[len(groups) :]:
         axes.set_visible(False)
-    for axes in panels.flat[max(0, len(groups) - columns) : len(groups)]:  # what has no panel under it
+    for axes in panels.flat[max(0, len(groups) - columns) : len(groups)]:  # panels without another panel below
         axes.tick_params(labelbottom=True)
     panels.flat[0].set_yscale("log")
     panels.flat[0].xaxis.get_major_locator().set_params(integer=True)
     kinds = {seen.kind for seen in found.values()}
     of = {"all": "ΔW", "leading": "ΔW (leading)", "low-rank part": "s B A"}[kinds.pop() if len(kinds) == 1 else "all"]
-    figure.supxlabel("number of the singular value", fontsize=10)
+    figure.supxlabel("index of the singular value", fontsize=10)
     figure.supylabel(f"singular value of {of}", fontsize=10)
     if highest > 0:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, highest / 0.9), SHADES)
@@ -59,7 +59,7 @@ def spectra(found: Mapping[str, Spectrum], file: Path) -> None:
 
 
 def amplification(found: Mapping[str, Amplification], file: Path) -> None:
-    """Draw what W has in ΔW's directions beside W's own and random ones, and |ΔW|; a column for each kind of site."""
+    """Plot the norm of W in ΔW's, W's and random directions, and |ΔW|, with a column for each kind of site."""
     names = list(dict.fromkeys(layer_of(path)[2] for path in found))
     figure = Figure(figsize=(2.5 + 0.9 * len(names), 4.5), layout="constrained", dpi=120)
     axes = figure.subplots()
@@ -84,7 +84,7 @@ def amplification(found: Mapping[str, Amplification], file: Path) -> None:
 
 
 def survival(sites: Sequence[Mapping[str, SiteMerge]], total: Mapping[str, float], file: Path) -> None:
-    """Draw the share of ΔW that each storage would keep: a point for each site, a bar for all of them."""
+    """Plot the share of ΔW that a merge into each storage would keep: a point for each site, a bar for all sites."""
     kinds = list(total)
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(kinds)), layout="constrained", dpi=120)
     axes = figure.subplots()
@@ -103,7 +103,7 @@ def survival(sites: Sequence[Mapping[str, SiteMerge]], total: Mapping[str, float
 
 
 def similarity(found: Mapping[str, Similarity], file: Path) -> None:
-    """Draw φ(i, j), the mean over sites, for left and right directions; and φ of all of them by site."""
+    """Plot the mean of φ(i, j) over sites for left and for right directions, and φ of all right directions by site."""
     size = [min(alike.left.shape[dim] for alike in found.values()) for dim in (0, 1)]
     figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=120)
     left, right, sites = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
@@ -111,7 +111,7 @@ def similarity(found: Mapping[str, Similarity], file: Path) -> None:
         grids = [getattr(alike, side)[: size[0], : size[1]].numpy() for alike in found.values()]
         image = axes.imshow(np.mean(grids, 0), cmap=SHADES, vmin=0, vmax=1, origin="lower", aspect="equal")
         does = "reads (right)" if side == "right" else "writes (left)"
-        axes.set(title=f"φ(i, j), directions that ΔW {does}", xlabel="j, of the other", ylabel="i, of this adapter")
+        axes.set(title=f"φ(i, j), directions that ΔW {does}", xlabel="j, other adapter", ylabel="i, this adapter")
         for axis, count in ((axes.xaxis, size[1]), (axes.yaxis, size[0])):
             step = max(1, count // 8)
             axis.set_ticks(range(0, count, step), [str(n + 1) for n in range(0, count, step)])
@@ -122,7 +122,7 @@ def similarity(found: Mapping[str, Similarity], file: Path) -> None:
 
 
 def _by_site(values: Mapping[str, float], axes: Axes, figure: Figure) -> None:
-    """A map of layers by kinds of sites."""
+    """Draw a heat map of the values: a row for each layer, a column for each kind of site."""
     cells = rank_map({name: number for number, name in enumerate(values)})
     known = list(values.values())
     grid = np.array(

@@ -1,10 +1,10 @@
-"""How far training moved the magnitudes and the directions of a matrix (DoRA's paper, arXiv 2402.09353, §3.2).
+"""Measure how training changed the magnitudes and directions of a matrix (DoRA's paper, arXiv 2402.09353, §3.2).
 
     ΔM = mean over n of | ‖w'_n‖ - ‖w_n‖ |        ΔD = mean over n of 1 - cos(w'_n, w_n)
 
-The w_n are the vectors of one axis: rows of W [O, I], an output feature each (`axis="output"`, as DoRA has them), or
-columns. The paper compares both over sites and checkpoints: full fine-tuning trades one for the other (correlation
--0.62 there), LoRA moves both at once (+0.83), DoRA is between (-0.31).
+The vectors w_n are the rows of W [O, I], one per output feature (`axis="output"`, as in DoRA), or its columns, one per
+input feature (`axis="input"`). The paper correlates ΔM with ΔD over sites and checkpoints: -0.62 for full fine-tuning,
+which changes mostly one of the two; +0.83 for LoRA, which changes both together; -0.31 for DoRA.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from reparam.evaluation.png import write_png
 from reparam.inspect.ranks import layer_of
 
 Axis = Literal["output", "input"]
-Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # rows, and W and W' there
+Blocks = Iterator[tuple[slice, Tensor, Tensor]]  # a slice of rows, and these rows of W and of W'
 
 
 class Directions(NamedTuple):
-    """What happened to one matrix."""
+    """Mean change of the magnitudes and of the directions of one matrix."""
 
     magnitude: float
     """ΔM, in the unit of W."""
@@ -35,9 +35,9 @@ class Directions(NamedTuple):
 
 
 def geometry(before: Tensor, after: Tensor, *, axis: Axis = "output") -> Directions:
-    """ΔM and ΔD between two matrices [O, I].
+    """Compute ΔM and ΔD between two matrices [O, I].
 
-    Vectors that are zero in either have no direction: they count for ΔM alone.
+    A vector that is zero in either matrix has no direction and counts for ΔM only.
 
     >>> geometry(torch.eye(2), 3 * torch.eye(2))
     Directions(magnitude=2.0, direction=0.0)
@@ -48,7 +48,7 @@ def geometry(before: Tensor, after: Tensor, *, axis: Axis = "output") -> Directi
 
 @torch.no_grad()
 def of_update(weight: Weight, factors: Factors, *, axis: Axis = "output") -> Directions:
-    """ΔM and ΔD that an update makes to its frozen matrix, whatever stores that; a block of rows at a time."""
+    """Compute ΔM and ΔD of an update to its frozen matrix in any storage, a block of rows at a time."""
 
     def blocks() -> Blocks:
         for rows, block in weight.blocks():
@@ -59,7 +59,7 @@ def of_update(weight: Weight, factors: Factors, *, axis: Axis = "output") -> Dir
 
 
 def _measured(blocks: Callable[[], Blocks], axis: Axis) -> Directions:
-    """From blocks of rows, which are gone through twice: norms first, then the distance of the unit vectors."""
+    """Compute ΔM and ΔD in two passes over the blocks: first the norms, then the distances of the unit vectors."""
     dim = 1 if axis == "output" else 0
 
     def whole(parts: Iterable[Tensor]) -> Tensor:
@@ -74,19 +74,21 @@ def _measured(blocks: Callable[[], Blocks], axis: Axis) -> Directions:
         units = (t / (norm[rows, None] if dim == 1 else norm) for t, norm in ((w, old), (new, moved)))
         return torch.sub(*units).square_().sum(dim)
 
-    turned = whole(distance(*block) for block in blocks())[alive] / 2  # 1 - cos, without its cancellation
+    turned = (
+        whole(distance(*block) for block in blocks())[alive] / 2
+    )  # 1 - cos = ‖u' - u‖² / 2, computed without cancellation
     direction = float(turned.mean()) if len(turned) else 0.0
     return Directions(float((new_norm - old_norm).abs().mean()), direction)
 
 
 def correlation(found: Sequence[Directions]) -> float:
-    """Pearson's correlation of ΔM and ΔD over sites and checkpoints; NaN where there is none."""
+    """Pearson correlation of ΔM and ΔD over the given measurements; NaN for fewer than two."""
     pairs = torch.tensor([(d.direction, d.magnitude) for d in found], dtype=torch.float64)
     return float(torch.corrcoef(pairs.t())[0, 1]) if len(pairs) > 1 else float("nan")
 
 
 def plot(found: Mapping[str, Directions], file: Path) -> None:
-    """Draw ΔM over ΔD as a PNG, a point for each site: its kind by the marker, its layer by the shade."""
+    """Write a PNG of ΔM against ΔD with a point for each site; markers show the kind of site, shades its layer."""
     figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=120)
     axes = figure.subplots()
     kinds: dict[str, list[tuple[float, float, int]]] = {}

@@ -1,11 +1,11 @@
-"""Matrices as operators: W, ΔW and their largest singular values, a block of rows of W at a time, in float64.
+"""Compute the largest singular values of W or ΔW as operators, in float64, with a block of rows of W at a time.
 
-A randomized range finder (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1) applies the matrix
-to a few random vectors, and again to what came out, so that the leading directions come to the front:
+The randomized range finder (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1) applies the matrix
+D to a random matrix G with few columns, and then `PASSES` times to the result, which brings out the leading directions:
 
-    Q = orth(D G);  then, some times,  Q = orth(D orth(Dᵀ Q));        D ≈ Q (Qᵀ D)
+    Q = orth(D G);  repeat  Q = orth(D orth(Dᵀ Q));        D ≈ Q (Qᵀ D)
 
-The values found are those of Qᵀ D, which never exceed those of D.
+The computed singular values are those of Qᵀ D and never exceed those of D.
 
 Shapes: O out_features, I in_features, K vectors.
 """
@@ -21,13 +21,13 @@ from torch import Tensor
 from reparam.core.base import Factors, Weight
 
 EXTRA = 10
-"""Random vectors beyond the number of values that are asked for."""
+"""Number of random vectors beyond the number of requested singular values."""
 PASSES = 8
-"""How often the matrix is applied again, for spectra that fall slowly."""
+"""Number of repetitions, for spectra that decay slowly."""
 
 
 class Operator(NamedTuple):
-    """A matrix [O, I] that can be applied."""
+    """A matrix D [O, I], given by its products with vectors."""
 
     shape: tuple[int, int]
     times: Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ class Operator(NamedTuple):
 
 
 def of_weight(weight: Weight) -> Operator:
-    """W, however it is stored."""
+    """Return W, in any storage, as an operator."""
 
     def times(x: Tensor) -> Tensor:
         return torch.cat([block.detach().double() @ x for _, block in weight.blocks()])
@@ -49,7 +49,7 @@ def of_weight(weight: Weight) -> Operator:
 
 
 def of_change(weight: Weight, factors: Factors) -> Operator:
-    """ΔW = (diag(gain) - 1) W + B A, from factors in float64."""
+    """Return ΔW = (diag(gain) - 1) W + B A, or B A without a gain, as an operator; the factors must be float64."""
     A, B = factors.A, factors.B
     frozen = of_weight(weight)
     if factors.gain is None:
@@ -63,9 +63,9 @@ def of_change(weight: Weight, factors: Factors) -> Operator:
 
 
 def leading(matrix: Operator, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, K], values [K] and Vᵀ [K, I] of the largest K = min(count, O, I) singular values, float64.
+    """Return U [O, K], values [K] and Vᵀ [K, I] for the largest K = min(count, O, I) singular values, in float64.
 
-    Exact where K is near the smaller side; else each value is at most the true one.
+    The values are exact if K + `EXTRA` >= min(O, I); otherwise each value is at most the true one.
 
     >>> d = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
     >>> [round(v, 6) for v in leading(Operator((3, 3), lambda x: d @ x, lambda y: d.T @ y), 2)[1].tolist()]

@@ -1,7 +1,7 @@
-"""Which rank each site has: a map of layers by kinds of sites, in the terminal and as a PNG.
+"""Show the rank of each site as a map with layers as rows and kinds of sites as columns, as a terminal table or a PNG.
 
-The first number in a path is the layer: `model.layers.3.self_attn.q_proj` is layer 3, kind `self_attn.q_proj`. Where a
-model has several stacks of layers (`encoder.`, `decoder.`), the kind begins with the stack.
+The first number in a path is the layer: `model.layers.3.self_attn.q_proj` is layer 3, kind `self_attn.q_proj`. In a
+model with several stacks of layers (`encoder.`, `decoder.`), the kind begins with the stack.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rich.text import Text
 from reparam.evaluation.png import write_png
 
 MAP = "Blues"
-_READABLE = 40  # layers up to which each cell of the PNG has its number in it
+_READABLE = 40  # maximum number of rows for which the PNG shows the rank in each cell
 
 
 class RankMap(NamedTuple):
     """Ranks by layer and kind of site."""
 
     layers: tuple[int | None, ...]
-    """In ascending order; None, at the end, is for sites outside any layer."""
+    """Layers in ascending order; a final None stands for sites outside of any layer."""
     kinds: tuple[str, ...]
-    """In the order of the sites."""
+    """Kinds in the order of the sites."""
     ranks: Mapping[tuple[int | None, str], int]
-    """Of the sites that there are."""
+    """Rank by (layer, kind), for the sites that exist."""
 
     @property
     def highest(self) -> int:
@@ -41,7 +41,7 @@ class RankMap(NamedTuple):
 
 
 def rank_map(ranks: Mapping[str, int]) -> RankMap:
-    """Sort the sites' ranks by layer and kind.
+    """Arrange ranks, given by the path of their site, by layer and kind.
 
     >>> found = rank_map({"layers.0.q": 2, "layers.0.up": 0, "layers.1.q": 5, "head": 1})
     >>> found.layers, found.kinds, found.ranks[1, "q"]
@@ -58,7 +58,10 @@ def rank_map(ranks: Mapping[str, int]) -> RankMap:
 
 
 def layer_of(path: str) -> tuple[str, int | None, str]:
-    """The stack of layers that a site is in, its layer, and the rest of its path."""
+    """Split the path of a site into the stack of layers, the layer's number and the kind of site.
+
+    A site outside of any layer gives ("", None, path).
+    """
     parts = path.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if at is None or at == len(parts) - 1:
@@ -67,7 +70,7 @@ def layer_of(path: str) -> tuple[str, int | None, str]:
 
 
 def short(kinds: tuple[str, ...]) -> list[str]:
-    """The last parts of the kinds, as few as tell them apart."""
+    """Shorten kinds to their last parts, as few as keep the names distinct."""
     for count in range(1, 1 + max(kind.count(".") + 1 for kind in kinds)):
         names = [".".join(kind.split(".")[-count:]) for kind in kinds]
         if len(set(names)) == len(names):
@@ -76,7 +79,7 @@ def short(kinds: tuple[str, ...]) -> list[str]:
 
 
 def table(found: RankMap) -> Table:
-    """The map for a terminal, a darker cell for a higher rank (by its root), and the sum of each layer."""
+    """Terminal table of the map, with the sum of each layer; the shade of a cell grows with the root of its rank."""
     shown = Table(title="rank by layer and kind of site", title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("layer", justify="right")
     for name in short(found.kinds):
@@ -98,12 +101,12 @@ def _cell(rank: int | None, highest: int) -> Text:
 
 
 def plot(found: RankMap, file: Path) -> None:
-    """Draw the map as a PNG."""
+    """Write the map as a PNG."""
     grid = np.array([[found.ranks.get((layer, kind), np.nan) for kind in found.kinds] for layer in found.layers])
     rows, columns = grid.shape
     figure = Figure(figsize=(2 + 0.8 * columns, 1.8 + min(0.28 * rows, 10)), layout="constrained", dpi=120)
     axes = figure.subplots()
-    shades = matplotlib.colormaps[MAP].with_extremes(bad="0.85")  # where there is no site
+    shades = matplotlib.colormaps[MAP].with_extremes(bad="0.85")  # gray where no site exists
     image = axes.imshow(grid, cmap=shades, norm=PowerNorm(0.5, vmin=0, vmax=found.highest), aspect="auto")
     axes.set_xticks(range(columns), short(found.kinds), rotation=45, ha="right")
     step = max(1, rows // 20)

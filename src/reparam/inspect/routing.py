@@ -1,11 +1,14 @@
-"""How a mixture uses its experts on a file of rows: shares, entropy, and how alike the experts are, by router.
+"""Measure how each router of a mixture uses its N experts on a file of rows.
 
-    load        each expert's share of the tokens that select it (the most probable one counts where all are used)
-    weight      each expert's mean probability
-    entropy     of the probabilities of a token, mean, over log N: 1 is undecided, 0 always certain
-    redundancy  mean cosine of the changes of two experts, over pairs and sites of the router: 1 is N times one expert
+    load        share of the selections that go to each expert, sums to 1; where all experts are used, only the most
+                probable one counts as selected
+    weight      mean probability of each expert
+    entropy     mean over tokens of the entropy of the probabilities, divided by log N; from 0 (always certain) to 1
+                (undecided)
+    redundancy  mean cosine similarity of the changes ΔW of two experts, over all pairs and all sites of the router;
+                1 means that all experts are the same
 
-Padding is left out. A router that gives every token the same weights counts once for each.
+Padding does not count. Every token counts once, also with a router that gives all tokens the same weights.
 """
 
 from __future__ import annotations
@@ -33,29 +36,31 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RouterUse:
-    """What one router did."""
+    """Statistics of one router over all tokens."""
 
     scope: str
-    """Path of the module, layer or block; "model" for all of it."""
+    """Path of the module, layer or block that shares the router; "model" for the whole model."""
     load: tuple[float, ...]
     weight: tuple[float, ...]
     entropy: float
     redundancy: float | None
-    """None for a single expert."""
+    """From -1 to 1; None for a single expert."""
 
 
 @torch.no_grad()
 def routing(
     adapter: Adapter, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int = 16
 ) -> tuple[RouterUse, ...]:
-    """Run the selected mixture over the examples and say what each of its routers did.
+    """Run the selected mixture on the examples, `batch` rows at a time, and return statistics of each router.
 
-    Raises ValueError where the adapter is no mixture.
+    Raises ValueError if the adapter is not a mixture.
     """
     asked = {path: update.expert_choice() for path, update in adapter.updates.items()}
     sites = {path: site for path, site in asked.items() if site is not None}
     if not sites:
-        raise ValueError(f"adapter {adapter.name!r} ({adapter.method.name}) is no mixture, so that nothing is routed")
+        raise ValueError(
+            f"adapter {adapter.name!r} ({adapter.method.name}) is not a mixture, so it has no routers to measure"
+        )
     leaders = {path: site for path, site in sites.items() if site.leads}
     found = {path: _Counts(site.experts) for path, site in leaders.items()}
     hooks = [adapter.updates[path].register_forward_hook(_noting(found[path], site)) for path, site in leaders.items()]
@@ -79,7 +84,7 @@ def routing(
 
 
 def plot(found: Sequence[RouterUse], file: Path) -> None:
-    """Draw the experts' shares of the tokens by router, and beside them entropy and redundancy, as a PNG."""
+    """Write a PNG with the load of each router's experts, and the entropy and redundancy of each router."""
     load = np.array([use.load for use in found])
     rows, n = load.shape
     figure = Figure(figsize=(7 + 0.35 * n, 1.8 + min(0.28 * rows, 10)), layout="constrained", dpi=120)
@@ -88,13 +93,13 @@ def plot(found: Sequence[RouterUse], file: Path) -> None:
     shares.set_xticks(range(n))
     step = max(1, rows // 40)
     shares.set_yticks(range(0, rows, step), [use.scope for use in found[::step]])
-    shares.set(xlabel="expert", title=f"share of tokens (even: {1 / n:.2f})")
+    shares.set(xlabel="expert", title=f"load (equal shares: {1 / n:.2f})")
     shares.spines[:].set_visible(False)
     shares.tick_params(length=0)
     figure.colorbar(image, ax=shares)
     likeness.plot([use.entropy for use in found], range(rows), "o", label="entropy (1: undecided)")
     if n > 1:
-        likeness.plot([use.redundancy for use in found], range(rows), "x", label="redundancy (1: all alike)")
+        likeness.plot([use.redundancy for use in found], range(rows), "x", label="redundancy (1: all the same)")
     likeness.set_xlim(min([0.0, *(use.redundancy or 0 for use in found)]) - 0.05, 1.05)
     likeness.grid(axis="x", alpha=0.3)
     likeness.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8)
@@ -102,21 +107,21 @@ def plot(found: Sequence[RouterUse], file: Path) -> None:
 
 
 class _Counts:
-    """Sums over tokens."""
+    """Sums over tokens of selections, probabilities and entropies of one router."""
 
     def __init__(self, n: int) -> None:
         self.used, self.p = torch.zeros(2, n, dtype=torch.float64)
         self.entropy = self.tokens = 0.0
 
     def add(self, used: Tensor, p: Tensor) -> None:
-        """Of tokens [T, N]."""
+        """Add T tokens: `used` [T, N] marks the selected experts, `p` [T, N] has the probabilities."""
         self.used += used.double().sum(0).cpu()
         self.p += p.double().sum(0).cpu()
         self.entropy += float(torch.special.entr(p.double()).sum())
         self.tokens += len(p)
 
     def summary(self, scope: str, sites: list[ExpertChoice]) -> RouterUse:
-        """The shares."""
+        """Statistics of the router at `scope`, with the redundancy of its sites."""
         n, tokens = len(self.p), max(self.tokens, 1.0)
         likeness = [_redundancy(site) for site in sites] if n > 1 else []
         return RouterUse(
@@ -129,7 +134,7 @@ class _Counts:
 
 
 def _noting(counts: _Counts, site: ExpertChoice) -> Any:
-    """A forward hook of a site's update that adds up what it decides for the valid tokens."""
+    """A forward hook for a site's update that adds the router's decisions for all valid tokens to `counts`."""
 
     def note(update: nn.Module, args: tuple[Tensor, Weight], output: Tensor) -> None:
         decided = site.decided(args[0], args[1])
@@ -140,7 +145,7 @@ def _noting(counts: _Counts, site: ExpertChoice) -> Any:
 
 
 def _redundancy(site: ExpertChoice) -> float:
-    """Mean cosine of two experts' changes."""
+    """Mean cosine similarity of the changes ΔW of two different experts at a site."""
     inner = site.products()
     norms = inner.diagonal().clamp(min=1e-30).sqrt()
     cosines = inner / norms / norms[:, None]

@@ -31,19 +31,23 @@ def show(
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
 ) -> None:
-    """Print what an adapter holds or, of a model's folder, what is quantized in it and what that takes.
+    """Print a summary of an adapter's folder or, for a model's folder, its quantized matrices and their bytes.
 
-    `plot` is a folder for PNGs: a map of ranks and, with the base, how far magnitudes and directions moved; and of what
-    is `asked` for beside the summary.
-    With `probe`, a file of rows, print what the routers of a mixture do on them instead. Raises FormatError for a
-    folder that holds neither whole, and ValueError for a probe of an adapter that routes nothing.
+    `asked` selects further analyses of an adapter. `plot` is a folder for PNGs: a map of ranks; with the base, changes
+    of magnitudes and directions; and plots of the analyses. With `probe`, a file of rows, print how the routers of a
+    mixture use its experts on these rows instead of the summary.
+
+    Raises FormatError for a folder without a complete adapter or model. Raises ValueError if `plot`, `probe` or `asked`
+    does not apply to the folder, or if `plot` is a file.
     """
     if plot is not None and _holds_model(folder):
-        raise ValueError("--plot draws what an adapter did; there is nothing to draw of a model")
+        raise ValueError(f"--plot is for adapters, and {folder} is a model; leave --plot out")
     if plot is not None and plot.exists() and not plot.is_dir():
         raise ValueError(f"--plot {plot}: is a file; give a folder")
     if asked and (probe is not None or _holds_model(folder)):
-        raise ValueError("--deep, --survival, --against and --suggest are for the sites of an adapter alone")
+        raise ValueError(
+            "--deep, --survival, --against and --suggest are for adapters only, and not together with --probe"
+        )
     if probe is not None:
         _show_routing(folder, base, probe, console, json=json, plot=plot)
         return
@@ -79,18 +83,18 @@ def show(
         console.print(ranks.table(found))
     if summary.correlation is not None:
         console.print(
-            f"ΔM and ΔD correlate by {summary.correlation:+.2f} over the sites (in DoRA's paper: full fine-tuning "
+            f"correlation of ΔM and ΔD over the sites: {summary.correlation:+.2f} (in DoRA's paper: full fine-tuning "
             f"-0.62, LoRA +0.83, DoRA -0.31)",
             highlight=False,
             soft_wrap=True,
         )
     if base is None and any(site.rank is not None and site.change is None for site in summary.sites):
-        console.print("|ΔW| depends on W here: --base shows it", highlight=False)
+        console.print("|ΔW| depends on W for this method; to show it, pass --base", highlight=False)
     closely.show(asked, seen, adapter_folder(folder), console)
     if plot is not None:
         console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
     for module in summary.replaced:
-        console.print(f"replaces {module} whole", highlight=False, soft_wrap=True)
+        console.print(f"replaces the whole module {module}", highlight=False, soft_wrap=True)
     if summary.idle:
         console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
 
@@ -157,17 +161,17 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
         console.print(str(report), highlight=False, soft_wrap=True)
         console.print(_quantized_table(report))
     if not found:
-        console.print("all of it is dense; reparam quantize quantizes it", highlight=False)
+        console.print("no matrix is quantized; reparam quantize makes a quantized copy", highlight=False)
 
 
 def _quantized_table(report: QuantizeReport) -> Table:
-    """One row for all matrices of one size whose paths end alike."""
+    """Table with one row for all matrices of the same size whose paths end in the same name."""
     groups: dict[tuple[str, int, int, int], int] = {}
     for site in report.sites:
         key = site.name.rsplit(".", 1)[-1], site.entries, site.bytes, site.before
         groups[key] = groups.get(key, 0) + 1
     table = Table()
-    for column in ("quantized", "count", "entries each", "bytes each", "bits an entry", "of dense"):
+    for column in ("quantized", "count", "entries each", "bytes each", "bits per entry", "of dense"):
         table.add_column(column, justify="left" if column == "quantized" else "right")
     for (name, size_, held, dense), count in groups.items():
         bits = f"{8 * held / size_:.9g}"

@@ -1,13 +1,13 @@
-"""The singular values of ΔW, and how many of them matter.
+"""Compute the singular values of ΔW, and measures of how many of them matter.
 
-Where ΔW = B A, all of them come from the factors, exactly and without ΔW (`lowrank.singular`). DoRA's gain changes W,
-ΔW = (diag(g) - 1) W + g B A, and gives it full rank. With the base the leading values are found by applying ΔW
-(`operators.py`), and its norm is exact, so that it is known which share they hold. Without the base, g is not known:
-what is described then is s B A, the change of DoRA's direction.
+For ΔW = B A, all singular values are computed exactly from the factors, without forming ΔW (`lowrank.singular`). DoRA's
+gain g makes ΔW = (diag(g) - 1) W + g B A, which has full rank. With the base, its leading singular values are computed
+by applying ΔW to vectors (`operators.py`), and |ΔW| is exact, which gives the share that these values hold. Without
+the base, g is not known; the spectrum is then that of s B A, the change of DoRA's direction.
 
     effective rank   exp(-Σ p_i ln p_i), p_i = σ_i / Σ σ      (Roy and Vetterli 2007): R equal values give R
     stable rank      Σ σ² / σ_1²
-    needed(0.9)       how many of the largest hold 90 % of Σ σ² = |ΔW|²
+    needed(0.9)      number of largest values that hold 90 % of Σ σ² = |ΔW|²
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
 
 LEADING = 32
-"""How many values are looked for where ΔW has full rank."""
+"""Number of leading singular values to compute if ΔW has full rank."""
 
 SpectrumKind = Literal["all", "leading", "low-rank part"]
 
@@ -41,41 +41,42 @@ class Spectrum(NamedTuple):
     values: Tensor  # [K], descending
     vh: Tensor  # [K, I]
     energy: float
-    """|ΔW|², Frobenius: Σ of all σ², whether they are in `values` or not."""
+    """|ΔW|², the squared Frobenius norm: Σ σ² over all singular values, including those not in `values`."""
     kind: SpectrumKind
-    """all of ΔW; the leading ones of it; or all of s B A alone, where ΔW is not known without the base."""
+    """all: all values of ΔW. leading: the `LEADING` largest values of ΔW. low-rank part: all values of s B A, because
+    ΔW is not known without the base."""
 
     @property
     def rank(self) -> int:
-        """How many of the values are more than rounding in float32."""
+        """Number of values above float32 rounding."""
         return numeric_rank(self.values)
 
     @property
     def held(self) -> float:
-        """The share of the energy that the values hold; 1 but for `leading`."""
+        """Share of the energy that `values` hold, from 0 to 1; less than 1 only for the kind "leading"."""
         return min(1.0, float(self.values.square().sum()) / self.energy) if self.energy else 1.0
 
     @property
     def effective(self) -> float | None:
-        """The effective rank; None where not all values are known, 0 without a change."""
+        """Effective rank; None for the kind "leading", which does not have all values; 0 if ΔW is zero."""
         if self.kind == "leading":
             return None
         return effective_rank(self.values)
 
     @property
     def stable(self) -> float:
-        """The stable rank; 0 without a change."""
+        """Stable rank; 0 if ΔW is zero."""
         return self.energy / float(self.values[0]) ** 2 if self.rank else 0.0
 
     def needed(self, share: float) -> int | None:
-        """How many of the largest values hold this share of the energy; None where those that are known do not."""
+        """Number of largest values that hold this share of the energy; None if the known values hold less."""
         kept = self.values.square().cumsum(0)
         enough = int((kept < share * self.energy * (1 - 1e-12)).sum()) + bool(self.energy)
         return enough if enough <= len(kept) else None
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of σ / Σ σ; 0 where all are zero.
+    """Effective rank of singular values [K]: exp of the entropy of σ / Σ σ. 0 if all values are zero.
 
     >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
     3.0
@@ -89,10 +90,9 @@ def effective_rank(values: Tensor) -> float:
 
 @torch.no_grad()
 def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectrum | None:
-    """The spectrum of one site of a saved adapter; `weight` is its frozen matrix, where the base is at hand.
+    """Compute the spectrum of one site of a saved adapter; `weight` is its frozen matrix, or None without the base.
 
-    None where no one matrix is the change: for updates that depend on their input, and for magnitudes alone without
-    their base.
+    Returns None for an update that depends on its input, and for one that only trains magnitudes if there is no base.
     """
     known = nothing(record.sites[name]) if weight is None else weight
     update = update_of(record, name, known)
@@ -117,12 +117,12 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
 
 
 def spectra(record: Record, model: nn.Module | None = None) -> dict[str, Spectrum]:
-    """The spectra of all sites that have one. `model` is the base, plain, or None."""
+    """Compute the spectra of all sites that have one. `model` is the base without adapters, or None."""
     found = {name: spectrum(record, name, weight) for name, weight in weights(record, model).items()}
     return {name: seen for name, seen in found.items() if seen is not None}
 
 
 def weights(record: Record, model: nn.Module | None) -> Mapping[str, Weight | None]:
-    """The base's matrices at the sites of an adapter; None without a base."""
+    """Frozen matrix of each site of an adapter, by name; each is None without a base."""
     own = dict(base_tensors(model)) if model is not None else {}
     return {name: frozen_weight(model, own, site) for name, site in record.sites.items()}

@@ -1,8 +1,8 @@
-"""Which sites of an adapter could be dropped or shrunk, and what that would lose.
+"""Suggest which sites of an adapter to drop or to reduce in rank, and predict the loss.
 
-The components of all sites compete by σ² a byte (`components.py`) until the share of Σ |ΔW|² that is asked for is kept.
-The loss is predicted in energy, Frobenius norms squared: sites differ in what a unit of it does to the outputs, so that
-a score on held-out rows has the last word.
+Singular components of all sites are kept in the order of σ² per byte (`components.py`), until the requested share of
+Σ |ΔW|² is kept. The loss is predicted as a share of energy (squared Frobenius norm). The same energy has different
+effects on the outputs at different sites, so check the suggestion by its score on held-out rows.
 """
 
 from __future__ import annotations
@@ -16,43 +16,45 @@ from reparam.io.record import Record
 
 @dataclasses.dataclass(frozen=True)
 class SiteSuggestion:
-    """What could be done to one site."""
+    """Suggested rank of one site."""
 
     name: str
     before: int
+    """Rank now."""
     rank: int
-    """0 drops the site."""
+    """Suggested rank; 0 drops the site."""
     saved: int
-    """Bytes of tensors that the site would no longer need."""
+    """Bytes of tensors that are saved."""
     lost: float
-    """Share of the site's own |ΔW|² that goes."""
+    """Share of the site's |ΔW|² that is lost, from 0 to 1."""
     of_all: float
-    """The same as a share of all sites' Σ |ΔW|²."""
+    """Share of Σ |ΔW|² over all sites that this site loses, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """What could be done to an adapter."""
+    """A smaller version of an adapter, and what it saves and loses."""
 
     sites: tuple[SiteSuggestion, ...]
-    """Those that change, by what they save."""
+    """Sites whose rank changes, in descending order of bytes saved."""
     before: int
-    """Bytes of the tensors now."""
+    """Bytes of all tensors now."""
     bytes: int
-    """Bytes then; `compress(adapter, bytes=...)` with this number gives it."""
+    """Bytes of all tensors as suggested; `compress(adapter, bytes=...)` with this number makes the same adapter."""
     kept: float
-    """Share of Σ |ΔW|² that stays."""
+    """Share of Σ |ΔW|² that is kept, from 0 to 1."""
     compression: Compression
-    """The adapter as suggested."""
+    """The suggested adapter."""
 
 
 def suggest(record: Record, energy: float = 0.99, *, label: str = "the adapter") -> Suggestion:
-    """The smallest adapter, by this rule, that keeps a share of Σ |ΔW|² over all sites. `label` is for messages.
+    """Suggest the smallest adapter, by σ² per byte, that keeps the share `energy` of Σ |ΔW|² over all sites.
 
-    Raises ValueError for a share that is none, and FormatError as `compress` does.
+    `label` names the adapter in messages. Raises ValueError unless 0 < energy < 1, and FormatError for adapters that
+    `compress` rejects.
     """
     if not 0 < energy < 1:
-        raise ValueError(f"suggest: energy={energy!r}: expected a share between 0 and 1")
+        raise ValueError(f"suggest: energy={energy!r}: expected a share between 0 and 1, such as 0.99")
     parts = parts_of(record, label)
     found = cut(record, parts, within(parts, energy))
     total = sum(site.change**2 for site in found.sites)

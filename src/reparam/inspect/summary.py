@@ -1,6 +1,6 @@
-"""What an adapter folder holds: method, sites, ranks, the size of the change, bytes. Needs no base model.
+"""Summarize an adapter's folder: method, sites, ranks, size of the change, and bytes. The base model is optional.
 
-With the base, the change is also compared with the weights it changes: |ΔW| / |W|, Frobenius norms.
+With the base, the change is also compared with the frozen weights: |ΔW| / |W|, in Frobenius norms.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ class SiteSummary:
 
     name: str
     shape: tuple[int, int]
-    """O and I."""
+    """(out_features, in_features)."""
     rank: int | None
+    """None if the update depends on its input."""
     change: float | None
-    """Frobenius norm of ΔW; None where the update has no factors without its input or its base."""
+    """Frobenius norm of ΔW; None if the update depends on its input, or depends on W and the base is not given."""
     weight: float | None
     """Frobenius norm of W; None without the base."""
     moved: Directions | None = None
-    """ΔM and ΔD of the site's rows, or columns if the method's magnitudes are theirs; None without the base."""
+    """ΔM and ΔD of the rows, or of the columns for a method with magnitudes by column; None without the base, for a
+    vector, or if the update depends on its input."""
     offset: float = 0.0
-    """Norm of the change of the bias that the update makes."""
+    """Norm of the change of the bias."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One adapter."""
+    """An adapter's method, settings, base, size and sites."""
 
     folder: str
     format: str
@@ -52,27 +54,27 @@ class Summary:
     base: str
     parameters: int
     bytes: int
-    """Size of the folder's files."""
+    """Total size of the files in the folder."""
     sites: tuple[SiteSummary, ...]
     replaced: tuple[str, ...]
-    """Modules that the adapter replaces whole."""
+    """Modules of which the adapter stores a full trained copy."""
 
     @property
     def correlation(self) -> float | None:
-        """Of ΔM and ΔD over the sites; None without the base."""
+        """Pearson correlation of ΔM and ΔD over the sites, from -1 to 1; None for fewer than two sites with both."""
         found = [site.moved for site in self.sites if site.moved is not None]
         return correlation(found) if len(found) > 1 else None
 
     @property
     def idle(self) -> bool:
-        """Whether no site changes anything: the adapter does nothing."""
+        """Whether the adapter does nothing: it changes no weight and no bias, and replaces no module."""
         return not self.replaced and all(site.change == site.offset == 0 for site in self.sites)
 
 
 def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
-    """Read an adapter, this project's or PEFT's, and describe it. `model` is its base, plain, or None.
+    """Read an adapter in reparam's or PEFT's format and summarize it. `model` is its base without adapters, or None.
 
-    Raises FormatError for a folder that holds no whole adapter.
+    Raises FormatError for a folder without a complete adapter.
     """
     folder = Path(folder)
     record = files.read(folder)
@@ -118,7 +120,10 @@ def _summarize_site(record: Record, name: str, site: Site, weight: Weight | None
 
 
 def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site) -> Weight | None:
-    """The base's matrix at this site; `own` are the base's tensors by name. None without a base."""
+    """Return the frozen matrix of a site, or None without a base or if it has no such tensor.
+
+    `own` are the base's tensors by name.
+    """
     if model is None or f"{site.name}.weight" not in own:
         return None
     module = model.get_submodule(site.name)

@@ -1,10 +1,10 @@
-"""Which share of ΔW a merge would keep, before it is made, by the storage that it would be written to.
+"""Predict the share of ΔW that a merge would keep, for each dtype and storage of the merged weights.
 
-    ⟨written - W, ΔW⟩ / ⟨ΔW, ΔW⟩        as `merge` reports it; 1 is everything
+    survival = ⟨merged - W, ΔW⟩ / ⟨ΔW, ΔW⟩        as `merge` reports it; 1 means that all of ΔW is kept
 
-For each site and storage W is first put into that storage, as a base that is loaded in it is, and ΔW is then folded
-in: in bfloat16 and float16 by one rounding, in quantized storages by `nearest` or by `aware` (`weights/rounding.py`).
-One site at a time; nothing is kept.
+For each site and storage, W is first converted to that storage, as when a base is loaded in it, and ΔW is then merged.
+Merging into bfloat16 and float16 rounds once. Merging into quantized storages chooses codes by the rounding `nearest`
+or `aware` (`weights/rounding.py`). Sites are handled one at a time, and the merged weights are discarded.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def kinds() -> list[str]:
-    """What `survivals` covers: bfloat16, float16, and each quantized storage by each rounding, as "int8 nearest"."""
+    """The keys of `survivals`: bfloat16, float16, and each quantized storage with each rounding: "int8 nearest"."""
     quantized = [name for name in STORAGES if name != "dense"]
     return [*DTYPES, *(f"{name} {rounding}" for name in quantized for rounding in reversed(ROUNDINGS))]
 
 
 @torch.no_grad()
 def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]:
-    """What merging one site of a saved adapter into `weight`, its frozen matrix, would keep, by `kinds`.
+    """Merge one site of a saved adapter into copies of `weight`, its frozen matrix; return the results by `kinds`.
 
-    Storages that cannot hold the matrix are left out: float16 where an entry is too large, quantized ones for
-    embeddings and vectors, which are not quantized, and those that a merge cannot write. Raises InputDependentError for
-    an update that cannot be merged.
+    Left out are: float16 if an entry is too large for it; quantized storages for embeddings and vectors, which are not
+    quantized; and quantized storages that a merge cannot write. Raises InputDependentError for an update that cannot
+    be merged.
     """
     w = weight.dense()
     found = {}
@@ -55,7 +55,7 @@ def survivals(record: Record, name: str, weight: Weight) -> dict[str, SiteMerge]
 
 
 def overall(sites: Sequence[Mapping[str, SiteMerge]]) -> dict[str, float]:
-    """The share of ΔW that would survive over all sites that have one in a storage, by `kinds`."""
+    """Survival over all sites together, by `kinds`: the mean over sites, weighted by |ΔW|²."""
     found = {}
     for kind in kinds():
         here = [site[kind] for site in sites if kind in site]

@@ -1,4 +1,4 @@
-"""What `deep.py` sees and `suggest.py` proposes, as terminal tables: a row for each site."""
+"""Terminal tables of the results of `deep.py` and `suggest.py`, with a row for each site."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def stem(names: Iterable[str]) -> str:
-    """The part of their paths, up to a dot, that all sites share; tables leave it out.
+    """The prefix that the paths of all sites share, up to and including a dot; tables leave it out.
 
     >>> stem(["model.layers.0.q", "model.layers.10.q"])
     'model.layers.'
@@ -31,10 +31,10 @@ def stem(names: Iterable[str]) -> str:
 
 
 def spectra(found: Mapping[str, Spectrum]) -> Table:
-    """Ranks and shares of each site's singular values."""
+    """Table of each site's rank, effective and stable rank, and singular values."""
     part = any(seen.kind == "leading" for seen in found.values())
     columns = ["rank", *([] if part else ["eff."]), "stable", "90 %", "99 %", "σ1", "σ last"]
-    title = "singular values (eff.: effective rank; 90 %: how many hold that of |ΔW|²)"
+    title = "singular values (eff.: effective rank; 90 %: count for 90 % of |ΔW|²)"
     table, begin = _table(title, found, [*columns, *(["held"] if part else [])])
     for name, seen in found.items():
         needed = ["more" if (n := seen.needed(share)) is None else str(n) for share in (0.9, 0.99)]
@@ -47,7 +47,7 @@ def spectra(found: Mapping[str, Spectrum]) -> Table:
 
 
 def amplification(found: Mapping[str, Amplification]) -> Table:
-    """|ΔW|, and what W has in ΔW's directions, in random ones and in its own."""
+    """Table of |ΔW| and of the norm of W in the directions of ΔW, in random directions and in its own leading ones."""
     table, begin = _table("amplification", found, ["r", "|ΔW|", "in ΔW's", "in random", "in W's", "factor"])
     for name, seen in found.items():
         sizes = (f"{size:.3g}" for size in (seen.change, seen.own, seen.random, seen.top))
@@ -57,10 +57,10 @@ def amplification(found: Mapping[str, Amplification]) -> Table:
 
 
 def survival(found: Mapping[str, Mapping[str, SiteMerge]], total: Mapping[str, float]) -> Table:
-    """The share of ΔW that a merge into each storage would keep, by site and over all."""
+    """Table of the share of ΔW that a merge into each storage would keep, by site and for all sites together."""
     kinds = list(total)
     table, begin = _table(
-        "share of ΔW that a merge keeps", found, [SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
+        "share of ΔW that a merge would keep", found, [SHORT.get(kind, kind.replace(" ", "\n")) for kind in kinds]
     )
     for name, here in found.items():
         cells = (f"{here[kind].survival:.4f}" if kind in here else "-" for kind in kinds)
@@ -71,7 +71,7 @@ def survival(found: Mapping[str, Mapping[str, SiteMerge]], total: Mapping[str, f
 
 
 def similarity(found: Mapping[str, Similarity]) -> Table:
-    """φ of the first directions and of all, of what ΔW reads and writes, beside that of random ones."""
+    """Table of φ for the first directions, for all directions and for random ones, on the input and output side."""
     columns = [f"{side}\n{value}" for side in ("reads", "writes") for value in ("φ(1,1)", "φ(R,R')", "random")]
     table, begin = _table("directions in common", found, columns)
     for name, seen in found.items():
@@ -81,9 +81,10 @@ def similarity(found: Mapping[str, Similarity]) -> Table:
 
 
 def suggestion(found: Suggestion) -> Table:
-    """What could be done to each site, what saves most first."""
+    """Table of the suggested rank of each site that changes; those that save most bytes come first."""
     names = [site.name for site in found.sites]
-    table, begin = _table("what could go", names, ["rank", "bytes saved", "of its energy", "of all energy"])
+    columns = ["rank", "bytes saved", "lost, this site", "lost, all sites"]
+    table, begin = _table("suggested ranks (lost: share of |ΔW|²)", names, columns)
     for site in found.sites:
         rank = f"{site.before} -> {site.rank}" if site.rank else f"{site.before} -> drop"
         table.add_row(site.name.removeprefix(begin), rank, f"{site.saved:,}", f"{site.lost:.2%}", f"{site.of_all:.3%}")

@@ -1,1 +1,1 @@
-"""Device kernels behind the ops registered with `torch.library`; each names the torch reference it must agree with."""
+"""Ops registered with `torch.library`, their torch references, and compiled kernels that must agree with those."""

@@ -1,17 +1,18 @@
-"""Fastfood: a fixed random map P, R^d -> R^D, in O(D log n) and without memory (Le, Sarlós & Smola 2013).
+"""Fastfood: a fixed random map P, R^d -> R^D, in O(D log n) time without storing P (Le, Sarlós & Smola 2013).
 
     P = [ H G_b Π_b H B_b / √(n Σ G_b²) ]  for the blocks b of n rows, cut to D rows and d columns, over √(D / n)
 
-B_b are signs, Π_b is an order (`(Π u)_j = u[Π_j]`), G_b are N(0, 1); all are drawn anew from a key when they are used,
-by `fastfood_tables`. Columns have norm 1 on average, exactly where n divides D; E |P x|² = |x|².
+B_b are random signs, Π_b is a permutation (`(Π u)_j = u[Π_j]`), and G_b are N(0, 1). They are generated from a key each
+time they are used (see `fastfood_tables`). The columns have norm 1 on average, and exactly if n divides D. The expected
+|P x|² is |x|².
 
-With n = 2^⌈log₂ d⌉ blocks are as short as can be. One block of n = 2^⌈log₂ D⌉ is the map of the released code of
-Aghajanyan et al. 2020 (arXiv 2012.13255), whose gradient is wrong: it divides each transform of a backward pass by √n,
-so that a tensor's share of the gradient is 1/n of the truth, n being another for each tensor. The adjoint here is
-Pᵀ g = Σ_b B_b H Π_bᵀ G_b H g_b / √(Σ G_b² D), without any further factor.
+n = 2^⌈log₂ d⌉ gives the shortest possible blocks. One block of n = 2^⌈log₂ D⌉ gives the map in the released code of
+Aghajanyan et al. 2020 (arXiv 2012.13255), but the gradient in that code is wrong: its backward pass divides each
+transform by √n, so the gradient through each tensor is too small by a factor of n, and n differs between tensors. Here
+the adjoint is Pᵀ g = Σ_b B_b H Π_bᵀ G_b H g_b / √(Σ G_b² D), without a further factor.
 
-Two ops that are each other's derivative, and keep nothing. `fastfood_reference` is torch; the compiled kernels of
-`fwht_cpu` are for float32 on a CPU, and draw the same numbers.
+The two ops are each other's derivative and save nothing for backward. `fastfood_reference` is implemented in torch; the
+compiled kernels of `fwht_cpu` are for float32 on a CPU and generate the same random numbers.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ _TAGS = torch.Tag.pt2_compliant_tag
 torch.library.define(_NAME, "(Tensor x, int key, int n, int rows) -> Tensor", tags=_TAGS)
 torch.library.define(_ADJOINT, "(Tensor g, int key, int n, int d) -> Tensor", tags=_TAGS)
 _PIECE = 1 << 20
-"""Numbers that the torch reference draws at once."""
+"""Random numbers that the torch reference generates at a time."""
 
 
 def fastfood(x: Tensor, key: int, n: int, rows: int) -> Tensor:
-    """x [d] -> P x [rows]. `key` is a whole number from 0 to 2^63 - 1, `n` a power of two of at least d.
+    """x [d] -> P x [rows], in the dtype of x. `key`: an integer from 0 to 2^63 - 1; `n`: a power of two, at least d.
 
-    Raises ValueError otherwise: a block shorter than x would silently ignore the end of it.
+    Raises ValueError if x is not a floating-point vector, or n is not such a power, or rows is below 1.
     """
     return torch.ops.reparam.fastfood.default(x, key, n, rows)
 
 
 def fastfood_adjoint(g: Tensor, key: int, n: int, d: int) -> Tensor:
-    """g [D] -> Pᵀ g [d]. Raises as `fastfood` does."""
+    """g [D] -> Pᵀ g [d], in the dtype of g. Raises ValueError under the same conditions as `fastfood`."""
     return torch.ops.reparam.fastfood_adjoint.default(g, key, n, d)
 
 
 def words(key: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
-    """The hashes number `first` on, [count] int64. All arithmetic is modulo 2^64, as int64 does it."""
+    """The hashes with numbers from `first` on, int64 [count]. The arithmetic is modulo 2^64, as int64 wraps around."""
     i = torch.arange(first + 1, first + count + 1, device=device)
     z = i * _signed(GOLDEN) + key
     z = (z ^ _right(z, 30)) * _signed(MIX[0])
@@ -56,23 +57,23 @@ def words(key: int, first: int, count: int, device: torch.device | None = None) 
 
 
 def signs(hashes: Tensor) -> Tensor:
-    """1 or -1, float32."""
+    """Random signs, 1 or -1, in float32, from bit 0 of each hash."""
     return 1.0 - 2.0 * (hashes & 1).float()
 
 
 def normals(hashes: Tensor) -> Tensor:
-    """N(0, 1), float32, from other bits."""
+    """N(0, 1) in float32, from bits 1 to 13 of each hash."""
     size = QUANTILES.to(hashes.device)[_right(hashes, 2) & ((1 << GAUSS_BITS) - 1)]
     return torch.where((hashes & 2).bool(), -size, size)
 
 
 def orders(hashes: Tensor) -> Tensor:
-    """For hashes [b, n], an order of each row, from bits that signs and normal numbers do not use."""
+    """hashes [b, n] -> a permutation of each row, int64 [b, n], from the highest 24 bits of each hash."""
     return _right(hashes, 64 - ORDER_BITS).argsort(dim=1, stable=True)
 
 
 def apply(x: Tensor, B: Tensor, order: Tensor, G: Tensor, rows: int) -> Tensor:
-    """P x [rows] for x [d] and diagonals B, G and orders [blocks, n] that are given, in the dtype of x.
+    """P x [rows] in the dtype of x [d], for the given diagonals B and G and permutations `order`, all [blocks, n].
 
     >>> B, G, order = torch.tensor([[1.0, -1, 1, -1]]), torch.tensor([[1, 2, 0.5, 1]]), torch.tensor([[2, 0, 3, 1]])
     >>> [round(v, 4) for v in apply(torch.tensor([1.0, 2.0]), B, order, G, 3).tolist()]
@@ -85,7 +86,7 @@ def apply(x: Tensor, B: Tensor, order: Tensor, G: Tensor, rows: int) -> Tensor:
 
 
 def apply_adjoint(g: Tensor, B: Tensor, order: Tensor, G: Tensor, d: int, rows: int) -> Tensor:
-    """Pᵀ g [d] for g, the rows of these blocks, of `rows` in all."""
+    """Pᵀ g [d] for these blocks [blocks, n] of P: g holds their rows, and `rows` is the number of rows of P."""
     blocks, n = B.shape
     padded = torch.nn.functional.pad(g, (0, blocks * n - len(g))).view(blocks, n)
     v = fwht(padded) * G.to(g.dtype) * _scale(G, rows).to(g.dtype)
@@ -94,14 +95,14 @@ def apply_adjoint(g: Tensor, B: Tensor, order: Tensor, G: Tensor, d: int, rows: 
 
 
 def fastfood_reference(x: Tensor, key: int, n: int, rows: int) -> Tensor:
-    """The same in torch, some blocks at a time."""
+    """`fastfood` in torch, a few blocks at a time."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     found = torch.cat([_part(wide, *drawn, rows) for _, drawn in _blocks(key, n, rows, x.device)])
     return found[:rows].to(x.dtype)
 
 
 def fastfood_adjoint_reference(g: Tensor, key: int, n: int, d: int) -> Tensor:
-    """The same in torch, some blocks at a time."""
+    """`fastfood_adjoint` in torch, a few blocks at a time."""
     wide = g.to(torch.promote_types(g.dtype, torch.float32))
     total = wide.new_zeros(d)
     for part, drawn in _blocks(key, n, len(g), g.device):
@@ -110,12 +111,12 @@ def fastfood_adjoint_reference(g: Tensor, key: int, n: int, d: int) -> Tensor:
 
 
 def _part(x: Tensor, B: Tensor, order: Tensor, G: Tensor, rows: int) -> Tensor:
-    """All rows of some blocks, with the scale of the whole map."""
+    """All rows of these blocks, scaled as part of a map with `rows` rows."""
     return apply(x, B, order, G, B.numel()) * (B.numel() / rows) ** 0.5
 
 
 def _blocks(key: int, n: int, rows: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
-    """Which rows, and B, the order and G of their blocks, [b, n] each."""
+    """Groups of blocks: their rows of P, and their B, permutation and G, [b, n] each."""
     count, size = -(-rows // n), max(1, _PIECE // n)
     for first in range(0, count, size):
         last = min(first + size, count)
@@ -129,7 +130,7 @@ def _scale(G: Tensor, rows: int) -> Tensor:
 
 
 def _right(z: Tensor, bits: int) -> Tensor:
-    """A shift that fills with zeros, which int64 has not."""
+    """A logical right shift (zeros enter at the left), which torch does not have for int64."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -142,13 +143,13 @@ def _check(x: Tensor, key: int, n: int, d: int, rows: int) -> None:
         raise ValueError(f"fastfood: expected a vector of floating-point numbers, got {x.dtype} {list(x.shape)}")
     if n != power_of_two(n) or not 1 <= d <= n or rows < 1:
         raise ValueError(
-            f"fastfood: d={d}, n={n}, D={rows}: expected n, a power of two, of at least d, and d and D of at least 1; "
-            f"a shorter block would ignore the end of the vector"
+            f"fastfood: d={d}, n={n}, D={rows}: expected n to be a power of two of at least d, and d and D to be at "
+            f"least 1; a shorter block would ignore the end of the vector"
         )
 
 
 def _fast(x: Tensor) -> Any:
-    """The compiled kernels, where they can take x."""
+    """The compiled kernels if they support the dtype and device of x, otherwise None."""
     return compiled() if x.dtype is torch.float32 and x.device.type == "cpu" else None
 
 

@@ -1,8 +1,8 @@
-"""A frozen linear map as one op: y = x Wᵀ + b, where W is unpacked on the way and nothing is kept for backward.
+"""A frozen linear map as one op: y = x Wᵀ + b. W is unpacked piece by piece, and no activation is saved for backward.
 
-`frozen_linear` registers two ops for a storage, `reparam::<name>_linear` and `reparam::<name>_linear_grad`, from the
-one function that unpacks it. W is frozen, so the gradient of x needs g and W alone: neither x nor the unpacked W is
-saved, only the packed tensors, which are there anyway. `torch.compile` sees one op.
+`frozen_linear` registers two ops for a storage, `reparam::<name>_linear` and `reparam::<name>_linear_grad`, given one
+function that unpacks W. W is frozen, so the gradient of x depends only on g and W: backward saves neither x nor the
+unpacked W, only references to the packed tensors. `torch.compile` sees one op.
 
 Shapes: O out_features, I in_features; x [..., I], g and y [..., O].
 """
@@ -22,22 +22,23 @@ Product = Callable[..., Tensor | None]
 
 
 _PIECE = 1 << 20
-"""Entries of W unpacked at once on a CPU: 4 MiB in float32, which stay in the cache until the product has read them.
+"""Entries of W unpacked at a time on a CPU: 4 MiB in float32, which stay in the cache until the product reads them.
 
-More than that costs ten times as much for one token: fresh memory for all of W comes in page by page."""
+Unpacking all of W at once takes ten times as long for one token, because of page faults in newly allocated memory."""
 
 
 def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | None = None) -> Callable[..., Tensor]:
     """Register the ops of a storage, and return the function that calls them.
 
     Args:
-        name: the storage's.
-        packed: its tensors and numbers in the words of an op's schema, as "Tensor codes, Tensor? offset, int block".
-        unpack: from these, the shape [O, I], two numbers of rows and a dtype, to W[start:stop] in that dtype.
-        product: a faster x Wᵀ for some x [N, I], or None to unpack: a fused kernel for a few rows.
+        name: the name of the storage.
+        packed: the types and names of its tensors and numbers in the syntax of an op's schema, such as
+            "Tensor codes, Tensor? offset, int block".
+        unpack: f(*packed, shape, start, stop, dtype) -> W[start:stop] in that dtype, with shape = [O, I].
+        product: a fused kernel f(x, *packed, shape) -> x Wᵀ for x [N, I], which may return None to use `unpack`.
 
     Returns:
-        f(x, packed, shape, bias): the output in the dtype of x, or autocast's, differentiable in x and the bias.
+        f(x, packed, shape, bias): x Wᵀ + bias in the dtype of x, or in autocast's; differentiable in x and bias.
 
     >>> half = frozen_linear("doc_half", "Tensor w", lambda w, shape, start, stop, dtype: w[start:stop].to(dtype))
     >>> half(torch.ones(1, 2), (torch.ones(3, 2, dtype=torch.half),), (3, 2), None)
@@ -68,7 +69,7 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
         *parts, shape = rest
         flat = g.reshape(-1, shape[0])
         pieces = [*_pieces(shape, g.device)]
-        # The sums of several pieces are added in float32 at least: a large matrix has hundreds, each a rounding.
+        # Sum several pieces in float32 or wider: a large matrix has hundreds of pieces, and each sum rounds.
         dtype = torch.promote_types(g.dtype, torch.float32) if len(pieces) > 1 else g.dtype
         x = g.new_zeros(len(flat), shape[1], dtype=dtype)
         for start, stop in pieces:
@@ -113,21 +114,21 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
 
 
 def _parts(ctx: Any) -> list[Any]:
-    """The packed tensors and numbers that a forward kept."""
+    """The packed tensors and numbers that the forward saved, in the order of the schema."""
     saved = iter(ctx.saved_tensors)
     return [next(saved) if tensor else part for tensor, part in zip(ctx.tensors, ctx.rest, strict=True)]
 
 
 def _shaped(flat: Tensor, like: Tensor, last: int) -> Tensor:
-    """flat [N, last] in the leading shape of `like`; not as a view, which autograd would not let others add to."""
+    """flat [N, last] with the leading dimensions of `like`. Not a view, which autograd forbids to change."""
     return torch.ops.aten._unsafe_view.default(flat, [*like.shape[:-1], last])
 
 
 def _pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
-    """Where to cut the rows of W: into equal pieces on a CPU, not at all elsewhere."""
+    """The ranges (start, stop) of rows of W to unpack at a time: equal pieces on a CPU, all rows elsewhere."""
     outputs, inputs = shape
     count = max(1, round(outputs * inputs / _PIECE)) if device.type == "cpu" else 1
     size = -(-outputs // count)
-    size += -size % 64 if count > 1 else 0  # so that blocks of entries begin where rows do
+    size += -size % 64 if count > 1 else 0  # so that each piece starts at a block of entries
     for start in range(0, outputs, size):
         yield start, min(start + size, outputs)

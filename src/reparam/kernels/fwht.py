@@ -2,8 +2,9 @@
 
     H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]],  y = H x        H = Hᵀ, H H = n I
 
-It costs n log₂ n additions. `fwht_reference` is torch, for any device and floating dtype; the compiled kernel of
-`fwht_cpu` is for float32 on a CPU. The derivative of a transform is a transform: nothing is kept for backward.
+It costs n log₂ n additions. `fwht_reference` is implemented in torch, for any device and floating-point dtype; the
+compiled kernel of `fwht_cpu` is for float32 on a CPU. The derivative is the same transform of the gradient, so nothing
+is saved for backward.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ torch.library.define(_NAME, "(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant
 
 
 def fwht(x: Tensor) -> Tensor:
-    """x [..., n] of a floating dtype -> H x [..., n]. Numbers of 16 bits are summed in float32.
+    """x [..., n] of a floating-point dtype -> H x [..., n] in the same dtype. 16-bit numbers are summed in float32.
 
-    Raises ValueError unless n is a power of two, and for whole numbers.
+    Raises ValueError if n is not a power of two, or if the dtype is not floating-point.
 
     >>> fwht(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
     [10.0, -2.0, -4.0, 0.0]
@@ -31,12 +32,12 @@ def fwht(x: Tensor) -> Tensor:
 
 
 def backend() -> str:
-    """What computes float32 on a CPU: "numba", or "torch" where numba cannot be imported. Loads the kernel."""
+    """The backend for float32 on a CPU: "numba", or "torch" if numba cannot be imported. Loads the kernel."""
     return "torch" if compiled() is None else "numba"
 
 
 def fwht_reference(x: Tensor) -> Tensor:
-    """The same by halves, with one pass over memory for each."""
+    """`fwht` in torch, one butterfly stage (a pass over memory) at a time."""
     n = x.shape[-1]
     y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, n)
     h = 1
@@ -59,10 +60,10 @@ def power_of_two(n: int) -> int:
 
 @functools.cache
 def compiled() -> ModuleType | None:
-    """The compiled kernels. Imported at first use, because numba takes longer to import than most programs want."""
+    """The compiled kernels, or None if numba cannot be imported. Imported at first use, because that is slow."""
     try:
         from reparam.kernels import fwht_cpu
-    except (ImportError, OSError):  # OSError: llvmlite is there and its library is not
+    except (ImportError, OSError):  # OSError: llvmlite is installed, but its shared library is missing
         return None
     return fwht_cpu
 
@@ -71,7 +72,7 @@ def _check(x: Tensor) -> None:
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] < 1 or x.shape[-1] & (x.shape[-1] - 1):
         raise ValueError(
             f"fwht: expected floating-point numbers [..., n] with n a power of two, got {str(x.dtype)[6:]} "
-            f"{list(x.shape)}; pad the last dimension with zeros to the next power"
+            f"{list(x.shape)}; pad the last dimension with zeros to the next power of two"
         )
 
 

@@ -1,14 +1,14 @@
 """Walsh-Hadamard transforms, and Fastfood maps built on them, in float32 on a CPU, compiled by numba.
 
-The references are in `fwht` and `fastfood`. Butterflies are vectors of sixteen numbers, written for LLVM here: the four
-innermost stages happen within a vector, and up to four more among the sixteen vectors that one pass holds, so that a
-transform of 2^8 reads and writes its numbers once, one of 2^12 twice. Longer ones are done piece by piece, in pieces
-that stay in the first cache (2^12), then in the second (2^16), and only what is left passes through memory again.
+The references are in `fwht` and `fastfood`. The butterflies are LLVM code for vectors of 16 numbers: the four innermost
+stages work within a vector, and up to four more across the 16 vectors that one pass loads. A transform of 2^8 numbers
+reads and writes them once, one of 2^12 twice. Longer transforms are split into pieces that fit in the first-level cache
+(2^12), then in the second-level cache (2^16); only the remaining stages go through main memory.
 
-What is summed in which order depends on the length alone, never on how the work is shared. A Fastfood map draws its
-random numbers as it goes (see `fastfood`), so that beside its result it needs room for one block.
+The order of summation depends only on the length, never on how the work is divided among threads. A Fastfood map
+generates its random numbers as it goes (see `fastfood`), so each thread needs memory for only one block.
 
-All is in one file because numba keeps compiled code by the age of the file that a kernel is in. Addresses are integers.
+All is in one file because numba's cache checks only the age of the file of a kernel. Addresses are integers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from reparam.kernels.fastfood_tables import GAUSS_BITS, GOLDEN, MIX, ORDER_BITS,
 from reparam.kernels.threads import compile_kernel, pointer, spread
 
 _GRAIN = 1 << 17
-"""Numbers worth a thread: 60 us of a transform from memory; handing them over costs 40 us."""
+"""Numbers that justify a thread: transforming them from memory takes 60 us, handing work to a thread 40 us."""
 _FIRST, _SECOND = 1 << 12, 1 << 16
-"""Numbers of a piece that stays in the first cache (16 KiB), and in the second (256 KiB)."""
+"""Numbers in a piece that fits in the first-level cache (16 KiB), and in the second-level cache (256 KiB)."""
 _GROUPS = 32
-"""In how many partial sums the adjoint of a Fastfood map adds its blocks up, whatever the number of threads."""
+"""The number of partial sums over blocks in the adjoint of a Fastfood map, independent of the number of threads."""
 LANES = 16
 _i32, _float = ir.IntType(32), ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
@@ -40,7 +40,7 @@ _Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def _within(b: Any, v: Any) -> Any:
-    """The transform of one vector [16]."""
+    """LLVM code that transforms one vector [16]."""
     for step in (1, 2, 4, 8):
         places = ir.Constant(ir.VectorType(_i32, LANES), [lane ^ step for lane in range(LANES)])
         signs = ir.Constant(_vector, [-1.0 if lane & step else 1.0 for lane in range(LANES)])
@@ -49,7 +49,7 @@ def _within(b: Any, v: Any) -> Any:
 
 
 def _among(b: Any, vectors: list[Any]) -> list[Any]:
-    """The transform across a list of vectors, each entry by itself."""
+    """LLVM code that transforms across a list of vectors, separately for each lane."""
     step = 1
     while step < len(vectors):
         pairs = {k: (vectors[k & ~step], vectors[k | step]) for k in range(len(vectors))}
@@ -59,9 +59,9 @@ def _among(b: Any, vectors: list[Any]) -> list[Any]:
 
 
 def _pass(radix: int, *, inner: bool) -> Any:
-    """f(to, from, jump, stride, count): `count` times, transform across `radix` vectors that lie `stride` bytes apart.
+    """f(to, from, jump, stride, count): `count` times, transform across `radix` vectors that are `stride` bytes apart.
 
-    The next ones begin `jump` bytes later. With `inner`, each vector is transformed within itself as well.
+    Each repetition starts `jump` bytes after the last. With `inner`, each vector is also transformed within itself.
     """
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -88,7 +88,7 @@ _outer2, _outer4, _outer8, _outer16 = (_pass(radix, inner=False) for radix in (2
 
 @numba.njit
 def _begin(to: int, source: int, n: int) -> int:
-    """The stages within vectors, and up to four more, out of place; the length that is done."""
+    """The stages within vectors and up to four more, out of place. Returns the transform length reached."""
     vectors = n // 16
     if vectors >= 16:
         _inner16(to, source, 1024, 64, vectors // 16)
@@ -106,7 +106,7 @@ def _begin(to: int, source: int, n: int) -> int:
 
 @numba.njit
 def _across(x: int, h: int, radix: int, count: int) -> None:
-    """One pass over `radix` pieces of `h` numbers each, at the first `count` vectors of them."""
+    """One in-place pass across `radix` adjacent pieces of `h` numbers, for the first `count` vectors of each piece."""
     if radix == 16:
         _outer16(x, x, 64, 4 * h, count)
     elif radix == 8:
@@ -129,7 +129,7 @@ def _rest(x: int, n: int, h: int) -> None:
 
 @numba.njit
 def _short(to: int, source: int, n: int) -> None:
-    """A transform of fewer than 16 numbers."""
+    """Transform fewer than 16 numbers."""
     x = numba.carray(pointer(source), (n,), np.float32)
     y = numba.carray(pointer(to), (n,), np.float32)
     for i in range(n):
@@ -146,7 +146,7 @@ def _short(to: int, source: int, n: int) -> None:
 
 @numba.njit
 def _transform(to: int, source: int, n: int) -> None:
-    """A whole transform by one thread; `to` and `source` may be the same."""
+    """Transform `n` numbers in one thread; `to` and `source` may be the same address."""
     if n < 16:
         _short(to, source, n)
         return
@@ -175,14 +175,14 @@ def fwht(out: Tensor, x: Tensor) -> None:
 
 
 def _pieces_walk(to: int, source: int, count: int, n: int, share: int, shares: int) -> bool:
-    """One of equal shares of transforms of `n` numbers that follow one another."""
+    """One of `shares` equal shares of `count` adjacent transforms of `n` numbers."""
     for piece in range(count * share // shares, count * (share + 1) // shares):
         _transform(to + 4 * n * piece, source + 4 * n * piece, n)
     return True
 
 
 def _columns_walk(x: int, count: int, h: int, radix: int, share: int, shares: int) -> bool:
-    """One of equal shares of the columns of a pass over `count` parts of `radix` pieces of `h` numbers."""
+    """One of `shares` equal shares of the columns of a pass over `count` parts of `radix` pieces of `h` numbers."""
     columns = h // 16
     begin, end = columns * share // shares, columns * (share + 1) // shares
     for part in range(count):
@@ -214,7 +214,7 @@ def fastfood_adjoint(g: Tensor, key: int, n: int, d: int) -> Tensor:
 
 @numba.njit
 def _room(n: int) -> Any:
-    """What one block needs: hashes, their order, counts of digits, signs, normal numbers, two vectors."""
+    """Working memory for one block: hashes, their order, digit counts, signs, normal numbers and two vectors."""
     hashes, counts, block = np.empty((2, n), np.uint64), np.empty((3, 256), np.int64), np.empty((4, n), np.float32)
     return hashes[0], hashes[1], counts, block[0], block[1], block[2], block[3]
 
@@ -224,7 +224,7 @@ def _draw(
     words: _Words, spare: _Words, counts: np.ndarray[Any, np.dtype[np.int64]], key: int, first: int, quantiles: _Array,
     signs: _Array, gauss: _Array,
 ) -> float:  # fmt: skip
-    """The signs, the normal numbers and the order (low halves of `spare`) of a block; the sum of squared normals."""
+    """Generate a block's signs, normals and order (low halves of `spare`). Returns the sum of squared normals."""
     n = len(words)
     z0 = np.uint64(key)
     for i in range(n):
@@ -246,7 +246,7 @@ def _draw(
         counts[1, np.int64((place >> np.uint64(8)) & np.uint64(255))] += 1
         counts[2, np.int64(place >> np.uint64(16))] += 1
         words[i] = (place << np.uint64(32)) | np.uint64(i)
-    for digit in range(3):  # a stable sort, by eight bits at a time
+    for digit in range(3):  # a stable radix sort, eight bits at a time
         before = 0
         for value in range(256):
             count = counts[digit, value]
@@ -265,7 +265,7 @@ def _draw(
 def _forward_walk(
     out_at: int, x_at: int, table_at: int, key: int, n: int, rows: int, d: int, share: int, shares: int
 ) -> bool:
-    """One of equal shares of the blocks of P x."""
+    """One of `shares` equal shares of the blocks of P x."""
     out = numba.carray(pointer(out_at), (rows,), np.float32)
     x = numba.carray(pointer(x_at), (d,), np.float32)
     quantiles = numba.carray(pointer(table_at), (1 << GAUSS_BITS,), np.float32)
@@ -289,7 +289,7 @@ def _forward_walk(
 def _backward_walk(
     sums_at: int, g_at: int, table_at: int, key: int, n: int, rows: int, d: int, groups: int, share: int, shares: int
 ) -> bool:
-    """One of equal shares of the groups of blocks of Pᵀ g, each summed up by itself."""
+    """One of `shares` equal shares of the groups of blocks of Pᵀ g; each group has its own sum."""
     sums = numba.carray(pointer(sums_at), (groups, d), np.float32)
     g = numba.carray(pointer(g_at), (rows,), np.float32)
     quantiles = numba.carray(pointer(table_at), (1 << GAUSS_BITS,), np.float32)

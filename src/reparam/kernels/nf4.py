@@ -1,17 +1,18 @@
-"""NF4: sixteen levels for normally distributed weights, 4 bits an entry (Dettmers et al. 2023, arXiv 2305.14314, §3).
+"""NF4: 16 levels for normally distributed weights, 4 bits per entry (Dettmers et al. 2023, arXiv 2305.14314, §3).
 
-A matrix is flattened row by row and cut into blocks of `block` entries, which may cross rows; the last may be short.
-A block keeps its largest magnitude c in float32, and each entry w the number of thresholds that w · (1/c) is above, a
-tie going to the lower code. Two codes share a byte, the first in the high half; an odd count ends in a virtual zero.
+A matrix is flattened row by row and divided into blocks of `block` entries. A block may cross rows, and the last may be
+shorter. For each block its largest magnitude c (absmax) is stored in float32. The code of an entry w is the number of
+thresholds below w · (1/c), so ties go to the lower code. Two codes share a byte, the first in the high half; an odd
+number of entries is padded with a zero.
 
     ŵ = CODE[index] · c
 
-Double quantization stores c itself in eight bits: less the mean of all c, in blocks of 256, coded by a signed dynamic
-map with a scale for each block. Bytes, statistics and order of operations are those of bitsandbytes 0.50 on CUDA,
-except that a block of zeros gets the code of zero, as on its CPU.
+Double quantization also stores c in 8 bits: the mean of all c is subtracted, and each block of 256 differences is coded
+with a signed dynamic map and one scale. Bytes, statistics and order of operations are those of bitsandbytes 0.50 on
+CUDA, except that entries of an all-zero block get the code of zero, as in its CPU version.
 
-These are the ops. `nf4_reference` is what they compute, in torch; `nf4_cpu` holds compiled kernels for a CPU, `nf4_gpu`
-kernels in Triton. On every device the bytes are the reference's.
+This file defines the ops. `nf4_reference` implements them in torch, `nf4_cpu` has compiled kernels for a CPU, and
+`nf4_gpu` kernels in Triton. The kernels produce the same bytes as the reference on every device.
 
 Shapes: n entries, N blocks.
 """
@@ -30,9 +31,9 @@ from reparam.kernels.nf4_tables import Statistics
 
 
 def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The entries of `w`, flattened, as codes uint8 [⌈n/2⌉] and magnitudes float32 [⌈n/block⌉].
+    """Quantize `w`, of any shape with n entries, to codes uint8 [⌈n/2⌉] and absmax float32 [⌈n/block⌉].
 
-    Finite values only: NaN and infinity are for the caller to refuse.
+    All values must be finite; the caller must check for NaN and infinity.
 
     >>> codes, absmax = quantize(torch.tensor([1.0, -1.0, 0.0, 0.5]), 64)
     >>> bytes(codes.tolist()).hex(), absmax.tolist()
@@ -51,9 +52,9 @@ def dequantize(
     first: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`count` entries [count] from block number `first` on, in `dtype`; computed in float32 and rounded once.
+    """Dequantize `count` entries from block number `first` on, to a tensor [count] of `dtype`.
 
-    Into `out`, contiguous, if given.
+    The result is computed in float32, rounded once, and written into `out` (contiguous) if given.
 
     >>> dequantize(torch.tensor([0xF0], dtype=torch.uint8), Statistics(torch.tensor([2.0])), block=64, count=2,
     ...            dtype=torch.bfloat16).tolist()
@@ -65,7 +66,7 @@ def dequantize(
 
 
 def compress_scales(absmax: Tensor) -> Statistics:
-    """Double quantization of magnitudes, float32 [N]: eight bits each, and float32 for every 256.
+    """Double quantization of absmax, float32 [N]: to 8 bits each and one float32 scale per 256.
 
     >>> stats = compress_scales(torch.tensor([0.5, 1.0]))
     >>> stats.absmax.tolist(), stats.offset.tolist()
@@ -75,7 +76,7 @@ def compress_scales(absmax: Tensor) -> Statistics:
 
 
 def few_rows(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: Sequence[int]) -> Tensor | None:
-    """x [M, I] -> x Wᵀ [M, O] without unpacking W [O, I]; None where no kernel does that for so many rows."""
+    """x [M, I] -> x Wᵀ [M, O] without unpacking W [O, I]; None if no kernel supports the device, dtype or M."""
     kernels = _kernels("cuda") if x.device.type == "cuda" and x.dtype != torch.float64 else None
     if kernels is None or not 0 < len(x) <= kernels.MOST_ROWS:
         return None
@@ -107,13 +108,13 @@ def _dequantize(
     out: Tensor, codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, map: Tensor | None,
     block: int, first: int,
 ) -> None:  # fmt: skip
-    assert out.is_contiguous()  # kernels go by addresses
+    assert out.is_contiguous()  # kernels use raw addresses
     assert first * block + out.numel() <= 2 * codes.numel()
     stats = Statistics(absmax, nested, offset, map)
     kernels = _kernels(out.device.type) if out.dtype != torch.float64 else None
     if kernels is not None:
         kernels.dequantize(out, codes, stats, block, first)
-        torch.autograd.graph.increment_version(out)  # the kernel writes where autograd cannot see it
+        torch.autograd.graph.increment_version(out)  # autograd does not see the kernel's write
         return
     if first:
         last = first - (-out.numel() // block)
@@ -150,7 +151,7 @@ def _dequantize_fake(
 
 @functools.cache
 def _kernels(device: str) -> Any | None:
-    """The module of compiled kernels for this kind of device, or None. Imported at first use: it takes long."""
+    """The module of compiled kernels for this device type, or None. Imported at first use, because that is slow."""
     try:
         if device == "cpu":
             from reparam.kernels import nf4_cpu
@@ -160,11 +161,11 @@ def _kernels(device: str) -> Any | None:
             from reparam.kernels import nf4_gpu
 
             return nf4_gpu
-    except (ImportError, OSError):  # OSError: llvmlite is there and its library is not
+    except (ImportError, OSError):  # OSError: llvmlite is installed, but its shared library is missing
         return None
     return None
 
 
 def backend(device: str = "cpu") -> str:
-    """What computes on this kind of device: "numba", "triton", or "torch" where neither can be imported."""
+    """The backend for a device type: "numba" for "cpu", "triton" for "cuda", or "torch" if it cannot be imported."""
     return "torch" if _kernels(device) is None else {"cpu": "numba", "cuda": "triton"}[device]

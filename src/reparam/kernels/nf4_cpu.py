@@ -1,12 +1,12 @@
-"""NF4 on a CPU, compiled by numba. The references are in `nf4`, and the bytes are theirs.
+"""NF4 on a CPU, compiled by numba. The results equal those of `nf4_reference`, byte for byte.
 
-Whole blocks go through vectors that are written for LLVM here, because its own vectorizer cannot see a table in a
-register: sixteen levels of 32 bits fill one register of AVX-512, and one of its instructions looks sixteen codes up at
-once. On other processors the same code looks them up one by one; all else is plain vector arithmetic, which LLVM splits
-into whatever the processor has. The last block, if it is short, goes through the reference. What is left is reading and
-writing memory: unpacking takes about as long as a copy of its result.
+Whole blocks are processed by vector code that this file emits as LLVM IR, because LLVM's vectorizer cannot keep a table
+in a register: 16 levels of 32 bits fill one AVX-512 register, and one instruction looks up 16 codes. Other processors
+look up the codes one at a time; the rest is vector arithmetic, which LLVM maps to the processor's vector width. A short
+last block is computed by the reference. The kernels are limited by memory bandwidth: unpacking takes about as long as
+copying the result.
 
-All is in one file because numba keeps compiled code by the age of the file that a kernel is in. Addresses are integers.
+All is in one file because numba's cache checks only the age of the file of a kernel. Addresses are integers.
 A group is 32 entries: 16 bytes of codes, two vectors of values. N blocks, as in `nf4`.
 """
 
@@ -29,14 +29,14 @@ from reparam.kernels.nf4_tables import CODE, DYNAMIC, NESTED_BLOCK, THRESHOLDS, 
 from reparam.kernels.threads import compile_kernel, pointer, spread
 
 _GRAIN = 1 << 18
-"""Entries worth a thread: 60 us; handing them over costs 40 us."""
+"""Entries that justify a thread: they take 60 us, handing work to a thread 40 us."""
 _MIDDLES = (DYNAMIC[1:] + DYNAMIC[:-1]) / 2
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16
 _i1, _i8, _i16, _i32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _half, _float = ir.HalfType(), ir.FloatType()
 WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-"""Whether this processor looks sixteen codes up in one instruction."""
+"""Whether this processor can look up 16 codes with one instruction."""
 
 
 def _vector(kind: Any, lanes: int = LANES) -> Any:
@@ -48,18 +48,18 @@ def _all(kind: Any, value: float, lanes: int = LANES) -> Any:
 
 
 def _splat(b: Any, value: Any) -> Any:
-    """A vector of one scalar."""
+    """A vector whose lanes all hold the same scalar."""
     empty = ir.Constant(_vector(value.type), ir.Undefined)
     return b.shuffle_vector(b.insert_element(empty, value, _i32(0)), empty, _all(_i32, 0))
 
 
 def _pick(b: Any, first: Any, second: Any, places: list[int]) -> Any:
-    """The elements of two vectors, one behind the other, at these places."""
+    """The elements at these places of two concatenated vectors."""
     return b.shuffle_vector(first, second, ir.Constant(_vector(_i32, len(places)), places))
 
 
 def _look_up(b: Any, table: Any, index: Any, *, wide: bool) -> Any:
-    """table [16] of 32 bits, index [16] below 16 -> table[index]."""
+    """table [16] of 32-bit elements, index [16] from 0 to 15 -> table[index] [16]."""
     if wide:
         name = f"llvm.x86.avx512.permvar.{'sf' if table.type.element == _float else 'si'}.512"
         kind = ir.FunctionType(table.type, [table.type, index.type])
@@ -85,13 +85,13 @@ def _unary(b: Any, name: str, value: Any) -> Any:
 
 
 def _indices(b: Any, codes: Any) -> tuple[Any, Any]:
-    """16 bytes at an address -> the codes in their high and their low halves, each [16] of 32 bits."""
+    """The address of 16 bytes -> the codes in their high halves and in their low halves, each [16] of 32 bits."""
     wide = b.zext(_load(b, codes, _vector(_i8)), _vector(_i32))
     return b.lshr(wide, _all(_i32, 4)), b.and_(wide, _all(_i32, 15))
 
 
 def _rounded(b: Any, values: Any, dtype: str) -> Any:
-    """float32 [16] as float16 or bfloat16, to the nearest and to even, in the low half of 32 bits."""
+    """float32 [16] rounded to float16 or bfloat16 (nearest, ties to even), in the low halves of 32-bit integers."""
     if dtype == "float16":
         return b.zext(b.bitcast(b.fptrunc(values, _vector(_half)), _vector(_i16)), _vector(_i32))
     word = b.bitcast(values, _vector(_i32))
@@ -100,7 +100,7 @@ def _rounded(b: Any, values: Any, dtype: str) -> Any:
 
 
 def unpacker(dtype: str, *, wide: bool = WIDE) -> Any:
-    """f(out, codes, scale, groups): write CODE[code] · scale for so many groups, as float32, float16 or bfloat16."""
+    """f(out, codes, scale, groups): write CODE[code] · scale for `groups` groups, as float32, float16 or bfloat16."""
 
     def emit(b: Any, out: Any, codes: Any, scale: Any, groups: Any) -> None:
         table = b.fmul(ir.Constant(_vector(_float), CODE.tolist()), _splat(b, scale))
@@ -112,7 +112,7 @@ def unpacker(dtype: str, *, wide: bool = WIDE) -> Any:
             if dtype == "float32":
                 found = _pick(b, first, second, [lane for k in range(LANES) for lane in (k, LANES + k)])
                 width = 128
-            else:  # the first of a pair is in the low half of 32 bits, as a little-endian memory has it
+            else:  # the first of a pair is in the low half, for little-endian memory
                 found, width = b.or_(first, b.shl(second, _all(_i32, 16))), 64
             _store(b, found, b.add(out, b.mul(loop.index, out.type(width))))
 
@@ -120,7 +120,7 @@ def unpacker(dtype: str, *, wide: bool = WIDE) -> Any:
 
 
 def largest(dtype: str) -> Any:
-    """f(w, groups) -> float32: the largest magnitude among so many groups of entries."""
+    """f(w, groups) -> float32: the largest magnitude in `groups` groups of entries."""
 
     def emit(b: Any, w: Any, groups: Any) -> Any:
         most = cgutils.alloca_once_value(b, _all(_float, 0.0))
@@ -137,7 +137,7 @@ def largest(dtype: str) -> Any:
 
 
 def quantizer(dtype: str, *, wide: bool = WIDE) -> Any:
-    """f(codes, w, inverse, groups): write the codes of w · inverse for so many groups."""
+    """f(codes, w, inverse, groups): write the codes of w · inverse for `groups` groups."""
     thresholds = [*THRESHOLDS.tolist(), float("inf")]
 
     def emit(b: Any, codes: Any, w: Any, inverse: Any, groups: Any) -> None:
@@ -145,9 +145,9 @@ def quantizer(dtype: str, *, wide: bool = WIDE) -> Any:
         with cgutils.for_range(b, groups) as loop:
             indices = []
             for part in range(2):
-                # No clamp: what the reciprocal's rounding takes beyond 1 or -1 is beyond the last threshold as well.
+                # No clamp is needed: if rounding the reciprocal gives a value beyond 1 or -1, its code is the same.
                 value = b.fmul(_values(b, w, loop.index, part, dtype), scale)
-                # How many thresholds are below, by halves. The first two probes are constants or a choice of two.
+                # Binary search for the number of thresholds below. The first two probes need no table lookup.
                 upper = b.fcmp_ordered(">", value, _all(_float, thresholds[7]))
                 probe = b.select(upper, _all(_float, thresholds[11]), _all(_float, thresholds[3]))
                 index = b.select(upper, _all(_i32, 8), _all(_i32, 0))
@@ -167,7 +167,7 @@ def quantizer(dtype: str, *, wide: bool = WIDE) -> Any:
 
 
 def _values(b: Any, w: Any, group: Any, part: int, dtype: str) -> Any:
-    """Half a group of entries [16] as float32."""
+    """Half of a group of entries (`part` 0 or 1) as float32 [16]."""
     size = 4 if dtype == "float32" else 2
     at = b.add(w, b.add(b.mul(group, w.type(32 * size)), w.type(part * LANES * size)))
     if dtype == "float32":
@@ -178,7 +178,7 @@ def _values(b: Any, w: Any, group: Any, part: int, dtype: str) -> Any:
 
 
 def _intrinsic(emit: Callable[..., Any], returns: Any, takes: tuple[Any, ...]) -> Any:
-    """A function for compiled code, of two, three or four arguments, that is what `emit` writes."""
+    """A numba intrinsic of two or four arguments whose body is the LLVM code that `emit` writes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         found = emit(builder, *args)
@@ -194,7 +194,7 @@ def _intrinsic(emit: Callable[..., Any], returns: Any, takes: tuple[Any, ...]) -
 
 
 def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """As `nf4.quantize`, for a contiguous `w` of float32, float16 or bfloat16."""
+    """Like `nf4.quantize`, for a contiguous float32, float16 or bfloat16 tensor on the CPU."""
     n, count = w.numel(), w.numel() // block
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block), dtype=torch.float32)
@@ -207,12 +207,12 @@ def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first: int = 0) -> None:
-    """Write entries from block number `first` on into `out`: contiguous, of float32, float16 or bfloat16."""
+    """Fill `out` (contiguous; float32, float16 or bfloat16) with the entries from block number `first` on."""
     n, count = out.numel(), out.numel() // block
     double = stats.nested is not None
     table = DYNAMIC if stats.map is None else stats.map
     parts = [codes, stats.absmax, *((stats.nested, stats.offset, table) if double else ())]
-    parts = [part.contiguous() for part in parts if part is not None]  # they are, but for odd callers
+    parts = [part.contiguous() for part in parts if part is not None]  # normally no copy
     at = [part.data_ptr() for part in parts] + [0] * (5 - len(parts))
     numbers = out.data_ptr(), *at, double, _KINDS.index(out.dtype), block, first, count
     spread(_unpack, *numbers, worth=n // _GRAIN, alive=(out, parts))
@@ -224,7 +224,7 @@ def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first:
 
 
 def nearest_code(scaled: Tensor) -> Tensor:
-    """As `nf4_reference.nearest_code`."""
+    """Like `nf4_reference.nearest_code`, for float32 on the CPU."""
     scaled = scaled.contiguous()
     codes = torch.empty(scaled.shape, dtype=torch.uint8)
     at = codes.data_ptr(), scaled.data_ptr(), _MIDDLES.data_ptr()
@@ -233,7 +233,7 @@ def nearest_code(scaled: Tensor) -> Tensor:
 
 
 def _search_walk(codes_at: int, x_at: int, middles_at: int, n: int, share: int, shares: int) -> bool:
-    """One of equal shares of the numbers; how many middles are below each, by halves."""
+    """One of `shares` equal shares of the numbers: binary search for the count of midpoints below each."""
     codes = numba.carray(pointer(codes_at), (n,), np.uint8)
     x = numba.carray(pointer(x_at), (n,), np.float32)
     middles = numba.carray(pointer(middles_at), (255,), np.float32)
@@ -252,7 +252,7 @@ def _search_walk(codes_at: int, x_at: int, middles_at: int, n: int, share: int, 
 
 
 def _pack_walk(codes: int, absmax_at: int, w: int, kind: int, block: int, blocks: int, share: int, shares: int) -> bool:
-    """One of equal shares of the whole blocks."""
+    """Quantize one of `shares` equal shares of the whole blocks."""
     absmax = numba.carray(pointer(absmax_at), (blocks,), np.float32)
     size = 4 if kind == 0 else 2
     for j in range(blocks * share // shares, blocks * (share + 1) // shares):
@@ -278,7 +278,7 @@ def _unpack_walk(
     out: int, codes: int, absmax_at: int, nested_at: int, offset_at: int, map_at: int,
     double: int, kind: int, block: int, first: int, blocks: int, share: int, shares: int,
 ) -> bool:  # fmt: skip
-    """One of equal shares of the whole blocks."""
+    """Dequantize one of `shares` equal shares of the whole blocks."""
     stop = first + blocks
     absmax = numba.carray(pointer(absmax_at), (stop,), np.float32)
     short = numba.carray(pointer(absmax_at), (stop,), np.uint8)

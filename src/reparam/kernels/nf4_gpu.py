@@ -1,15 +1,15 @@
-"""NF4 on a GPU, in Triton: quantize, dequantize, and the product with a few rows. The references are in `nf4`.
+"""NF4 on a GPU, in Triton: quantize, dequantize, and the product with a few rows. The ops are in `nf4`.
 
-Quantizing and dequantizing give the reference's bytes: the reciprocal of a magnitude is IEEE's (`div_rn`; `/` is an
-approximation in Triton), and products are not fused with the sum after them. `matvec` reads the codes once and never
-writes the matrix, for decoding one or a few tokens, where reading the weights is what takes the time. Products with
-more rows unpack the matrix and leave the rest to cuBLAS.
+Quantizing and dequantizing produce the same bytes as `nf4_reference`: the reciprocal of a magnitude is correctly
+rounded (`div_rn`; `/` is approximate in Triton), and dequantizing does not fuse products with sums. `matvec` reads the
+codes once and never writes the matrix; it is for decoding one or a few tokens, where reading the weights dominates the
+time. Products with more rows unpack the matrix and use cuBLAS.
 
-All three work on pieces: a power of two of entries one after the other, all in one block, so that a piece has one
-magnitude. Blocks and pieces run over the flattened matrix: its rows may begin and end inside a piece, or between the
-two codes of a byte.
+All three kernels work on pieces: adjacent entries of one block, a power of two of them, so that a piece has one
+magnitude. Blocks and pieces cover the flattened matrix: a row may start and end inside a piece, or between the two
+codes of a byte.
 
-It has run in Triton's interpreter on a CPU and been compiled for GPUs, and not run on one yet: see the tests.
+The kernels are tested in Triton's interpreter on a CPU and compiled for GPUs, but have not run on a GPU yet.
 
 Shapes: n entries, O out_features, I in_features, M rows of x; G pieces of L entries in a tile. Codes and statistics are
 contiguous.
@@ -27,16 +27,16 @@ from torch import Tensor
 from reparam.kernels.nf4_tables import CODE, DYNAMIC, THRESHOLDS, TINY, Statistics
 
 MOST_ROWS = 8
-"""Rows of x that `matvec` takes. A choice and no measurement: with 8 a thread has 128 registers on an H100."""
+"""The maximum rows of x for `matvec`. Not measured: with 8 rows, a thread uses 128 registers on an H100."""
 _TILE = 4096
-"""Entries that four warps work on at a time."""
+"""Entries that four warps process at a time."""
 _SPAN = 1024
-"""The same in `matvec`: 8 for each thread, so that codes and x are read in one piece, and in the same layout."""
+"""The same for `matvec`: 8 entries per thread, so codes and x are loaded in one access and the same layout."""
 _TINY = tl.constexpr(TINY)
 
 
 def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The entries of `w`, contiguous, as codes uint8 [⌈n/2⌉] and magnitudes float32 [⌈n/block⌉]."""
+    """Quantize a contiguous `w` to codes uint8 [⌈n/2⌉] and absmax float32 [⌈n/block⌉]."""
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty((n + block - 1) // block, dtype=torch.float32, device=w.device)
@@ -47,7 +47,7 @@ def quantize(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first: int = 0) -> None:
-    """Fill `out`, contiguous, of float32, float16 or bfloat16, with the entries from block number `first` on."""
+    """Fill `out` (contiguous; float32, float16 or bfloat16) with the entries from block number `first` on."""
     n, unit, codes = out.numel(), min(block, _TILE), codes[first * block // 2 :]
     code, _, dynamic = _tables(out.device)
     with torch.cuda.device_of(out):
@@ -58,7 +58,7 @@ def dequantize(out: Tensor, codes: Tensor, stats: Statistics, block: int, first:
 
 
 def matvec(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: tuple[int, int]) -> Tensor:
-    """x [M, I], M at most `MOST_ROWS` -> x Wᵀ [M, O] in its dtype, for W of this shape [O, I]; summed in float32."""
+    """x [M, I] -> x Wᵀ [M, O] in the dtype of x, summed in float32. `shape` is (O, I); M is at most `MOST_ROWS`."""
     rows, (outputs, inputs), x = len(x), shape, x.contiguous()
     assert 0 < rows <= MOST_ROWS, f"{rows} rows"
     y = x.new_empty(rows, outputs)
@@ -74,13 +74,13 @@ def matvec(x: Tensor, codes: Tensor, stats: Statistics, block: int, shape: tuple
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels [16], thresholds [15] and the map of magnitudes [256] on this device."""
+    """Levels [16], thresholds [15] and the dynamic map [256] on this device."""
     return CODE.to(device), THRESHOLDS.to(device), DYNAMIC.to(device)
 
 
 @triton.jit
 def _quantize(w, codes, absmax, thresholds, n, size, BLOCK: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """G blocks. Beyond the end are zeros, which change no magnitude and have the code that an odd count ends in."""
+    """Quantize G blocks. Entries beyond the end read as zero: they change no magnitude and pad an odd count."""
     block = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     entry = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [G, BLOCK]
     x = tl.load(w + entry, mask=entry < n, other=0).to(tl.float32)
@@ -101,7 +101,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
     out, codes, code, absmax, nested, offset, map, n, size, first,
     BLOCK: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """G pieces of L entries; `codes` and `out` begin at block number `first`."""
+    """Dequantize G pieces of L entries; `codes` and `out` start at block number `first`."""
     piece = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     c = _magnitude(absmax, nested, offset, map, first + piece * L // BLOCK, piece * L < n)
     byte = piece[:, None] * (L // 2) + tl.arange(0, L // 2)[None, :]
@@ -116,16 +116,16 @@ def _matvec(  # type: ignore[no-untyped-def]
     y, x, codes, code, absmax, nested, offset, map, size, rows, inputs, outputs,
     BLOCK: tl.constexpr, L: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """One row of W, by M rows of x, of which the first `rows` are there.
+    """Multiply one row of W with M rows of x, of which the first `rows` exist.
 
-    The first piece and the last may reach into the rows of W before and after: x is zero there. In the loop, what can
-    be large is in the pointers: whole numbers of 64 bits cost several instructions each.
+    The first and last piece may include entries of neighboring rows of W; x is zero there. Large offsets are added to
+    the pointers before the loop, because 64-bit integers cost several instructions each.
     """
-    first = tl.program_id(0).to(tl.int64) * inputs  # of the row's entries
+    first = tl.program_id(0).to(tl.int64) * inputs  # index of the row's first entry
     start = first // L  # its first piece
     codes += start * (L // 2)
     room = size - start * (L // 2)
-    before = (first - start * L).to(tl.int32)  # entries of that piece that are of other rows
+    before = (first - start * L).to(tl.int32)  # entries of that piece that belong to the previous rows
     row = tl.arange(0, M)[:, None, None]
     sums = tl.zeros([M, G, L // 2], tl.float32)
     for begin in tl.range(0, tl.cdiv(before + inputs, L), G, loop_unroll_factor=2):
@@ -145,14 +145,14 @@ def _matvec(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _levels(codes, code, byte, mask):  # type: ignore[no-untyped-def]
-    """The levels of the two codes in these bytes."""
+    """The levels of the high and the low codes in these bytes."""
     pair = tl.load(codes + byte, mask=mask, other=0).to(tl.int32)
     return tl.load(code + pair // 16), tl.load(code + pair % 16)
 
 
 @triton.jit
 def _magnitude(absmax, nested, offset, map, block, mask):  # type: ignore[no-untyped-def]
-    """The magnitudes of these blocks, doubly quantized where there is `nested`."""
+    """The magnitudes of these blocks; they are doubly quantized if `nested` is given."""
     c = tl.load(absmax + block, mask=mask, other=0)
     if nested is not None:
         c = tl.load(map + c.to(tl.int32)) * tl.load(nested + block // 256, mask=mask, other=0) + tl.load(offset)

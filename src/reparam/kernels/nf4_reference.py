@@ -1,4 +1,4 @@
-"""NF4 in torch, for any device and dtype: what the compiled kernels must equal, byte for byte.
+"""NF4 in torch, for any device and dtype. The compiled kernels must give the same bytes.
 
 Shapes: n entries, N blocks, M = ⌈N/256⌉ blocks of statistics.
 """
@@ -15,13 +15,13 @@ from reparam.kernels.nf4_tables import CODE, DYNAMIC, NESTED_BLOCK, THRESHOLDS, 
 
 
 def nearest_code(scaled: Tensor) -> Tensor:
-    """The entry of the dynamic map nearest to each number, as uint8; a tie goes to the lower."""
+    """The index (uint8) of the level of the dynamic map nearest to each number; ties go to the lower level."""
     table = DYNAMIC.to(scaled.device)
     return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def compress_scales(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = nearest_code) -> Statistics:
-    """Double quantization of float32 absmax [N] (§3 "Double Quantization")."""
+    """Double quantization of float32 absmax [N] (QLoRA, §3, "Double Quantization")."""
     offset = absmax.double().mean().float()  # a sum in float32 would depend on the number of threads
     rest = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = rest.abs().amax(1)  # [M]
@@ -30,7 +30,7 @@ def compress_scales(absmax: Tensor, nearest: Callable[[Tensor], Tensor] = neares
 
 
 def magnitudes(stats: Statistics, blocks: Tensor) -> Tensor:
-    """The magnitudes of these blocks, integers [...], as float32 [...]."""
+    """blocks, integers [...] -> the magnitudes of these blocks, float32 [...]."""
     found = stats.absmax[blocks]
     if stats.nested is None:
         return found
@@ -40,12 +40,12 @@ def magnitudes(stats: Statistics, blocks: Tensor) -> Tensor:
 
 
 def expand(stats: Statistics) -> Tensor:
-    """All magnitudes as float32 [N]."""
+    """The magnitudes of all blocks, float32 [N]."""
     return magnitudes(stats, torch.arange(len(stats.absmax), device=stats.absmax.device))
 
 
 def quantize_reference(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """What `quantize` must equal, byte for byte."""
+    """The reference for `nf4.quantize`, which must give the same bytes."""
     flat = w.detach().reshape(-1).float()
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
@@ -56,7 +56,7 @@ def quantize_reference(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_reference(codes: Tensor, stats: Statistics, *, block: int, count: int, dtype: torch.dtype) -> Tensor:
-    """What `dequantize` must equal, bit for bit."""
+    """The reference for `nf4.dequantize` from block 0 on, which must give the same bits."""
     index = torch.stack([codes >> 4, codes & 15], 1).view(-1)[:count]
     absmax = expand(stats).repeat_interleave(block)[:count]
     return (CODE.to(codes.device)[index.long()] * absmax).to(dtype)

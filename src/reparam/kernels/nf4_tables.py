@@ -1,7 +1,7 @@
-"""The constants of NF4 and of its double quantization, and the shape of its statistics; for the reference and kernels.
+"""The constants of NF4 and of its double quantization, and the type of its statistics.
 
-How the tables come about is tested, not computed here: the levels are quantiles of the normal distribution (Dettmers et
-al. 2023, §3), the dynamic map has 2^e values for each power of ten from 10^-6 to 1.
+The tables are stored, not computed; tests derive them. The levels are quantiles of the normal distribution (Dettmers et
+al. 2023, §3), and the dynamic map has 2^e values per sign for each power of ten 10^(e-6), e = 0..6.
 
 Shapes: N blocks, M = ⌈N/256⌉ blocks of statistics.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
-TINY = 2.0**-126  # below it 1/c is infinite; a block that small counts as zeros
+TINY = 2.0**-126  # the smallest normal float32: 1/c uses it in place of a smaller c, so 1/c is finite
 
-# Tables as float32 bits, so that no decimal is rounded on the way.
+# The tables hold float32 bits, because decimals would be rounded.
 _CODE = (
     "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
     "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
@@ -49,9 +49,9 @@ DYNAMIC = torch.tensor([-v for v in reversed(_positive[:-1])] + [0.0] + _positiv
 
 
 class Statistics(NamedTuple):
-    """The largest magnitude of each block: float32 [N] alone, or doubly quantized."""
+    """The largest magnitude of each block: in float32, or doubly quantized (`nested` and `offset` are then given)."""
 
-    absmax: Tensor  # [N] float32, or uint8
-    nested: Tensor | None = None  # [M] float32: the scale of each 256
-    offset: Tensor | None = None  # [1] float32: the mean
-    map: Tensor | None = None  # [256] float32, where a file brought its own; else DYNAMIC
+    absmax: Tensor  # [N] float32, or uint8 if doubly quantized
+    nested: Tensor | None = None  # [M] float32: one scale per 256 magnitudes
+    offset: Tensor | None = None  # [1] float32: the mean of all magnitudes
+    map: Tensor | None = None  # [256] float32: the map from a file, if it is not DYNAMIC

@@ -1,17 +1,17 @@
-"""The op of mixed batches: every row of a batch through its own low-rank factors, in place on the base map's output.
+"""The op of mixed batches: apply each batch row's own low-rank factors, in place on the output of the base map.
 
-For the row b with slot s = slots[b] >= 0, and n = ranks[s]:
+For a row b with slot s = slots[b] >= 0 and rank n = ranks[s]:
 
     y[b] = gain[s] ∘ y[b] + (x[b] A[s, :n]ᵀ) B_t[s, :n]
 
-This is the normal form `W' = diag(gain) · W + B · A` applied to rows whose `y[b] = W x[b]` (no bias) is known. Rows
-with slot -1 keep every bit; slots that no row uses, and ranks beyond n, are never part of a result, whatever they hold.
+This applies the normal form `W' = diag(gain) · W + B · A` to rows whose `y[b] = W x[b]` (without bias) is given. Rows
+with slot -1 do not change. Slots that no row uses, and ranks beyond n, never affect a result, even if they contain NaN.
 
-Three ways compute it. `update_by_row_` and `update_by_slot_` are torch, for any device and dtype, and differentiable;
-the compiled kernel of `rows_cpu` is for contiguous float32 on a CPU, and there a row's result does not depend, to the
-bit, on the other rows. `backend()` says whether the compiled one is there.
+There are three implementations. `update_by_row_` and `update_by_slot_` use torch; they support any device and dtype and
+are differentiable. The compiled kernel of `rows_cpu` is for contiguous float32 on a CPU; with it, the result of a row
+is bitwise independent of the other rows. `backend()` tells whether the compiled kernel is available.
 
-Shapes: B rows, T tokens in a row, I in_features, O out_features, S slots, R largest rank in the bank.
+Shapes: B rows of the batch, T tokens in a row, I in_features, O out_features, S slots, R largest rank in the bank.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def bank_update_(
     x: Tensor,  # [B, T, I]
     slots: Tensor,  # [B] int64, -1 for no adapter
     A: Tensor,  # [S, R, I]
-    B_t: Tensor,  # [S, R, O], the up projection transposed, its scale folded in
+    B_t: Tensor,  # [S, R, O], B transposed, including the scale
     ranks: Tensor,  # [S] int64
-    gain: Tensor | None = None,  # [S, O], 1 for slots without
+    gain: Tensor | None = None,  # [S, O], 1 for slots without a gain
 ) -> None:
-    """Add each row's low-rank product to `y`, in place; `y` shares no memory with the rest.
+    """Scale each row of `y` by its gain and add its low-rank product, in place. `y` shares no memory with the rest.
 
-    `torch.compile` sees one op. With gradients wanted it goes through the torch reference instead, which is
-    differentiable in everything; the op itself is for inference.
+    `torch.compile` sees one op. If an argument requires gradients, a torch reference runs instead, which is
+    differentiable in all arguments; the op itself is for inference.
 
-    Raises ValueError for shapes or integer dtypes that do not fit and, on a CPU, for a slot or rank outside the bank,
-    before `y` is touched. Elsewhere a slot beyond the bank is the device's own indexing error.
+    Raises ValueError if shapes do not match, if `slots` or `ranks` is not int64 or, on a CPU, if a slot or rank is
+    outside the bank; `y` is then unchanged. On other devices, a slot outside the bank is an indexing error.
 
     >>> A, B_t = torch.ones(1, 2, 3), torch.ones(1, 2, 4)  # one slot of rank 2
     >>> y = torch.zeros(2, 1, 4)
@@ -61,7 +61,7 @@ def bank_update_(
         or (gain is not None and gain.requires_grad)
     ):
         _check(y, x, slots, A, B_t, ranks, gain)
-        # Grouping by slot has shapes that depend on the data, which a traced graph cannot have.
+        # Grouping by slot has data-dependent shapes, which a traced graph does not support.
         grouped = y.device.type == "cpu" and not torch.compiler.is_compiling()
         (update_by_slot_ if grouped else update_by_row_)(y, x, slots, A, B_t, ranks, gain)
     else:
@@ -69,18 +69,19 @@ def bank_update_(
 
 
 def backend() -> str:
-    """What computes float32 on a CPU: "numba", or "torch" where numba cannot be imported. Loads the kernel."""
+    """The backend for float32 on a CPU: "numba", or "torch" if numba cannot be imported. Loads the kernel."""
     return "torch" if _compiled() is None else "numba"
 
 
 def update_by_row_(
     y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
 ) -> None:
-    """The reference with static shapes, without a synchronization: factors gathered for each row, two batched products.
+    """The reference for accelerators and traced graphs: gather the factors of each row, then two batched products.
 
-    For accelerators and traced graphs; on a CPU copying factors for each row costs more than the products.
+    Its shapes are static and it does not synchronize. On a CPU, copying factors for each row costs more than the
+    products.
     """
-    if not len(A):  # nothing to gather from: every row is the base's
+    if not len(A):  # an empty bank: every row uses the base model
         return
     active = slots >= 0
     slot = slots.clamp(min=0)
@@ -89,7 +90,7 @@ def update_by_row_(
     delta = torch.bmm(torch.bmm(x.to(A.dtype), down.mT), up)
     kept = y
     if gain is not None:
-        # The gradient of the gain needs what is overwritten below.
+        # The gradient of the gain needs the old y, which is overwritten below.
         before = y.clone() if gain.requires_grad and torch.is_grad_enabled() else y
         kept = before * torch.where(active[:, None], gain[slot], 1).unsqueeze(1)
     y.copy_(torch.where(active[:, None, None], kept + delta, y))
@@ -98,10 +99,10 @@ def update_by_row_(
 def update_by_slot_(
     y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
 ) -> None:
-    """The reference for a CPU: rows sorted by slot and cut into chunks of equal length, with factors copied by chunk.
+    """The reference for a CPU: sort rows by slot into chunks of equal length, and copy the factors once per chunk.
 
-    A chunk holds as many rows as a used slot has on average. So there are at most two chunks for each used slot, on
-    average, and copies and padding stay within about twice the least, however unevenly rows share slots.
+    A chunk has the average number of rows per used slot. There are thus at most two chunks per used slot on average,
+    and copies and padding are at most about twice the minimum, however unevenly the rows use the slots.
     """
     _check_slots(slots, len(A))
     rows = (slots >= 0).nonzero().squeeze(1)
@@ -130,7 +131,7 @@ def update_by_slot_(
 
 
 def _without_padding(factors: Tensor, ranks: Tensor) -> Tensor:
-    """The factors [K, R, N], with zeros beyond each one's rank in `ranks` [K]: NaN there must not leak."""
+    """The factors [K, R, N] with zeros beyond their ranks [K], because NaN there must not affect the result."""
     beyond = torch.arange(factors.shape[1], device=factors.device) >= ranks[:, None]  # [K, R]
     return factors.masked_fill(beyond.unsqueeze(2), 0)
 
@@ -158,9 +159,9 @@ def _cpu(
     if not kernel(y, x.contiguous(), slots.contiguous(), A.contiguous(), B_t.contiguous(), ranks.contiguous(), gain):
         _check_slots(slots, len(A))
         raise ValueError(
-            f"bank_update_: ranks {ranks.tolist()} are not all between 0 and {A.shape[1]}, the bank's rank"
+            f"bank_update_: ranks {ranks.tolist()} must be from 0 to {A.shape[1]}, the bank's largest rank"
         )
-    torch.autograd.graph.increment_version(y)  # the kernel writes where autograd cannot see it
+    torch.autograd.graph.increment_version(y)  # autograd does not see the kernel's write
 
 
 @torch.library.register_fake(_NAME)
@@ -172,16 +173,16 @@ def _fake(
 
 @functools.cache
 def _compiled() -> Callable[..., bool] | None:
-    """The compiled kernel. Imported at first use, because numba takes longer to import than most programs want."""
+    """The compiled kernel, or None if numba cannot be imported. Imported at first use, because that is slow."""
     try:
         from reparam.kernels.rows_cpu import run
-    except (ImportError, OSError):  # OSError: llvmlite is there and its library is not
+    except (ImportError, OSError):  # OSError: llvmlite is installed, but its shared library is missing
         return None
     return run
 
 
 def _check(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None) -> None:
-    """Raise ValueError that lists every shape that does not fit. It runs at every call: the good case comes first."""
+    """Raise ValueError, listing all shapes and dtypes, unless they match. It runs at every call, so it must be fast."""
     if y.dim() == 3 and A.dim() == 3 and slots.dtype is ranks.dtype is torch.int64:
         rows, tokens, outputs = y.shape
         count, rank, inputs = A.shape
@@ -204,8 +205,8 @@ def _check(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: T
 
 
 def _check_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError for slots outside a bank of `count`. On a CPU only: elsewhere it would wait for the device."""
+    """Raise ValueError for slots not in -1 to count - 1. For a CPU only: elsewhere it would wait for the device."""
     outside = ((slots < -1) | (slots >= count)).nonzero().flatten().tolist()
     if outside:
         found = ", ".join(f"row {row} has {int(slots[row])}" for row in outside[:8])
-        raise ValueError(f"bank_update_: slots must be from -1 to {count - 1}, the last of the bank, but {found}")
+        raise ValueError(f"bank_update_: slots must be from -1 to {count - 1}, the bank's last slot, but {found}")

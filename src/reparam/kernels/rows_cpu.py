@@ -1,11 +1,11 @@
 """The mixed-batch op for contiguous float32 on a CPU, compiled by numba. Its reference is `rows.update_by_slot_`.
 
-Factors are read where they are, each used slot once, so that one token at a time costs what reading them costs. Two
-orders make that a stream that the hardware prefetches: rows are walked by slot (as they come was 1.2 to 1.9 times
-slower from memory), and factor rows one after the other (four at once was 1.4 times slower). From four tokens on it is
-arithmetic: tiles of 4 tokens x 4 ranks keep 16 sums in registers.
+Factors are read in place, and those of each used slot once, so the time for one token per row is that of reading them.
+Two orders make this a stream that the hardware prefetches: rows are processed by slot (batch order is 1.2 to 1.9 times
+slower from memory), and factor rows one at a time (four at a time is 1.4 times slower). With four or more tokens
+arithmetic dominates: tiles of 4 tokens x 4 ranks keep 16 sums in registers.
 
-Shapes as in `rows`; I and O are named by the loops over them.
+Shapes as in `rows`; loop indices i and o run over I and O.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from reparam.kernels.threads import compile_kernel, pointer, spread
 
 _UNIT = 32
-"""Tokens of a row in a unit of work, which one thread does."""
+"""Tokens of a row in one unit of work, which a single thread processes."""
 _GRAIN = 1 << 20
-"""Multiply-adds worth a thread: 70 us from cache, 300 us from memory; handing them over costs 40 us."""
-_MATHS = {"reassoc", "contract", "nsz"}  # what vector sums need; NaN and infinity keep their meaning
+"""Multiply-adds that justify a thread: 70 us from cache, 300 us from memory; handing work to a thread costs 40 us."""
+_MATHS = {"reassoc", "contract", "nsz"}  # needed to vectorize sums; NaN and infinity still propagate
 _Array = np.ndarray[Any, np.dtype[np.float32]]
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def run(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None) -> bool:
-    """As `rows.bank_update_`, all contiguous. False, with `y` untouched, if a slot or a rank is outside the bank."""
+    """Like `rows.bank_update_`, for contiguous tensors. False, with `y` unchanged, if a slot or rank is invalid."""
     rows, tokens, outputs = y.shape
     count, rank, inputs = A.shape
     scale = 0 if gain is None else gain.data_ptr()
@@ -109,7 +109,7 @@ def _up_tile(y: _Array, B_t: _Array, r: int, h: _Array) -> None:
 
 @numba.njit(fastmath=_MATHS)
 def _four_tokens(y: _Array, x: _Array, A: _Array, B_t: _Array, rank: int, h: _Array) -> None:
-    """Four tokens of one row: whole tiles, then the ranks that are left."""
+    """Update four tokens of one row: whole tiles of ranks, then the remaining ranks."""
     whole = rank // 4 * 4
     for r in range(0, whole, 4):
         _down_tile(x, A, r, h)
@@ -122,9 +122,9 @@ def _four_tokens(y: _Array, x: _Array, A: _Array, B_t: _Array, rank: int, h: _Ar
 
 @numba.njit
 def _by_slot(slots: _Integers, ranks: _Integers, most: int) -> tuple[bool, _Integers]:
-    """Whether slots and their ranks are in the bank; the rows by slot, without the base's."""
+    """Whether all slots and ranks are valid, and the rows sorted by slot, without those of the base model."""
     count = len(ranks)
-    first = np.zeros(count + 1, np.int64)  # place in the order of each slot's next row
+    first = np.zeros(count + 1, np.int64)  # position of each slot's next row in the order
     for slot in slots:
         if slot < -1 or slot >= count or (slot >= 0 and not 0 <= ranks[slot] <= most):
             return False, first
@@ -145,7 +145,7 @@ def _walk(
     rows: int, tokens: int, inputs: int, outputs: int, count: int, most: int,
     share: int, shares: int,
 ) -> bool:  # fmt: skip
-    """One of equal shares of the update; addresses and sizes as `run` has them, `gain_at` 0 for no gain."""
+    """One of `shares` equal shares of the update. Addresses and sizes are those in `run`; `gain_at` 0 means no gain."""
     slots = numba.carray(pointer(slots_at), (rows,), np.int64)
     ranks = numba.carray(pointer(ranks_at), (count,), np.int64)
     good, order = _by_slot(slots, ranks, most)

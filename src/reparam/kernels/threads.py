@@ -1,8 +1,9 @@
-"""Sharing the work of a compiled CPU kernel among a few Python threads; and pointers for numba.
+"""Run a compiled CPU kernel in several Python threads; and pointers for numba.
 
-Not numba's threads: its OpenMP layer dies in a forked child, its own pool aborts on a call from a second thread, and
-either would stand beside torch's pool. A kernel takes one share of the work and releases the GIL, and a few Python
-threads take a share each of a call that is large enough. How work is shared out must never change a result.
+numba's own threads are not used: its OpenMP layer crashes in a forked child, its workqueue pool aborts if a second
+thread calls it, and either would compete with torch's pool. A kernel computes one share of the work and releases the
+GIL; if a call is large enough, several Python threads compute one share each. The result must not depend on how the
+work is divided.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from numba.extending import intrinsic
 
 
 def spread(kernel: Callable[..., bool], *numbers: int, worth: int, alive: object) -> bool:
-    """Call `kernel(*numbers, share, shares)` for every share, at once; whether all of them returned True.
+    """Call `kernel(*numbers, share, shares)` for all shares in parallel. Returns whether all of them returned True.
 
-    `worth` is how many threads the work is worth; `alive` keeps the tensors behind the addresses in `numbers` alive in
-    the workers' arguments, because an interrupt may leave this frame before they are done.
+    `worth` is the number of threads that the work justifies; at most `torch.get_num_threads()` are used. `alive` holds
+    the tensors behind the addresses in `numbers`: the workers keep a reference to it, because an interrupt may leave
+    this function before they are done.
     """
     threads = min(torch.get_num_threads(), worth)
     if threads <= 1:
@@ -41,12 +43,12 @@ def _share(kernel: Callable[..., bool], alive: object, *numbers: int) -> bool:
 
 @functools.cache
 def _pool(process: int, workers: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child has none of its parent's, and makes its own."""
+    """The thread pool of this process. A forked child does not inherit its parent's threads and creates its own."""
     return ThreadPoolExecutor(workers, thread_name_prefix="reparam-kernel")
 
 
 def _cast(context: Any, address: Any) -> Any:
-    """Types and code of a cast from an address to the pointer that `carray` takes; numba has no public form of it."""
+    """Signature and code of a cast from an address to a pointer for `carray`; numba has no public function for it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -55,13 +57,14 @@ def _cast(context: Any, address: Any) -> Any:
 
 
 pointer: Any = intrinsic(_cast)
-"""An address, in compiled code, as the pointer that `numba.carray` takes."""
+"""Cast an address to a pointer for `numba.carray`; for use in compiled code."""
 
 
 def compile_kernel(function: Callable[..., bool], *, fastmath: set[str]) -> Callable[..., bool]:
-    """Compile a kernel, whose arguments are whole numbers, now.
+    """Compile a kernel whose arguments are all int64, immediately.
 
-    The result is kept next to its file or in the user's folder; without one, every process compiles for some seconds.
+    The machine code is cached next to the source file or in the user's cache folder. If neither is writable, every
+    process compiles the kernel again, which takes some seconds.
     """
     signature = numba.types.boolean(*[numba.types.int64] * len(inspect.signature(function).parameters))
     settings: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}

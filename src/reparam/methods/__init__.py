@@ -1,4 +1,4 @@
-"""Methods: one file for each parameterization of a change. Every file in this folder is imported with it."""
+"""Methods: one file or folder for each parameterization. Importing this package imports and registers all of them."""
 
 import importlib
 import pkgutil

@@ -1,10 +1,10 @@
-"""BitFit: biases alone train (Ben Zaken, Ravfogel & Goldberg 2021, arXiv 2106.10199, §3).
+"""BitFit: trains only the biases (Ben Zaken, Ravfogel & Goldberg 2021, arXiv 2106.10199, §3).
 
-    h = W x + b + δ        δ [O] zero at first, for every linear map and norm that has a bias
+    h = W x + b + δ        δ [O] zero at first, for every linear layer and norm that has a bias
 
-Llama and its kin have no biases, and nothing would train. `create` gives their linear maps one, which the paper has no
-results for; merged models then hold tensors that their classes do not read from files, and are refused by `reparam
-merge`.
+Llama and similar models have no biases, so that nothing would train. `create` adds a bias to their linear layers, for
+which the paper has no results. `reparam merge` refuses such an adapter, because the model's class does not load the new
+biases from files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reparam.core.registry import method
 @method("bitfit")
 @dataclasses.dataclass(frozen=True)
 class BitFit(Method):
-    """Configuration of BitFit.
+    """BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): trains only the biases.
 
     >>> BitFit().unsupported_reason(Site("q_proj", "linear", 8, 8))
     'this layer has no bias; pass --method.create to add one'
@@ -38,15 +38,15 @@ class BitFit(Method):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"create": True},)
 
     create: bool = False
-    """Give linear maps that have no bias one."""
+    """Add a bias to linear layers that have none."""
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """Whatever has a bias."""
+        """The whole model; layers without a bias are skipped."""
         return ("everything",)
 
     def unsupported_reason(self, site: Site) -> str | None:
-        """Only what has a bias, or can be given one."""
+        """The reason if the layer has no bias and `create` does not add one; else None."""
         if site.bias or (self.create and site.kind == "linear"):
             return None
         if site.kind == "linear":
@@ -54,12 +54,12 @@ class BitFit(Method):
         return f"this {site.kind} has no bias"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> BitFitUpdate:
-        """A change of nothing."""
+        """A new update with δ = 0."""
         return BitFitUpdate(torch.zeros(site.out_features, device=weight.device))
 
 
 class BitFitUpdate(Update):
-    """The change of one bias, as a float32 master."""
+    """The change δ [O] of one bias, in float32."""
 
     roles: ClassVar[Mapping[str, Role]] = {"delta": "core"}
 
@@ -73,9 +73,9 @@ class BitFitUpdate(Update):
         return weight(x, moved.to(x.dtype if bias is None else bias.dtype))
 
     def factors(self, weight: Weight) -> Factors:
-        """None of the matrix changes: rank 0."""
+        """Factors of rank 0: the weight matrix does not change."""
         return Factors(self.delta.new_zeros(0, weight.in_features), self.delta.new_zeros(weight.out_features, 0))
 
     def bias_delta(self) -> Tensor:
-        """δ."""
+        """The change δ [O] of the bias."""
         return self.delta

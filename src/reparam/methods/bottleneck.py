@@ -1,18 +1,18 @@
-"""Bottleneck adapters: a small network beside, or after, a frozen sub-layer.
+"""Bottleneck adapters: a small trained network after, or parallel to, a frozen sub-layer.
 
     houlsby     y + s · U σ(D y + d) + s · u    after attention and after the MLP, before the residual is added
                                                 (Houlsby et al. 2019, arXiv 1902.00751, §2.1)
-    pfeiffer    the same, after the MLP alone (Pfeiffer et al. 2020, arXiv 2005.00247)
-    parallel    y + s · U σ(D x + d) + s · u    beside the MLP (He et al. 2021, arXiv 2110.04366, §3)
+    pfeiffer    the same, after the MLP only (Pfeiffer et al. 2020, arXiv 2005.00247)
+    parallel    y + s · U σ(D x + d) + s · u    parallel to the MLP (He et al. 2021, arXiv 2110.04366, §3)
 
-y is what the linear map gives that ends the sub-layer: o_proj, down_proj and what they are called elsewhere. U and u
-are zero at first, so that training starts at the base model, to the bit; the papers begin near it. s is 1 but for He
-et al., who take 4. Houlsby et al. use GELU in their code, the others ReLU.
+x and y are the input and the output of the last linear layer of the sub-layer, such as o_proj or down_proj. U and u are
+zero at first, so that training starts exactly at the base model; the papers start near it. s is 4 for He et al. and 1
+for the others. The code of Houlsby et al. uses GELU, the others use ReLU.
 
-**Where "parallel" differs from the paper**: x is the input of that last linear map, the inner activation of the MLP,
-and not the input of the MLP, which the map does not see.
+**Where "parallel" differs from the paper**: x is the input of the last linear layer, which is the inner activation of
+the MLP. In the paper it is the input of the MLP, which this layer does not receive.
 
-The change depends on the input through σ: it is never merged, and has no place in a mixed batch.
+The nonlinearity σ makes the change depend on the input: a bottleneck cannot be merged or used in a mixed batch.
 
 Shapes: O out_features, I in_features, R width of the bottleneck.
 """
@@ -44,7 +44,7 @@ PLACEMENTS = {"houlsby": (AFTER_ATTENTION, AFTER_MLP), "pfeiffer": (AFTER_MLP,),
 @method("bottleneck")
 @dataclasses.dataclass(frozen=True)
 class Bottleneck(Method):
-    """Configuration of bottleneck adapters.
+    """Bottleneck adapters (Houlsby et al. 2019 and others): a small network after, or parallel to, linear layers.
 
     Raises ValueError for r below 1, a scale that is not above 0, and an unknown placement or activation.
 
@@ -69,18 +69,18 @@ class Bottleneck(Method):
     r: int = 64
     """Width of the bottleneck."""
     placement: str = "houlsby"
-    """Where it goes by default, and what it reads: houlsby, pfeiffer or parallel."""
+    """Default targets and input of the bottleneck: houlsby, pfeiffer or parallel."""
     activation: str = "relu"
     """The nonlinearity: relu, gelu or silu."""
     scale: float = 1.0
-    """Factor of the branch; He et al. take 4 for parallel."""
+    """Factor of the bottleneck's output, above 0; He et al. use 4 with parallel."""
     seed: int = 0
-    """Seed of D. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+    """Seed for D. The values depend on the seed and the site's name, not on the order in which sites are wrapped."""
 
     def __post_init__(self) -> None:
         problems = wrong_words(self, {"placement": PLACEMENTS, "activation": ACTIVATIONS})
         if not whole(self.r, 1):
-            problems.append(f"r={self.r!r}: a width is a whole number of at least 1")
+            problems.append(f"r={self.r!r}: expected a whole number of at least 1")
         if not (finite(self.scale) and self.scale > 0):
             problems.append(f"scale={self.scale!r}: expected a finite number above 0")
         if problems:
@@ -88,15 +88,15 @@ class Bottleneck(Method):
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """The linear maps that end the sub-layers of the placement, as they are called in most models."""
+        """Patterns for the last linear layers of the sub-layers of this placement, by their usual names."""
         return PLACEMENTS[self.placement]
 
     def unsupported_reason(self, site: Site) -> str | None:
-        """Only linear maps."""
-        return None if site.kind == "linear" else "a bottleneck goes after, or beside, a linear map"
+        """The reason if the site is not a linear layer, else None."""
+        return None if site.kind == "linear" else "a bottleneck needs a linear layer"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> BottleneckUpdate:
-        """D drawn from the seed and the site's name, U(-1/sqrt(n), 1/sqrt(n)) for n inputs; the rest zero."""
+        """A new update: D is U(±1/sqrt(n)) for n inputs, drawn from the seed and the site's name; the rest is zero."""
         n = site.in_features if self.placement == "parallel" else site.out_features
         bound = 1 / math.sqrt(n)
         down = torch.empty(self.r, n).uniform_(-bound, bound, generator=seeded(self.seed, site))
@@ -105,7 +105,7 @@ class Bottleneck(Method):
 
 
 class BottleneckUpdate(Update):
-    """The two maps of one site with their biases, as float32 masters that are cast to the compute dtype at use."""
+    """The two linear layers of a bottleneck: float32 master weights, cast to the compute dtype in `forward`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"down": "in", "down_bias": "in", "up": "out", "up_bias": "out"}
 
@@ -118,7 +118,7 @@ class BottleneckUpdate(Update):
         self.up_bias = nn.Parameter(up.new_zeros(len(up)))  # u [O]
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [..., I] -> y = x Wᵀ + bias and the branch over y, or over x, added to it: [..., O]."""
+        """x [..., I] -> y + s · branch [..., O], with y = x Wᵀ + bias; the branch reads y, or x if parallel."""
         y = weight(x, bias)
         read = x if self.method.placement == "parallel" else y
         dtype = read.dtype
@@ -127,8 +127,8 @@ class BottleneckUpdate(Update):
         return torch.add(y, branch, alpha=self.method.scale)
 
     def factors(self, weight: Weight) -> Factors:
-        """There are none."""
+        """Raise InputDependentError: the nonlinearity has no normal form."""
         raise InputDependentError(
-            "a bottleneck adapter has a nonlinearity between its two maps, so that no one matrix stands for it: it "
-            "cannot be merged, summed or used in a mixed batch; select it by its name"
+            "a bottleneck adapter has a nonlinearity, so no single matrix describes its update: it cannot be merged, "
+            "summed or used in a mixed batch; select it by its name"
         )

@@ -1,20 +1,21 @@
-"""DoRA: magnitude and direction of a matrix, apart (Liu et al. 2024, arXiv 2402.09353, §4).
+"""DoRA: trains the magnitude and the direction of a weight matrix separately (Liu et al. 2024, arXiv 2402.09353, §4).
 
-    W' = m ∘ (W₀ + s B A) / ‖W₀ + s B A‖        m trained, at first ‖W₀‖, so that training starts at the base model
+    W' = m ∘ (W₀ + s B A) / ‖W₀ + s B A‖        m trains and starts at ‖W₀‖, so that training starts at the base model
 
-It is a gain in front of any low-rank update: W' = diag(g) (W₀ + ΔW) with g = m / n and n = ‖W₀ + ΔW‖ of each row. So
-`DoRAUpdate` holds such an update, calls it, and scales what comes out. The bias is not scaled.
+DoRA is a gain on top of a low-rank update: W' = diag(g) (W₀ + ΔW) with g = m / n, where n [O] holds the norms of the
+rows of W₀ + ΔW. `DoRAUpdate` holds any low-rank update, calls it and scales its output. The bias is not scaled.
 
-The norm needs neither ΔW nor a dense W₀ (`dora_norm.py`). It is measured once for each change of A, B or W₀: n is kept
-in between, in inference and within gradient accumulation.
+`dora_norm.py` computes n without building ΔW or a dense W₀. n is cached until A, B or W₀ changes, so that inference and
+gradient accumulation do not compute it again.
 
-§4.3 holds n constant in the backward pass (`gradient="detached"`, the default of the paper's code and of PEFT);
-"exact" differentiates it. `norm_axis="output"` is one magnitude for each row of W [O, I], as in the paper's code, PEFT
-and all published figures; "input", the text's literal ‖·‖_c, is one for each column. An embedding's rows are vectors.
-Dropout is on the low-rank branch alone, as in LoRA; the paper's code scales dropped inputs too, for which it applies W₀
-twice. Rows of W₀ that are zero have no direction: there the gain is 1, which is plain LoRA.
+§4.3 of the paper treats n as a constant in the backward pass (`gradient="detached"`, the default, also of the paper's
+code and of PEFT); "exact" differentiates it. `norm_axis="output"` gives each row of W [O, I] a magnitude, as in the
+paper's code, PEFT and all published results; "input", the paper's literal ‖·‖_c, gives each column one. A row of an
+embedding is the vector of one token. Dropout applies to the low-rank branch only, as in LoRA; the paper's code also
+scales W₀ applied to the dropped input, which costs a second product with W₀. A zero row of W₀ has no direction: its
+gain is 1, which is plain LoRA.
 
-Shapes: O out_features, I in_features, R rank, N rows of a flattened batch, L = O or I, whichever has the norms.
+Shapes: O out_features, I in_features, R rank, N rows of a flattened batch, L the number of norms (O or I).
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ from reparam.methods.lora import LoRA
 
 GRADIENTS = ("detached", "exact")
 AXES = ("output", "input")
-_INNER = "low_rank."  # the names of the update underneath begin with this
+_INNER = "low_rank."  # prefix of the inner update's tensor names
 _INVERTIBLE = 2.0**-10
-"""Gains from here to its inverse can be divided out again without loss, in float16 too."""
+"""Gains between this size and its inverse can be divided out of an output again without loss, also in float16."""
 
 
 @method("dora")
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
-    """Configuration of DoRA: LoRA's, for the direction, and how magnitudes are measured.
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): trains LoRA's update and the magnitudes of the weight's rows.
 
-    Raises ValueError as LoRA does, and for an unknown gradient or norm_axis.
+    Raises ValueError for the same settings as LoRA, for an unknown gradient or norm_axis, and, when it is attached, for
+    a base weight whose norms are not finite.
 
     >>> from reparam import DoRA, attach
     >>> [tuple(p.shape) for p in attach(nn.Sequential(nn.Linear(8, 6)), DoRA(r=2), targets="0").parameters()]
@@ -62,11 +64,11 @@ class DoRA(LoRA):
     )
 
     gradient: str = "detached"
-    """Whether the norm counts as a constant in the backward pass (detached), or is differentiated (exact)."""
+    """Backward pass through the norm: detached treats it as a constant, exact differentiates it."""
     norm_axis: str = "output"
-    """What has a magnitude: each row of W, an output feature (output), or each column (input)."""
+    """One magnitude for each row of W, an output feature (output), or for each column, an input feature (input)."""
     magnitude_only: bool = False
-    """Train the magnitudes alone, without a low-rank part."""
+    """Train only the magnitudes, without a low-rank update."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,43 +76,49 @@ class DoRA(LoRA):
             raise ValueError("DoRA: " + "; ".join(problems))
 
     def no_components_reason(self) -> str | None:
-        """Magnitudes alone have none."""
-        return "it trains magnitudes alone, and nothing in it has a rank" if self.magnitude_only else None
+        """The reason if `magnitude_only` is set: magnitudes have no rank components."""
+        return "it trains only magnitudes (magnitude_only), which have no rank" if self.magnitude_only else None
 
     @property
     def magnitude_axis(self) -> Literal["output", "input"]:
-        """As `norm_axis` says."""
+        """The setting `norm_axis`: "output" or "input"."""
         return "input" if self.norm_axis == "input" else "output"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> DoRAUpdate:  # type: ignore[override]
-        """Magnitudes over LoRA's fresh update."""
+        """A new update: magnitudes that start at the norms of W₀, over a new LoRA update unless `magnitude_only`."""
         return self.over(None if self.magnitude_only else super().build(site, weight, shared), site, weight)
 
     def over(self, low_rank: Update | None, site: Site, weight: Weight) -> DoRAUpdate:
-        """Magnitudes of the base over any fresh update of low rank. Raises ValueError where a norm is not finite."""
+        """Put magnitudes, which start at the norms of W₀, on a new low-rank update or on none.
+
+        Raises ValueError if a norm of W₀ is not finite.
+        """
         dim = 1 if self.norm_axis == "output" else 0
         magnitude = weight.squared_norms(dim).sqrt().float()
         if not magnitude.is_meta and not magnitude.isfinite().all():
-            raise ValueError(f"DoRA: {site.name}: the norm of {int((~magnitude.isfinite()).sum())} rows is not finite")
+            raise ValueError(
+                f"DoRA: {site.name}: {int((~magnitude.isfinite()).sum())} {'rows' if dim == 1 else 'columns'} of the "
+                f"base weight have a norm that is not finite; check the base model for NaN and infinite weights"
+            )
         return DoRAUpdate(low_rank, magnitude, dim=dim, exact=self.gradient == "exact")
 
 
 class _Norms(NamedTuple):
-    """What holds until the parameters or W change."""
+    """Norms and gains, cached until the parameters or W change."""
 
     stamp: Stamp
     steps: int
-    squares: Tensor  # [L]: a new tensor whenever W is another one
+    squares: Tensor  # [L], ‖W₀‖²; a different tensor object once W has changed
     norm: Tensor  # [L]
-    dead: Tensor | None  # [L], where there is no direction; None for nowhere
+    dead: Tensor | None  # [L] bool, rows or columns without a direction; None if there are none
     gain: Tensor  # [L], detached
-    invertible: bool
+    invertible: bool  # whether the gain can be divided out of an output again
     ready: dict[torch.dtype, tuple[Tensor, Tensor]]
-    """A [R, I] and (gain ∘ B)ᵀ [R, O], by the dtype that they are used in."""
+    """A [R, I] and (gain ∘ B)ᵀ [R, O] by compute dtype, for inference."""
 
 
 class DoRAUpdate(Update):
-    """Magnitudes over a low-rank update, or over none. The master copies are float32."""
+    """Magnitudes on top of a low-rank update, or alone. Parameters are float32 master weights."""
 
     def __init__(self, low_rank: Update | None, magnitude: Tensor, *, dim: int, exact: bool) -> None:
         super().__init__()
@@ -125,7 +133,7 @@ class DoRAUpdate(Update):
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x W'ᵀ + bias [..., O]."""
         quiet = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        # `_modules` and not the attribute, which nn.Module looks up slowly: this runs at every site for every token.
+        # Reads `_modules`, because attribute lookup in nn.Module is slow and this runs at every site for every token.
         if quiet and self.dim == 1 and self._modules.get("low_rank") is not None:
             return self._applied(x, weight, bias)
         gain, invertible = self._gain(weight)
@@ -137,19 +145,19 @@ class DoRAUpdate(Update):
         if torch.compiler.is_compiling():
             y = (y * gain).to(y.dtype)
         elif not torch.is_grad_enabled():
-            y = y.mul_(gain)  # nobody else has this y: the inner update has just made it
+            y = y.mul_(gain)  # in place is safe, because y has just been created
         else:
-            # With a bias the next layer keeps the sum, so that to keep the scaled y instead of y saves nothing.
+            # With a bias the next layer saves the sum, so that saving the scaled y instead of y would free no memory.
             y = _Scaled.apply(y, gain, invertible and bias is None)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _applied(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """`forward` in inference: with all that hangs on parameters alone made before, and every step in place."""
+        """`forward` in inference, with cached gains and factors and every step in place."""
         kept = self._norms(weight)
         rows = x.reshape(-1, weight.in_features)  # [N, I]
         y = weight(rows)
         if y.dtype not in kept.ready:
-            # Out of inference mode, whose tensors could not be kept for training.
+            # Outside of inference mode, because its tensors could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
                 A, B, _ = self._low_rank_factors(weight)
                 kept.ready[y.dtype] = A.detach().to(y.dtype), (kept.gain[:, None] * B).t().to(y.dtype)
@@ -165,9 +173,10 @@ class DoRAUpdate(Update):
         return (y * (gain[ids].unsqueeze(-1) if self.dim == 1 else gain)).to(y.dtype)
 
     def factors(self, weight: Weight) -> Factors:
-        """gain, A and gain ∘ B. Magnitudes of columns have no such form of low rank: ΔW itself is one factor then.
+        """A [R, I], gain ∘ B [O, R] and gain [O].
 
-        That takes the memory of two matrices, for each adapter in a mixed batch too.
+        With norm_axis="input" the change has no low-rank form: one factor is the whole ΔW [O, I] and the other an
+        identity. They take the memory of two matrices, also for each adapter in a mixed batch.
         """
         gain, _ = self._gain(weight)
         if self.low_rank is None:
@@ -181,38 +190,38 @@ class DoRAUpdate(Update):
         return of_matrix(change)
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """As the update underneath does."""
+        """Give the inner update the shapes of its saved tensors."""
         if self.low_rank is not None:
             self.low_rank.fit({k.removeprefix(_INNER): t for k, t in tensors.items() if k.startswith(_INNER)})
 
     def low_rank_part(self) -> tuple[Update, str] | None:
-        """That of the update underneath."""
+        """The low-rank part of the inner update and the prefix of its tensor names; None for magnitudes alone."""
         part = None if self.low_rank is None else self.low_rank.low_rank_part()
         return None if part is None else (part[0], _INNER + part[1])
 
     def forget(self) -> None:
-        """Measure anew at the next use."""
+        """Discard the cached norms and gains."""
         self._kept = None
 
     def train(self, mode: bool = True) -> Self:
-        """Switch modes; what was kept is measured anew."""
-        if mode != self.training:  # trainers call this before each micro-batch
+        """Set training or evaluation mode; a change of mode discards the cached norms and gains."""
+        if mode != self.training:  # trainers call train() before each micro-batch
             self.forget()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.forget()  # a move changes dtype or device, and what is kept does not move along
+        self.forget()  # the cache does not move to the new dtype or device
         return super()._apply(fn, recurse)
 
     def _low_rank_factors(self, weight: Weight) -> Factors:
         assert self.low_rank is not None
         found = self.low_rank.factors(weight)
-        assert found.gain is None, "magnitudes go over a low-rank change alone"
+        assert found.gain is None, "the inner update of DoRA must be a low-rank change without a gain"
         return found
 
     def _gain(self, weight: Weight) -> tuple[Tensor, bool]:
-        """g [L], differentiable, and whether it can be divided out again."""
-        if torch.compiler.is_compiling():  # a graph cannot tell whether what is kept still holds: measured each time
+        """The gain g [L], differentiable, and whether it can be divided out of an output again."""
+        if torch.compiler.is_compiling():  # a graph cannot check whether the cache is still valid
             norm, dead = self._measured(weight, weight.squared_norms(self.dim), grad=self.exact)
             return torch.where(dead, 1, self.magnitude / norm), False
         kept = self._norms(weight)
@@ -234,27 +243,27 @@ class DoRAUpdate(Update):
             found = _Norms(
                 now or (), Steps.count, squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
             )
-        self._kept = None if now is None else found  # without a stamp, a change could not be seen
+        self._kept = None if now is None else found  # without a stamp, a later change could not be detected
         return found
 
     def _measured(self, weight: Weight, squares: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:
-        """n [L] in the dtype of the magnitudes, 1 where there is no direction, and where that is."""
+        """The norms n [L] in the magnitudes' dtype, 1 where there is no direction, and a mask [L] of those places."""
         total = squares
         if self.low_rank is not None:
             with (
                 torch.set_grad_enabled(grad and torch.is_grad_enabled()),
-                torch.autocast(weight.device.type, enabled=False),  # in 16 bits the terms would not add up
+                torch.autocast(weight.device.type, enabled=False),  # in 16 bits the sum would be too inexact
             ):
                 A, B, _ = self._low_rank_factors(weight)
                 total = of_rows(weight, A, B, squares) if self.dim == 1 else of_columns(weight, A, B, squares)
-        dead = (squares == 0) | (total <= 0)  # W₀ has no direction there, or W₀ + ΔW has none left
+        dead = (squares == 0) | (total <= 0)  # W₀ or W₀ + ΔW has no direction there
         return torch.where(dead, 1, total).sqrt().to(self.magnitude.dtype), dead
 
 
 class _Scaled(torch.autograd.Function):
-    """y [..., O], gain [O] -> y ∘ gain. What is kept for the gain's gradient is the result, where that can be undone.
+    """y [..., O], gain [O] -> y ∘ gain. If the gain can be divided out again, the backward pass uses the result, not y.
 
-    Most often the next layer keeps it as well, so that it costs nothing; y itself would be one more [N, O].
+    The next layer usually saves the result too, so that it costs no memory; saving y would cost another [N, O].
     """
 
     @staticmethod

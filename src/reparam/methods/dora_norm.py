@@ -1,10 +1,11 @@
-"""‖W₀ + B A‖² of each row or column, from the factors: neither ΔW nor a dense W₀ is built.
+"""Squared norms ‖W₀ + B A‖² of rows or columns, from the factors, without building ΔW or a dense W₀.
 
-    rows       n² = ‖W₀‖² + 2 rowsum((W₀ Aᵀ) ∘ B) + rowsum((B (A Aᵀ)) ∘ B)        ‖W₀‖² once, B with the scale in it
+    rows       n² = ‖W₀‖² + 2 rowsum((W₀ Aᵀ) ∘ B) + rowsum((B (A Aᵀ)) ∘ B)
     columns    n² = ‖W₀‖² + 2 colsum((Bᵀ W₀) ∘ A) + colsum(((Bᵀ B) A) ∘ A)
 
-For rows W₀ is only applied to the R rows of A: R more tokens through the frozen map. Where ΔW nearly cancels W₀ the
-terms tell nothing, and those rows or columns are measured directly.
+B includes the scale s, and ‖W₀‖² is computed only once. For rows, W₀ is applied to the R rows of A only, which costs as
+much as R more tokens in the frozen layer. Where ΔW nearly cancels W₀, the sum of the terms is too inexact, and the
+norms of those rows or columns are computed directly.
 
 Shapes: O out_features, I in_features, R rank.
 """
@@ -17,14 +18,14 @@ from torch import Tensor
 from reparam.core.base import Weight
 
 _LEAST = 1e-3
-"""Below this share of the terms' sizes, their sum is measured directly; in 16 bits, below 16 roundings."""
-_BLOCK = 1 << 18  # entries of W that are measured directly at once: 2 MiB in float64
+"""A norm is computed directly if its terms sum to less than this share of their sizes (16 eps for 16-bit weights)."""
+_BLOCK = 1 << 18  # entries of W in one block of rows of a direct computation: 2 MiB in float64
 
 
 def of_rows(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
     """‖W + B A‖² of each row [O] in float64, from A [R, I], B [O, R] and ‖W‖² [O]."""
     product = weight(weight.cast(A)).double()  # [R, O]
-    a, b = A.double(), B.double()  # the terms are of the size of ‖W‖², and their sum may be far smaller
+    a, b = A.double(), B.double()  # in float64, because the sum of the terms may be far smaller than each of them
     cross = 2 * (product.t() * b).sum(1)
     own = (b @ (a @ a.t()) * b).sum(1)
     total, ids = _sum(squares, cross, own, weight)
@@ -53,11 +54,14 @@ def of_columns(weight: Weight, A: Tensor, B: Tensor, squares: Tensor) -> Tensor:
 
 
 def _sum(squares: Tensor, cross: Tensor, own: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """The three terms together, and the places where they cancel; a compiled graph cannot branch on that, and stops."""
+    """The sum of the three terms [L] in float64, and the indices where they nearly cancel.
+
+    A compiled graph cannot branch on the indices: it gets None, and raises an error at run time if any terms cancel.
+    """
     total = squares + cross + own
     least = max(_LEAST, 16 * torch.finfo(weight.dtype).eps)
     near = total < least * (squares + cross.abs() + own)
     if not torch.compiler.is_compiling():
         return total, near.nonzero().flatten()
-    torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; this needs the model uncompiled")
+    torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; run the model without torch.compile")
     return total, None

@@ -1,13 +1,13 @@
-"""Full fine-tuning: every entry of W' trains, from W on. What other methods are measured against.
+"""Full fine-tuning: trains every entry of the weights. It is the baseline for other methods.
 
-    h = W' x + b'        W' [O, I] a float32 copy of W, b' one of the bias where there is one
+    h = W' x + b'        W' [O, I] a float32 copy of W, b' [O] a copy of the bias if there is one
 
-Over "everything", its usual targets, these are all parameters of a model but those of tied matrices, so that AdamW
-makes the steps that it makes on the model's own parameters. A quantized W begins at its dequantized values, and stays
-beside W'.
+With the default targets, "everything", these are all parameters of the model except tied matrices, and AdamW makes the
+same steps as on the model's own parameters. The copy of a quantized W starts at the dequantized values; the quantized W
+stays in memory.
 
-Its `Factors` are ΔW times an identity, which is exact in float32 and of no low rank: a mixed batch takes the memory of
-two matrices for each adapter.
+Its `Factors` are ΔW and an identity: exact in float32, but not of low rank. In a mixed batch, each adapter takes the
+memory of two matrices.
 
 Shapes: O out_features, I in_features, R = min(O, I).
 """
@@ -31,7 +31,7 @@ from reparam.core.registry import method
 @method("full")
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Configuration of full fine-tuning: there is nothing to set.
+    """Full fine-tuning: trains every entry of the weights and biases. It has no settings.
 
     >>> Full().default_targets
     ('everything',)
@@ -46,16 +46,16 @@ class Full(Method):
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """All linear maps, embeddings and norms."""
+        """All linear layers, embeddings and norms."""
         return ("everything",)
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> FullUpdate:
-        """A copy of W."""
+        """A new update: a copy of W [O, I], dequantized if W is quantized."""
         return FullUpdate(_stored(weight).clone())
 
 
 class FullUpdate(Update):
-    """W' of one site, as a float32 master that is cast to the compute dtype at use."""
+    """W' [O, I] of one site: a float32 master weight, cast to the compute dtype in `forward`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"matrix": "core"}
 
@@ -68,11 +68,11 @@ class FullUpdate(Update):
         return F.linear(x, self.matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def factors(self, weight: Weight) -> Factors:
-        """W' - W, and an identity."""
+        """W' − W [O, I] and an identity, as factors."""
         return of_matrix(self.matrix - _stored(weight).to(self.matrix.dtype))
 
     def effective_weight(self, weight: Weight) -> Tensor:
-        """W' itself."""
+        """The parameter W' [O, I] itself."""
         return self.matrix
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
@@ -83,7 +83,7 @@ class FullUpdate(Update):
 def of_matrix(change: Tensor) -> Factors:
     """ΔW [O, I] and an identity [R, R] as factors.
 
-    The gain of ones beside them tells those who round or describe the change that its rank is not low.
+    The gain of ones marks the change as not of low rank, for code that rounds or describes it.
     """
     eye = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
     ones = change.new_ones(len(change))
@@ -91,7 +91,7 @@ def of_matrix(change: Tensor) -> Factors:
 
 
 def _stored(weight: Weight) -> Tensor:
-    """W [O, I] in float32 or more; it may be the stored tensor itself."""
+    """W [O, I] in float32 or wider. It may be the stored tensor itself: do not write to it."""
     if weight.dense_or_none is None:
         return weight.dense()
     return wide(weight.dense_or_none.detach())

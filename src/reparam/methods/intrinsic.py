@@ -1,23 +1,24 @@
-"""Intrinsic dimension: all of a model trained through d numbers (Li et al. 2018; Aghajanyan et al. 2020, 2012.13255).
+"""Intrinsic dimension: trains a whole model through d numbers (Li et al. 2018; Aghajanyan et al. 2020, 2012.13255).
 
     did     ΔW_i = P_i θ                θ in R^d, zero at first
     said    ΔW_i = λ_g(i) · P_i θ       θ in R^(d − m), and m numbers λ, 1 at first, one for each group of tensors
 
-P_i is a fixed random map that is drawn from the seed and the site's name whenever it is used (`projections.py`), so
-that an adapter is a seed and d numbers, which the model's root owns. λ gets no gradient until θ has moved.
+P_i is a fixed random map, drawn from the seed and the site's name at every use (`projections.py`). An adapter is
+therefore a seed and d numbers, which are parameters of the model's root. λ gets no gradient while θ is zero.
 
-In `space="weight"` ΔW_i is the whole matrix. It exists while its site is computed and not after: the forward keeps x
-and θ, and the backward draws P_i again. Over a dense base of 32 bits or more it is added to W, and multiplied once;
-otherwise it is multiplied by itself, so that it does not vanish in the rounding. In `space="factor"`, for large models,
-P_i θ moves the two factors of a rank r from where LoRA starts:
+With `space="weight"`, ΔW_i is the whole matrix. It exists only while its site is computed: the forward pass saves x and
+θ, and the backward pass draws P_i again. If W is dense and has at least 32 bits, ΔW_i is added to W before the product
+with x; otherwise ΔW_i x is computed separately, so that rounding W + ΔW_i does not erase it. With `space="factor"`, for
+large models, P_i θ changes two factors of rank r, which start where LoRA starts:
 
     ΔW_i = B A,    (A, B) = (A_0, 0) + λ · P_i θ        A_0 as LoRA draws it
 
-With θ = 0 either is the base, to the bit. Norms, which are vectors, move whole in both, and so do biases, by maps of
-their own; with the target "everything" that is all of the model, as in the paper, but for what shares its weight.
-Tokens that are generated one by one draw P_i for each; merge before.
+With θ = 0 both give the base model's output, bit for bit. Norm weights and biases are changed directly in both spaces,
+through maps of their own. The target "everything" covers the whole model, as in the paper, except tied weights.
+Token-by-token generation draws every P_i again for each token; merge the adapter first.
 
-The released code spends m + 1 of d numbers on λ, one of them unused; what else differs is in `kernels.fastfood`.
+The released code uses m + 1 of the d numbers for λ, one of which has no effect; `kernels.fastfood` names the other
+differences.
 
 Shapes: O out_features, I in_features, m groups.
 """
@@ -52,10 +53,10 @@ _CHOICES = {
 @method("intrinsic")
 @dataclasses.dataclass(frozen=True)
 class Intrinsic(Method):
-    """Configuration of training in an intrinsic space.
+    """Intrinsic dimension (Aghajanyan et al. 2020, arXiv 2012.13255): d numbers change all weights through random maps.
 
-    Raises ValueError for values out of range and for another version of the maps than this release's; once the sites
-    are known, for a d that the groups' numbers use up. Warns of more numbers than the sites have.
+    Raises ValueError for values out of range and for a version of the maps other than this release's. `attach` raises
+    it if the groups of mode "said" use up all d numbers, and warns if d exceeds the number of entries that change.
 
     >>> Intrinsic(d=100, mode="said").mode
     'said'
@@ -73,27 +74,27 @@ class Intrinsic(Method):
     )
 
     d: int = 1000
-    """How many numbers train, those of λ included."""
+    """Number of trained parameters, including λ."""
     mode: str = "did"
-    """did: θ alone; said: θ, and a factor λ for each group of tensors."""
+    """did trains θ only; said trains θ and a factor λ for each group of tensors."""
     said_groups: str = "tensor"
-    """What has a λ of its own: tensor, module (its weight and its bias together), or block (of a repeated stack)."""
+    """One λ for each tensor, for each module (weight and bias together), or for each block (a repeated layer)."""
     projection: str = "fastfood"
     """The random map: fastfood, dense or sparse; dense is for small models."""
     layout: str = "stacked"
-    """Of fastfood: stacked blocks, or padded, one block for a tensor, as in the released code."""
+    """Layout of fastfood: stacked (several blocks) or padded (one block for each tensor, as in the released code)."""
     space: str = "weight"
-    """What moves: weight, the matrix itself, or factor, two factors of rank r."""
+    """What the d numbers change: the weight matrix itself (weight), or two factors of rank r (factor)."""
     r: int = 8
-    """Rank in the space of factors."""
+    """Rank of the two factors with space=factor."""
     bias: bool = True
-    """Whether the biases of the sites move as well."""
+    """Change the biases of the sites too."""
     biased: tuple[str, ...] = ()
-    """Sites whose biases move, for whoever reads a file without the model. Found when it is saved; not to be set."""
+    """Sites whose biases change. Written on save, so that the file can be read without the model; do not set it."""
     seed: int = 0
-    """Seed of the maps. A site's map depends on the seed and its name, not on the order of wrapping."""
+    """Seed of the maps. A map depends on the seed and the site's name, not on the order in which sites are wrapped."""
     projection_version: int = VERSION
-    """Of the random numbers behind the maps; files of another one are refused. Not to be set."""
+    """Version of the random maps. Files with another version are refused; do not set it."""
 
     def __post_init__(self) -> None:
         problems = wrong_words(self, _CHOICES)
@@ -103,22 +104,22 @@ class Intrinsic(Method):
             if not whole(value := getattr(self, field), 1)
         ]
         if self.layout != "stacked" and self.projection != "fastfood":
-            problems.append(f"layout={self.layout!r} is for projection='fastfood'")
+            problems.append(f"layout={self.layout!r} needs projection='fastfood'")
         if self.projection_version != VERSION:
             problems.append(
                 f"projection_version={self.projection_version!r}: this release draws version {VERSION} of the random "
-                f"maps, and numbers that were trained under another mean nothing here; use the release they come from"
+                f"maps, and numbers trained with another do not fit them; use the release that saved the adapter"
             )
         if problems:
             raise ValueError("intrinsic: " + "; ".join(problems))
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """All of the model; in the space of factors, its linear maps."""
+        """The whole model, or its linear layers with space="factor"."""
         return ("everything",) if self.space == "weight" else ("all-linear",)
 
     def group(self, name: str) -> str:
-        """The group of the tensor with this path, "layers.0.q_proj.weight" say."""
+        """The group of the tensor with this path (such as "layers.0.q_proj.weight"): a tensor, module or block path."""
         if self.said_groups == "tensor":
             return name
         if self.said_groups == "module":
@@ -127,7 +128,7 @@ class Intrinsic(Method):
         return block[0] if block else ""
 
     def sizes(self, site: Site) -> dict[str, int]:
-        """How many numbers move at a site: of its weight and, maybe, its bias, by their paths."""
+        """Number of entries that change, by tensor path: of the weight (or its factors) and the bias, if it changes."""
         rows, columns = site.out_features, site.in_features
         weight = self.r * (rows + columns) if self._factors(site) else rows * columns
         found = {f"{site.name}.weight": weight}
@@ -135,19 +136,19 @@ class Intrinsic(Method):
         return {**found, f"{site.name}.bias": rows} if moves else found
 
     def subspace(self) -> Self:
-        """Its d is free."""
+        """Itself: d can be any positive number."""
         return self
 
     def with_dimensions(self, d: int, draw: int = 0) -> Self:
-        """With this d. Another draw has another seed."""
+        """The configuration with this d; `draw` is added to the seed, which gives other random maps."""
         return dataclasses.replace(self, d=d, seed=self.seed + draw)
 
     def moved(self, site: Site) -> int:
-        """The numbers of its weight and, maybe, its bias."""
+        """Number of entries that change at a site, in all its tensors."""
         return sum(self.sizes(site).values())
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
-        """The configuration with the names of the sites whose biases move."""
+        """The configuration with `biased` set to the sites whose biases change."""
         biased = tuple(name for name, update in updates.items() if update.bias_delta() is not None)
         return dataclasses.replace(self, biased=biased)
 
@@ -155,33 +156,33 @@ class Intrinsic(Method):
         return self.space == "factor" and site.kind != "vector"
 
     def _groups(self, sites: list[Site]) -> list[str]:
-        """What has a λ of its own at these sites."""
+        """Names of the λ groups of these sites, in order; none with mode "did"."""
         tensors = (name for site in sites for name in self.sizes(site))
         return list(dict.fromkeys(map(self.group, tensors))) if self.mode == "said" else []
 
     def check(self, sites: list[Site]) -> None:
-        """Refuse a d that λ uses up."""
+        """Raise ValueError if λ uses up all d numbers."""
         groups = self._groups(sites)
         if self.d <= len(groups):
             raise ValueError(
-                f"intrinsic: mode='said' spends a number on each of {len(groups)} groups, and d={self.d} leaves none "
-                f"for the rest; raise d, or choose wider said_groups"
+                f"intrinsic: mode='said' uses one number for each of {len(groups)} groups, and d={self.d} leaves none "
+                f"for θ; raise d, or choose coarser said_groups"
             )
 
     def notes(self, sites: list[Site]) -> list[str]:
-        """Where d is above the number of weights."""
+        """A warning if d exceeds the number of entries that change."""
         total = sum(map(self.moved, sites))
         if self.d <= total:
             return []
-        return [f"intrinsic: d={self.d} is more than the {total} numbers that it moves, and reaches nothing more"]
+        return [f"intrinsic: d={self.d} is more than the {total} numbers that it changes; a larger d adds no freedom"]
 
     def shared(self, sites: list[Site]) -> Space:
-        """θ, and λ of each group."""
+        """The shared parameters: θ [d − m] and, with mode "said", λ [m]."""
         groups = self._groups(sites)
         return Space(self.d - len(groups), groups)
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """A fresh update; its maps are drawn from the seed and the site's name."""
+        """A new update; its maps are drawn from the seed and the site's name."""
         space = self.shared([site]) if shared is None else shared
         assert isinstance(space, Space)
         moves = [

@@ -1,6 +1,6 @@
-"""What follows θ at the sites of an intrinsic space: whole matrices, or factors; and their biases.
+"""Updates of an intrinsic space: whole matrices or factors, and biases, computed from the shared parameters θ and λ.
 
-Shapes: O out_features, I in_features, N rows of a flattened batch, D numbers of a tensor.
+Shapes: O out_features, I in_features, N rows of a flattened batch, d length of θ, m groups, D entries of a tensor.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from reparam.methods.projections import Projection
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """How one tensor follows θ."""
+    """How one tensor depends on θ: through a random map, and a λ if it has one."""
 
     projection: Projection
     group: int | None
-    """Which λ it has."""
+    """Index of its λ, from 0 to m − 1; None without λ."""
 
 
 class Space(nn.Module):
-    """What all sites have in common: θ [d], and λ [m] of "said"."""
+    """Parameters that all sites share: θ [d], zero at first, and for mode "said" also `scale`, λ [m], 1 at first."""
 
     scale: nn.Parameter | None
 
@@ -40,41 +40,41 @@ class Space(nn.Module):
         self.groups = groups
 
     def factor(self, move: Move) -> Tensor | None:
-        """λ of a tensor, [], or None."""
+        """λ of a tensor, a scalar; None without λ."""
         return None if move.group is None or self.scale is None else self.scale[move.group]
 
     def moved(self, move: Move) -> Tensor:
-        """λ P θ [D], differentiable; of θ's part nothing is kept for it."""
+        """λ P θ [D], differentiable. The backward pass draws P again, so that P is not saved."""
         found, factor = move.projection(self.theta), self.factor(move)
         return found if factor is None else factor * found
 
 
 class _Update(Update):
-    """A site, which has no parameters of its own."""
+    """The update of one site. It has no parameters of its own: the shared `Space` has them."""
 
     roles: ClassVar[Mapping[str, Role]] = {}
 
     def __init__(self, space: Space, move: Move, bias: Move | None = None) -> None:
         super().__init__()
-        self.owner = (space,)  # in a tuple, because the model's root owns it
+        self.owner = (space,)  # in a tuple, so that it is not a submodule here: the model's root owns it
         self.move, self.bias = move, bias
 
     def moved(self) -> Tensor:
-        """λ P θ [D] of the weight."""
+        """λ P θ [D], the change of the weight or of its factors."""
         return self.owner[0].moved(self.move)
 
     def bias_delta(self) -> Tensor | None:
-        """λ P θ [O] of the bias."""
+        """λ P θ [O], the change of the bias; None if the bias does not change."""
         return None if self.bias is None else self.owner[0].moved(self.bias)
 
     def changed_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The bias with its change, in its dtype."""
+        """bias [O] plus its change, in the dtype of the bias."""
         offset = self.bias_delta()
         return bias if bias is None or offset is None else (bias + offset).to(bias.dtype)
 
 
 class WeightUpdate(_Update):
-    """A whole matrix that moves."""
+    """Changes the whole weight matrix: ΔW [O, I] = λ P θ."""
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x (W + ΔW)ᵀ + bias [..., O]."""
@@ -92,7 +92,7 @@ class WeightUpdate(_Update):
         return y.view(*x.shape[:-1], weight.out_features)
 
     def factors(self, weight: Weight) -> Factors:
-        """ΔW beside the identity."""
+        """ΔW [O, I] and an identity, as factors."""
         return of_matrix(self.moved().view(weight.out_features, weight.in_features))
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
@@ -103,13 +103,13 @@ class WeightUpdate(_Update):
 
 
 class FactorUpdate(_Update):
-    """Two factors that move from A_0 [r, I] and from zero."""
+    """Changes two factors, which start at A_0 [r, I] and at zero [O, r]."""
 
     start: Tensor
 
     def __init__(self, space: Space, move: Move, bias: Move | None = None, *, start: Tensor) -> None:
         super().__init__(space, move, bias)
-        self.register_buffer("start", start, persistent=False)  # drawn again from the seed
+        self.register_buffer("start", start, persistent=False)  # not saved, because it is drawn again from the seed
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x Wᵀ + bias + (x Aᵀ) Bᵀ [..., O]."""
@@ -120,16 +120,16 @@ class FactorUpdate(_Update):
         return y.view(*x.shape[:-1], weight.out_features)
 
     def factors(self, weight: Weight) -> Factors:
-        """A_0 and zero, moved."""
+        """A = A_0 + the first r I entries of λ P θ [r, I], and B = the other entries [O, r]."""
         moved, first = self.moved(), self.start.numel()
         A = self.start + moved[:first].view(self.start.shape)
         return Factors(A, moved[first:].view(weight.out_features, len(self.start)))
 
 
 class _Moved(torch.autograd.Function):
-    """x [N, I] -> x (W + λ P θ)ᵀ + bias [N, O], without W or the bias where they are None.
+    """x [N, I] -> x (W + λ P θ)ᵀ + bias [N, O]; W, λ and bias may be None.
 
-    Keeps x, θ and λ alone. The gradient of θ is λ Pᵀ(gᵀ x), that of λ is ⟨gᵀ x, P θ⟩.
+    Saves x, θ, λ and the frozen W, but not P θ. The gradient of θ is λ Pᵀ(gᵀ x), and that of λ is ⟨gᵀ x, P θ⟩.
     """
 
     @staticmethod
@@ -166,6 +166,6 @@ class _Moved(torch.autograd.Function):
 
 
 def _changed(moved: Tensor, scale: Tensor | None, frozen: Tensor | None) -> Tensor:
-    """W + λ P θ [O, I]."""
+    """W + λ P θ [O, I], from moved = P θ; W and λ may be None."""
     moved = moved if scale is None else scale * moved
     return moved if frozen is None else frozen + moved.to(frozen.dtype)

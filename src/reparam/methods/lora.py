@@ -1,10 +1,10 @@
-"""LoRA: a low-rank change of a frozen matrix (Hu et al. 2021, arXiv 2106.09685, §4.1).
+"""LoRA: a low-rank update of a frozen weight matrix (Hu et al. 2021, arXiv 2106.09685, §4.1).
 
     h = W₀ x + s · B A x        A [R, I] random, B [O, R] zero, so that training starts at the base model
 
-The scale s has four conventions (`scaling`): "alpha_over_r" is α/r, the paper's and PEFT's; "alpha" is α itself, for
-texts that write h = W₀x + αBAx; "rslora" is α/√r (Kalajdzievski 2023, arXiv 2312.03732); "none" is 1.
-The paper says that A is Gaussian; the released code and PEFT draw U(−1/√I, 1/√I), and so does the default here.
+`scaling` selects the scale s: "alpha_over_r" is α/r, as in the paper and PEFT; "alpha" is α itself, for papers that
+write h = W₀x + αBAx; "rslora" is α/√r (Kalajdzievski 2023, arXiv 2312.03732); "none" is 1.
+The paper draws A from a Gaussian; its released code and PEFT draw A from U(−1/√I, 1/√I), which is the default here.
 
 Shapes: O out_features, I in_features, R rank, N rows of a flattened batch.
 """
@@ -35,10 +35,10 @@ INITS = ("kaiming_uniform", "gaussian")
 @method("lora")
 @dataclasses.dataclass(frozen=True)
 class LoRA(Method):
-    """Configuration of LoRA.
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): trains a low-rank update of each frozen weight matrix.
 
-    Raises ValueError for r below 1, alpha not above 0, dropout outside [0, 1), an unknown scaling or init, and, once
-    the sites are known, for a pattern that matches none of them.
+    Raises ValueError for a rank below 1, alpha not above 0, dropout outside [0, 1), an unknown scaling or init,
+    init_std without init="gaussian", and an invalid pattern. `attach` raises it for a pattern that matches no site.
 
     >>> LoRA(r=8, alpha=16).scale(r=8, alpha=16)
     2.0
@@ -57,23 +57,23 @@ class LoRA(Method):
     )
 
     r: int = 8
-    """Rank of the change."""
+    """Rank of the update."""
     alpha: float = 16.0
-    """Numerator of the scale."""
+    """Numerator of the scale: by default the update is multiplied by alpha / r."""
     scaling: str = "alpha_over_r"
-    """How the scale follows from alpha and r: alpha_over_r, alpha, rslora or none."""
+    """Scale of the update: alpha_over_r, alpha, rslora (alpha / sqrt(r)) or none (1)."""
     dropout: float = 0.0
-    """Probability with which an element of the branch's input is zeroed in training. Embeddings have none."""
+    """Dropout probability on the input of the low-rank branch, in training. Embeddings have no dropout."""
     init: str = "kaiming_uniform"
-    """Distribution of A: kaiming_uniform is U(-1/sqrt(I), 1/sqrt(I)), gaussian is N(0, init_std²)."""
+    """Distribution of A: kaiming_uniform is U(±1/sqrt(I)), gaussian is N(0, init_std²). Embeddings use gaussian."""
     init_std: float | None = None
-    """Standard deviation of gaussian; by default 1/sqrt(3 I), the second moment of kaiming_uniform."""
+    """Standard deviation of init=gaussian; by default 1/sqrt(3 I), as kaiming_uniform has, and 1 for embeddings."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Ranks that differ, by site: a regular expression for the end of the path -> rank. The first match counts."""
+    """Ranks of single sites: a regular expression that matches the end of the path -> rank. The first match wins."""
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Alphas that differ, by site, in the same way."""
+    """Alphas of single sites, with patterns as in rank_pattern."""
     seed: int = 0
-    """Seed of A. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+    """Seed for A. The values depend on the seed and the site's name, not on the order in which sites are wrapped."""
 
     def __post_init__(self) -> None:
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
@@ -99,15 +99,15 @@ class LoRA(Method):
             raise ValueError("LoRA: " + "; ".join(problems))
 
     def scale(self, *, r: int, alpha: float) -> float:
-        """The factor s for a site of rank r and this alpha."""
+        """The factor s of an update with this rank and alpha."""
         return {"alpha_over_r": alpha / r, "alpha": alpha, "rslora": alpha / math.sqrt(r), "none": 1.0}[self.scaling]
 
     def at(self, name: str) -> tuple[int, float]:
-        """Rank and alpha of the site with this path."""
+        """Rank and alpha of the site with this path, after the patterns."""
         return patterns.first(self.rank_pattern, name, self.r), patterns.first(self.alpha_pattern, name, self.alpha)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """With these ranks, and the alphas that the sites have; sites of rank 0 are no sites any more."""
+        """A configuration with these ranks by site path; alphas stay the same. Sites of rank 0 are left out."""
         kept = {name: rank for name, rank in ranks.items() if rank}
         if all(self.at(name)[0] == rank for name, rank in ranks.items()):
             return self
@@ -121,27 +121,27 @@ class LoRA(Method):
         )
 
     def check(self, sites: list[Site]) -> None:
-        """Refuse patterns that match no site."""
+        """Raise ValueError for a pattern that matches no site."""
         for field in ("rank_pattern", "alpha_pattern"):
             patterns.check_used(field, getattr(self, field), [site.name for site in sites], method="LoRA")
 
     def notes(self, sites: list[Site]) -> list[str]:
-        """Where the rank is no longer low."""
+        """A warning for sites whose rank exceeds min(O, I)."""
         high = [s for s in sites if self.at(s.name)[0] > min(s.out_features, s.in_features)]
         if not high:
             return []
         return [
-            f"LoRA: the rank exceeds the smaller side of {len(high)} sites (first: {high[0].name}, "
+            f"LoRA: the rank exceeds min(out_features, in_features) at {len(high)} sites (first: {high[0].name}, "
             f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
         ]
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:
-        """A fresh update, drawn from the seed and the site's name."""
+        """A new update: A is drawn from the seed and the site's name, B is zero."""
         r, alpha = self.at(site.name)
         generator = seeded(self.seed, site)
         a = torch.empty(r, site.in_features)
         bound = 1 / math.sqrt(site.in_features)
-        if site.kind == "embedding":  # loralib and PEFT: zeros on the vocabulary's side, N(0, 1) on the other
+        if site.kind == "embedding":  # as in loralib and PEFT: B [vocabulary, R] is zero, A is N(0, 1)
             a.normal_(0, self.init_std or 1.0, generator=generator)
         elif self.init == "gaussian":
             a.normal_(0, self.init_std or bound / math.sqrt(3), generator=generator)
@@ -154,13 +154,13 @@ class LoRA(Method):
 
 
 def seeded(seed: int, site: Site) -> torch.Generator:
-    """The random numbers of one site: they depend on its name, not on the order of the sites."""
+    """A random generator for one site, seeded with the seed and the site's name, independent of the order of sites."""
     digest = hashlib.sha256(f"{seed}:{site.name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class LoRAUpdate(Update):
-    """The two factors of one site, as float32 masters that are cast to the compute dtype at use."""
+    """LoRA's factors A and B of one site: float32 master weights, cast to the compute dtype in `forward`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "in", "B": "out"}
 
@@ -172,8 +172,8 @@ class LoRAUpdate(Update):
         self.dropout = dropout
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [..., I] -> x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ [..., O]. The small product is added in place, by one addmm."""
-        rows = x.reshape(-1, x.shape[-1])  # [N, I]: two dimensions, so that addmm needs no view of its target
+        """x [..., I] -> x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ [..., O]. One addmm adds the low-rank product in place."""
+        rows = x.reshape(-1, x.shape[-1])  # [N, I]: two dimensions, so that addmm_ works on y directly
         A: Tensor = self.A
         B_t = self.B.t()
         dtype = compute_dtype(x)
@@ -185,24 +185,24 @@ class LoRAUpdate(Update):
             h_t = F.linear(A, rows)
         else:
             rows, h_t = _Down.apply(rows, A)
-            B_t = B_t.contiguous()  # so that its gradient is one of the fast products
+            B_t = B_t.contiguous()  # a contiguous operand makes the product for its gradient faster
         y = weight(rows, bias).addmm_(self.weighed(h_t).t(), B_t, alpha=self.scale)
-        return y.view(*x.shape[:-1], weight.out_features)  # sizes, not -1: a batch may be empty
+        return y.view(*x.shape[:-1], weight.out_features)  # explicit sizes and not -1, because a batch may be empty
 
     def weighed(self, h_t: Tensor) -> Tensor:
-        """h_t [R, N] between the two factors, where an update weighs its components; here as it is."""
+        """A xᵀ [R, N], unchanged; a subclass can weight each component here, between the two factors."""
         return h_t
 
     def factors(self, weight: Weight) -> Factors:
-        """A, and s · B."""
+        """The factors A [R, I] and s · B [O, R]."""
         return Factors(self.A, self.scale * self.B)
 
     def low_rank_part(self) -> tuple[Update, str]:
-        """All of it."""
+        """This update itself, with no prefix before its tensor names."""
         return self, ""
 
     def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
-        """A = sqrt(s) Vh and B = U sqrt(s) / scale."""
+        """A = sqrt(s) Vh [R, I] and B = U sqrt(s) / scale [O, R], whose update is U diag(s) Vh."""
         root = s.sqrt()
         return {"A": root[:, None] * vh, "B": u * root / self.scale}
 
@@ -210,9 +210,9 @@ class LoRAUpdate(Update):
 class _Down(torch.autograd.Function):
     """x [N, I], A [R, I] -> x itself, and A xᵀ [R, N].
 
-    x goes through so that its gradient from the frozen map arrives here and takes the branch's share in place: one
-    pass over [N, I] less than when autograd adds two gradients. Nothing else sees that gradient, because the x that is
-    returned is only ever handed to the frozen map.
+    The function also returns x, so that `backward` receives the gradient from the frozen layer and can add the
+    branch's gradient to it in place. This saves the pass over [N, I] in which autograd would add the two. Changing that
+    gradient in place is safe, because the returned x is passed to the frozen layer only.
     """
 
     @staticmethod
@@ -232,5 +232,5 @@ class _Down(torch.autograd.Function):
         elif g_x is None:
             g_x = g_h @ A
         else:
-            g_x = g_x.addmm_(g_h, A)  # before g_A: g_x has just been written and is in the cache
+            g_x = g_x.addmm_(g_h, A)  # before the gradient of A, while g_x is still in the cache
         return g_x, g_h_t @ x if ctx.needs_input_grad[1] else None

@@ -1,4 +1,4 @@
-"""Fixed random maps P, R^d -> R^D, that are drawn from a key when they are used, and never stored.
+"""Fixed random linear maps P: R^d -> R^D, drawn from a key at every use and never stored.
 
 | kind     | P                                                                        | time       | memory in use |
 |----------|--------------------------------------------------------------------------|------------|---------------|
@@ -6,8 +6,8 @@
 | dense    | N(0, 1), columns scaled to norm 1                                        | O(D d)     | O(D d)        |
 | sparse   | 1 or -1 with probability 1 / (2 √D) each, else 0, columns scaled to norm 1 | O(d √D)  | O(d √D)       |
 
-The last two are Li et al. 2018's (arXiv 1804.08838). Every map is linear with a known adjoint, which its derivative
-calls, so that nothing is kept between forward and backward.
+The dense and the sparse map are those of Li et al. 2018 (arXiv 1804.08838). The backward pass of a map applies its
+adjoint Pᵀ, so that no tensor is saved for it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LAYOUTS = ("stacked", "padded")
 
 
 def key_of(seed: int, name: str) -> int:
-    """The key of a tensor: it depends on the seed, the name and the version of the maps, not on an order or machine."""
+    """The key of a tensor, from 0 to 2^63 - 1: a hash of the seed, the tensor's name and the version of the maps."""
     digest = hashlib.sha256(f"projection {VERSION}:{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One map.
+    """One random map P: R^d -> R^D, which its kind, key and sizes determine.
 
     >>> p = Projection("fastfood", key=1, d=3, rows=5)
     >>> p(torch.zeros(3)).shape, p.adjoint(torch.zeros(5)).shape
@@ -46,17 +46,17 @@ class Projection:
     kind: str
     """fastfood, dense or sparse."""
     key: int
-    """Where its random numbers come from, from 0 to 2^63 - 1."""
+    """Seed of its random numbers, from 0 to 2^63 - 1."""
     d: int
-    """Length of what it maps."""
+    """Length of the input."""
     rows: int
-    """D, the length of what comes out."""
+    """D, the length of the output."""
     layout: str = "stacked"
-    """Of fastfood: stacked blocks of the next power of two of d, or padded: one block of at least D, as released."""
+    """Layout of fastfood: stacked (blocks of 2^⌈log₂ d⌉ rows) or padded (one block of at least D, as released)."""
 
     @property
     def block(self) -> int:
-        """n, the rows of a block of fastfood."""
+        """n, the number of rows of a block of fastfood, a power of two."""
         return power_of_two(self.d if self.layout == "stacked" else max(self.d, self.rows))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Projection:
         return g.new_zeros(self.d).index_add_(0, column, value.to(g.dtype) * g[row])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [d] -> P x [D], where nothing is differentiated."""
+        """x [d] -> P x [D], for use inside an autograd function."""
         if self.kind == "fastfood":
             return fastfood(x, self.key, self.block, self.rows)
         if self.kind == "dense":
@@ -86,7 +86,7 @@ class Projection:
 
 
 class _Map(torch.autograd.Function):
-    """P x, and Pᵀ g for its gradient."""
+    """x [d] -> P x [D]; the gradient of x is Pᵀ g."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection) -> Tensor:
@@ -99,15 +99,15 @@ class _Map(torch.autograd.Function):
 
 
 def dense(p: Projection, device: torch.device | None = None) -> Tensor:
-    """P [D, d], float32."""
+    """The dense map as a matrix P [D, d], float32."""
     matrix = normals(words(p.key, 0, p.rows * p.d, device)).view(p.rows, p.d)
     return matrix / matrix.double().norm(dim=0).float()
 
 
 def sparse(p: Projection, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of the entries of P that are not zero, column by column.
+    """Row, column (int64) and value (float32) of the nonzero entries of the sparse map, column by column.
 
-    Distances between them are geometric: what is left of a Bernoulli process where the zeros are not looked at.
+    Distances between nonzero entries have a geometric distribution, so that they can be drawn without the zeros.
     """
     density, total = 1 / math.sqrt(p.rows), p.rows * p.d
     mean = total * density

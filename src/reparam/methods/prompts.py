@@ -1,11 +1,12 @@
-"""Positions in front of the text that train, while no weight changes: prefix tuning and prompt tuning.
+"""Prefix tuning and prompt tuning: train virtual tokens in front of the text, and change no weight.
 
-    prefix    keys and values of t positions, in every layer (Li & Liang 2021, arXiv 2101.00190, §4)
-    prompt    the embeddings of t tokens (Lester, Al-Rfou & Constant 2021, arXiv 2104.08691, §2)
+    prefix    keys and values of t virtual tokens, in every layer (Li & Liang 2021, arXiv 2101.00190, §4)
+    prompt    the embeddings of t virtual tokens (Lester, Al-Rfou & Constant 2021, arXiv 2104.08691, §2)
 
-They change no matrix, so that they go on no site: PEFT holds them (`reparam.hf.prompts`), and `reparam train` runs
-both. The t positions are taken from the model's context, and a prompt's are computed like any other token. A fresh
-prefix is not the base: softmax gives the new positions a share of the attention, whatever they hold.
+They change no matrix and therefore have no sites: PEFT holds their parameters (`reparam.hf.prompts`), and `reparam
+train` trains both. The virtual tokens take t positions of the model's context. Those of a prompt also pass through all
+layers, as other tokens do. A new prefix already changes the model's output, because softmax gives its keys some of the
+attention.
 """
 
 from __future__ import annotations
@@ -22,33 +23,35 @@ from reparam.core.registry import method
 
 @dataclasses.dataclass(frozen=True)
 class Prompting(Method):
-    """What the two have in common. Raises ValueError for less than one token."""
+    """Base class of prefix and prompt tuning. Raises ValueError if `tokens` is not a whole number of at least 1."""
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     changes_weights: ClassVar[bool] = False
     peft_config: ClassVar[str]
-    """Name of the class in PEFT that configures it."""
+    """Name of its configuration class in PEFT."""
     peft_settings: ClassVar[Mapping[str, Any]] = {}
-    """What that is told beside the number of tokens."""
+    """Settings of that class other than the number of virtual tokens."""
 
     tokens: int = 20
-    """How many positions are put in front of the text."""
+    """Number of virtual tokens in front of the text."""
     seed: int = 0
-    """Seed of what they begin at."""
+    """Seed of the initial values."""
 
     def __post_init__(self) -> None:
         if not whole(self.tokens, 1):
             raise ValueError(f"{self.name}: tokens={self.tokens!r}: expected a whole number of at least 1")
 
     def unsupported_reason(self, site: Site) -> str:
-        """Nothing is a site of it."""
+        """A reason for every site: this method changes no weight."""
         return f"{self.name} adds positions and changes no weight; use reparam.prompts.attach, or reparam train"
 
 
 @method("prefix")
 @dataclasses.dataclass(frozen=True)
 class Prefix(Prompting):
-    """Prefix tuning: keys and values, in every layer, without the paper's projection.
+    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190): trains keys and values of virtual tokens in every layer.
+
+    The paper's reparameterization by an MLP is not used.
 
     >>> Prefix(tokens=10)
     Prefix(tokens=10, seed=0)
@@ -65,7 +68,9 @@ class Prefix(Prompting):
 @method("prompt")
 @dataclasses.dataclass(frozen=True)
 class Prompt(Prompting):
-    """Prompt tuning: embeddings that begin at those of tokens drawn from the vocabulary.
+    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trains the embeddings of virtual tokens.
+
+    They start at the embeddings of random tokens of the vocabulary.
 
     >>> Prompt(tokens=10)
     Prompt(tokens=10, seed=0)

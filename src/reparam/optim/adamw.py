@@ -107,7 +107,7 @@ def adamw_(
 
 
 def narrowed(state: Mapping[str, Tensor], dim: int, index: Tensor, *, bits: int) -> dict[str, Tensor]:
-    """A parameter's saved state after its dimension `dim` is cut to `index` [n]. 8-bit moments are quantized again."""
+    """A parameter's saved state after its dimension `dim` is cut to `index` [n]. 8-bit moments are requantized."""
     index = index.cpu()
     if bits == 32:
         return {key: value.index_select(dim, index) if value.ndim else value for key, value in state.items()}

@@ -20,7 +20,7 @@ class Embedding(Adapted):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """An `nn.Embedding`."""
+        """Whether the module is an `nn.Embedding`."""
         return isinstance(module, nn.Embedding)
 
     @classmethod

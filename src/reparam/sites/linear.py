@@ -26,7 +26,7 @@ class Linear(Adapted):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """An `nn.Linear` or GPT-2's `Conv1D`."""
+        """Whether the module is an `nn.Linear` or GPT-2's `Conv1D`."""
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
     @classmethod

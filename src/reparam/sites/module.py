@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
@@ -21,6 +23,7 @@ HOOKS = (
     "_forward_hooks_always_called",
     "_backward_pre_hooks",
     "_backward_hooks",
+    "_is_full_backward_hook",
 )
 """The attributes in which `nn.Module` keeps its hooks."""
 
@@ -56,8 +59,7 @@ class Adapted(nn.Module):
         self.biased: set[str] = set()  # the keys of `biases`; a lookup in a ParameterDict is slow
         self.active: str | None = None
         self.origin = (origin,)  # the original module, in a tuple so that it is not a submodule
-        for name in HOOKS:  # the same dicts, so that existing handles still remove their hooks
-            self.__dict__[name] = origin.__dict__[name]
+        _share_hooks(origin, self)
         self.train(origin.training)
 
     @classmethod
@@ -183,6 +185,7 @@ class Adapted(nn.Module):
         """The original module with the current weight and bias; for a quantized weight, a site without updates."""
         module = self.origin[0]
         module._parameters["bias"] = self.bias
+        _share_hooks(self, module)
         if self.frozen.dense_or_none is None:
             bare = type(self)(module, self.layout).train(self.training)
             bare.hold(self.frozen)
@@ -204,6 +207,20 @@ class Adapted(nn.Module):
             self.frozen = DenseWeight.of(self, self.layout)
 
 
+def _share_hooks(one: nn.Module, other: nn.Module) -> None:
+    """Let the other module have the hooks of the first one, in the same dicts: existing handles can remove them."""
+    for name in HOOKS:
+        other.__dict__[name] = one.__dict__[name]
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A module that shares everything with this one but its hooks."""
+    found = copy.copy(module)
+    for name in HOOKS:
+        found.__dict__[name] = OrderedDict() if isinstance(module.__dict__[name], dict) else None
+    return found
+
+
 SHARED = "reparam_shared"  # name of the `Shared` submodule in a model
 
 
@@ -216,7 +233,7 @@ class Shared(nn.ModuleDict):
 
 
 class Replaced(nn.Module):
-    """A fully trained module (for example a task head): the original, and one full copy for each adapter."""
+    """A module that adapters train in full (for example a task head): the original and one copy per adapter."""
 
     def __init__(self, origin: nn.Module) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reparam.core.base import Site, Update
 from reparam.sites.bank import Bank
 from reparam.sites.kinds import kind
-from reparam.sites.module import Adapted
+from reparam.sites.module import Adapted, without_hooks
 
 
 @kind("vector")
@@ -28,7 +28,7 @@ class Norm(Adapted):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """A module that holds a weight [n], an optional bias [n], and no other parameter, module or buffer."""
+        """Whether the module holds a weight [n], an optional bias [n], and no other parameter, module or buffer."""
         return _parameters_problem(module) is None
 
     @classmethod
@@ -72,7 +72,7 @@ class Norm(Adapted):
         own = {"weight": w.to(self.frozen.dtype).squeeze(1)}
         if bias is not None:
             own["bias"] = bias
-        return torch.func.functional_call(self.origin[0], own, args)
+        return torch.func.functional_call(without_hooks(self.origin[0]), own, args)
 
     def _mixed(self, bank: Bank, *args: Tensor) -> Tensor:
         """A mixed batch: compute all rows with the base weight, then each adapter's rows with its own."""

@@ -29,8 +29,8 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
     - anything else: a module's path or the end of one; it can also select a norm.
 
-    Raises ValueError, listing all problems, if a target matches no module or a module that cannot be adapted. Warns if
-    one of the four keywords skips weights that cannot be adapted, such as fused experts.
+    Raises ValueError, listing up to ten problems, if a target matches nothing or a module that cannot be adapted. Warns
+    if one of the four keywords skips weights that cannot be adapted, such as fused experts.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))

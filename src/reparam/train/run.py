@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
@@ -39,9 +39,6 @@ from reparam.train.plot import plot_losses
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
-
-if TYPE_CHECKING:
-    pass
 
 CHECK = "__proof"  # name under which the saved adapter is loaded for verification
 

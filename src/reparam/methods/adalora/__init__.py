@@ -1,4 +1,4 @@
-"""AdaLoRA: the method, its update, and the budget of ranks that training moves."""
+"""AdaLoRA: the method, its update, and the rank budget that falls during training."""
 
 from reparam.methods.adalora.method import AdaLoRA
 from reparam.methods.adalora.update import SVDUpdate

@@ -1,22 +1,24 @@
-"""The budget of AdaLoRA: when it falls, and which components lose their place (arXiv 2303.10512, §3.2, §3.3).
+"""The rank budget of AdaLoRA: its schedule, and which components it masks (arXiv 2303.10512, §3.2, §3.3).
 
-After b₀ components for `tinit` steps, a cubic fall to b_T at step T - tfinal, then b_T:
+The budget is b₀ components for `tinit` steps, falls along a cubic curve to b_T at step T - tfinal, and stays at b_T:
 
     b(t) = floor(b_T + (b₀ - b_T) (1 - (t - tinit) / (T - tinit - tfinal))³)        t = 0, 1, ..., T - 1
 
-The paper's appendix has t - tinit - tfinal in the numerator, which begins above b₀ and ends with a jump: a misprint,
-and the released code has the form above. When it is time to mask (every `delta_t` steps, and from T - tfinal on), the
-b(t) components of the highest importance keep their λ and all others have theirs set to zero; until the end of the fall
-they can win it back. From T - tfinal on the choice stands, and what lost is dropped: smaller parameters, smaller
-optimizer states, the same function. With tfinal = 0 that happens after the last step.
+The paper's appendix has t - tinit - tfinal in the numerator. That is a misprint: the curve would begin above b₀ and end
+with a jump. The released code has the form above.
 
-The importance of a component is that of λ, plus the means over its column of P and its row of Q. That of a number w is
-Ī Ū, from its sensitivity I = |w ∂L/∂w|, both means exponential and from zero:
+After every `delta_t`-th step of the fall, the b(t) components with the highest importance keep their λ, and the λ of
+all others is set to zero. A masked component continues to train and can be selected again until step T - tfinal. The
+selection of that step is final: the masked components are removed from the parameters and from the optimizer state,
+which does not change the function. With tfinal = 0 this happens after the last step.
+
+The importance of a component is the importance of its λ plus the mean importances of its column of P and its row of Q.
+The importance of one number w is Ī Ū, from its sensitivity I = |w ∂L/∂w|. Both averages start at zero:
 
     Ī <- β₁ Ī + (1 - β₁) I        Ū <- β₂ Ū + (1 - β₂) |I - Ī|
 
-The gradient is the one that the optimizer sees, the orthogonality term's included. That term is added to the gradients
-of P and Q just before the step, so that the loss that a loop reports is the task's, and after any clipping.
+The gradient is the one that the optimizer sees, including that of the orthogonality penalty. The penalty's gradient is
+added to P and Q just before the step, after any clipping. The loss that a training loop reports does not include it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from reparam.methods.adalora.update import SVDUpdate
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When the budget falls; steps count from 0."""
+    """The schedule of the budget, in optimizer steps counted from 0."""
 
     total: int
     tinit: int
@@ -44,11 +46,11 @@ class Schedule:
 
     @property
     def final(self) -> int:
-        """The step after which the choice stands."""
+        """The step after which the selection is final."""
         return min(self.total - self.tfinal, self.total - 1)
 
     def budget(self, step: int, first: int, last: int) -> int:
-        """How many components have a place after this step, of `first` in the beginning and `last` in the end.
+        """The number of active components after this step; it falls from `first` to `last`.
 
         >>> [Schedule(40, 5, 10, 5).budget(t, 12, 8) for t in (5, 6, 8, 11, 15, 39)]
         [12, 11, 10, 9, 8, 8]
@@ -61,14 +63,14 @@ class Schedule:
         return int(last + (first - last) * left**3)
 
     def masks(self, step: int) -> bool:
-        """Whether components lose their place after this step."""
+        """Whether components are selected and masked after this step."""
         falling = self.tinit < step and (step % self.every == 0 or step in self.milestones)
         return falling or step >= self.final
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What the budget goes by: the settings of `AdaLoRA` with the same names."""
+    """The settings of a budget: the fields of `AdaLoRA` with the same names."""
 
     target_r: float
     total_steps: int | None
@@ -83,25 +85,28 @@ class Rules:
     orth_form: str
 
     def plan(self, total_steps: int) -> Schedule:
-        """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
+        """The schedule of a run of `total_steps` optimizer steps.
+
+        Raises ValueError if tinit and tfinal leave no step between them, or a milestone is outside of the fall.
+        """
         tinit = total_steps // 6 if self.tinit is None else self.tinit
         tfinal = total_steps // 2 if self.tfinal is None else self.tfinal
         if total_steps <= tinit + tfinal:
             raise ValueError(
-                f"AdaLoRA: {total_steps} steps are too few for tinit={tinit} and tfinal={tfinal}: the budget falls "
-                f"in between; train longer, or lower them"
+                f"AdaLoRA: {total_steps} steps are too few for tinit={tinit} and tfinal={tfinal}: no step is left for "
+                f"the fall of the budget; train longer, or lower them"
             )
         late = [step for step in self.milestones if not tinit < step < total_steps - tfinal]
         if late:
             raise ValueError(
-                f"AdaLoRA: milestones={self.milestones!r}: the budget falls after step {tinit} and before "
-                f"{total_steps - tfinal}, and {late[0]} is not in between"
+                f"AdaLoRA: milestones={self.milestones!r}: {late[0]} is outside of the fall of the budget; expected "
+                f"steps above {tinit} and below {total_steps - tfinal}"
             )
         return Schedule(total_steps, tinit, tfinal, self.delta_t, self.milestones)
 
 
 class Budget:
-    """Moves the budget of one adapter around the steps of its optimizer. A `Controller`."""
+    """The rank budget of one adapter: a `Controller` that masks and removes components around optimizer steps."""
 
     def __init__(self, rules: Rules, updates: Mapping[str, SVDUpdate]) -> None:
         self.rules = rules
@@ -110,52 +115,52 @@ class Budget:
         self.step = 0
         self.first = sum(len(update.E) for update in self.updates.values())
         self.last = min(round(rules.target_r * len(self.updates)), self.first)
-        self.mean: list[Tensor] = []  # Ī of λ, Q and P, site after site
-        self.deviation: list[Tensor] = []  # Ū
-        self.places: list[Tensor] | None = None  # [R] for each site, once the choice stands; none of them when dropped
+        self.mean: list[Tensor] = []  # Ī of λ [R], Q [R, I] and P [O, R], site after site
+        self.deviation: list[Tensor] = []  # Ū, in the same order
+        self.places: list[Tensor] | None = None  # final masks, bool [R] per site; [] once removed
 
     @property
     def quantized(self) -> bool:
-        """Whether the choice stands and all that lost is dropped."""
+        """Whether the selection is final and the masked components are removed."""
         return self.places is not None and not self.places
 
     def plan(self, total_steps: int | None) -> None:
-        """Take the number of steps from the trainer, unless the method has one.
+        """Set the number of optimizer steps of the run; None if only `AdaLoRA.total_steps` has it.
 
-        Raises ValueError where neither knows it, where both do and differ, where the schedule does not fit, and where
-        parameters are sharded.
+        Raises ValueError if the number is unknown, differs from `AdaLoRA.total_steps` or from that of the steps already
+        made, if the schedule does not fit, and if parameters are sharded.
         """
         if any(hasattr(p, "full_tensor") for p in self._parameters()):
-            raise ValueError("AdaLoRA: the parameters are sharded (FSDP2), and the budget compares whole ones: use DDP")
+            raise ValueError("AdaLoRA: the parameters are sharded (FSDP2), and the budget needs whole ones; use DDP")
         own = self.rules.total_steps
         if own is None and total_steps is None and self.plan_ is None:
             raise ValueError(
-                "AdaLoRA: the number of optimizer steps is not known, and the budget falls over them: call "
+                "AdaLoRA: the schedule of the budget needs the number of optimizer steps; call "
                 "adapter.bind(optimizer, total_steps=...), or set AdaLoRA(total_steps=...)"
             )
         if own is not None and total_steps is not None and own != total_steps:
             raise ValueError(
-                f"AdaLoRA: total_steps={own}, and the run has {total_steps} steps: leave total_steps out of the "
-                f"method, or set it to that"
+                f"AdaLoRA: total_steps={own}, but the run has {total_steps} steps; remove total_steps from the method, "
+                f"or set it to {total_steps}"
             )
         if total_steps is not None:
             found = self.rules.plan(total_steps)
             if self.step and self.plan_ is not None and found != self.plan_:
                 raise ValueError(
-                    f"AdaLoRA: {self.step} steps were made by a schedule over {self.plan_.total}, and this run has "
-                    f"{total_steps} steps: go on with as many, or start again"
+                    f"AdaLoRA: {self.step} steps were made with a schedule of {self.plan_.total} steps, but this run "
+                    f"has {total_steps}; continue with {self.plan_.total} steps, or start again"
                 )
             self.plan_ = found
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Add the orthogonality term to the gradients. Raises ValueError where one is missing."""
+        """Add the gradient of the orthogonality penalty. Raises ValueError if a parameter has no gradient."""
         lost = [name for name, update in self.updates.items() if any(p.grad is None for p, _ in update.parts())]
         if lost:
             raise ValueError(
                 f"AdaLoRA: {len(lost)} of {len(self.updates)} sites have no gradient (first: {lost[0]}), and the "
-                f"budget compares all of them at each step: call backward before the step, zero_grad after, and leave "
-                f"out of the targets what the model does not use"
+                f"budget compares all sites at each step; call backward before the step and zero_grad after it, and "
+                f"remove layers that the model does not use from the targets"
             )
         if self.rules.orth_weight:
             self._orthogonal()
@@ -164,7 +169,10 @@ class Budget:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Weigh the components, and take the place of those that lose. Raises ValueError for a NaN among them."""
+        """Update the importances, and mask or remove components at the steps of the schedule.
+
+        Raises ValueError if an importance is NaN or infinite.
+        """
         assert self.plan_ is not None
         if self.rules.score == "after":
             self._observe()
@@ -180,24 +188,24 @@ class Budget:
 
     @torch.no_grad()
     def finish(self) -> str | None:
-        """Drop what has lost its place where that could not be done in training; say so if the schedule was cut short.
+        """Remove masked components that could not be removed during training.
 
-        Returns a sentence for the user, or None.
+        Returns a warning for the user if training ended before the final selection, else None.
         """
         if self.places is not None:
             if self.places:
                 self._drop(self.places, None)
             return None
         if self.plan_ is None or self.step == 0:
-            return "AdaLoRA: no step was made through a bound optimizer, so that the ranks are those of the start"
+            return "AdaLoRA: no step was made through a bound optimizer, so the ranks are still the initial ones"
         budget = self.plan_.budget(self.step - 1, self.first, self.last)
         return (
             f"AdaLoRA: the run ended after {self.step} of {self.plan_.total} steps, before the ranks were final: the "
-            f"budget was {budget} components, and would have been {self.last}"
+            f"budget was {budget} components, and the schedule ends at {self.last}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, statistics and places."""
+        """The step, the averages Ī and Ū, and the final masks, for `load_state_dict`."""
         return {
             "step": self.step,
             "total": None if self.plan_ is None else self.plan_.total,
@@ -209,18 +217,18 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, on updates that have the ranks of then.
+        """Continue from `state_dict`; the updates must have the ranks that they had when it was made.
 
-        Raises ValueError where it is of other sites, or of other ranks.
+        Raises ValueError if the state has other sites or other ranks.
         """
         if state["sites"] != list(self.updates):
-            raise ValueError("AdaLoRA: the saved budget is of other sites; train on the same targets, or start again")
+            raise ValueError("AdaLoRA: the saved budget is for other sites; use the same targets, or start again")
         places = state["places"]
         for name, at in (("mean", 3), ("deviation", 3), ("places", 1)):
             saved = state[name] or []
             shapes = [p.shape for update in self.updates.values() for p, _ in update.parts()[:at]]
             if saved and [t.shape for t in saved] != shapes:
-                raise ValueError(f"AdaLoRA: the saved budget's {name} are of other ranks than the sites have")
+                raise ValueError(f"AdaLoRA: {name} of the saved budget have other ranks than the sites of the adapter")
         device = next(iter(self.updates.values())).E.device
         self.step, self.first = state["step"], state["first"]
         self.last = min(self.last, self.first)
@@ -229,13 +237,13 @@ class Budget:
         self.places = None if places is None else [t.to(device) for t in places]
         self.plan_ = None if state["total"] is None else self.rules.plan(state["total"])
 
-    # ---- the parts of a step
+    # ---- parts of a step
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for update in self.updates.values() for parameter, _ in update.parts()]
 
     def _orthogonal(self) -> None:
-        """The gradient of γ R(P, Q): with squared norms (paper) or the mean norm (reference) of QQᵀ - 1, PᵀP - 1."""
+        """Add the gradient of γ R(P, Q): squared norms (paper) or the mean norm (reference) of QQᵀ − 1 and PᵀP − 1."""
         squared = self.rules.orth_form == "paper"
         factor = self.rules.orth_weight * (4.0 if squared else 1.0 / len(self.updates))
         for update in self.updates.values():
@@ -247,11 +255,11 @@ class Budget:
                 term = (parameter @ off if tall else off @ parameter).mul_(factor)
                 if not squared:
                     norm = torch.linalg.matrix_norm(off)
-                    term.div_(torch.where(norm == 0, 1, norm))  # at zero the norm has the subgradient zero
+                    term.div_(torch.where(norm == 0, 1, norm))  # where the norm is zero, its subgradient is zero
                 parameter.grad.add_(term.to(parameter.grad.dtype))
 
     def _observe(self) -> None:
-        """Bring Ī and Ū up to date, until the choice stands."""
+        """Update Ī and Ū, until the selection is final."""
         assert self.plan_ is not None
         if self.places is not None or (self.step >= self.plan_.final and self.mean):
             return
@@ -268,13 +276,13 @@ class Budget:
         torch._foreach_lerp_(self.deviation, found, 1 - self.rules.beta2)
 
     def _choose(self, budget: int) -> list[Tensor]:
-        """Give exactly `budget` components a place; the others' λ is zero from here. Ties go by |λ|, then by order."""
+        """Mask all but the `budget` most important components (ties: larger |λ| first). Returns bool [R] per site."""
         products = torch._foreach_mul(self.mean, self.deviation)
         scores = torch.cat(
             [e + a.mean(1) + b.mean(0) for e, a, b in zip(products[::3], products[1::3], products[2::3], strict=True)]
         )
         if not bool(scores.isfinite().all()):
-            raise ValueError("AdaLoRA: the importance of a component is NaN or infinite, so that none can be chosen")
+            raise ValueError("AdaLoRA: the importance of a component is NaN or infinite; lower the learning rate")
         sizes = torch.cat([update.E for update in self.updates.values()]).abs()
         order = sizes.argsort(descending=True, stable=True)
         order = order[scores[order].argsort(descending=True, stable=True)]
@@ -289,9 +297,10 @@ class Budget:
             update.E.masked_fill_(~has, 0)
 
     def _drop(self, places: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """Hold what has a place alone, in the optimizer too; nothing changes where an optimizer's states cannot follow.
+        """Remove the masked components from the parameters and the optimizer state.
 
-        Several processes keep all, masked: their gradients are exchanged in buckets of fixed sizes.
+        With several processes, or with an optimizer whose state cannot shrink, it does nothing and the components stay
+        masked. DDP exchanges gradients in buckets of fixed sizes.
         """
         if optimizer is not None and (_processes() > 1 or cannot_shrink(optimizer, self._parameters())):
             return

@@ -1,14 +1,14 @@
-"""AdaLoRA: a budget of ranks, given to the sites that need them (Zhang et al. 2023, arXiv 2303.10512).
+"""AdaLoRA: distributes a rank budget among the sites during training (Zhang et al. 2023, arXiv 2303.10512).
 
     W' = W₀ + s P Λ Q        Q [R, I] and P [O, R] from N(0, 0.02²), Λ = diag(λ) zero: training starts at the base
 
-A component is a column of P, a λ and a row of Q. During training the budget, the number of components of all sites
-together, falls from `init_r` a site to `target_r`; those of the lowest importance lose it to the others, so that sites
-end with different ranks, zero among them. `budget.py` says when and which. It is driven by the optimizer that the
-adapter is bound to, whatever the training loop, and at its end the components that are left are all that is kept.
+A component is a column of P, a λ and a row of Q. The budget is the number of components of all sites together. During
+training it falls from an average of `init_r` per site to `target_r`, and the components of the lowest importance are
+masked, then removed. Sites therefore end with different ranks, possibly zero. `budget.py` has the schedule and the
+importance. The optimizer that the adapter is bound to drives the budget, so that it works in any training loop.
 
-In files and here Q is called A, P is B and λ is E, as in the released code and in PEFT. The scale is that code's,
-s = α / (init_r + 1e-5), and stays the same when ranks shrink.
+Parameters and files call Q `A`, P `B` and λ `E`, as the released code and PEFT do. The scale s = α / (init_r + 1e-5) is
+also that of the released code; it stays the same when ranks shrink.
 
 Shapes: O out_features, I in_features, R rank, N rows of a flattened batch.
 """
@@ -40,10 +40,10 @@ _STD = 0.02
 @method("adalora")
 @dataclasses.dataclass(frozen=True)
 class AdaLoRA(Method):
-    """Configuration of AdaLoRA.
+    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA whose ranks are distributed among the sites during training.
 
-    Raises ValueError for a target above the initial rank, numbers out of range, and, once the number of steps is known,
-    for a schedule that does not fit into them.
+    Raises ValueError for target_r above init_r and for numbers out of range; and, once the number of steps is known,
+    for a schedule that does not fit into it.
 
     >>> AdaLoRA(init_r=8, target_r=12)
     Traceback (most recent call last):
@@ -64,39 +64,39 @@ class AdaLoRA(Method):
     )
 
     init_r: int = 12
-    """Rank of every site at first."""
+    """Rank of every site at the start."""
     target_r: float = 8
-    """Mean rank of the sites at the end; times the number of sites, and rounded, it is the final budget."""
+    """Mean rank of the sites at the end. The final budget is this times the number of sites, rounded."""
     alpha: float = 16.0
-    """Numerator of the scale alpha / init_r."""
+    """Numerator of the scale alpha / (init_r + 1e-5)."""
     dropout: float = 0.0
-    """Probability with which an element of the branch's input is zeroed in training. Embeddings have none."""
+    """Dropout probability on the input of the low-rank branch, in training. Embeddings have no dropout."""
     total_steps: int | None = None
-    """Number of optimizer steps of the run. `reparam train` knows it; in your own loop, give it here or to bind."""
+    """Number of optimizer steps of the run. `reparam train` sets it; in your own loop, pass it here or to `bind`."""
     tinit: int | None = None
-    """Steps before the budget begins to fall; by default a sixth of all."""
+    """Steps before the budget begins to fall; by default a sixth of the run."""
     tfinal: int | None = None
-    """Steps at the end with the final ranks; by default half of all."""
+    """Steps at the end with the final ranks; by default half of the run."""
     delta_t: int = 1
-    """Components lose and win their place every so many steps."""
+    """Number of steps between two selections of the components that stay active."""
     milestones: tuple[int, ...] = ()
-    """Steps at which what has no place is dropped for good, besides the end of the schedule."""
+    """Steps, before the final ranks, after which the masked components are also removed for good."""
     beta1: float = 0.85
-    """Decay of the mean of sensitivities."""
+    """Decay of the moving average of the sensitivities, between 0 and 1."""
     beta2: float = 0.85
-    """Decay of their mean deviation."""
+    """Decay of the moving average of their deviations, between 0 and 1."""
     score: str = "after"
-    """Importance from the weights after the optimizer's step, as in the released code, or before, as in the paper."""
+    """Measure importance after the optimizer step, as the released code does, or before it, as in the paper."""
     orth_weight: float = 0.1
-    """Weight of the term that keeps P and Q orthogonal. The paper uses 0.1 to 0.5, PEFT 0.5."""
+    """Weight of the penalty that keeps P and Q orthogonal; 0 turns it off. The paper uses 0.1 to 0.5, PEFT 0.5."""
     orth_form: str = "reference"
-    """That term: the mean Frobenius norm (reference: the released code, PEFT), or the sum of its squares (paper)."""
+    """Orthogonality penalty: mean Frobenius norm (reference: released code, PEFT) or sum of squared norms (paper)."""
     magnitude: bool = False
-    """Train DoRA's magnitudes over the change as well."""
+    """Also train DoRA's magnitudes."""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Ranks that differ, by site: a regular expression for the end of the path -> rank. Files have the final ranks."""
+    """Ranks of single sites: a regular expression for the end of the path -> rank. Saved files have the final ranks."""
     seed: int = 0
-    """Seed of P and Q. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+    """Seed for P and Q. The values depend on the seed and the site's name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -136,28 +136,28 @@ class AdaLoRA(Method):
 
     @property
     def rules(self) -> Rules:
-        """The settings that the budget goes by."""
+        """The settings of the budget."""
         return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
 
     def plan(self, total_steps: int) -> Schedule:
-        """The schedule of a run of so many steps. Raises ValueError where it does not fit."""
+        """The schedule of a run of `total_steps` optimizer steps. Raises ValueError if it does not fit."""
         return self.rules.plan(total_steps)
 
     def rank(self, name: str) -> int:
-        """Rank of the site with this path when it is built."""
+        """The initial rank of the site with this path."""
         return patterns.first(self.rank_pattern, name, self.init_r)
 
     @property
     def magnitude_axis(self) -> Literal["output"] | None:
-        """DoRA's default, where magnitudes train."""
+        """The axis "output" if magnitudes train, else None."""
         return "output" if self.magnitude else None
 
     def check(self, sites: list[Site]) -> None:
-        """Refuse patterns that match no site."""
+        """Raise ValueError for a pattern that matches no site."""
         patterns.check_used("rank_pattern", self.rank_pattern, [site.name for site in sites], method="AdaLoRA")
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """A fresh update, drawn from the seed and the site's name."""
+        """A new update: P and Q are drawn from the seed and the site's name, λ is zero."""
         generator = seeded(self.seed, site)
         r = self.rank(site.name)
         a = torch.empty(r, site.in_features).normal_(0, _STD, generator=generator)
@@ -168,15 +168,15 @@ class AdaLoRA(Method):
         return DoRA().over(update, site, weight) if self.magnitude else update
 
     def controller(self, updates: Mapping[str, Update]) -> Budget:
-        """What moves the budget."""
+        """The budget of these updates, which acts around the steps of the bound optimizer."""
         return Budget(self.rules, {name: components(update) for name, update in updates.items()})
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
-        """With the ranks that the sites have now."""
+        """The configuration with the current ranks of these updates."""
         return self.with_ranks({name: len(components(update).E) for name, update in updates.items()})
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """With a pattern for each site, unless they have these ranks already."""
+        """The configuration with these ranks: itself if they are its ranks, else with a pattern for each site."""
         if all(self.rank(name) == rank for name, rank in ranks.items()):
             return self
         return dataclasses.replace(self, rank_pattern=patterns.exactly(ranks))

@@ -1,4 +1,4 @@
-"""P, λ and Q of one site, and how they become smaller."""
+"""The AdaLoRA update of one site: P, λ and Q, and how their rank shrinks. Q is `A`, P is `B`, λ is `E`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reparam.methods.lora import LoRAUpdate
 
 
 class SVDUpdate(LoRAUpdate):
-    """P, λ and Q of one site, as float32 masters that are cast to the compute dtype at use."""
+    """P [O, R], λ [R] and Q [R, I] of one site: float32 master weights, cast to the compute dtype in `forward`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "in", "B": "out", "E": "core"}
 
@@ -23,31 +23,31 @@ class SVDUpdate(LoRAUpdate):
         self.E = nn.Parameter(a.new_zeros(len(a)))  # [R]
 
     def weighed(self, h_t: Tensor) -> Tensor:
-        """λ ∘ h_t [R, N]."""
+        """λ ∘ h_t [R, N]: each component of Q xᵀ times its λ."""
         return h_t * self.E.to(h_t.dtype)[:, None]
 
     def factors(self, weight: Weight) -> Factors:
-        """Q, and s · P Λ."""
+        """The factors A = Q [R, I] and B = s · P Λ [O, R]."""
         return Factors(self.A, self.scale * self.B * self.E)
 
     def from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> dict[str, Tensor]:
-        """Q = Vh, P = U and Λ = s / scale, so that P and Q are orthogonal."""
+        """Q = Vh [R, I], P = U [O, R] and λ = s / scale [R], whose update is U diag(s) Vh; P and Q are orthogonal."""
         return {"A": vh, "B": u, "E": s / self.scale}
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Have the rank that these tensors have, if it is a lower one."""
+        """Shrink to the rank of these saved tensors, if it is lower."""
         saved = tensors.get("E")
         if saved is not None and saved.ndim == 1 and len(saved) < len(self.E):
             index = torch.arange(len(saved), device=self.E.device)
             shrink({parameter: (dim, index) for parameter, dim in self.parts()})
 
     def parts(self) -> tuple[tuple[nn.Parameter, int], ...]:
-        """Each parameter, and which of its dimensions counts components."""
+        """λ, Q and P, each with the dimension that indexes its components."""
         return (self.E, 0), (self.A, 0), (self.B, 1)
 
 
 def components(update: Update) -> SVDUpdate:
-    """The components of one site, under magnitudes or without."""
+    """The SVDUpdate of one site, with or without DoRA magnitudes around it."""
     part = update.low_rank_part()
     assert part is not None
     assert isinstance(part[0], SVDUpdate)

@@ -1,4 +1,4 @@
-"""Mixtures of experts, from four pieces: experts, a router, what is selected, and how outputs are combined."""
+"""Mixtures of experts, built from four parts: experts, a router, a selection, and a way to combine the experts."""
 
 from reparam.methods.mixture.method import Mixture
 from reparam.methods.mixture.presets import (

@@ -1,8 +1,8 @@
-"""Auxiliary losses where they arise: computed at a site, sent into the backward pass, noted in the forward's record.
+"""Auxiliary losses of a site: computed in its forward, added to the backward pass, and recorded in `Forward.losses`.
 
-A loss is attached to the output of its site: the backward pass through that output also gives the loss its gradient, so
-that it reaches the router and the experts in any training loop, and is in no loss that is returned. It counts as
-`Forward.share` says. That happens in training mode and with gradients alone.
+A loss is attached to the output of its site: the backward pass through that output also backpropagates the loss. It
+therefore trains the router and the experts in any training loop, and the loss that the model returns does not include
+it. Its factor is multiplied by `Forward.share`. Losses are computed only in training mode with gradients enabled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reparam.methods.mixture.settings import MixtureSettings
 
 
 class RoutedSite(Protocol):
-    """What a loss asks of the site that it arises at: a `MixtureUpdate`."""
+    """The attributes of a site that its losses need; `MixtureUpdate` has them."""
 
     A: Tensor  # [R, I]
     B: Tensor  # [O, R]
@@ -31,11 +31,11 @@ class RoutedSite(Protocol):
 
     @property
     def common(self) -> Common:
-        """What the sites of the mixture share."""
+        """The state that all sites of the mixture share."""
 
 
 def with_losses(y: Tensor, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor:
-    """y [..., O], the site's output for x [..., I], with its losses attached."""
+    """The site's output y [..., O] for x [..., I], with the auxiliary losses attached."""
     method, now = site.method, site.common.now
     if not (method.losses and site.training and torch.is_grad_enabled()):
         return y
@@ -49,7 +49,7 @@ def with_losses(y: Tensor, x: Tensor, choice: Gating, site: RoutedSite) -> Tenso
 
 
 def _loss(name: str, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor | None:
-    """One auxiliary loss; None where another site of the scope has it."""
+    """One auxiliary loss, a scalar; None if another site of the scope computes it or the loss is off."""
     method, now, lead = site.method, site.common.now, x.shape[:-1]
     if name == "contrastive":
         if not site.common.contrasts:
@@ -80,7 +80,7 @@ def _loss(name: str, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor | No
 
 
 class _Attached(torch.autograd.Function):
-    """y, as it is. In the backward pass the loss gets its factor as gradient, whatever y's gradient is."""
+    """Returns y unchanged. In the backward pass the gradient of the loss is its factor, independent of y's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:

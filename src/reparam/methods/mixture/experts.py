@@ -1,11 +1,11 @@
-"""Experts, all of a site at once: the sums of a mixture in the space of their ranks, never as [.., N, O].
+"""Weighted sums over all experts of one site, computed in the space of their ranks and never as [..., N, O].
 
-    delta     y += s B [repeat(g) ∘ (A x)]          A [R, I], B [O, R]: the experts' factors below and beside each other
-    factor    y += s Σ_i g_i B_i Σ_j g_j A_j x      A and B are mixed apart, with the same weights
-    shared    y += s B [g ⊗ (A x)]                  one A [r, I] for all, B [O, N r] (HydraLoRA)
+    delta     y += s B [repeat(g) ∘ (A x)]          A [R, I], B [O, R]: the factors of all experts, concatenated
+    factor    y += s Σ_i g_i B_i Σ_j g_j A_j x      A and B are mixed separately, with the same weights
+    shared    y += s B [g ⊗ (A x)]                  one A [r, I] for all experts, B [O, N r] (HydraLoRA)
 
-Shapes: T tokens of a flattened batch, I in_features, O out_features, R the sum of the ranks, N experts; slots [R] is
-the expert of each rank. Weights are g [T, N], or [1, N] for all tokens alike.
+Shapes: T tokens of a flattened batch, I in_features, O out_features, R sum of the ranks, N experts. slots [R] holds the
+number of the expert of each rank. The weights g are [T, N], or [1, N] if they are the same for all tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def delta(x: Tensor, A: Tensor, g: Tensor, slots: Tensor) -> Tensor:
 
 
 def factor(x: Tensor, A: Tensor, g: Tensor) -> Tensor:
-    """g ⊗ Σ_j g_j A_j x, [T, R]; all ranks are equal."""
+    """g ⊗ Σ_j g_j A_j x, [T, R]; all experts must have the same rank."""
     h = F.linear(x, A).view(len(x), g.shape[-1], len(A) // g.shape[-1])  # [T, N, r]
     g = g.to(A.dtype).unsqueeze(-1)
     return (g * (g * h).sum(1, keepdim=True)).flatten(1)
@@ -35,7 +35,7 @@ def shared(x: Tensor, A: Tensor, g: Tensor) -> Tensor:
 def scatter(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, g: Tensor, used: Tensor, ranks: tuple[int, ...], scale: float
 ) -> Tensor:
-    """The sum of "delta" added to y [T, O] in place, each expert over its own tokens alone; used [T, N] bool."""
+    """Add the sum of `delta` to y [T, O] in place, running each expert on its tokens only; used [T, N] bool."""
     g = g.to(A.dtype)
     for i, (a, b) in enumerate(zip(A.split(ranks), B.split(ranks, 1), strict=True)):
         tokens = used[:, i].nonzero().flatten()
@@ -47,9 +47,10 @@ def scatter(
 def some_outputs(
     x: Tensor, A: Tensor, B: Tensor, used: Tensor, ranks: tuple[int, ...], most: int
 ) -> tuple[Tensor, ...]:
-    """Outputs B_i A_i x of experts for tokens that use them, at most `most` in all and about as many of each expert.
+    """Outputs B_i A_i x of the experts for a sample of the tokens that use them.
 
-    The tokens are spread evenly over those that use an expert. Returns outputs [S, O], experts [S], sizes |x| [S].
+    The sample has at most max(2, `most` / N) tokens of each expert, evenly spaced over them; used [T, N] is bool.
+    Returns the outputs [S, O], the numbers of their experts [S], and the norms of their inputs [S].
     """
     outputs, experts, sizes = [], [], []
     for i, (a, b) in enumerate(zip(A.split(ranks), B.split(ranks, 1), strict=True)):
@@ -65,9 +66,9 @@ def some_outputs(
 
 
 def products(A: Tensor, B: Tensor, slots: Tensor, n: int) -> Tensor:
-    """Inner products of the experts' changes B_i A_i, [N, N] in float64, from [R, R] products alone.
+    """Frobenius inner products of the experts' updates B_i A_i, [N, N] in float64, from [R, R] products only.
 
-    A [R, I], or one A [r, I] for all.
+    A is [R, I], or [r, I] if all experts share it.
     """
     a, b = A.double(), B.double()
     a = a.repeat(n, 1) if len(a) < len(slots) else a
@@ -77,6 +78,6 @@ def products(A: Tensor, B: Tensor, slots: Tensor, n: int) -> Tensor:
 
 
 def products_of_vectors(vectors: Tensor) -> Tensor:
-    """Inner products of the experts' changes l_i − 1 of an activation, [N, N] in float64; vectors [N, O]."""
+    """Inner products of the experts' changes l_i − 1, [N, N] in float64, from vectors l [N, O]."""
     moved = vectors.double() - 1
     return moved @ moved.t()

@@ -1,16 +1,17 @@
-"""Auxiliary losses of mixtures: pure functions of probabilities, choices and a mask; scalars, 0 on an empty mask.
+"""Auxiliary losses of mixtures: pure functions of probabilities, selections and a mask; scalars, 0 on an empty mask.
 
-    name             formula                                             uniform        one expert has all
+    name             formula                                             uniform        one expert gets all
     switch_balance   N Σ f_i P_i                                         1              N
     mole_balance     −Σ log q_i − N log N                                0              ∞
     loramoe_blc      var(Z) / mean(Z)²                                   0 (α = 0)      large
     router_z         mean of logsumexp(z)²                               (log N)²       any
     contrastive      see `contrastive`
 
-They are of one router each: taken over several at once, routers that have collapsed on different experts look balanced.
-Each has a gradient, unlike some released code: MoLE's balance loss is detached there, MoV's is the constant E.
+Each is for a single router: over several routers at once, routers that collapsed to different experts would look
+balanced. Each has a gradient, unlike in some released code: MoLE's balance loss is detached there, and MoV's is the
+constant E.
 
-Shapes: p, used, logits [..., N]; valid [...], bool, the tokens that count, or None for all.
+Shapes: p, used, logits [..., N]; valid [...] bool, True for the tokens that count, or None for all tokens.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch.nn import functional as F
 from reparam.core.dtypes import wide
 
 LEAST = 1e-4
-"""Share of its input's size below which an expert's output has no direction to compare."""
+"""An expert's output with a norm below this share of its input's norm is ignored by the contrastive loss."""
 
 
 def switch_balance(p: Tensor, used: Tensor, valid: Tensor | None = None) -> Tensor:
-    """N Σ f_i P_i (Fedus et al. 2021): f is each expert's share of the selections, P its mean probability.
+    """N Σ f_i P_i (Fedus et al. 2021), with f_i an expert's share of the selections and P_i its mean probability.
 
-    Differentiable through P alone. `used` is bool.
+    Only P has a gradient. `used` is bool [..., N].
 
     >>> p = torch.full((3, 4), 0.25)
     >>> float(switch_balance(p, p > 0))
@@ -42,7 +43,7 @@ def switch_balance(p: Tensor, used: Tensor, valid: Tensor | None = None) -> Tens
 
 
 def mole_balance(p: Tensor, valid: Tensor | None = None) -> Tensor:
-    """−Σ log q_i − N log N with q the mean of p (Wu et al. 2024, without their constant): 0 for uniform, else above."""
+    """−Σ log q_i − N log N, with q the mean of p (Wu et al. 2024, up to a constant): 0 for uniform q, else positive."""
     n = p.shape[-1]
     q = _mean(p, valid)
     if valid is not None:
@@ -53,8 +54,8 @@ def mole_balance(p: Tensor, valid: Tensor | None = None) -> Tensor:
 def loramoe_blc(p: Tensor, valid: Tensor | None = None, types: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """var(Z) / mean(Z)² of the importance Z [B, N], the sum of p [B, ..., N] over the tokens of a row (LoRAMoE).
 
-    For rows of type 1 (`types` [B], 0 or 1) the first half of the experts counts 1 + alpha and the rest 1 − alpha; for
-    the others it is the other way round.
+    `types` [B] holds 0 or 1. In rows of type 1, the importance of the first half of the experts is multiplied by
+    1 + alpha and that of the rest by 1 − alpha; in rows of type 0 it is the reverse.
     """
     kept = p if valid is None else p * valid.unsqueeze(-1)
     z = kept.reshape(len(p), -1, p.shape[-1]).sum(1)
@@ -67,20 +68,21 @@ def loramoe_blc(p: Tensor, valid: Tensor | None = None, types: Tensor | None = N
 
 
 def router_z(logits: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean of logsumexp(z)² (Zoph et al. 2022): keeps logits small."""
+    """The mean of logsumexp(z)² (Zoph et al. 2022), which keeps the logits small."""
     return _mean(torch.logsumexp(logits, -1).square().unsqueeze(-1), valid).squeeze(-1)
 
 
 def contrastive(outputs: Tensor, expert: Tensor, size: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """InfoNCE over experts' outputs: those of one expert attract, those of others repel. Reconstructed (MoELoRA).
+    """InfoNCE over experts' outputs: attracts those of one expert and repels those of others. Reconstructed (MoELoRA).
 
-    For a pair a of a token and an expert, with z its normalized output, P(a) the other pairs of that expert and D(a)
-    all other pairs: −mean over b in P(a) of log [exp(z_a·z_b / τ) / Σ over c in D(a) of exp(z_a·z_c / τ)]. The mean is
-    over the pairs for which P(a) is not empty and there is a pair of another expert. Its least value is not 0: it is
-    log(m − 1) for m pairs of each expert.
+    A pair a is a token and an expert, and z_a is its normalized output. P(a) are the other pairs of the same expert,
+    and D(a) are all other pairs. The loss of a is −mean over b in P(a) of log [exp(z_a·z_b / τ) / Σ over c in D(a) of
+    exp(z_a·z_c / τ)]. The result is the mean over the pairs for which both the same expert has another pair and another
+    expert has one. Its minimum is not 0, but log(m − 1) for m pairs per expert.
 
-    outputs [S, O] before gate and scale; expert [S], its number; size [S], the norm of the expert's input. Pairs whose
-    output is below `LEAST` of that are left out: their direction is noise, and its gradient grows as 1 / norm.
+    outputs [S, O] are the experts' outputs before gate and scale, expert [S] their numbers, and size [S] the norms of
+    the experts' inputs. Pairs whose output has a norm below `LEAST` · size are ignored: their direction is noise, and
+    its gradient grows as 1 / norm.
     """
     u = wide(outputs)
     there = u.detach().norm(dim=-1) > LEAST * size
@@ -96,7 +98,7 @@ def contrastive(outputs: Tensor, expert: Tensor, size: Tensor, *, temperature: f
 
 
 def _sum(values: Tensor, valid: Tensor | None) -> Tensor:
-    """The sum of [..., N] over all that counts, [N]."""
+    """The sum of values [..., N] over the valid tokens, [N]."""
     kept = values if valid is None else values * valid.unsqueeze(-1)
     return kept.reshape(-1, values.shape[-1]).sum(0)
 

@@ -1,10 +1,10 @@
-"""Mixtures of experts at the sites of an adapter, as one method: experts, a router, what is selected, how it combines.
+"""Mixture of experts: a router weights several experts at each site.
 
-    y = W x + s · COMBINE_i(g_i, B_i A_i) x        g = SELECT(ROUTER(what it may look at)),  N experts
+    y = W x + s · COMBINE_i(g_i, B_i A_i) x        g = SELECT(ROUTER(its input)),  N experts
 
-The systems of the literature are settings of it (`presets.py`). A router has a scope: the module, the layer (modules
-of one parent), the block (of a repeated stack) or the model; where it looks at activations, the scope's first site
-computes the gates and the others use them.
+The mixtures of the literature are presets of this method (`presets.py`). A router has a scope: the module, the layer
+(modules of one parent), the block (one of a repeated stack) or the model. If it reads activations, the first site of
+the scope computes the gates and the other sites use them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from reparam.methods.mixture.warmup import Warmup
 @method("mixture")
 @dataclasses.dataclass(frozen=True)
 class Mixture(MixtureSettings):
-    """Configuration of a mixture.
+    """Mixture of experts: a router weights several LoRA experts, or vectors, at each site.
 
-    Raises ValueError for values out of range and for what cannot go together; for the sites, once they are known.
+    Raises ValueError for values out of range and for settings that conflict. `attach` raises it for settings that do
+    not fit the sites.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -46,27 +47,27 @@ class Mixture(MixtureSettings):
     )
 
     def check(self, sites: list[Site]) -> None:
-        """Refuse finished adapters that were not read or do not fit together, and sites that are all plain."""
+        """Raise ValueError if frozen experts are missing, their ranks do not fit `combine`, or all sites are plain."""
         if self.frozen and not self.ranks:
             raise ValueError(
-                f"{self.name}: it mixes finished adapters and trains their weights alone; name their folders in "
-                f"experts, or set frozen=false to train {self.n} new ones"
+                f"{self.name}: it combines trained adapters and trains only the router; name their folders in experts, "
+                f"or set frozen=false to train {self.n} new ones"
             )
         uneven = [name for name, ranks in self.ranks.items() if len(set(ranks)) > 1]
         if self.combine == "factor" and uneven:
-            raise ValueError(f"{self.name}: combine='factor' needs experts of one rank, unlike those at {uneven[0]}")
+            raise ValueError(f"{self.name}: combine='factor' needs experts of equal rank; they differ at {uneven[0]}")
         if all(map(self.is_plain, sites)):
-            raise ValueError(f"{self.name}: all {len(sites)} sites are plain by {self.plain!r}, and none is a mixture")
+            raise ValueError(f"{self.name}: plain={self.plain!r} matches all {len(sites)} sites and leaves no mixture")
 
     def notes(self, sites: list[Site]) -> list[str]:
-        """Whether nothing teaches the router."""
+        """A warning if the task's loss gives the router no gradient."""
         if self.select != "top_k" or self.gate != "one":
             return []
-        only = ", but for losses" if self.losses else " at all: it stays as it was drawn"
+        only = " except from auxiliary losses" if self.losses else " at all, so it stays as it was initialized"
         return [f"{self.name}: gate='one' gives the router no gradient{only}; use prob or ste"]
 
     def shared(self, sites: list[Site]) -> Common:
-        """Routers of a scope wider than a module, and what is known of the current forward."""
+        """The shared state: routers of a scope wider than a module, and the current forward pass."""
         leaders: dict[str, Site] = {}
         for site in sites:
             if not self.is_plain(site):
@@ -75,7 +76,7 @@ class Mixture(MixtureSettings):
         return Common(self.tasks, wide, {scope: site.name for scope, site in leaders.items()}, self.n)
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> Update:
-        """A fresh update, drawn from the seed and the site's name."""
+        """A new update, drawn from the seed and the site's name: a mixture, or LoRA at a plain site."""
         if self.is_plain(site):
             return self.lora(self.r).build(site, weight, None)
         common = self.shared([site]) if shared is None else shared
@@ -95,13 +96,13 @@ class Mixture(MixtureSettings):
         )
 
     def controller(self, updates: Mapping[str, Update]) -> Warmup | None:
-        """Counts steps, where the contrastive loss has to wait."""
+        """The warmup of the contrastive loss, if there is one."""
         sites = [update for update in updates.values() if isinstance(update, MixtureUpdate)]
         waits = self.losses.get("contrastive", 0) > 0 and self.contrastive_warmup > 0
         return Warmup(sites[0].common, self.contrastive_warmup) if waits else None
 
     def _experts(self, site: Site, weight: Weight) -> tuple[dict[str, Tensor], tuple[int, ...], float]:
-        """Parameters of the experts at a site, their ranks, and s."""
+        """Initial tensors of the experts at a site, by name; the experts' ranks; and the scale s."""
         device = weight.device
         if self.kind == "vectors":
             return {"vectors": torch.ones(self.n, site.out_features, device=device)}, (1,) * self.n, 1.0
@@ -116,7 +117,7 @@ class Mixture(MixtureSettings):
         return {"A": fresh.A.detach(), "B": B}, (self.each,) * self.n, scale
 
     def _router(self, site: Site, scope: str) -> routers.Router:
-        """The router of a scope, whose first site this is."""
+        """A new router for a scope, given the first site of the scope."""
         made = dataclasses.replace(site, name=f"{scope}:router")
         n, std, generator = self.n, self.router_std, seeded(self.seed, made)
         match self.router:

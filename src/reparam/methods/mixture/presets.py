@@ -1,4 +1,4 @@
-"""The systems of the literature, as defaults of one class. Each builds what `Mixture` with the same settings builds."""
+"""Mixtures from the literature as presets. Each builds what `Mixture` with the same settings builds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _SMALL: Examples = ({"n": 3, "r": 2, "alpha": 2.0, "dropout": 0.0},)
 @method("task_gated")
 @dataclasses.dataclass(frozen=True)
 class TaskGated(Mixture):
-    """MOELoRA (Liu et al. 2023, arXiv 2310.18339): experts of rank r / N, one gate for the model that sees the task.
+    """MOELoRA (Liu et al. 2023, arXiv 2310.18339): experts of rank r / N, and one gate per task for the whole model.
 
-    As its released trainer has it; A is N(0, 0.01²) there, and the scale is α over the rank of all experts together.
+    The defaults are those of the released trainer: A is drawn from N(0, 0.01²), and the scale is α / r, where r is the
+    total rank of all experts.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -43,7 +44,9 @@ class TaskGated(Mixture):
 @method("poly")
 @dataclasses.dataclass(frozen=True)
 class Poly(Mixture):
-    """Polytropon (Ponti et al. 2022, arXiv 2202.13914) with one split, as in PEFT: A and B mixed apart, scale 1/r.
+    """Polytropon (Ponti et al. 2022, arXiv 2202.13914): task-dependent weights, which mix A and B separately.
+
+    The defaults are those of PEFT with one split; the scale is 1 / r.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -84,7 +87,7 @@ class MoV(Mixture):
 @method("molora")
 @dataclasses.dataclass(frozen=True)
 class MoLoRA(Mixture):
-    """MoLORA (Zadouri et al. 2023): LoRA experts, all of them used, weighed by each token; their scale is 16 / r.
+    """MoLORA (Zadouri et al. 2023, arXiv 2309.05444): all LoRA experts, weighted for each token; their scale is 16 / r.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -105,9 +108,10 @@ class MoLoRA(Mixture):
 @method("llava_mole")
 @dataclasses.dataclass(frozen=True)
 class LLaVAMoLE(Mixture):
-    """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160): one expert for each token and MLP, plain LoRA on attention.
+    """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160): one expert per token in each MLP, plain LoRA in attention.
 
-    The chosen expert counts with its probability, unlike in the release, where the router gets no gradient of the task.
+    The output of the selected expert is multiplied by its probability. The released code does not multiply, so that the
+    task's loss does not train its router.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -137,7 +141,9 @@ class LLaVAMoLE(Mixture):
 @method("moelora_contrastive")
 @dataclasses.dataclass(frozen=True)
 class MoELoRAContrastive(Mixture):
-    """MoELoRA (Luo et al. 2024, arXiv 2402.12851). Its contrastive loss is reconstructed, see docs/mixtures.md.
+    """MoELoRA (Luo et al. 2024, arXiv 2402.12851): each token uses two experts, which a contrastive loss keeps apart.
+
+    The contrastive loss is reconstructed from the paper, see docs/mixtures.md.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -161,15 +167,15 @@ class MoELoRAContrastive(Mixture):
 @method("mole")
 @dataclasses.dataclass(frozen=True)
 class MoLE(Mixture):
-    """Mixture of finished LoRAs (Wu et al. 2024, arXiv 2404.13628): a gate for each block sees the whole sequence.
+    """Mixture of trained LoRAs (Wu et al. 2024, arXiv 2404.13628): one gate per block, which reads the whole sequence.
 
-    In a causal model the sequence is the prompt. The balance loss is the paper's, with a gradient.
+    In a causal model the gate reads the prompt only. The balance loss is the paper's, but has a gradient.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
     >>> reparam.attach(model, reparam.MoLE(), targets=["0"])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: mole: it mixes finished adapters and trains their weights alone; name their folders in experts, or ...
+    ValueError: mole: it combines trained adapters and trains only the router; name their folders in experts, or ...
     >>> adapter = reparam.attach(model, reparam.MoLE(n=3, r=2, frozen=False), targets=["0"])
     >>> sum(p.numel() for p in adapter.parameters())  # three new LoRAs, and a gate [3, 8]
     108
@@ -186,7 +192,9 @@ class MoLE(Mixture):
 @method("loramoe")
 @dataclasses.dataclass(frozen=True)
 class LoRAMoE(Mixture):
-    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979), by its released script, where the balance loss has the factor 0.
+    """LoRAMoE (Dou et al. 2023, arXiv 2312.09979): LoRA experts, weighted for each token.
+
+    The defaults are those of the released script, in which the balance loss has the factor 0.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -205,7 +213,7 @@ class LoRAMoE(Mixture):
 @method("hydralora")
 @dataclasses.dataclass(frozen=True)
 class HydraLoRA(Mixture):
-    """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A for all experts, a B for each.
+    """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A for all experts, and one B for each.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
@@ -224,9 +232,10 @@ class HydraLoRA(Mixture):
 @method("xlora")
 @dataclasses.dataclass(frozen=True)
 class XLoRA(Mixture):
-    """X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148): finished LoRAs, weighed by the base's hidden states.
+    """X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148): trained LoRAs, weighted by the base's hidden states.
 
-    Two passes for each forward, in generation too. One set of weights for all modules; the head is one linear map.
+    Each forward pass runs the model twice, also in generation. All modules use the same weights. The head that computes
+    them is one linear layer.
 
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))

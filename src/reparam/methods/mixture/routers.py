@@ -1,13 +1,17 @@
-"""Routers: from what they may look at to logits of N experts. What becomes of the logits is `select.py`'s.
+"""Routers: modules that compute the logits of N experts. `select.py` turns logits into weights.
 
-    static           nothing: the logits are parameters                      logits [N]
-    task_embedding   the task: W e_t (MOELoRA, Liu et al. 2023, §4)          [N], or [B, N] for a task per row
-    task_logits      the task: a row of logits for each (Polytropon)         the same
+    router           reads                                                   logits
+    static           nothing: the logits are parameters                      [N]
+    task_embedding   the task: W e_t (MOELoRA, Liu et al. 2023, §4)          [N], or [B, N] with one task per row
+    task_logits      the task: one row of logits per task (Polytropon)       [N], or [B, N] with one task per row
     token            each token's vector: W z + b                            [..., N]
-    two_pass         the last hidden state of each token in a forward of the base (X-LoRA): W z + b       [B, L, N]
-    sequence         the mean of a sequence's vectors, of length 1 (MoLE)    [B, N]
+    two_pass         the base's last hidden states (X-LoRA): W z + b         [B, L, N]
+    sequence         the normalized mean of a sequence's vectors (MoLE)      [B, N]
 
-Everything is computed in float32 or more, under autocast too. I is the width of what is read, T the number of tasks.
+All logits are computed in float32 or wider, also under autocast. `std` is the standard deviation of the initial
+parameters; None selects the usual initialization of the router.
+
+Shapes: N experts, B rows, L tokens of a row, I width of the vectors that the router reads.
 """
 
 from __future__ import annotations
@@ -25,13 +29,13 @@ Reads = Literal["nothing", "tasks", "token", "sequence", "hidden"]
 
 
 class Router(nn.Module):
-    """What all routers have: what they read."""
+    """Base class of routers; `reads` names the input."""
 
     reads: ClassVar[Reads]
 
 
 class Static(Router):
-    """N logits, at first 0."""
+    """Logits [N] that do not depend on the input; by default 0 at first."""
 
     reads = "nothing"
 
@@ -40,12 +44,12 @@ class Static(Router):
         self.logits = nn.Parameter(_drawn((n,), std, 0.0, generator))
 
     def forward(self) -> Tensor:
-        """[N]."""
+        """The logits [N]."""
         return self.logits
 
 
 class TaskEmbedding(Router):
-    """W e_t with an embedding of N(0, 1) for each task, and W as `nn.Linear` draws it."""
+    """Logits W e_t, with an embedding e_t from N(0, 1) for each task; W is initialized as in `nn.Linear`."""
 
     reads = "tasks"
 
@@ -60,7 +64,7 @@ class TaskEmbedding(Router):
 
 
 class TaskLogits(Router):
-    """A row of logits for each task, drawn from U(±1e-3)."""
+    """One row of logits for each task, by default drawn from U(±1e-3)."""
 
     reads = "tasks"
 
@@ -74,7 +78,7 @@ class TaskLogits(Router):
 
 
 class Token(Router):
-    """W z + b of each token, W and b as `nn.Linear` draws them."""
+    """Logits W z + b of each token; W and b are initialized as in `nn.Linear`."""
 
     reads: ClassVar[Reads] = "token"
 
@@ -90,15 +94,15 @@ class Token(Router):
 
 
 class TwoPass(Token):
-    """W z + b of the base's last hidden states."""
+    """Logits W z + b of each token, from the last hidden states of the base model."""
 
     reads = "hidden"
 
 
 class Sequence(Router):
-    """W z / |z| of the mean z of a sequence; rows of W have length 0.01 at first, so that gates start near uniform.
+    """Logits W z / |z|, with z the mean over a sequence. Rows of W start with norm 0.01: gates are near uniform.
 
-    The release flattens the sequence instead of taking its mean, which fixes its length.
+    The released code flattens the sequence instead of taking its mean, which allows only one sequence length.
     """
 
     reads = "sequence"
@@ -110,14 +114,14 @@ class Sequence(Router):
         self.weight = nn.Parameter(rows)
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        """z [B, L, I] and which of its positions count, mask [B, L] bool -> [B, N]."""
+        """z [B, L, I] and mask [B, L] bool, True for the tokens of the mean -> [B, N]."""
         kept = wide(z).masked_fill(~mask.unsqueeze(-1), 0)
         mean = kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return _exact(F.normalize(mean, dim=-1, eps=1e-6), self.weight)
 
 
 def _exact(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z Wᵀ + b in float32 or more, under autocast too."""
+    """z Wᵀ + b in float32 or wider, also under autocast."""
     device = z.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -126,7 +130,7 @@ def _exact(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _drawn(shape: tuple[int, ...], std: float | None, bound: float, generator: torch.Generator) -> Tensor:
-    """N(0, std²), or U(±bound) without a std."""
+    """A tensor from N(0, std²), or from U(±bound) if std is None."""
     empty = torch.empty(shape)
     if std is None:
         return empty.uniform_(-bound, bound, generator=generator) if bound else empty.zero_()

@@ -1,17 +1,19 @@
-"""From a router's logits to weights of the experts: pure functions.
+"""Weights of the experts from a router's logits z: pure functions.
 
     softmax    p = softmax(z / τ), and all experts are used
-    sigmoid    p = σ(z) / Σ σ(z) (Polytropon); in training a sample of RelaxedBernoulli(z, τ) in the place of σ(z)
+    sigmoid    p = σ(z) / Σ σ(z) (Polytropon); in training, a sample of RelaxedBernoulli(z, τ) replaces σ(z)
     top_k      p = softmax(z / τ), and the k largest are used, with weights by `gate`
 
-`gate` for the chosen experts, and what reaches the router of the task's gradient:
+`gate` sets the weights of the experts that top_k selects:
 
-    prob       p_i                        some
-    renorm     p_i / Σ p over the chosen  some for k >= 2; with k = 1 the weight is the constant 1, which is refused
-    ste        1, with the gradient of p  some
-    one        1                          none: the router learns from auxiliary losses alone
+    gate       weight                       does the task's loss train the router?
+    prob       p_i                          yes
+    renorm     p_i / Σ p of the selected    yes for k >= 2; k = 1 is refused, because the weight is the constant 1
+    ste        1, with the gradient of p    yes
+    one        1                            no, only auxiliary losses do
 
-Ties go to the expert with the lower number. Everything is computed in float32 or more. N experts, any leading shape.
+Of equal probabilities, the expert with the lower number is selected. All values are computed in float32 or wider.
+Shapes are [..., N] for N experts.
 """
 
 from __future__ import annotations
@@ -29,23 +31,23 @@ _EPS = 1e-12  # as in PEFT's Poly
 
 
 class Gating(NamedTuple):
-    """What a router decided, [..., N]."""
+    """The result of a router and a selection; all tensors are [..., N]."""
 
     logits: Tensor
     p: Tensor
     """Probabilities, or normalized sigmoids; they sum to 1."""
     weights: Tensor
-    """What the experts' outputs are multiplied by; 0 where an expert is not used."""
+    """Factors of the experts' outputs; 0 for an expert that is not used."""
     chosen: Tensor | None
-    """Where an expert is used, bool; None where all are."""
+    """True for the experts that are used, bool; None if all are used."""
 
     def detached(self) -> Gating:
-        """The same, out of the graph."""
+        """The same values, detached from the graph."""
         return Gating(self.logits.detach(), self.p.detach(), self.weights.detach(), self.chosen)
 
     @property
     def counted(self) -> Tensor:
-        """Where an expert counts as selected, bool: the chosen, or the most probable where all are used."""
+        """True for experts that count as selected, bool: the used ones, or the most probable one if all are used."""
         return most_probable(self.p, 1) if self.chosen is None else self.chosen
 
 
@@ -61,7 +63,8 @@ def choose(
 ) -> Gating:
     """Probabilities and weights from logits [..., N].
 
-    `allowed` [N] bool leaves experts out, and the others share their part in proportion. `sample` is for "sigmoid".
+    `allowed` [N] is False for experts that must not be used; the others share their weight in proportion. `sample`
+    draws a random sample, and only applies to select="sigmoid".
     """
     if select == "sigmoid":
         p = sigmoid_normalized(logits, temperature=temperature, allowed=allowed, sample=sample)
@@ -76,7 +79,7 @@ def choose(
 
 
 def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None) -> Tensor:
-    """softmax(z / τ) over the experts that are allowed.
+    """softmax(z / τ) [..., N] over the allowed experts.
 
     >>> softmax(torch.zeros(4), allowed=torch.tensor([True, False, True, False])).tolist()
     [0.5, 0.0, 0.5, 0.0]
@@ -89,7 +92,7 @@ def softmax(logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None 
 def sigmoid_normalized(
     logits: Tensor, *, temperature: float = 1.0, allowed: Tensor | None = None, sample: bool = False
 ) -> Tensor:
-    """σ(z) / Σ σ(z); with `sample`, σ((z + log u − log(1 − u)) / τ) for σ(z), with u uniform in (0, 1)."""
+    """σ(z) / Σ σ(z); with `sample`, σ((z + log u − log(1 − u)) / τ) replaces σ(z), with u uniform in (0, 1)."""
     z = wide(logits)
     if sample:
         u = torch.rand_like(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)
@@ -100,13 +103,13 @@ def sigmoid_normalized(
 
 
 def most_probable(p: Tensor, k: int) -> Tensor:
-    """Where the k largest are, bool [..., N]; of equal ones, those with the lower number."""
+    """A mask of the k largest probabilities, bool [..., N]; of equal ones, those with the lower number."""
     order = p.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, True)
 
 
 def gated(p: Tensor, used: Tensor, gate: str) -> Tensor:
-    """The weights of the experts in `used`, by the table above; 0 elsewhere."""
+    """The weights [..., N] of the experts in `used`, by the table above; 0 for the others."""
     chosen = used.to(p.dtype)
     if gate == "one":
         return chosen

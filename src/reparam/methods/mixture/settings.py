@@ -1,4 +1,4 @@
-"""The settings of a mixture: its fields, and what is wrong between them."""
+"""The settings of a mixture, and the checks for conflicts between them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class MixtureSettings(Method):
-    """What a mixture is made of. Raises ValueError for values out of range and for what cannot go together."""
+    """The settings of a mixture. Raises ValueError for values out of range and for settings that conflict."""
 
     takes_context: ClassVar[bool] = True
 
@@ -42,65 +42,65 @@ class MixtureSettings(Method):
     r: int = 4
     """Rank of each expert."""
     alpha: float = 8.0
-    """Numerator of the experts' scale."""
+    """Numerator of the experts' scale: by default their output is multiplied by alpha / r."""
     scaling: str = "alpha_over_r"
-    """How the scale follows from alpha and r, as in LoRA."""
+    """Scale of the experts, as in LoRA: alpha_over_r, alpha, rslora or none."""
     split: bool = False
-    """Whether r is the rank of all experts together."""
+    """Treat r as the total rank of all experts: each has rank r / n."""
     dropout: float = 0.0
-    """Probability with which an element of the experts' input is zeroed in training."""
+    """Dropout probability on the experts' input, in training."""
     init: str = "kaiming_uniform"
-    """Distribution of A, as in LoRA."""
+    """Distribution of A, as in LoRA: kaiming_uniform or gaussian."""
     init_std: float | None = None
-    """Standard deviation of gaussian, as in LoRA."""
+    """Standard deviation for init=gaussian, as in LoRA."""
     kind: str = "low_rank"
-    """What an expert is: low_rank, shared_a (B of its own, one A for all), or vectors (a factor for each output)."""
+    """Kind of experts: low_rank, shared_a (one A for all, a B for each), or vectors (a factor for each output)."""
     experts: tuple[str, ...] = ()
-    """Folders of finished adapters, or of runs, that are the experts; in a saved mixture, what they were called."""
+    """Folders of trained adapters or runs to use as experts. A saved mixture has their names here."""
     ranks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """Ranks of finished experts, by site. Found in their files; not to be set."""
+    """Ranks of the trained experts, by site. Read from their files; do not set it."""
     frozen: bool = False
-    """Train the router alone."""
+    """Train only the router."""
     router: str = "token"
-    """What the weights depend on: static, task_embedding, task_logits, token, sequence or two_pass."""
+    """Router, by its input: static (none), task_embedding or task_logits (the task), token, sequence or two_pass."""
     scope: str = "module"
-    """Where weights are the same: module, layer, block or model."""
+    """Sites that share weights: those of one module, layer (one parent module), block (repeated layer) or model."""
     route_on: str = "input"
-    """What a router of tokens looks at: a module's input, or (with vectors) the activation that they rescale."""
+    """Input of a token or sequence router: the module's input, or (with vectors) the activation that they rescale."""
     router_bias: bool = False
-    """Whether a router of tokens has a bias."""
+    """Give a token or two_pass router a bias."""
     router_std: float | None = None
-    """Standard deviation of the router's start; by default as its kind is usually drawn."""
+    """Standard deviation of the router's initial parameters; by default the usual initialization of its kind."""
     tasks: tuple[str, ...] = ("task",)
-    """Names of the tasks, for the routers that go by them."""
+    """Names of the tasks, for routers that depend on the task."""
     task_width: int = 64
     """Width of task embeddings."""
     pool: str = "prompt"
-    """What a router of sequences looks at: the prompt alone, or all, which leaks what comes later in a causal model."""
+    """Tokens that a sequence router reads: prompt, or all, which leaks later tokens in a causal model."""
     select: str = "softmax"
-    """How weights follow from logits: softmax, sigmoid (normalized), or top_k."""
+    """How weights are computed from logits: softmax, sigmoid (normalized), or top_k."""
     temperature: float = 1.0
-    """Divisor of the logits."""
+    """Divisor of the logits, above 0."""
     k: int = 1
-    """How many experts top_k selects."""
+    """Number of experts that top_k selects."""
     gate: str = "prob"
-    """Weights of the experts that top_k selects: prob, renorm, ste or one."""
+    """Weights of the experts that top_k selects: prob, renorm (sum to 1), ste (1, with a gradient) or one (1)."""
     combine: str = "delta"
-    """Mix the experts' outputs (delta), or their A and B apart (factor)."""
+    """Mix the experts' outputs (delta), or their A and B separately (factor)."""
     plain: str = ""
-    """Regular expression for the ends of paths that get plain LoRA of rank r in the place of a mixture."""
+    """Regular expression for the ends of the paths that get plain LoRA of rank r instead of a mixture."""
     losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Auxiliary losses and their factors: switch_balance, mole_balance, loramoe_blc, router_z, contrastive."""
     blc_alpha: float = 0.0
-    """Of loramoe_blc: how much more the experts of a row's type (its task, 0 or 1) are to be used."""
+    """For loramoe_blc: how much more to use the experts of a row's type (its task, 0 or 1), from -1 to 1."""
     contrastive_temperature: float = 0.1
-    """Divisor of the cosines in the contrastive loss."""
+    """Divisor of the cosine similarities in the contrastive loss, above 0."""
     contrastive_warmup: float = 0.1
-    """Share of the optimizer's steps that the contrastive loss is off for, where their number is known."""
+    """Share of the optimizer steps, from 0 to below 1, before the contrastive loss is on, if their number is known."""
     contrastive_pairs: int = 256
-    """Most pairs of a token and an expert that the contrastive loss compares, at a site."""
+    """Maximum number of (token, expert) pairs that the contrastive loss compares at a site."""
     seed: int = 0
-    """Seed of experts and routers. A site's numbers depend on the seed and its name, not on the order of wrapping."""
+    """Seed for experts and routers. Values depend on the seed and the site's name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
         problems = wrong_words(self, _CHOICES)
@@ -132,45 +132,51 @@ class MixtureSettings(Method):
             raise ValueError(f"{self.name}: " + "; ".join(problems))
 
     def _clashes(self) -> list[str]:
-        """What is wrong between settings that are right alone."""
+        """A message for each conflict between settings that are valid on their own."""
         looks = self.router in ("token", "sequence")
         found = [
-            (self.select == "top_k" and self.k > self.n, f"k={self.k} of n={self.n} experts"),
+            (self.select == "top_k" and self.k > self.n, f"k={self.k} is above n={self.n}, the number of experts"),
             (
                 self.select == "top_k" and self.k == 1 and self.gate == "renorm" and self.n > 1,
-                "gate='renorm' with k=1 is the constant 1, and the router would learn nothing; use prob or ste",
+                "gate='renorm' with k=1 is the constant 1, so the router would not train; use prob or ste",
             ),
-            (self.select != "top_k" and (self.k, self.gate) != (1, "prob"), "k and gate are for select='top_k'"),
+            (self.select != "top_k" and (self.k, self.gate) != (1, "prob"), "k and gate need select='top_k'"),
             (self.split and self.r % self.n > 0, f"r={self.r} cannot be split among n={self.n} experts"),
-            (not self.tasks or len(set(self.tasks)) < len(self.tasks), "tasks: expected names, each of them once"),
+            (not self.tasks or len(set(self.tasks)) < len(self.tasks), "tasks: expected one or more different names"),
             (
                 len(self.tasks) > 1 and not self.goes_by_tasks,
-                f"tasks are given, and router={self.router!r} does not go by them",
+                f"tasks are set, but router={self.router!r} does not depend on them",
             ),
             (
                 self.route_on == "activation" and (self.kind != "vectors" or self.scope != "module" or not looks),
-                "route_on='activation' is for vectors whose router looks at the tokens of its own module",
+                "route_on='activation' needs kind='vectors', scope='module' and router='token' or 'sequence'",
             ),
             (
                 self.router == "two_pass" and (self.scope != "model" or bool(self.plain)),
-                "router='two_pass' has the scope model, and no plain sites: its first pass is the base alone",
+                "router='two_pass' needs scope='model' and no plain sites, because its first pass runs the base alone",
             ),
-            (self.combine == "factor" and self.kind != "low_rank", f"combine='factor' has no meaning for {self.kind}"),
-            (self.frozen and self.kind != "low_rank", "frozen experts are low-rank adapters from folders"),
-            (bool(self.experts) and not self.frozen, "experts from folders stay frozen: set frozen=true"),
+            (
+                self.combine == "factor" and self.kind != "low_rank",
+                f"combine='factor' does not support kind={self.kind!r}",
+            ),
+            (self.frozen and self.kind != "low_rank", "frozen=true needs kind='low_rank'"),
+            (bool(self.experts) and not self.frozen, "experts from folders do not train: set frozen=true"),
             (len(set(self.experts)) < len(self.experts), "experts: one folder is named twice"),
             (
                 self.kind == "vectors" and self.router_std == 0 and self.n > 1,
-                "router_std=0 gives vectors that start alike the same gradients for ever; draw the router",
+                "router_std=0 keeps all vectors equal, because their gradients are equal; set it above 0",
             ),
-            (self.router_std is not None and not 0 <= self.router_std < math.inf, f"router_std={self.router_std!r}"),
+            (
+                self.router_std is not None and not 0 <= self.router_std < math.inf,
+                f"router_std={self.router_std!r}: expected a finite number of at least 0",
+            ),
             (
                 self.losses.get("contrastive", 0) > 0 and (self.n < 2 or self.kind != "low_rank" or self.frozen),
-                "the contrastive loss is for two or more low-rank experts that train",
+                "the contrastive loss needs two or more low-rank experts that train",
             ),
             (
                 self.select == "sigmoid" and self.scope != "module" and not looks,
-                "select='sigmoid' draws at random in training, at each module anew: leave the scope at module",
+                f"select='sigmoid' with router={self.router!r} samples at each module in training: set scope='module'",
             ),
             (
                 not 0 <= self.contrastive_warmup < 1,
@@ -182,30 +188,30 @@ class MixtureSettings(Method):
 
     @property
     def goes_by_tasks(self) -> bool:
-        """Whether forwards have to say tasks, where there are several."""
+        """Whether each forward pass needs its tasks, if there are several."""
         return self.router.startswith("task") or self.blc_alpha != 0
 
     @property
     def known_tasks(self) -> tuple[str, ...] | None:
-        """Its `tasks`, where it goes by them."""
+        """`tasks` if the mixture depends on the task, else None."""
         return self.tasks if self.goes_by_tasks else None
 
     def with_tasks(self, names: tuple[str, ...]) -> Self:
-        """With these `tasks`."""
+        """The configuration with these `tasks`."""
         return dataclasses.replace(self, tasks=names)
 
     @property
     def low_rank_tasks(self) -> tuple[str, ...] | None:
-        """Its `tasks`, unless its experts are vectors."""
+        """`tasks`; None if the experts are vectors."""
         return None if self.kind == "vectors" else self.tasks
 
     @property
     def expert_folders(self) -> tuple[str, ...]:
-        """Its `experts`, while their ranks are not known."""
+        """The folders in `experts`, if they have not been read yet."""
         return () if self.ranks else self.experts
 
     def with_experts(self, names: tuple[str, ...], ranks: Mapping[str, tuple[int, ...]]) -> Self:
-        """With these `experts` and their `ranks`."""
+        """The configuration with the experts that were read: their names and, by site, their ranks."""
         return dataclasses.replace(self, n=len(names), experts=names, ranks=ranks)
 
     @property
@@ -214,7 +220,7 @@ class MixtureSettings(Method):
         return self.r // self.n if self.split else self.r
 
     def lora(self, rank: int) -> LoRA:
-        """Experts of this rank, as a LoRA."""
+        """The LoRA configuration of experts with this rank."""
         return LoRA(
             r=rank,
             alpha=self.alpha,
@@ -226,11 +232,11 @@ class MixtureSettings(Method):
         )
 
     def is_plain(self, site: Site) -> bool:
-        """Whether this site gets plain LoRA."""
+        """Whether this site gets plain LoRA instead of a mixture."""
         return bool(self.plain) and patterns.matches(self.plain, site.name)
 
     def place(self, site: Site) -> str:
-        """The path that names this site's scope: its own, its parent's, its block's, or "" for the model."""
+        """The name of the site's scope: the path of the module, its parent or its block, or "" for the model."""
         if self.scope == "module":
             return site.name
         block = re.match(r"(?:.*?\.)?\d+(?=\.|$)", site.name) if self.scope == "block" else None

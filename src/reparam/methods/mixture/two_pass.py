@@ -1,7 +1,7 @@
-"""The first pass of X-LoRA: the base model's last hidden states, from which the gates of the second are computed.
+"""The first pass of X-LoRA: the last hidden states of the base model, from which the second pass computes its gates.
 
-It is a forward of the model without the adapter and without gradients. With a cache it has a cache of its own, because
-the base's keys and values are others than the adapted model's; when rows of one are reordered, the other's follow.
+It is a forward pass of the model without the adapter and without gradients. In generation it has a KV cache of its own,
+because the keys and values of the base and of the adapted model differ. Both caches are reordered together.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ LEFT_OUT = ("labels", "num_items_in_batch", "task")
 
 
 class FirstPass:
-    """Runs first passes of one model, and keeps their caches beside those of the second."""
+    """Runs the first passes of one model, and keeps a KV cache for each cache of the second pass."""
 
     def __init__(self) -> None:
         self.caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The last hidden states [B, L, H] for what the model is called with.
+        """The last hidden states [B, L, H] of the base model for these arguments.
 
-        Raises ValueError for a model that gives none, and for a cache whose tokens the base has not seen.
+        Raises ValueError if the model returns no hidden states, or if the cache has tokens that no first pass has seen.
         """
         inputs = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
         cache = inputs.pop("past_key_values", None)
@@ -37,15 +37,15 @@ class FirstPass:
             found = model(*args, **inputs)
         except TypeError as error:
             raise ValueError(
-                f"router 'two_pass' needs a transformers model that gives hidden states: {error}"
+                f"router 'two_pass' needs a transformers model that returns hidden states: {error}"
             ) from error
         states = getattr(found, "hidden_states", None)
         if not states:
-            raise ValueError(f"router 'two_pass' needs hidden states, and {type(model).__name__} gives none")
+            raise ValueError(f"router 'two_pass' needs hidden states, but {type(model).__name__} returns none")
         return states[-1]
 
     def _beside(self, cache: Any) -> Any:
-        """The first pass's cache for one of the second."""
+        """The KV cache of the first pass that belongs to this cache of the second pass."""
         own = self.caches.get(cache)
         seen = cache.get_seq_length()
         if own is None and seen == 0:
@@ -53,15 +53,15 @@ class FirstPass:
             _follow(cache, own)
         if own is None or own.get_seq_length() != seen:
             raise ValueError(
-                f"router 'two_pass': the cache holds {seen} tokens, and the first pass has seen "
-                f"{0 if own is None else own.get_seq_length()} of them; select the adapter before the prompt is read, "
-                f"and pass the cache object on uncopied and uncut"
+                f"router 'two_pass': the cache holds {seen} tokens, but the first pass has seen "
+                f"{0 if own is None else own.get_seq_length()}; select the adapter before the prompt is processed, and "
+                f"do not copy or crop the cache"
             )
         return own
 
 
 def _follow(cache: Any, other: Any) -> None:
-    """Have `other` reordered whenever `cache` is, as beam search does."""
+    """Reorder the rows of `other` whenever those of `cache` are reordered, as in beam search."""
     if not hasattr(cache, "reorder_cache"):
         return
     reorder = cache.reorder_cache

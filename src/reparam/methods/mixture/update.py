@@ -1,8 +1,9 @@
-"""The update of one site of a mixture: gates from its router, or from the scope's, and experts weighed by them.
+"""The update of one site of a mixture: experts, weighted by gates from the router of the site or of its scope.
 
     y = W x + s · COMBINE_i(g_i, B_i A_i) x        or        y = W x + (Σ_i g_i (l_i − 1)) ∘ W x
 
-The second is (Σ_i g_i l_i) ∘ W x where weights sum to 1, and changes nothing at first elsewhere. Biases stay out.
+The second form is for vectors l_i [O]. It is (Σ_i g_i l_i) ∘ W x if the weights sum to 1, and changes nothing at first
+even if they do not. Biases are not scaled.
 
 Shapes: O out_features, I in_features, N experts, R the sum of the ranks, T tokens of a flattened batch.
 """
@@ -31,19 +32,19 @@ class MixtureUpdate(Update):
     """One site of a mixture.
 
     Args:
-        site: where it is.
-        method: its configuration.
-        common: what the sites share; kept in a tuple, because the model's root owns it.
-        tensors: "A" and "B", or "vectors".
-        ranks: of the experts here.
-        scale: s.
-        router: the site's own, or None where the scope's is used.
+        site: the place in the model.
+        method: the configuration of the mixture.
+        common: the state that all sites share; held in a tuple, because the model's root owns it.
+        tensors: "A" [R, I] and "B" [O, R], or "vectors" [N, O].
+        ranks: rank of each expert at this site.
+        scale: factor s of the experts' output.
+        router: the site's own router, or None to use the router of the scope.
         scope: name of the scope.
-        leads: whether this site computes the gates of its scope from its own input.
+        leads: whether this site is the first of its scope, which computes the gates from its input.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
-    A: Tensor  # [R, I]; of "shared_a" [r, I]
+    A: Tensor  # [R, I]; with kind="shared_a" [r, I]
     B: Tensor  # [O, R]
     vectors: Tensor  # [N, O]
     slots: Tensor  # [R], the expert of each rank
@@ -80,18 +81,18 @@ class MixtureUpdate(Update):
         self.owner = (common,)
         reads = (router if router is not None else common.routers[key(scope)]).reads
         self.reads: Reads = reads  # type: ignore[assignment]
-        # Whether an output depends on more than the input: on tasks, prompts, or masks.
+        # Whether the site needs the current forward pass: its tasks, prompts or masks.
         self.depends = (
             reads in ("sequence", "hidden") or (reads == "tasks" and len(method.tasks) > 1) or bool(method.losses)
         )
 
     @property
     def common(self) -> Common:
-        """What the sites share."""
+        """The state that all sites share."""
         return self.owner[0]
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [..., I] -> the frozen map of x and the experts' part, [..., O]."""
+        """x [..., I] -> the frozen layer's output plus that of the experts, [..., O]."""
         common = self.owner[0]
         if common.silent:
             return weight(x, bias)
@@ -137,7 +138,7 @@ class MixtureUpdate(Update):
         return y.addmm_(h, B.t(), alpha=self.scale)
 
     def _sparse(self, choice: Gating, tokens: int) -> bool:
-        """Whether each expert runs over its own tokens alone: where that is fewer operations by far."""
+        """Whether each expert runs on its own tokens only, because that takes far fewer operations."""
         method = self.method
         assert choice.chosen is not None
         if torch.compiler.is_compiling() or method.kind != "low_rank":
@@ -150,9 +151,9 @@ class MixtureUpdate(Update):
     # ---- gates
 
     def choice(self, z: Tensor) -> Gating:
-        """The gates for z [..., I] in the current forward: static [N], by row [B, N], or by token [..., N].
+        """The gates for z [..., I] in the current forward pass: [N], [B, N] by row, or [..., N] by token.
 
-        Raises ValueError where a task is missing, and RuntimeError where the scope's gates have not been computed.
+        Raises ValueError if a task is missing, and RuntimeError if the gates of the scope are not known.
         """
         common = self.owner[0]
         now, own, reads = common.now, self.router, self.reads
@@ -177,7 +178,7 @@ class MixtureUpdate(Update):
         return choice
 
     def _of_forward(self, router: Router, now: Forward) -> Gating:
-        """Gates that are the same at every site of the scope; computed once in a forward without gradients.
+        """Gates that are the same at every site of the scope. Without gradients, the first site computes them for all.
 
         With gradients each site computes them, so that checkpointed parts of the model do not share a graph.
         """
@@ -198,11 +199,11 @@ class MixtureUpdate(Update):
     def _hidden(self, now: Forward, router: Router) -> Tensor:
         width = router.weight.shape[1]  # type: ignore[index]
         if now.hidden is None:
-            raise RuntimeError(f"{self.site}: router 'two_pass' needs a forward of the whole model")
+            raise RuntimeError(f"{self.site}: router 'two_pass' needs a forward pass of the whole model")
         if now.hidden.shape[-1] != width:
             raise ValueError(
-                f"router 'two_pass' was made for the width of the first site's input, {width}, and the last hidden "
-                f"states have {now.hidden.shape[-1]}; choose targets whose first site reads the residual stream"
+                f"router 'two_pass' expects the input width of the first site, {width}, but the last hidden states "
+                f"have width {now.hidden.shape[-1]}; choose targets whose first site reads the residual stream"
             )
         return now.hidden
 
@@ -222,29 +223,29 @@ class MixtureUpdate(Update):
         choice = now.gates.get(self.scope)
         if choice is None:
             raise RuntimeError(
-                f"{self.site} was used before {self.common.leaders[self.scope]}, which computes the gates of their "
-                f"scope {self.scope or 'model'!r}, in this forward; give the mixture a narrower scope"
+                f"{self.site} was used before {self.common.leaders[self.scope]}, which computes the gates of "
+                f"scope {self.scope or 'model'!r}; give the mixture a narrower scope"
             )
         trains = any(p.requires_grad for p in router.parameters())
         if torch.is_grad_enabled() and trains and not choice.p.requires_grad:
             raise RuntimeError(
                 f"{self.site}: the gates of scope {self.scope or 'model'!r} were computed without a gradient, in "
-                f"another checkpointed part of the model; checkpoint with use_reentrant=False"
+                f"another checkpointed part of the model; use checkpointing with use_reentrant=False"
             )
         return choice
 
     def _kept(self, now: Forward, name: str) -> Gating:
         if now.kept is None or name not in now.kept:
             raise RuntimeError(
-                f"{self.site}: the cache holds tokens that this adapter has not seen, so the gate of their sequence is "
-                f"not known; select the adapter before the prompt is read, and pass the cache object on uncopied"
+                f"{self.site}: the cache holds tokens that this adapter has not seen, so the gate of the sequence is "
+                f"unknown; select the adapter before the prompt is processed, and do not copy the cache"
             )
         return now.kept[name]
 
     # ---- the normal form
 
     def factors(self, weight: Weight) -> Factors:
-        """The normal form, where gates look at no token; by tasks, that of the one which `reparam.context` names."""
+        """The normal form. Raises InputDependentError if gates depend on tokens, or on a task that is not set."""
         g = self._known()
         if self.method.kind == "vectors":
             empty = self.vectors.new_zeros(0, weight.in_features), self.vectors.new_zeros(weight.out_features, 0)
@@ -258,7 +259,7 @@ class MixtureUpdate(Update):
         return Factors(A, B * g[self.slots])
 
     def _known(self) -> Tensor:
-        """Gates [N] that hold for every input. Raises InputDependentError, naming the router."""
+        """Gates [N] that hold for every input. Raises InputDependentError if they depend on the input."""
         common, method = self.common, self.method
         router: Router = self.router if self.router is not None else common.routers[key(self.scope)]  # type: ignore[assignment]
         part = self.vectors if method.kind == "vectors" else self.A
@@ -270,11 +271,11 @@ class MixtureUpdate(Update):
             try:
                 logits = router(common.known_task().to(part.device))
             except ValueError as error:
-                raise InputDependentError(f"{self.site}: router {method.router!r} goes by the task: {error}") from None
+                raise InputDependentError(f"{self.site}: router {method.router!r} reads the task: {error}") from None
         else:
             raise InputDependentError(
-                f"{self.site}: router {method.router!r} gives weights by what it reads in the input, so that no one "
-                f"matrix stands for the mixture; keep the adapter apart"
+                f"{self.site}: the weights of router {method.router!r} depend on the input, so no single matrix "
+                f"describes the mixture; use the adapter unmerged"
             )
         chosen = choose(
             logits,
@@ -286,14 +287,14 @@ class MixtureUpdate(Update):
         )
         return chosen.weights.to(part.dtype)
 
-    # ---- as `core.base.ExpertChoice`
+    # ---- `core.base.ExpertChoice`
 
     def expert_choice(self) -> Self:
-        """Itself."""
+        """This update, which implements `ExpertChoice`."""
         return self
 
     def decided(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor] | None:
-        """Where an expert counts as selected, and its probability, of the valid tokens of x [..., I]: both [T, N]."""
+        """Selected experts (bool) and p, both [T, N], for tokens of x that are not padding; None in a first pass."""
         now, lead = self.common.now, x.shape[:-1]
         if self.common.silent:
             return None
@@ -305,14 +306,14 @@ class MixtureUpdate(Update):
         return counted, p
 
     def products(self) -> Tensor:
-        """Inner products of the experts' changes, [N, N]."""
+        """Inner products of the experts' changes, [N, N] in float64."""
         if self.method.kind == "vectors":
             return experts.products_of_vectors(self.vectors)
         return experts.products(self.A, self.B, self.slots, self.method.n)
 
 
 WHOLE = ("nothing", "tasks", "hidden")
-"""What routers read that does not differ between the sites of a scope."""
+"""Inputs of routers that are the same at all sites of a scope."""
 SPARSE_TOKENS = 64
 SPARSE_RANKS = 64
-"""From how many tokens, and idle ranks, on each expert runs over its own tokens alone."""
+"""The least numbers of tokens, and of unused ranks per token, for which each expert runs on its own tokens only."""

@@ -1,6 +1,6 @@
-"""The contrastive loss waits until experts have outputs to compare: its gradient grows as 1 / |B|, and B is 0 at first.
+"""Warmup of the contrastive loss: it is off at first, because its gradient grows as 1 / |B| and B starts at 0.
 
-It is off for the first part of the steps of an optimizer whose number of steps is known, and on otherwise.
+If the number of optimizer steps is known, the loss is off for the first share of them; otherwise it is always on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from reparam.methods.mixture.common import Common
 
 
 class Warmup:
-    """A controller that counts steps; `share` is the part of them that the loss is off for."""
+    """A `Controller` that turns the contrastive loss on after a share (0 to 1) of the optimizer steps."""
 
     def __init__(self, common: Common, share: float) -> None:
         self.common = common
@@ -23,22 +23,25 @@ class Warmup:
         self.steps = 0
 
     def plan(self, total_steps: int | None) -> None:
-        """Choose the step from which on the loss counts; 0 where the number of steps is not known."""
+        """Set the number of steps without the loss; 0 if `total_steps` is None."""
         self.after = math.ceil(self.share * total_steps) if total_steps is not None else 0
         self._decide()
 
     def before_step(self) -> None:
-        """Do nothing: only finished steps count."""
+        """Do nothing: only finished steps are counted."""
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Count the step, and switch the loss on when its time has come."""
+        """Count the step, and turn the loss on when the warmup is over."""
         self.steps += 1
         self._decide()
 
     def finish(self) -> str | None:
-        """A sentence where training ended before the loss began."""
+        """A warning for the user if training ended before the loss was on, else None."""
         if self.steps < self.after:
-            return f"the contrastive loss was to begin after step {self.after}, and there were {self.steps} steps"
+            return (
+                f"the contrastive loss never began: it starts after step {self.after}, and there were {self.steps} "
+                "steps; train longer, or lower contrastive_warmup"
+            )
         return None
 
     def state_dict(self) -> dict[str, Any]:
