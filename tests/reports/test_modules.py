@@ -51,8 +51,10 @@ def test_hooks_fire_as_without_adapters(path: str, how: str) -> None:
     if how == "after":
         found = hooked(model, path)
     one, other = go(plain), go(model)
+    if how == "quantize":  # ids have no gradient, and neither has a quantized table
+        expected = [line for line in expected if "back" not in line or path == PATH]
     assert found == expected
-    assert len(found) in (3, 4)
+    assert len(found) >= 3
     if how != "quantize":
         assert torch.equal(one, other)
         for finish in (lambda: reparam.merge(model), lambda: None):
@@ -88,9 +90,9 @@ def test_a_quantized_weight_shows_its_sizes_and_refuses_its_numbers() -> None:
     weight = model.encoder.block[0].layer[1].DenseReluDense.wo.weight
     assert isinstance(weight, torch.Tensor)
     assert (weight.dtype, weight.device.type, weight.requires_grad) == (torch.float32, "cpu", False)
-    with pytest.raises(TypeError, match="this weight is quantized"):
+    with pytest.raises(reparam.ReparamError, match="this weight is quantized"):
         weight + 1
-    with pytest.raises(TypeError, match="this weight is quantized"):
+    with pytest.raises(reparam.ReparamError, match="this weight is quantized"):
         nn.functional.linear(torch.zeros(1, weight.shape[1]), weight)
     assert "nf4" in repr(weight)
 

@@ -44,10 +44,15 @@ class Norm(Adapted):
         """A matrix of one column: O = n, I = 1."""
         return Site(name, cls.kind, len(module.weight), 1, bias=getattr(module, "bias", None) is not None)  # type: ignore[arg-type]
 
+    def __init__(self, origin: nn.Module) -> None:
+        super().__init__(origin, "column")
+        # It computes; the hooks fire on the call of this module. In a tuple so that it is not a submodule.
+        self.body = (without_hooks(origin),)
+
     @classmethod
     def adopt(cls, module: nn.Module) -> Self:
         """Take over the weight [n] and the bias [n], if any."""
-        return cls(module, "column")
+        return cls(module)
 
     def check_update(self, update: Update) -> None:
         """Raise InputDependentError if the update has no effective weight."""
@@ -72,7 +77,7 @@ class Norm(Adapted):
         own = {"weight": w.to(self.frozen.dtype).squeeze(1)}
         if bias is not None:
             own["bias"] = bias
-        return torch.func.functional_call(without_hooks(self.origin[0]), own, args)
+        return torch.func.functional_call(self.body[0], own, args)
 
     def _mixed(self, bank: Bank, *args: Tensor) -> Tensor:
         """A mixed batch: compute all rows with the base weight, then each adapter's rows with its own."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Factors, Weight
+from reparam.errors import ReparamError
 from reparam.weights.dense import Layout, as_parameter
 from reparam.weights.rounding import moves
 
@@ -85,7 +86,7 @@ class QuantizedWeight(Weight):
 class QuantizedMatrix(Tensor):
     """What a module shows as its `weight` while the matrix is quantized: dtype, shape and device, and no numbers.
 
-    Models read these of a child's weight. Anything that needs the numbers raises TypeError.
+    Models read these of a child's weight. Anything that needs the numbers raises ReparamError.
     """
 
     @classmethod
@@ -105,7 +106,7 @@ class QuantizedMatrix(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse every operation."""
         name = next(arg.storage_name for arg in args if isinstance(arg, cls))
-        raise TypeError(
+        raise ReparamError(
             f"{func}: this weight is quantized ({name}), and only calling its module computes with it; "
             f"reparam.quantize(model, 'dense', targets=...) dequantizes it"
         )
