@@ -18,7 +18,7 @@ from reparam.io import files
 from reparam.io.record import Base, Packing, Record
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted, Replaced
-from reparam.sites.walk import storages_in, walk
+from reparam.sites.walk import base_parameters, storages_in, walk
 
 
 class Adapter:
@@ -114,6 +114,13 @@ class Adapter:
             raise ValueError(
                 f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimizer "
                 f"from adapter.parameters() after adapter.requires_grad_()"
+            )
+        base = [n for n, p in base_parameters(self.model) if p.requires_grad and id(p) in held]
+        if base:
+            raise ValueError(
+                f"adapter {self.name!r}: the optimizer would also train {len(base)} parameters of the base model "
+                f"(first: in {base[0]}); make it from adapter.parameters(), or train these modules with the adapter: "
+                f"modules_to_save"
             )
         controller = self.controller
         if controller is not None:

@@ -18,7 +18,7 @@ from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 from reparam.sites.module import Replaced
-from reparam.sites.walk import walk
+from reparam.sites.walk import base_parameters, walk
 
 
 def load(
@@ -28,8 +28,11 @@ def load(
     name: str = "default",
     activate: bool = True,
     check_base: bool = True,
+    trainable: bool = False,
 ) -> Adapter:
-    """Put a saved adapter on `model`, frozen, and select it unless `activate` is False.
+    """Put a saved adapter on `model` and select it unless `activate` is False.
+
+    The base model is frozen, as by `attach`; so is the adapter, unless `trainable` is True.
 
     Reads this project's format and PEFT's. `check_base=False` allows another base than the one it was trained on, of
     the same shapes. Raises `FormatError` (a ValueError) that names the file and the tensor for anything that is
@@ -37,7 +40,9 @@ def load(
     another adapter, and ValueError for a name that is taken; the model is then as it was.
     """
     check_name(model, name)
-    return place(model, files.read(folder, name), Path(folder), name=name, activate=activate, check_base=check_base)
+    record = files.read(folder, name)
+    adapter = place(model, record, Path(folder), name=name, activate=activate, check_base=check_base)
+    return adapter.requires_grad_(trainable)
 
 
 def place(
@@ -71,6 +76,8 @@ def place(
     except (ValueError, re.error, RuntimeError) as error:  # ties, clashes; a pattern or a rank that nobody saved
         raise FormatError(f"{folder}: cannot be put on this model: {error}") from error
     fill(adapter, record, folder)
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
     adapter.requires_grad_(False)
     if activate:
         select(model, name)

@@ -27,7 +27,7 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
 def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules."""
     holders: dict[int, list[str]] = {}
-    for path, parameter in _held(model, ""):
+    for path, parameter in base_parameters(model):
         holders.setdefault(id(parameter), []).append(path)
     shared = [paths for paths in holders.values() if len(paths) > 1]
     found: dict[str, list[str]] = {}
@@ -39,10 +39,10 @@ def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """The base model's parameters; a shared parameter is listed once for each module that holds it."""
     if isinstance(module, Replaced):
-        yield from _held(module.origin, path)
+        yield from base_parameters(module.origin, path)
         return
     own = [*module.parameters(recurse=False)]
     if is_quantized(module):
@@ -51,7 +51,7 @@ def _held(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
         yield path, parameter
     for name, child in () if isinstance(module, Adapted) else module._modules.items():
         if child is not None and not isinstance(child, Shared):
-            yield from _held(child, f"{path}.{name}".lstrip("."))
+            yield from base_parameters(child, f"{path}.{name}".lstrip("."))
 
 
 def storages_in(model: nn.Module) -> dict[str, Storage]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
 
-import reparam.hf.prompts  # noqa: F401  (registers prefix and prompt tuning)
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import attach, untie
+from reparam.adapter.load import load
 from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
 from reparam.data.rows import Row
 from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.hf.models import load_base
+from reparam.hf.prompts import prompting_of  # the import registers prefix and prompt tuning
+from reparam.io import files
+from reparam.io.files import adapter_folder
+from reparam.methods.lora import LoRA
 from reparam.train.base import BaseConfig
 from reparam.train.config import AdapterConfig, Config
 
@@ -36,11 +41,32 @@ def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     (prefix and prompt tuning), and ValueError if the method does not fit the model.
     """
     where = config.adapter
+    if where.start is not None:
+        return load(model, adapter_folder(where.start), trainable=True)
     if method.changes_weights:
         return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} does not change modules: leave out [adapter] and run.gradient_checkpointing")
     return put_on(method, model)
+
+
+def started(config: Config) -> Config:
+    """Take the method from the adapter that `adapter.start` names, if it is set.
+
+    Raises ConfigError if another method or other modules are configured, and FormatError for a damaged adapter.
+    """
+    where = config.adapter
+    if where.start is None:
+        return config
+    if where != AdapterConfig(start=where.start):
+        raise ConfigError("adapter.start: the adapter's files give the modules; leave out the other keys of [adapter]")
+    folder = adapter_folder(where.start)
+    if prompting_of(folder) is not None:
+        raise ConfigError(f"adapter.start: {folder} is a prompt; only adapters on modules can be trained further")
+    method = files.read(folder).method
+    if config.method not in (method, LoRA(seed=config.run.seed)):
+        raise ConfigError(f"adapter.start: {folder} has the method {method}, not {config.method}; leave out [method]")
+    return dataclasses.replace(config, method=method)
 
 
 def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:

@@ -34,7 +34,7 @@ from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
 from reparam.train.job import Job, Result
-from reparam.train.model import attached, by_task, loaded
+from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
@@ -51,6 +51,7 @@ def train(config: Config, *, show: Show) -> Result:
     verification.
     """
     job = prepare(config)
+    config = job.config
     show.job(job)
     folder = Path(config.run.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,7 @@ def prepare(config: Config) -> Job:
         raise ConfigError(
             f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the TOML file"
         )
+    config = started(config)
     optimizer.check_optimizer(config.optim)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
