@@ -128,7 +128,7 @@ def test_a_method_by_name_is_its_configuration() -> None:
         ("lora", {"target": "0"}, "no setting 'target'.*did you mean 'targets'"),
         ("lroa", {}, r"unknown method 'lroa' \(did you mean 'lora'"),
         ("lora", {"r": 0}, "r=0"),
-        (reparam.LoRA(), {"r": 4}, r"r=4 stands beside a configuration; .*LoRA\(r=...\)"),
+        (reparam.LoRA(), {"r": 4}, r"r=4; pass a setting of the method in its configuration: .*LoRA\(r=...\)"),
         (reparam.LoRA(), {"target": ["0"]}, "did you mean 'targets'"),
     ],
 )
@@ -196,7 +196,7 @@ def test_what_is_returned_prints_as_one_line() -> None:
     sites = len(merged.sites)
     assert repr(merged) == f"MergeReport('task', {sites} sites, 1.0000 survives in float32, base kept)"
     merged = reparam.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "int8", targets="0")
-    assert repr(merged) == "QuantizeReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits an entry, 1 tensors left)"
+    assert repr(merged) == "QuantizeReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits per entry, 1 not quantized)"
 
 
 def test_an_adapter_that_was_removed_still_prints() -> None:

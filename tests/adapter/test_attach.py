@@ -76,12 +76,12 @@ def test_what_one_adapter_adapts_no_other_trains_whole_and_the_other_way_round()
     model = models.llama()
     reparam.attach(model, reparam.LoRA(r=2), targets=["up_proj"], name="a")
     for whole, why in {
-        "up_proj": "up_proj in it is adapted as well",
-        "layers.1.mlp": "up_proj in it is adapted as well",
+        "up_proj": "an adapter already changes .*up_proj",
+        "layers.1.mlp": "an adapter already changes .*up_proj",
         "self_attn": "LlamaAttention takes more than one input",
         "layers": "ModuleList does not define forward",
     }.items():
-        with pytest.raises(ValueError, match=rf"cannot be trained whole: .*{why}"):
+        with pytest.raises(ValueError, match=rf"cannot be trained whole.*{why}"):
             reparam.attach(model, reparam.LoRA(r=2), targets=["v_proj"], modules_to_save=[whole], name="b")
     reparam.attach(model, reparam.LoRA(r=2), targets=["v_proj"], modules_to_save=["lm_head"], name="b")
     with pytest.raises(ValueError, match=r"lm_head: b trains a full copy of this module"):

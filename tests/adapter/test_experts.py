@@ -85,7 +85,7 @@ def test_runs_are_experts_by_their_adapters(folders: tuple[str, ...], tmp_path: 
     tensors = adapter.tensors()
     assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.tensors().items())
     assert torch.equal(logits(model), logits(plain))
-    with pytest.raises(FormatError, match="are one adapter; name it once"):
+    with pytest.raises(FormatError, match="are the same adapter; name it once"):
         mole((str(tmp_path / "first"), str(tmp_path / "first/adapter")))
 
 
@@ -131,10 +131,10 @@ def test_what_cannot_be_an_expert_is_refused(folders: tuple[str, ...], tmp_path:
     cases = {
         str(tmp_path / "none"): "no such folder",
         saved("dora", reparam.DoRA(r=2)): "changes .* by more than a low-rank matrix",
-        saved("elsewhere", lora, targets=["q_proj"]): "go on different sites",
+        saved("elsewhere", lora, targets=["q_proj"]): "adapt different modules",
         saved("head", lora, modules_to_save=["lm_head"]): "also trains lm_head whole",
-        saved("other", lora, other): "trained on other weights",
-        saved("routed", METHODS["molora"](n=2, r=2)): "is no expert: .*router 'token'",
+        saved("other", lora, other): "trained on a base with different weights",
+        saved("routed", METHODS["molora"](n=2, r=2)): "cannot be an expert: .*router 'token'",
     }
     for folder, message in cases.items():
         model = models.llama()
@@ -187,9 +187,9 @@ def test_only_gates_by_task_are_taken_apart() -> None:
     reparam.attach(model, METHODS["mov"](n=2), name="vectors")
     reparam.attach(model, reparam.LoRA(), name="plain")
     for name in ("vectors", "plain"):
-        with pytest.raises(ValueError, match="is no mixture of low-rank experts"):
+        with pytest.raises(ValueError, match="is not a mixture of low-rank experts"):
             reparam.split(model, name)
-    with pytest.raises(ValueError, match="no adapter is called"):
+    with pytest.raises(ValueError, match="no adapter is named"):
         reparam.split(model, "plane")
     assert set(reparam.adapters(model)) == {"token", "vectors", "plain"}
 

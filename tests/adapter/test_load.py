@@ -48,12 +48,12 @@ def further(model: Any, rate: float) -> Any:
     ("other", "words"),
     [
         (lambda: build(type(llama()), llama(rope_theta=1e6).config), None),  # no weight of it differs
-        (lambda: further(llama(), 1e-3), "trained on other weights"),
-        (lambda: further(llama(), 1e-6), "trained on other weights"),
-        (lambda: llama(initializer_range=0.11), "trained on other weights"),
-        (lambda: llama(num_hidden_layers=3), "trained on other weights"),
+        (lambda: further(llama(), 1e-3), "trained on a base with different weights"),
+        (lambda: further(llama(), 1e-6), "trained on a base with different weights"),
+        (lambda: llama(initializer_range=0.11), "trained on a base with different weights"),
+        (lambda: llama(num_hidden_layers=3), "trained on a base with different weights"),
         (lambda: llama(num_hidden_layers=1), "model.layers.1.self_attn.q_proj"),
-        (lambda: llama(hidden_size=64), "is linear, 64 x 64, here"),
+        (lambda: llama(hidden_size=64), "is linear, 64 x 64, in this model"),
         (gpt2, "GPT2LMHeadModel lacks"),
     ],
 )
@@ -74,7 +74,9 @@ def test_another_class_with_the_same_modules(tmp_path: Path) -> None:
     save(tmp_path / "a")
     config = LlamaConfig(**{**llama().config.to_dict(), "num_labels": 3})
     model = build(LlamaForSequenceClassification, config)
-    with pytest.raises(reparam.FormatError, match="trained on a LlamaForCausalLM, this is a LlamaForSequenceClassif"):
+    with pytest.raises(
+        reparam.FormatError, match="trained on a LlamaForCausalLM, but this model is a LlamaForSequenceCl"
+    ):
         reparam.load(model, tmp_path / "a")
     reparam.load(model, tmp_path / "a", check_base=False)
     with pytest.raises(reparam.FormatError, match=r"model.layers.0.* \(did you mean 'layers.0"):

@@ -131,7 +131,7 @@ def test_a_model_is_merged_into_its_own_storage(storage: Storage) -> None:
     assert report.survival().keys() == {storage.name}
     assert report.survival()[storage.name] == pytest.approx(1, abs=0.03)
     assert all(site.noise is not None and site.noise < 3 for site in report.sites)
-    assert f"in {storage.name}, beside noise of" in str(report)
+    assert f"in {storage.name}, plus rounding noise of" in str(report)
     assert reparam.adapters(model) == {}
     assert {p.dtype for p in model.model.layers.parameters()} <= {torch.uint8, torch.int8, torch.int32, torch.float32}
     report.restore()
@@ -154,7 +154,7 @@ def test_too_small_a_share_is_refused_and_nothing_is_changed() -> None:
 
 def test_what_cannot_be_merged_into_says_why() -> None:
     model, _ = quantized(reparam.NF4())
-    with pytest.raises(ValueError, match=r"into='int8' is for matrices that are in int8 now: .*q_proj is nf4"):
+    with pytest.raises(ValueError, match=r"into='int8' needs matrices stored in int8, but .*q_proj is nf4"):
         reparam.merge(model, into="int8")
     with pytest.raises(ValueError, match="rounding='up': expected one of aware, nearest"):
         reparam.merge(model, into="nf4", rounding="up")

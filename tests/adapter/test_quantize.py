@@ -219,8 +219,8 @@ def test_the_report_says_what_is_held_and_what_was() -> None:
     assert report.bits == 5
     assert report.left == {"model.embed_tokens.weight": 97 * 32 * 4, "lm_head.weight": 97 * 32 * 4}
     assert str(report) == (
-        "quantized 14 matrices into nf4 (block=32, double=False): 60 KiB -> 9.375 KiB, 5 bits an entry; left as they "
-        "are: model.embed_tokens.weight, lm_head.weight (24.25 KiB)"
+        "quantized 14 matrices into nf4 (block=32, double=False): 60 KiB -> 9.375 KiB, 5 bits per entry; not "
+        "quantized: model.embed_tokens.weight, lm_head.weight (24.25 KiB)"
     )
     held = [p for m in model.modules() if isinstance(m, Adapted) for p in m.frozen.parameters()]
     assert sum(p.nbytes for p in held) == sum(site.bytes for site in report.sites)
@@ -247,5 +247,5 @@ def test_fused_experts_are_warned_about_and_listed() -> None:
     experts = [name for name in report.left if "experts" in name]
     assert len(experts) == 4
     assert len(report.sites) == 8
-    assert "left as they are: model.layers.0.mlp.experts.gate_up_proj" in str(report)
+    assert "not quantized: model.layers.0.mlp.experts.gate_up_proj" in str(report)
     assert "and 4 more" in str(report)

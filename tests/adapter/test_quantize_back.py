@@ -84,7 +84,7 @@ def test_a_base_that_was_quantized_otherwise_is_told_apart(tmp_path: Path) -> No
             same = one == other or 3 in (one, other)  # another storage altogether is not compared
             assert agree(prints[one], prints[other]) == same
     trained(ways[0]).save(tmp_path / "adapter")
-    with pytest.raises(reparam.FormatError, match="trained on other weights"):
+    with pytest.raises(reparam.FormatError, match="trained on a base with different weights"):
         reparam.load(quantized(NF4(128)), tmp_path / "adapter")
     other = llama()
     other.model.norm.weight.data[0] += 0.01  # what is not quantized is compared between storages

@@ -33,7 +33,7 @@ def test_one_is_used_at_a_time() -> None:
 def test_an_unknown_name_is_refused_at_once_and_the_choice_stays(which: Any) -> None:
     model = two()
     y = logits(model)
-    with pytest.raises(ValueError, match=r"no adapter is called ('aa' \(did you mean 'a'\?\)|3); there are: a, b"):
+    with pytest.raises(ValueError, match=r"no adapter is named ('aa' \(did you mean 'a'\?\)|3); the model has: a, b"):
         reparam.select(model, which)
     assert torch.equal(logits(model), y)
 
@@ -53,10 +53,10 @@ def test_a_name_that_cannot_be_one_is_refused_and_leaves_nothing() -> None:
         "": "letters, digits",
         "a.b": "letters, digits",
         "*": "letters, digits",
-        "keys": "torch's containers",
-        "copy": "torch's containers",
-        "training": "torch's containers",
-        "_modules": "torch's containers",
+        "keys": "an attribute of PyTorch's ModuleDict",
+        "copy": "an attribute of PyTorch's ModuleDict",
+        "training": "an attribute of PyTorch's ModuleDict",
+        "_modules": "an attribute of PyTorch's ModuleDict",
     }.items():
         with pytest.raises(ValueError, match=message):
             reparam.attach(model, reparam.LoRA(), name=name)
@@ -74,7 +74,7 @@ def test_rows_may_be_any_sequence() -> None:
     expected = under(model, ["a", None, "b"])
     assert torch.equal(under(model, ("a", None, "b")), expected)
     assert torch.equal(under(model, iter(["a", None, "b"])), expected)
-    with pytest.raises(ValueError, match="an empty list; give one name, or None, for each row"):
+    with pytest.raises(ValueError, match="the list is empty; pass one name, or None, for each row"):
         reparam.select(model, [])
 
 
@@ -96,11 +96,11 @@ def test_a_list_of_the_wrong_length_is_refused_before_any_compute(rows: list[str
             module.register_forward_pre_hook(lambda module, _: calls.append(module))
     reparam.select(model, rows)
     for batch in ({"input_ids": IDS}, {"inputs_embeds": torch.zeros(3, 7, 32)}):
-        with pytest.raises(ValueError, match=rf"{len(rows)} adapter names were selected, one per row, but .*\[3, 7"):
+        with pytest.raises(ValueError, match=rf"{len(rows)} adapter names, one per row, but .*\[3, 7"):
             model(**batch)
-    with pytest.raises(ValueError, match="adapter names were selected"):
+    with pytest.raises(ValueError, match="adapter names, one per row"):
         model(IDS)
-    with pytest.raises(ValueError, match="adapter names were selected"):
+    with pytest.raises(ValueError, match="adapter names, one per row"):
         model.generate(IDS, max_new_tokens=2)
     assert calls == []
 
@@ -115,7 +115,10 @@ def test_one_token_and_one_row() -> None:
 def test_beams_are_rows() -> None:
     model = two()
     length = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
-    with reparam.select(model, ["a", None, "b"]), pytest.raises(ValueError, match=r"with beams .* repeat each name"):
+    with (
+        reparam.select(model, ["a", None, "b"]),
+        pytest.raises(ValueError, match=r"with num_beams .* repeat each name"),
+    ):
         model.generate(IDS, **length)
     with reparam.select(model, ["a", "a", None, None, "b", "b"]):
         found = model.generate(IDS, **length)
@@ -185,7 +188,7 @@ def test_modules_that_are_trained_whole_go_by_row(make: Callable[[], Any]) -> No
     moved(model, "c", 3, modules_to_save=[head], targets="attention")
     ids = torch.cat([IDS, IDS[:2]])
     check_rows(model, ["b", "a", None, "c", "a"], ids)
-    with reparam.select(model, ["a", None, "c"]), pytest.raises(ValueError, match="3 adapter names were selected"):
+    with reparam.select(model, ["a", None, "c"]), pytest.raises(ValueError, match="3 adapter names, one per row"):
         logits(model, ids)
 
 

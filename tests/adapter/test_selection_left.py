@@ -63,7 +63,7 @@ def test_a_refused_list_leaves_a_mixed_batch_as_it_was() -> None:
     model = two()
     reparam.select(model, ["a", "b", None])
     mixed = logits(model)
-    with pytest.raises(ValueError, match="no adapter is called 'x'"):
+    with pytest.raises(ValueError, match="no adapter is named 'x'"):
         reparam.select(model, ["x", "a", "b"])
     assert torch.equal(logits(model), mixed)
     with pytest.raises(ValueError, match="3 adapter names"):
@@ -78,7 +78,7 @@ def test_removing_the_chosen_adapter_selects_the_base(which: Any) -> None:
     base = logits(models.llama())
     assert torch.equal(logits(model), base)
     assert not model._forward_pre_hooks
-    with pytest.raises(ValueError, match=r"no adapter is called 'a'.*there are: b"):
+    with pytest.raises(ValueError, match=r"no adapter is named 'a'.*the model has: b"):
         reparam.remove(model, "a")
     assert not close(under(model, "b"), base)
 

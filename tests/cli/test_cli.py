@@ -74,7 +74,7 @@ def test_generate_eval_merge_inspect_after_train(
 
     merged = tmp_path / "merged"
     assert reparam("merge", merged, "-a", trained) == 0
-    assert "share of the update that was written: 1.0000 in float32" in " ".join(capsys.readouterr().out.split())
+    assert "share of the update that survives rounding: 1.0000 in float32" in " ".join(capsys.readouterr().out.split())
     assert reparam("eval", rows, "-b", merged, "--json") == 0
     assert json.loads(capsys.readouterr().out)["base"][0]["value"] == pytest.approx(
         scores["adapter"][0]["value"], rel=1e-4

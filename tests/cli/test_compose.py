@@ -34,7 +34,7 @@ def test_a_sum_is_exact_and_loads(
     out = tmp_path / "mix"
     assert reparam("compose", parts / "a", parts / "b", "--weights", "0.5,-0.25", "--output", out) == 0
     told = capsys.readouterr().out
-    assert "exact: nothing was lost on any of 4 sites, rank 5" in told
+    assert "exact: no approximation error on any of 4 sites, rank 5" in told
     assert "-0.2500 x" in told
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.arange(12)[None]
@@ -56,7 +56,7 @@ def test_a_rank_says_what_it_lost(parts: Path, tmp_path: Path, capsys: pytest.Ca
         more = ["--space", space, "--rank", 2, "-o", tmp_path / space]
         assert reparam("compose", parts / "a", parts / "c", *more) == 0
         told = capsys.readouterr().out
-        assert "error of all sites 0." in told
+        assert "error over all sites: 0." in told
         assert "survives" in told
         assert "q_proj" in told
         assert files.read(tmp_path / space).method.settings()["r"] == 2
@@ -64,7 +64,7 @@ def test_a_rank_says_what_it_lost(parts: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_one_adapter_is_copied(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("compose", parts / "d", "--weights", "1", "-o", tmp_path / "copy") == 0
-    assert "a copy of it, bit for bit" in capsys.readouterr().out
+    assert "copied bit for bit" in capsys.readouterr().out
     one, other = files.read(parts / "d"), files.read(tmp_path / "copy")
     assert one.method == other.method
     assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
@@ -78,11 +78,11 @@ def test_a_gain_is_added_with_the_base(parts: Path, base: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["A", "B", "--weights", "0.5"], "2 adapters need as many weights, and there are 1"),
+        (["A", "B", "--weights", "0.5"], "expected one weight per adapter (2), found 1"),
         (["A", "B", "--weights", "0.5,x"], "'x' is not a number"),
         (["A", "B", "--weights", "nan,1"], "weight 1 is nan"),
         (["A", "B", "--space", "mean"], "expected one of delta, factor, ties, dare"),
-        (["A", "B", "--space", "factor"], "space='delta' adds adapters of"),
+        (["A", "B", "--space", "factor"], "use space='delta', which can sum"),
         (["A", "D"], "a sum needs the base"),
         (["A", "NONE"], "no such folder"),
         (["A", "C", "--rank", "0"], "rank=0"),
@@ -100,4 +100,4 @@ def test_one_sentence_for_each_mistake(
 
 def test_the_output_is_not_an_input(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("compose", parts / "a", parts / "c", "-o", parts / "a") == 2
-    assert "is one of the adapters" in capsys.readouterr().err
+    assert "is the folder of an input adapter" in capsys.readouterr().err

@@ -61,13 +61,13 @@ def test_sites_that_leave_are_counted(folder: Path, tmp_path: Path, capsys: pyte
     assert reparam("compress", folder / "lora", tmp_path / "small", "--bytes", 500) == 0
     told = capsys.readouterr().out
     left = 4 - len(files.read(tmp_path / "small").sites)
-    assert f"{left} of 4 sites left out" in told
+    assert f"{left} of 4 sites dropped" in told
     assert "4 -> 0" in told
 
 
 def test_nothing_to_drop_is_a_copy(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("compress", folder / "lora", tmp_path / "same", "--rank", 8) == 0
-    assert "every site keeps its rank: a copy of the adapter, bit for bit" in capsys.readouterr().out
+    assert "every site keeps its rank: the adapter was copied bit for bit" in capsys.readouterr().out
     name = "adapter.safetensors"
     assert (tmp_path / "same" / name).read_bytes() == (folder / "lora" / name).read_bytes()
 
@@ -75,10 +75,10 @@ def test_nothing_to_drop_is_a_copy(folder: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of energy, rank and bytes, not 0"),
-        (["--rank", 1, "--bytes", 9], "not 2 of them"),
-        (["--energy", 2], "energy=2.0: expected a share"),
-        (["--bytes", 9], "at least, and has"),
+        ([], "expected exactly one of energy, rank and bytes, found 0"),
+        (["--rank", 1, "--bytes", 9], "found 2"),
+        (["--energy", 2], "energy=2.0: expected a number"),
+        (["--bytes", 9], "needs at least"),
         (["--rank", 1, "--base", "x"], "--base is for --data"),
         (["--rank", 1, "--format", "onnx"], "expected one of reparam, peft"),
     ],
@@ -93,4 +93,4 @@ def test_one_sentence_for_each_mistake(
 
 def test_the_output_is_not_the_input(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("compress", folder / "lora", folder / "lora", "--rank", 1) == 2
-    assert "is the adapter itself" in capsys.readouterr().err
+    assert "is the folder of the input adapter" in capsys.readouterr().err

@@ -76,9 +76,9 @@ def test_a_run_is_an_ordinary_adapter(found: Path, base: str, capsys: pytest.Cap
         (("--grid", "10"), "expected two whole numbers"),
         (("--method.d", 5), "--method.d: use --grid instead"),
         (("--lr", 0.1), "--optim.learning_rate: use --rates instead"),
-        (("--method", "lora"), "measured with the method 'intrinsic'"),
+        (("--method", "lora"), "use --method intrinsic to find d90"),
         (("--grid", "3:9", "--method.mode", "said"), "leaves none"),
-        (("--grid", "10:99999999"), "only .* numbers move"),
+        (("--grid", "10:99999999"), "only .* parameters move"),
         (("--metric", "exact", "--data.score_rows", 0), "counts right answers"),
         (("--rates", "fast"), "numbers with commas"),
     ],
@@ -106,4 +106,4 @@ def test_a_reference_that_learned_no_answer_is_refused(
 ) -> None:
     more = ("--metric", "exact", "--data.score_rows", 2, "--max_steps", 2)
     assert study(base, rows, tmp_path / "out", *more) == 2
-    assert "no threshold" in " ".join(capsys.readouterr().err.split())
+    assert "but must be above 0" in " ".join(capsys.readouterr().err.split())

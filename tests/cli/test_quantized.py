@@ -43,7 +43,7 @@ def test_quantize_writes_a_model_and_says_what_it_takes(
 ) -> None:
     assert reparam("quantize", base, tmp_path / "a", "--block", 32, "--no-double") == 0
     assert "into nf4 (block=32, double=False)" in (said := told(capsys))
-    assert "5 bits an entry; left as they are: model.embed_tokens.weight" in said
+    assert "5 bits per entry; not quantized: model.embed_tokens.weight" in said
     assert reparam("inspect", tmp_path / "a", "--json") == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert report["settings"] == {"block": 32, "double": False}
@@ -51,7 +51,7 @@ def test_quantize_writes_a_model_and_says_what_it_takes(
     assert reparam("inspect", tmp_path / "a") == 0
     assert "quantized 14 matrices into nf4" in told(capsys)
     assert reparam("quantize", tmp_path / "a", tmp_path / "b", "--block", 32, "--no-double") == 0
-    assert "was quantized already: written as it was" in told(capsys)
+    assert "was already quantized; its quantized matrices were copied unchanged" in told(capsys)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -126,11 +126,11 @@ def test_merging_says_onto_what(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert reparam("merge", tmp_path / "trained", "-a", trained) == 0
-    assert "in nf4, as the adapter was trained, dequantized; --onto original would add" in told(capsys)
+    assert "in nf4, as in training, dequantized; --onto original would use" in told(capsys)
     assert reparam("merge", tmp_path / "original", "-a", trained, "--onto", "original") == 0
-    assert f"merged onto the weights in {base} as they are in its files" in told(capsys)
+    assert f"merged onto the original weights in the files of {base}" in told(capsys)
     assert reparam("merge", tmp_path / "quantized", "-a", trained, "--into", "nf4") == 0
-    assert "rounded to nf4 again" in told(capsys)
+    assert "quantized to nf4 again" in told(capsys)
     ids = torch.arange(5, 25)[None]
     logits = {}
     for name in ("trained", "original"):
@@ -155,7 +155,7 @@ MISTAKES = {
     "storage": (["quantize", "{base}", "{out}", "--storage", "nf5"], "unknown storage 'nf5' (did you mean 'nf4'?)"),
     "nothing": (
         ["quantize", "{base}", "{out}", "--storage", "dense"],
-        "'dense' quantizes nothing; choose one of int8, nf4",
+        "'dense' does not quantize; choose one of int8, nf4",
     ),
     "itself": (["quantize", "{base}", "{base}"], "is the folder of the base model"),
     "targets": (["quantize", "{base}", "{out}", "--targets", "q_prj"], "'q_prj' matches no module (did you mean"),
@@ -164,9 +164,9 @@ MISTAKES = {
     "onto": (["merge", "{out}", "-a", "{trained}", "--onto", "base"], "onto='base': expected one of trained, original"),
     "both": (
         ["merge", "{out}", "-a", "{trained}", "--onto", "original", "--into", "nf4"],
-        "--into writes the storage that the adapter was trained on",
+        "--into needs the quantized weights that the adapter was trained on",
     ),
-    "into": (["merge", "{out}", "-a", "{trained}", "--into", "int8"], "into='int8' is for matrices that are in int8"),
+    "into": (["merge", "{out}", "-a", "{trained}", "--into", "int8"], "into='int8' needs matrices stored in int8"),
     "lost": (
         ["merge", "{out}", "-a", "{trained}", "-b", "{quantized}", "--onto", "original"],
         "so the dense values are lost; pass the original model with --base",

@@ -320,12 +320,12 @@ def test_lorahubs_sum_of_saved_adapters(tmp_path: Path) -> None:
     ("count", "arguments", "message"),
     [
         (0, {"weights": []}, "no adapters are given"),
-        (2, {"weights": [1.0]}, "2 adapters need as many weights, and there are 1"),
+        (2, {"weights": [1.0]}, "expected one weight per adapter \\(2\\), found 1"),
         (1, {"weights": [float("nan")]}, "weight 1 is nan: expected a finite number"),
         (1, {"weights": [float("inf")]}, "weight 1 is inf"),
         (1, {"weights": [1.0], "space": "sum"}, "expected one of delta, factor, ties, dare"),
         (1, {"weights": [1.0], "rank": 0}, "rank=0: expected a whole number of at least 1"),
-        (1, {"weights": [1.0], "density": 0.0}, "density=0.0: expected a share above 0"),
+        (1, {"weights": [1.0], "density": 0.0}, "density=0.0: expected a number above 0"),
     ],
 )
 def test_settings_that_cannot_be(count: int, arguments: dict[str, Any], message: str) -> None:
@@ -339,16 +339,18 @@ def test_adapters_that_cannot_be_summed() -> None:
     with pytest.raises(FormatError, match=r"different bases"):
         blend([one, wide], [1, 1])
     bare = [dataclasses.replace(r, base=None) for r in (one, wide)]
-    with pytest.raises(FormatError, match=r"q_proj is a linear of 32 x 32 in one, linear of 64 x 64 in the other"):
+    with pytest.raises(
+        FormatError, match=r"q_proj is linear, 32 x 32, in the first and linear, 64 x 64, in the second"
+    ):
         blend(bare, [1, 1])
-    with pytest.raises(FormatError, match="trained on other weights than those of the base"):
+    with pytest.raises(FormatError, match="different weights than the given base"):
         blend([one, saved(2)], [1, 1], base=llama(initializer_range=0.2))
     with pytest.raises(FormatError, match=r"trains lm_head whole"):
         blend([one, saved(1, modules_to_save=["lm_head"])], [1, 1])
     with pytest.raises(FormatError, match=r"q_proj: A is \[2, 32\] in adapter 1 and \[3, 32\] in adapter 2"):
         blend([one, saved(1, method=LoRA(r=3))], [1, 1], space="factor")
-    with pytest.raises(FormatError, match=r"go on different sites: .*v_proj"):
+    with pytest.raises(FormatError, match=r"adapt different modules: .*v_proj"):
         blend([one, saved(1, **KINDS["other sites"])], [1, 1], space="factor")
     gated = saved(1, method=METHODS["task_gated"](n=2, r=4, tasks=("a", "b")))
-    with pytest.raises(FormatError, match="parts that all sites share"):
+    with pytest.raises(FormatError, match="shares state such as gates between sites"):
         blend([one, gated], [1, 1])

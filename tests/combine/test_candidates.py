@@ -64,7 +64,7 @@ def test_adapters_of_different_ranks_and_sites_in_delta() -> None:
     expected = llama()
     blend([one.record, two.record], WEIGHTS[0, :2].tolist()).put(expected)
     assert_equal_but_for_rounding(found[0], logits(expected)[0])
-    with pytest.raises(FormatError, match="go on different sites"), candidates(model, [one, two], space="factor"):
+    with pytest.raises(FormatError, match="adapt different modules"), candidates(model, [one, two], space="factor"):
         pass
 
 
@@ -103,14 +103,14 @@ def test_what_cannot_be_searched() -> None:
         assert not hasattr(model, "reparam_state")
 
     refused([], "no adapters are given")
-    refused(good, "in delta and factor", space="ties")
-    refused([Operand("d", trained(llama(), method=DoRA(r=2)).record())], "its gain scales the frozen one too")
+    refused(good, "expected 'delta' or 'factor'", space="ties")
+    refused([Operand("d", trained(llama(), method=DoRA(r=2)).record())], "its gain also scales the frozen matrix")
     refused(parts(llama, ["q_proj"], modules_to_save=["lm_head"]), "trains lm_head whole")
     wide = trained(llama(hidden_size=64)).record()
-    refused([Operand("w", wide)], "other weights than those of the base")
+    refused([Operand("w", wide)], "different weights than the given base")
     bare = Operand("w", type(wide)(wide.method, wide.sites, wide.tensors))
     refused([bare], r"linear, 32 x 32, in the base, not 64 x 64")
     with candidates(model, good) as gates:
         gates.rows = WEIGHTS[:2].expand(2, 3)
-        with pytest.raises(ValueError, match="2 rows of weights met 21 tokens"):
+        with pytest.raises(ValueError, match="21 tokens cannot be divided among 2 rows"):
             logits(model, IDS)

@@ -120,7 +120,7 @@ def test_the_written_folder_is_the_record(kind: str, format: str, tmp_path: Path
     reparam.remove(model, "default")
     found = compress(record, energy=0.6)
     if format == "peft" and kind in ("dora of columns", "adalora with magnitudes"):
-        with pytest.raises(FormatError, match="PEFT has no equal"):
+        with pytest.raises(FormatError, match="PEFT has no equivalent"):
             found.save(tmp_path / "small", format=format)
         return
     found.save(tmp_path / "small", format=format)
@@ -321,15 +321,15 @@ def _once(kind: str) -> Record:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({}, "give one of energy, rank and bytes, not 0"),
-        ({"rank": 1, "energy": 0.5}, "not 2 of them"),
-        ({"energy": 0}, "energy=0: expected a share"),
+        ({}, "expected exactly one of energy, rank and bytes, found 0"),
+        ({"rank": 1, "energy": 0.5}, "found 2"),
+        ({"energy": 0}, "energy=0: expected a number"),
         ({"energy": 1.01}, "energy=1.01"),
         ({"energy": float("nan")}, "energy=nan"),
         ({"rank": 0}, "rank=0: expected a whole number"),
         ({"rank": 1.5}, "rank=1.5"),
         ({"bytes": -1}, "bytes=-1"),
-        ({"bytes": 8}, "bytes=8: this adapter needs 320 at least, and has"),
+        ({"bytes": 8}, "bytes=8: this adapter needs at least 320 bytes; it has"),
     ],
 )
 def test_settings_that_cannot_be(settings_: dict[str, Any], message: str) -> None:

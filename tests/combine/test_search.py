@@ -119,7 +119,7 @@ def test_nan_is_infinite_and_warned_of_once(optimizer: str) -> None:
 @pytest.mark.filterwarnings("default:a budget of")
 @pytest.mark.parametrize(("optimizer", "first"), [("cobyla", 4), ("cma", 7)])
 def test_a_small_budget_is_warned_of(optimizer: str, first: int) -> None:
-    with pytest.warns(UserWarning, match=f"below the {first} points"):
+    with pytest.warns(UserWarning, match=f"less than the {first} initial points"):
         assert len(search(Counted(bowl(3, 0)[1]), 3, budget=2, optimizer=optimizer).history) == 2
 
 
@@ -139,7 +139,7 @@ def test_what_the_function_raises_ends_the_search() -> None:
         ({"bound": math.inf}, "expected a finite number above 0"),
         ({"budget": 0}, "expected at least 1 of each"),
         ({"optimizer": "adam"}, "expected one of cobyla, cma"),
-        ({"n": 1, "optimizer": "cma"}, "needs two adapters or more"),
+        ({"n": 1, "optimizer": "cma"}, "needs at least two adapters"),
     ],
 )
 def test_what_cannot_be(arguments: dict[str, float], message: str) -> None:

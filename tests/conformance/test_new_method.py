@@ -89,7 +89,7 @@ def test_it_is_saved_whole_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(other), logits(model))
     assert {int(update.steps) for update in again.updates.values()} == {3}
     assert not any(p.requires_grad for p in again.parameters())
-    with pytest.raises(FormatError, match="PEFT has no equal of the method 'nudge'"):
+    with pytest.raises(FormatError, match="PEFT has no equivalent of the method 'nudge'"):
         adapter.save(tmp_path / "b", format="peft")
 
 
@@ -97,7 +97,7 @@ def test_peft_refuses_it_in_one_sentence(tmp_path: Path) -> None:
     _, adapter = LLAMA.adapted(Nudge())
     with pytest.raises(FormatError) as caught:
         adapter.save(tmp_path / "a", format="peft")
-    assert str(caught.value) == "PEFT has no equal of the method 'nudge'; save with format='reparam'"
+    assert str(caught.value) == "PEFT has no equivalent of the method 'nudge'; save with format='reparam'"
     assert not (tmp_path / "a").exists()
 
 
@@ -108,7 +108,7 @@ class Doubled(reparam.LoRA):
 def test_a_format_is_for_one_method_and_no_subclass(tmp_path: Path) -> None:
     """A subclass may compute something else, so it is refused until it registers its own format."""
     _, adapter = LLAMA.adapted(Doubled(r=2))
-    with pytest.raises(FormatError, match="PEFT has no equal of the method 'lora'"):
+    with pytest.raises(FormatError, match="PEFT has no equivalent of the method 'lora'"):
         adapter.save(tmp_path / "a", format="peft")
     with pytest.raises(AssertionError, match="two formats are registered for LoRA"):
         peft_format(reparam.LoRA)(NudgeFormat)
@@ -161,7 +161,7 @@ def test_a_format_of_an_installed_package_reads_its_folder(tmp_path: Path, monke
     with monkeypatch.context() as there:
         there.setattr(peft_formats, "FORMATS", {**peft_formats.FORMATS, Nudge: NudgeFormat()})
         adapter.save(tmp_path / "a", format="peft")
-    with pytest.raises(FormatError, match="peft_type 'NUDGE' is not read, only LORA and ADALORA are"):
+    with pytest.raises(FormatError, match="peft_type 'NUDGE' is not supported, only LORA and ADALORA"):
         reparam.load(LLAMA.make(), tmp_path / "a")
     monkeypatch.setattr(peft_formats, "load_installed", lambda group: peft_format(Nudge)(NudgeFormat))
     assert reparam.load(LLAMA.make(), tmp_path / "a").method == Nudge(strength=0.5)
@@ -257,7 +257,7 @@ def test_commands_that_are_for_other_methods_refuse_it_in_a_sentence(tmp_path: P
     adapter.save(tmp_path / "a")
     with pytest.raises(FormatError, match="nudge has no components that could be dropped one by one; lora, dora, ada"):
         compress(tmp_path / "a", rank=1)
-    with pytest.raises(ValueError, match=r"\(nudge\) is no mixture of low-rank experts"):
+    with pytest.raises(ValueError, match=r"\(nudge\) is not a mixture of low-rank experts"):
         reparam.split(model, "one")
     assert all(update.expert_choice() is None for update in adapter.updates.values())
     found = spectra(files.read(tmp_path / "a"), LLAMA.make())

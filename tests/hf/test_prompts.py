@@ -116,7 +116,7 @@ def test_what_it_cannot_do_is_refused(kind: type[Prompting], tmp_path: Path) -> 
     adapter = moved(kind)
     with pytest.raises(ValueError, match="do not support mixed batches"):
         reparam.select(adapter.model, ["default", None, "default"])
-    with pytest.raises(ValueError, match="changes no weight, so that there is nothing to merge"):
+    with pytest.raises(ValueError, match="changes no weights, so there is nothing to merge"):
         reparam.merge(adapter.model)
     with pytest.raises(ValueError, match="load the base model again"):
         reparam.remove(adapter.model, "default")

@@ -278,7 +278,7 @@ def test_a_quantized_folder_is_not_quantized_otherwise(folders: dict[str, Path],
         load_base(str(place), storage=reparam.NF4(), targets=("all-linear", "lm_head"))
     with pytest.raises(ValueError, match=r"NF4Config.*Int8Config"):
         AutoModelForCausalLM.from_pretrained(place, quantization_config=reparam.Int8Config())
-    with pytest.raises(ValueError, match="quantizing twice"):
+    with pytest.raises(ValueError, match="quantizing again adds error"):
         reparam.quantize(load_base(str(place)), "int8")
 
 
@@ -312,13 +312,13 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     ("change", "said"),
     [
         (lambda t: t.pop(f"{Q}.absmax"), f"{Q}.absmax is missing"),
-        (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), f"{Q}: has no quant_state"),
+        (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), f"{Q}: quant_state.bitsandbytes__nf4 is missing"),
         (lambda t: t.update({f"{Q}.nested_absmax": torch.ones(5)}), "nested_absmax is float32 [5]"),
         (lambda t: t.update({Q: torch.zeros(32, 32)}), "weight is float32 [32, 32]"),
         (lambda t: [t.pop(key) for key in list(t) if key.startswith(Q)], f"{Q} is not quantized, but config.json"),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(97, 32, dtype=torch.uint8)}),
-            "lm_head.weight: has no quant",
+            "lm_head.weight: quant_state.bitsandbytes__nf4 is missing",
         ),
     ],
 )

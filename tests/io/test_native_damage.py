@@ -100,7 +100,7 @@ def test_cut_short(folder: Path, name: str, share: float) -> None:
 def test_something_else_in_the_place_of_a_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
-    refused(folder, f"{name}: not a file")
+    refused(folder, f"{name}: not a regular file")
 
 
 def test_no_folder_and_no_adapter(folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_weights_of_another_save(folder: Path, tmp_path: Path) -> None:
     trained(llama(), modules_to_save=["model.norm"], name="other").save(tmp_path / "other")
     found = load_file(tmp_path / "other" / WEIGHTS)
     save_file({key: tensor + 1 for key, tensor in found.items()}, folder / WEIGHTS)
-    refused(folder, WEIGHTS, "comes from another save")
+    refused(folder, WEIGHTS, "belongs to another adapter")
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -168,9 +168,9 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(version=2), "version 2; this release reads"),
+        (lambda c: c.update(version=2), "version 2; a later release"),
         (lambda c: c.update(version=True), "version"),
-        (lambda c: c.update(format="other"), "format 'other'"),
+        (lambda c: c.update(format="other"), "found 'other' version"),
         (lambda c: c.update(method="lorra"), "unknown method 'lorra' (did you mean 'lora' or"),
         (lambda c: c.update(extra=1), "extra: unknown key"),
         (lambda c: c.pop("settings"), "settings: missing"),
@@ -191,8 +191,8 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
         (lambda c: c["sites"][SITE].update(shape=[-32, 32]), f"sites['{SITE}']"),
         (lambda c: c["sites"][SITE].update(shape=[32]), "shape: expected 2 values"),
         (lambda c: c["sites"][SITE].update(shape=[32, "32"]), "shape[1]"),
-        (lambda c: c["sites"][SITE].update(shape=[33, 32]), f"{SITE} was a linear of 33 x 32"),
-        (lambda c: c["sites"][SITE].update(kind="embedding"), f"{SITE} was a embedding"),
+        (lambda c: c["sites"][SITE].update(shape=[33, 32]), "the adapter was trained on linear, 33 x 32"),
+        (lambda c: c["sites"][SITE].update(kind="embedding"), "the adapter was trained on embedding"),
         (lambda c: c["sites"][SITE].update(kind="conv"), "kind: expected one of 'embedding', 'linear', 'vector'"),
         (lambda c: c["sites"].update({"": c["sites"][SITE]}), "the model itself"),
         (lambda c: c["sites"].update({"model.nowhere": c["sites"][SITE]}), "model.nowhere"),

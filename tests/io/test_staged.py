@@ -70,7 +70,7 @@ def test_a_file_is_made_with_its_folders_and_replaced(tmp_path):
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, small_files):
     target = tmp_path / "result.bin"
     write_file(target, b"old")
-    with pytest.raises(DiskFull, match=r"result.bin.*what was there before is intact"):
+    with pytest.raises(DiskFull, match=r"result.bin.*the previous content is intact"):
         write_file(target, bytes(1 << 17))
     assert tree(tmp_path) == {"result.bin": "old"}
 
@@ -161,7 +161,7 @@ def test_one_staged_folder_within_another(tmp_path):
 )
 def test_a_full_disk_leaves_the_old_folder(tmp_path, small_files, write):
     target = fill(tmp_path / "out", a="old")
-    with pytest.raises(DiskFull, match=r"out .*what was there before is intact"):
+    with pytest.raises(DiskFull, match=r"out .*the previous content is intact"):
         stage(target, write, a="new")
     assert tree(tmp_path) == {"out/a": "old"}
 

@@ -122,7 +122,7 @@ def test_what_peft_has_no_equal_of_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["rank_pattern"].update({next(iter(c["rank_pattern"])): [True]}), "its rank_pattern keeps 1 of 1"),
+        (lambda c: c["rank_pattern"].update({next(iter(c["rank_pattern"])): [True]}), "rank_pattern keeps 1 of 1"),
         (lambda c: c.update(use_dora=True), "use_dora: PEFT's AdaLoRA has no magnitudes"),
         (lambda c: c.update(target_r=9), "target_r=9 is above init_r=4"),
         (lambda c: c.update(beta1=2.0), "beta1=2.0: expected a number between 0 and 1"),

@@ -162,7 +162,7 @@ def test_peft_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_peft_files_for_embeddings_are_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)
     peft.get_peft_model(models.llama(), config).save_pretrained(str(tmp_path))
-    with pytest.raises(reparam.FormatError, match="on an embedding has a magnitude for each column"):
+    with pytest.raises(reparam.FormatError, match="on an embedding has one magnitude per column"):
         reparam.load(models.llama(), tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_peft_files_for_embeddings_are_refused(tmp_path: Path) -> None:
     ("settings", "targets", "message"),
     [
         ({"norm_axis": "input"}, ["q_proj"], "norm_axis='input'"),
-        ({"magnitude_only": True}, ["q_proj"], "magnitudes alone"),
+        ({"magnitude_only": True}, ["q_proj"], "magnitudes only"),
         ({}, ["embed_tokens"], "the embedding model.embed_tokens"),
     ],
 )

@@ -62,7 +62,7 @@ def test_context_is_for_mixtures_and_ends() -> None:
     for wrong in ([], [3], [True]):
         with pytest.raises(ValueError, match="experts: "), reparam.context(model, experts=wrong):
             pass
-    with pytest.raises(ValueError, match="lengths of at least 1"), reparam.context(model, prompt=0):
+    with pytest.raises(ValueError, match="one length, or one per row, of at least 1"), reparam.context(model, prompt=0):
         pass
     with pytest.raises(ZeroDivisionError), reparam.context(model, experts=[0]):
         raise ZeroDivisionError

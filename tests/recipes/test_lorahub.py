@@ -148,7 +148,7 @@ def test_from_the_command_line(few: Path, parts: list[str], tmp_path: Path, caps
     assert reparam("compose", *parts, *more) == 0
     told = capsys.readouterr().out
     for expected in (
-        "8 of 8 candidates, in 2 forwards",
+        "8 of 8 candidates, 2 forward passes",
         "base",
         "mean",
         "sum",
@@ -167,13 +167,13 @@ def test_from_the_command_line(few: Path, parts: list[str], tmp_path: Path, caps
         (["--search", "FEW", "--weights", "1,2,3"], "--weights and --search cannot be used together"),
         (["--valid", "FEW"], "--valid is for --search"),
         (["--search", "EMPTY"], "the file is empty"),
-        (["--search", "FEW", "--space", "ties"], "weights can be searched for in delta and factor"),
+        (["--search", "FEW", "--space", "ties"], "expected 'delta' or 'factor'"),
         (["--search", "FEW", "--bound", "0"], "bound=0.0: expected a finite number above 0"),
         (["--search", "FEW", "--optimizer", "adam"], "optimizer='adam': expected one of cobyla, cma"),
         (["--search", "FEW", "--budget", "0"], "expected at least 1 of each"),
         (["--search", "FEW", "--l1", "-1"], "l1=-1.0: expected a finite number"),
         (["--search", "FEW", "--l1-reduction", "max"], "expected one of mean, sum"),
-        (["GAIN", "--search", "FEW"], "its gain scales the frozen one too"),
+        (["GAIN", "--search", "FEW"], "its gain also scales the frozen matrix"),
     ],
 )
 def test_one_sentence_for_each_mistake(

@@ -57,7 +57,7 @@ def test_not_reached_is_said() -> None:
     curve = search_dimension(step(10**6), base=0.0, full=1.0, sizes=(10, 100))  # type: ignore[arg-type]
     assert curve.d90 is None
     assert len(curve.points) == 2
-    assert "not reached. No d up to 100 came to 0.9 x 1 = 0.9" in conclusions(curve, sides=100, rank=None)[0]
+    assert "not reached. No d up to 100 reached 0.9 x 1 = 0.9" in conclusions(curve, sides=100, rank=None)[0]
 
 
 def test_the_smallest_may_pass() -> None:
@@ -87,10 +87,10 @@ def test_a_run_that_failed_passes_nothing() -> None:
     [
         (0.5, 0.55, "no dimension would fail"),
         (0.9, 1.0, "no dimension would fail"),
-        (0.0, 0.0, "no threshold"),
-        (0.0, -1.0, "no threshold"),
-        (0.0, math.nan, "nothing to compare"),
-        (math.inf, 1.0, "nothing to compare"),
+        (0.0, 0.0, "must be above 0"),
+        (0.0, -1.0, "must be above 0"),
+        (0.0, math.nan, "both must be finite"),
+        (math.inf, 1.0, "both must be finite"),
     ],
 )
 def test_references_of_which_a_share_means_nothing(base: float, full: float, words: str) -> None:

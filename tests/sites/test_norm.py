@@ -215,9 +215,9 @@ def test_peft_has_no_equal_of_vectors_and_of_offsets(tmp_path: Path) -> None:
     model = models.llama()
     with pytest.warns(UserWarning, match="the rank exceeds"):
         adapter = reparam.attach(model, reparam.LoRA(r=2), targets=["q_proj", "norm"], name="one")
-    with pytest.raises(FormatError, match=r"no equal of an update on a vector: model\.norm"):
+    with pytest.raises(FormatError, match=r"no equivalent of an update on a vector: model\.norm"):
         adapter.save(tmp_path / "a", format="peft")
-    with pytest.raises(FormatError, match="no equal of the method 'shift'"):
+    with pytest.raises(FormatError, match="no equivalent of the method 'shift'"):
         reparam.attach(model, Shift(), name="two").save(tmp_path / "b", format="peft")
 
 
@@ -275,7 +275,7 @@ def test_a_bias_that_cannot_be_is_refused() -> None:
 
     model = models.llama()
     for targets, kind in (("norm", "vector"), ("embed_tokens", "embedding")):
-        with pytest.raises(ValueError, match=f"changes the bias, and this {kind} has none"):
+        with pytest.raises(ValueError, match=f"changes the bias, but this {kind} module cannot have a bias"):
             reparam.attach(model, Everywhere(), targets=targets)
     assert not any(isinstance(module, Adapted) for module in model.modules())
 

@@ -218,12 +218,12 @@ DAMAGE: dict[str, tuple[Callable[[State], None], str]] = {
     "another block": (said(blocksize=128), "absmax"),
     "nested block of 64": (said(nested_blocksize=64), "256"),
     "nested in half": (said(nested_dtype="float16"), "nested_dtype"),
-    "no offset": (said(nested_offset=None), "go together"),
+    "no offset": (said(nested_offset=None), "or none of them"),
     "offset too large": (said(nested_offset=1e300), "float32"),
     "offset NaN": (said(nested_offset=float("nan")), "nested_offset"),
-    "not nested": (said(nested_offset=None, nested_dtype=None, nested_blocksize=None), "nested_absmax is not known"),
+    "not nested": (said(nested_offset=None, nested_dtype=None, nested_blocksize=None), "nested_absmax is unknown"),
     "shape too large": (said(shape=[24, 512]), "24 x 512"),
-    "shape transposed": (said(shape=[-24, -256]), "no matrix"),
+    "shape transposed": (said(shape=[-24, -256]), "sizes of at least 1"),
     "three dimensions": (said(shape=[2, 12, 256]), "shape"),
     "no codes": (put("weight", None), "a.weight is missing"),
     "codes in a row": (put("weight", NESTED_STATE["a.weight"].view(1, -1)), "weight is uint8"),
@@ -239,7 +239,7 @@ DAMAGE: dict[str, tuple[Callable[[State], None], str]] = {
     "map unsorted": (put(NESTED[1], MAP.flip(0)), "sorted"),
     "map short": (put(NESTED[1], MAP[:255]), "float32 [255]"),
     "map of NaN": (put(NESTED[1], torch.full((256,), torch.nan)), "NaN"),
-    "an extra tensor": (put("weight.extra", torch.ones(1)), "a.weight.extra is not known"),
+    "an extra tensor": (put("weight.extra", torch.ones(1)), "a.weight.extra is unknown"),
 }
 
 

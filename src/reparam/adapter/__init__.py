@@ -1,1 +1,1 @@
-"""Adapters on a model: attach, select, save, load, merge, quantize."""
+"""Work with adapters on a model: attach, select, save, load, merge, quantize."""

@@ -1,4 +1,4 @@
-"""The handle of one adapter on one model: what it trains, how it meets an optimizer, and how it is saved."""
+"""The `Adapter` class: one adapter on one model, with its parameters, its optimizer hooks and saving."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from reparam.sites.walk import base_parameters, storages_in, walk
 
 
 class Adapter:
-    """One adapter on one model: its method, its updates by site, what else it trains.
+    """One adapter on one model: its method, its updates by site, and its trained biases and whole modules.
 
-    It is made by `attach` or `load`. `parameters()` is everything that it trains and nothing else.
+    `attach` and `load` create it. `parameters()` returns all parameters that the adapter trains, and no others.
     """
 
     removable: ClassVar[bool] = True
-    """Whether `remove` can take it off the model."""
+    """Whether `remove` can take this adapter off the model."""
 
     def __init__(self, name: str, method: Method, model: nn.Module) -> None:
         self.name = name
@@ -43,21 +43,24 @@ class Adapter:
 
     @property
     def positions(self) -> int:
-        """How many positions of the model's context it takes from every text."""
+        """Number of context positions that the adapter occupies in every sequence, such as virtual tokens."""
         return 0
 
     @property
     def context(self) -> int | None:
-        """How many positions the model has for everything, as far as its configuration says."""
+        """The model's context length (`max_position_embeddings`); None if its configuration does not state it."""
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
 
     @property
     def updates(self) -> dict[str, Update]:
-        """The updates by site."""
+        """The updates of all adapted modules, by the module's path."""
         return {name: module.updates[self.name] for name, module in self.modules.items()}  # type: ignore[misc]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
-        """Name as in files, parameter, and its role; the role of biases and of modules replaced whole is None."""
+        """Yield (name in saved files, parameter, role) for each trained parameter.
+
+        The role is None for biases and for parameters of modules that train whole.
+        """
         for site, update in self.updates.items():
             for name, parameter in update.named_parameters():
                 yield f"{site}.{name}", parameter, update.roles[name]
@@ -70,41 +73,41 @@ class Adapter:
             yield f"{SHARED}.{name}", parameter, "core"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved, by its name in files, detached: what it trains, and persistent buffers."""
+        """All tensors that `save` writes, detached, by their names in the file: parameters and persistent buffers."""
         biases = {path: m.biases[self.name] for path, m in self.modules.items() if self.name in m.biases}
         copies = {path: holder.updates[self.name] for path, holder in self.replaced.items()}
         return saved(self.updates, biases, copies, self.shared)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that this adapter trains."""
+        """All parameters that this adapter trains."""
         return [parameter for _, parameter, _ in self.named_parameters()]
 
     def requires_grad_(self, trains: bool = True) -> Adapter:
-        """Let the adapter train, or freeze it."""
+        """Set `requires_grad` of all parameters of the adapter: True to train it, False to freeze it."""
         for parameter in self.parameters():
             parameter.requires_grad_(trains)
         return self
 
     def penalty(self) -> Tensor | None:
-        """The sum of the updates' extra losses, or None when no update has one."""
+        """The sum of the updates' penalty terms, a scalar to add to the loss; None if no update has one."""
         found = [p for p in (update.penalty() for update in self.updates.values()) if p is not None]
         return torch.stack(found).sum() if found else None
 
     def losses(self) -> dict[str, float]:
-        """Auxiliary losses of the last forward in training by name, each a mean over the sites, without its factor.
+        """Auxiliary losses of the last training forward pass by name, each a mean over sites, without its factor.
 
-        Their gradients come with the model's backward pass; they are in no loss that is returned or reported. Empty
-        for methods without any.
+        The model's backward pass already adds their gradients. No returned or reported loss includes these values.
+        Empty for methods without auxiliary losses.
         """
         found = getattr(self.shared, "losses", None)
         return found() if found is not None else {}
 
     def bind(self, optimizer: torch.optim.Optimizer, *, total_steps: int | None = None) -> Adapter:
-        """Make whatever the method needs around a step happen at each `optimizer.step()`, of this optimizer only.
+        """Run the method's hooks before and after each `optimizer.step()` of this optimizer, and of no other.
 
-        `total_steps` is how many there will be, for a method with a schedule (AdaLoRA). Raises ValueError when such a
-        method is not told, or its schedule does not fit; and when the adapter is frozen or the optimizer does not hold
-        all of its parameters: it would train less than it seems to.
+        `total_steps` is the number of optimizer steps; a method with a schedule (AdaLoRA) needs it. Raises ValueError
+        if a method with a schedule gets no `total_steps` or if its schedule does not fit into them, if a parameter of
+        the adapter is frozen, or if the optimizer does not hold all parameters of the adapter.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p, _ in self.named_parameters() if id(p) not in held]
@@ -136,14 +139,14 @@ class Adapter:
         return self
 
     def finish(self) -> str | None:
-        """Say that training is over, for a method with a schedule.
+        """End the schedule of a method that has one; call this after training.
 
-        Returns a sentence where it ended before the schedule did, else None. `reparam train` calls it and prints that.
+        Returns a sentence if training ended before the schedule did, else None. `reparam train` prints this sentence.
         """
         return self.controller.finish() if self.controller is not None else None
 
     def record(self) -> Record:
-        """The adapter as plain data."""
+        """The adapter as plain data, as the file formats write it."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
         return Record(
@@ -156,21 +159,23 @@ class Adapter:
         )
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
-        """Write the adapter, and nothing of the base, into `folder`; in one step, or not at all.
+        """Write the adapter without the base model into `folder`, atomically.
 
-        `format` is "reparam" or "peft". Raises ValueError when a tensor is not finite, when the folder holds anything
-        but an adapter, when the format cannot express the method, or when parameters are sharded (FSDP2).
+        `format` is "reparam" or "peft". Raises ValueError if a tensor is not finite, the folder holds files other than
+        those of an adapter in this format, the format cannot express the method, or parameters are sharded (FSDP2).
+        Warns if the method needs `bind` and no optimizer was bound.
         """
         sharded = [name for name, p, _ in self.named_parameters() if hasattr(p, "full_tensor")]
         if sharded:
             raise ValueError(
-                f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and only whole "
-                f"ones can be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and save that"
+                f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and sharded "
+                f"parameters cannot be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and "
+                f"save that adapter"
             )
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(
-                f"adapter {self.name!r}: {self.method.name} acts around the optimizer's steps, and no optimizer was "
-                f"bound: call adapter.bind(optimizer) before training",
+                f"adapter {self.name!r}: {self.method.name} has to run before and after optimizer steps, and no "
+                f"optimizer was bound; call adapter.bind(optimizer) before training",
                 stacklevel=2,
             )
         record = self.record()
@@ -203,7 +208,7 @@ def saved(
     copies: Mapping[str, nn.Module],
     shared: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """Every tensor that files hold, by its name there: parameters and persistent buffers."""
+    """All tensors that a saved adapter holds, by their names in the file: parameters and persistent buffers."""
     parts = [*updates.items(), *copies.items(), *([] if shared is None else [(SHARED, shared)])]
     found = {f"{path}.{name}": tensor for path, module in parts for name, tensor in module.state_dict().items()}
     return found | {f"{path}.bias": bias.detach() for path, bias in biases.items()}

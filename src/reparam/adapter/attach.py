@@ -1,4 +1,4 @@
-"""Adapters on a model: attach, select, remove."""
+"""Attach adapters to a model, select the active one, and remove them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam.methods
-import reparam.weights  # noqa: F401  (both fill their registries)
+import reparam.weights  # noqa: F401  (importing both packages registers the methods and storages)
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.quantize import describe
@@ -37,20 +37,25 @@ def attach(
     modules_to_save: Iterable[str] = (),
     **settings: Any,
 ) -> Adapter:
-    """Put a fresh adapter on `model`, select it, and freeze everything else.
+    """Put a new adapter on `model`, select it, and freeze all other parameters. The model's outputs do not change.
 
-    `method` is a configuration, or the name of a method, whose `settings` then follow: `LoRA(r=8)` or `"lora", r=8`.
-    A `bias` is always that of `attach`; give `Intrinsic(bias=False)` as a configuration.
+    Args:
+        model: the base model, with or without other adapters.
+        method: a configuration such as `LoRA(r=8)`, or the name of a method followed by its `settings`: `"lora", r=8`.
+        targets: the modules to adapt: "all-linear" (without the output head), "attention", "mlp", "everything"
+            (including the head, embeddings and norms), the last components of a path, "re:" followed by a regular
+            expression for the path, or a list of these. The default depends on the method; for most it is "all-linear".
+            A mixture of saved adapters (`method.experts`) goes on those target modules that the adapters change.
+        name: the adapter's name: letters, digits, "_" and "-".
+        bias: whether the biases of the adapted modules train too. This is always the argument of `attach`, so pass
+            a method's own `bias` in a configuration: `Intrinsic(bias=False)`.
+        modules_to_save: the last components of the paths of modules that train whole and are saved with the adapter,
+            such as a newly initialized head.
+        settings: settings of the method, if `method` is a name.
 
-    `targets` is "all-linear" (without the output head), "attention", "mlp", "everything" (with the head, embeddings and
-    norms), the end of a path or a list of such, or "re:" and a regular expression for the path; by default what is
-    usual for the method, "all-linear" for most. With `bias`, the biases of the sites train too. `modules_to_save` are
-    ends of paths of modules that train whole and are saved with the adapter, a fresh head for instance. A mixture of
-    finished adapters (`method.experts`) goes on their sites, of those that the targets name.
-
-    The outputs do not change. Raises ValueError, before anything is touched, for targets that match nothing or what
-    cannot be adapted, for a name that is taken or not made of letters, digits, "_" and "-", for tied weights, for an
-    unknown method or setting, and for settings beside a configuration.
+    Raises ValueError, before the model is changed, if the targets match nothing or a module that the method cannot
+    adapt, if the name is invalid or taken, if weights are tied, if the method or a setting is unknown, or if `settings`
+    are passed with a configuration.
 
     >>> from torch import nn
     >>> from reparam import LoRA
@@ -66,7 +71,7 @@ def attach(
     ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     whole = [path for end in ends for path in targets_.ending(model, end)]
     inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
-    names = [n for n in names if n not in inside]  # PEFT's rule: what is trained whole needs no update
+    names = [n for n in names if n not in inside]  # as in PEFT: modules that train whole get no update
     method, experts = assemble(model, method, names)
     names = [n for n in names if f"{n}.A" in experts] if experts else names
     bias = bias or method.biases
@@ -82,15 +87,15 @@ def attach(
 
 
 def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
-    """The method itself, or the one of this name with these settings."""
+    """Return the configuration itself, or build the one that the name and the settings describe."""
     own = ("targets", "name", "bias", "modules_to_save")
     if not isinstance(method, str):
         if not settings:
             return method
         first = next(iter(settings))
         raise ValueError(
-            f"attach: {first}={settings[first]!r} stands beside a configuration{nearest(first, own)}; settings of the "
-            f"method belong in it: {type(method).__name__}({first}=...)"
+            f"attach: unexpected argument {first}={settings[first]!r}{nearest(first, own)}; pass a setting of the "
+            f"method in its configuration: {type(method).__name__}({first}=...)"
         )
     cls = find_method(method)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
@@ -101,9 +106,9 @@ def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
 
 
 def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: list[str]) -> list[str]:
-    """Those of the found sites that the method has a form for.
+    """The sites among `found` that the method supports.
 
-    Raises ValueError for others that are named by their paths, and where none is left.
+    Raises ValueError if a path in `wanted` names an unsupported site, or if no site is supported.
     """
     modules = dict(walk(model))
     odd = {name: why for name in found if (why := method.unsupported_reason(targets_.site_of(name, modules[name])))}
@@ -119,23 +124,28 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
 
 
 def select(model: nn.Module, which: str | Sequence[str | None] | None) -> Selection:
-    """Use the adapter with this name from now on; None is the base model.
+    """Make the adapter with this name the active one; None selects the base model.
 
-    A list has one name (or None) per row of the following batches: a mixed batch, for inference. Raises ValueError for
-    an unknown name at once, and, at the model's forward, for a batch of another length, before anything is computed.
+    A list gives one name (or None) per row of the following batches, for inference with mixed batches. Raises
+    ValueError at once for an unknown name or an empty list, and at the start of the model's forward pass if the batch
+    has a different number of rows.
 
-    The result may be used in a `with`, which puts the previous choice back at its end, also after an exception.
+    Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
+    exception.
     """
     return state_of(model).select(which)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters on the model by name."""
+    """The adapters on the model, by name; empty if there are none."""
     return dict(state_of(model).adapters) if hasattr(model, "reparam_state") else {}
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take the adapter off the model. With the last one gone, the model's own modules are back in place."""
+    """Remove an adapter from the model. Removing the last one also restores the model's original modules.
+
+    Raises ValueError if no adapter has this name.
+    """
     state = state_of(model)
     state.check(name)
     state.forget(name)
@@ -144,7 +154,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put the model's own modules back, with the values that the frozen weights have now; drop all adapters."""
+    """Drop all adapters and restore the model's original modules, with the current values of the frozen weights."""
     state = state_of(model)
     state.select(None)
     for path, module in list(walk(model)):
@@ -159,9 +169,12 @@ def unwrap(model: nn.Module) -> None:
 
 
 def untie(model: nn.Module) -> None:
-    """Give the output head a matrix of its own where it shares the embedding's, so that either can be adapted."""
+    """Give the output head its own copy of the embedding matrix if the two are tied, so that each can be adapted.
+
+    Raises ValueError if the model has no `get_output_embeddings`.
+    """
     if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"{type(model).__name__} has no input and output embeddings that could be tied")
+        raise ValueError(f"untie: {type(model).__name__} has no method get_output_embeddings, so nothing can be tied")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
@@ -169,11 +182,11 @@ def untie(model: nn.Module) -> None:
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless a new adapter on `model` can have this name."""
+    """Raise ValueError if a new adapter on `model` cannot have this name: invalid characters, reserved, or taken."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"name={name!r}: an adapter's name is made of letters, digits, '_' and '-'")
+        raise ValueError(f"name={name!r}: expected letters, digits, '_' and '-'")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"name={name!r} is also the name of an attribute of torch's containers; choose another")
+        raise ValueError(f"name={name!r} is an attribute of PyTorch's ModuleDict or ParameterDict; choose another name")
     if name in adapters(model):
         raise ValueError(f"name={name!r} is taken; remove(model, {name!r}) first, or choose another name")
 
@@ -189,10 +202,10 @@ def install(
     check: Callable[[dict[str, Tensor]], None] | None = None,
     warns: bool = False,
 ) -> Adapter:
-    """Build all updates, then put them into the model; nothing is touched if building fails, or if `check` raises.
+    """Build all updates and then put them into the model. If building fails or `check` raises, the model is unchanged.
 
-    `check` gets the tensors that will be in the adapter's files, by their names there. With `warns`, the method's notes
-    are warnings at the line that called the caller of this; an adapter that was read had them when it was trained.
+    `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the method's
+    notes become warnings, which point at the line that called `attach`; a loaded adapter needs no notes.
     """
     check_name(model, name)
     _check_shared(model, names, replaced)
@@ -218,7 +231,7 @@ def install(
             biases = {p: m.bias for p, m in modules.items() if bias and m.bias is not None}
             check(saved(updates, biases, copies, shared))
     except BaseException:
-        for path in trains.keys() & modules.keys():  # wrapping froze these, and transposed a Conv1D's matrix
+        for path in trains.keys() & modules.keys():  # wrapping froze these weights and transposed those of Conv1D
             modules[path].restore().get_parameter("weight").requires_grad_(trains[path])
         raise
 
@@ -243,13 +256,14 @@ def install(
 
 @torch.no_grad()
 def _check_form(path: str, update: Update, module: Adapted) -> None:
-    """Raise InputDependentError for an update without the form that the site computes with, rows on an embedding say.
+    """Check that the module can compute with the update.
 
-    Raises ValueError for a change of the bias where no bias can be.
+    Raises InputDependentError if the update lacks the form that the module needs, such as `rows` for an embedding, and
+    ValueError if the update changes the bias of a module that cannot have one.
     """
     module.check_update(update)
     if module.bias is None and not module.can_add_bias and update.bias_delta() is not None:
-        raise ValueError(f"{path}: the update changes the bias, and this {module.kind} has none")
+        raise ValueError(f"{path}: the update changes the bias, but this {module.kind} module cannot have a bias")
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
@@ -257,19 +271,21 @@ def _at(model: nn.Module, path: str) -> nn.Module:
 
 
 def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> None:
-    """Raise ValueError where one adapter would change what something else uses as well."""
+    """Raise ValueError if the adapter would change tied weights, or if whole-module training overlaps other updates."""
     for path, others in tied(model, [*names, *replaced]).items():
         raise ValueError(
-            f"{path} shares its weight with {', '.join(others)}; changing one would change the other. Call "
-            f"reparam.untie(model) first, or leave it out"
+            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; call "
+            f"reparam.untie(model) first, or leave {path} out of the targets"
         )
     for path in replaced:
         module = _at(model, path)
         why = targets_.unsupported_whole(module)
         if why:
-            raise ValueError(f"{path} cannot be trained whole: {why}; name the parts of it that can")
+            raise ValueError(f"{path} cannot be trained whole: {why}; name those of its submodules that can")
         inside = () if isinstance(module, Replaced) else module.named_modules()
         taken = [f"{path}.{name}".rstrip(".") for name, part in inside if isinstance(part, Adapted | Replaced)]
         taken += [n for n in (*names, *replaced) if n.startswith(f"{path}.") or (n == path and n in names)]
         if taken:
-            raise ValueError(f"{path} cannot be trained whole: {taken[0]} in it is adapted as well; remove that first")
+            raise ValueError(
+                f"{path} cannot be trained whole, because an adapter already changes {taken[0]}; remove that first"
+            )

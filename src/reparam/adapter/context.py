@@ -1,4 +1,4 @@
-"""What a forward has to be told beside its inputs, for adapters whose gates go by it: `with context(model, ...)`."""
+"""`with context(model, ...)`: pass tasks, masks and prompt lengths to the gates of mixture adapters."""
 
 from __future__ import annotations
 
@@ -23,37 +23,42 @@ def context(
     experts: Sequence[int] | None = None,
     accumulation: int = 1,
 ) -> Iterator[None]:
-    """Tell the mixtures on `model` about the forwards inside the `with`.
+    """Set the inputs of the gates of all mixture adapters for the forward passes inside the `with` block.
+
+    Shapes: B rows, L tokens per row, N experts.
 
     Args:
-        model: has adapters on it.
-        tasks: the task of every row, or one for each of them, by name or number. `model(..., task=...)` says the same
-            for one forward and comes first. Merging takes the one task that is named here.
-        mask: [B, L], the tokens that are no padding. By default the forward's own `attention_mask`, if that is 2-D.
-        prompt: how many of the tokens are the prompt, padding not counted, for gates of whole sequences. By default
-            what comes before the first label, or in a forward with an empty cache all of it.
-        experts: numbers of the experts that may be used; they share the others' part in proportion.
-        accumulation: how many forwards one optimizer step is made of, where each forward's loss is divided by that.
-            Auxiliary losses are then divided as well. transformers' Trainer tells it to most models by itself.
+        model: a model with at least one mixture adapter.
+        tasks: one task for all rows, or one per row [B], by name or number. The argument `model(..., task=...)` takes
+            precedence in its forward pass. `merge` uses the one task that is given here.
+        mask: [B, L], true for tokens that are not padding. Default: the `attention_mask` of the forward pass, if it is
+            2-D.
+        prompt: prompt length in tokens without padding, one for all rows or one per row [B], for gates of whole
+            sequences. Default: the tokens before the first label, or all tokens of a forward pass with an empty cache.
+        experts: indices in [0, N) of the experts that may be used. The gates of the others are distributed over these
+            in proportion to their own gates.
+        accumulation: number of forward passes per optimizer step, at least 1, if each pass's loss is divided by it.
+            Auxiliary losses are then divided by it too. The transformers Trainer passes it to most models itself.
 
-    Raises ValueError where no mixture is on the model, and for tasks, experts or lengths that cannot be.
+    Raises ValueError if the model has no mixture adapter, or if tasks, mask, prompt, experts or accumulation are
+    invalid.
     """
     state = state_of(model)
     found = [cast(Common, adapter.shared) for adapter in state.adapters.values() if adapter.method.takes_context]
     if not found:
-        raise ValueError("context: no adapter on this model is a mixture, which is what this tells something to")
+        raise ValueError("context: no adapter on this model is a mixture; only mixtures use these arguments")
     if accumulation < 1:
         raise ValueError(f"context: accumulation={accumulation}: expected a whole number of at least 1")
     lengths = None if prompt is None else torch.as_tensor(prompt)
     if lengths is not None and (lengths.is_floating_point() or lengths.ndim > 1 or bool((lengths < 1).any())):
-        raise ValueError(f"context: prompt={prompt!r}: expected lengths of at least 1, one or one per row")
+        raise ValueError(f"context: prompt={prompt!r}: expected one length, or one per row, of at least 1 token")
     if mask is not None and mask.ndim != 2:
         raise ValueError(f"context: mask has shape {list(mask.shape)}; expected [rows, tokens]")
     device = next(model.parameters()).device
     before = [common.given for common in found]
     by_task = [len(common.tasks) > 1 for common in found]
     if tasks is not None and not any(by_task):
-        raise ValueError("context: tasks are given, and no adapter on this model has more than one")
+        raise ValueError("context: tasks were passed, but no adapter on this model has more than one task")
     numbers = [common.numbers(tasks) if several else None for common, several in zip(found, by_task, strict=True)]
     for common, task in zip(found, numbers, strict=True):
         common.given = Given(
@@ -63,7 +68,7 @@ def context(
             experts=None if experts is None else _mask(experts, common.n).to(device),
             accumulation=accumulation,
         )
-        common.begin()  # for parts of a model that are called without the whole, as a T5's encoder is in generation
+        common.begin()  # for submodules that are called without the whole model, such as T5's encoder in generation
     try:
         state.refresh()
         yield
@@ -74,15 +79,15 @@ def context(
 
 
 def tasks_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of the tasks that the selected adapter has to be told, in the order of their numbers; none for others."""
+    """Task names of the selected adapter, in the order of their numbers; empty if its gates do not use the task."""
     common = _selected(model)
     return common.tasks if common is not None and len(common.tasks) > 1 else ()
 
 
 def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Tell the selected adapter what a collated batch says beside the inputs: `task`, and the prompts, by `labels`.
+    """Return a context that passes the batch's tasks and prompt lengths (derived from its labels) to the gates.
 
-    For forwards without labels. It does nothing where no mixture is selected.
+    Use it for forward passes that get no labels. The context does nothing if no mixture adapter is selected.
     """
     common = _selected(model)
     if common is None:
@@ -94,16 +99,16 @@ def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractCo
 
 
 def _selected(model: nn.Module) -> Common | None:
-    """What the sites of the selected adapter share, if that is a mixture."""
+    """The shared state of the selected adapter if it is a mixture, else None."""
     choice = state_of(model).choice if hasattr(model, "reparam_state") else None
     adapter = state_of(model).adapters[choice] if isinstance(choice, str) else None
     return cast(Common, adapter.shared) if adapter is not None and adapter.method.takes_context else None
 
 
 def _mask(experts: Sequence[int], n: int) -> Tensor:
-    """Where these experts are, [N] bool."""
+    """A mask [N] (bool) that is true for these experts. Raises ValueError for an invalid index or an empty list."""
     wrong = [i for i in experts if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n]
     if wrong or not experts:
-        what = f"{wrong[0]!r} is none of the {n} experts, whose numbers are from 0" if wrong else "none would be left"
+        what = f"expected indices from 0 to {n - 1}, found {wrong[0]!r}" if wrong else "the list is empty"
         raise ValueError(f"context: experts: {what}")
     return torch.tensor([i in experts for i in range(n)])

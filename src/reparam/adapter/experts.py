@@ -1,4 +1,4 @@
-"""Finished adapters as the experts of a mixture: read, checked against each other and the model, and put together."""
+"""Read saved adapters as the experts of a mixture, check them, and concatenate their factors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from reparam.weights.dense import zero_weight
 
 
 def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Method, dict[str, Tensor]]:
-    """A method that names folders, with the ranks found in them, and the experts' tensors by their names in files.
+    """Read the experts of a mixture from the folders that the method names (adapters or training runs).
 
-    The folders are those of adapters or of training runs. `names` are the sites that are allowed. The result is the
-    method itself and nothing, where it names no folders.
-    Scales are folded into B, so that experts may have different ones. Raises FormatError for a folder without a whole
-    adapter, for adapters that are no low-rank change, go on different sites or on sites that are not allowed, and for
-    one that was trained on another base.
+    Returns the method with the ranks of the experts, and their concatenated factors by their names in files: A
+    [Σ R_i, I] and B [O, Σ R_i], with the scales multiplied into B. Without folders, returns the method unchanged and an
+    empty dictionary. `names` are the sites that the targets allow.
+
+    Raises FormatError if a folder holds no complete adapter or is named twice, or if an adapter is not a low-rank
+    change, has sites that differ from the other adapters' or that `names` lacks, or was trained on a different base.
     """
     folders = method.expert_folders
     if not folders:
@@ -51,7 +52,7 @@ def _check_apart(folders: Sequence[str]) -> None:
     for folder in folders:
         path = files.adapter_folder(folder).resolve()
         if path in where:
-            raise FormatError(f"experts: {where[path]} and {folder} are one adapter; name it once")
+            raise FormatError(f"experts: {where[path]} and {folder} are the same adapter; name it once")
         where[path] = folder
 
 
@@ -61,28 +62,28 @@ def _check(model: nn.Module, records: dict[str, Record], names: Sequence[str]) -
     for folder, record in records.items():
         whole = [*record.replaced, *(key for key in record.tensors if key.endswith(".bias"))]
         if whole:
-            raise FormatError(f"{folder}: it also trains {listed(whole)} whole, which cannot be mixed")
+            raise FormatError(f"{folder}: this adapter also trains {listed(whole)} whole, which a mixture cannot use")
         if record.base is not None and record.base.digests and not agree(record.base.digests, digests):
             raise FormatError(
-                f"{folder}: trained on other weights than this model's (base: {record.base.source or 'unnamed'}), so "
-                f"that it is no expert here"
+                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}), so it cannot "
+                f"be an expert on this model; load that base, or name another adapter"
             )
         apart = first.sites.keys() ^ record.sites.keys()
         if apart:
             raise FormatError(
-                f"{folder} and {one} go on different sites: {listed(sorted(apart))} are in one of them alone; experts "
-                f"of one mixture need the same targets"
+                f"{folder} and {one} adapt different modules: only one of them has {listed(sorted(apart))}; all "
+                f"experts of a mixture need the same targets"
             )
         outside = [site for site in record.sites if site not in names]
         if outside:
             raise FormatError(
-                f"{folder}: it also goes on {listed(outside)}, which the targets leave out: name them too"
+                f"{folder}: this adapter also changes {listed(outside)}, which the targets leave out; add them"
             )
 
 
 @torch.no_grad()
 def _factors(folder: str, record: Record) -> dict[str, Factors]:
-    """A and s · B of an adapter, by site, in float32."""
+    """The factors A [R, I] and s · B [O, R] of an adapter in float32, by site."""
     found = {}
     for name, site in record.sites.items():
         weight = zero_weight(site.out_features, site.in_features)
@@ -90,17 +91,17 @@ def _factors(folder: str, record: Record) -> dict[str, Factors]:
             update = update_of(record, name, weight)
             factors = update.factors(weight)
         except (ValueError, RuntimeError) as error:
-            raise FormatError(f"{folder}: {record.method.name} at {name} is no expert: {error}") from error
+            raise FormatError(f"{folder}: {record.method.name} at {name} cannot be an expert: {error}") from error
         if factors.gain is not None or update.bias_delta() is not None:
             raise FormatError(
-                f"{folder}: {record.method.name} changes {name} by more than a low-rank matrix, which cannot be mixed "
-                f"with others; the experts of a mixture are LoRAs"
+                f"{folder}: {record.method.name} changes {name} by more than a low-rank matrix, which a mixture cannot "
+                f"use; the experts of a mixture are LoRAs"
             )
         found[name] = Factors(factors.A.float(), factors.B.float())
     return found
 
 
 def _called(folders: Sequence[str]) -> tuple[str, ...]:
-    """What the experts are called: the ends of their paths, with numbers where they are not different."""
+    """The experts' names: the last component of each path, with its index appended if several are equal."""
     ends = [path.parent.name if path.name == "adapter" else path.name for path in map(Path, folders)]
     return tuple(end if ends.count(end) == 1 else f"{end}-{i}" for i, end in enumerate(ends))

@@ -1,4 +1,4 @@
-"""Putting a saved adapter on a model, strictly: every tensor has its place, every place its tensor."""
+"""Load a saved adapter onto a model. The adapter's tensors and the file's tensors must match exactly."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def load(
 
     The base model is frozen, as by `attach`; so is the adapter, unless `trainable` is True.
 
-    Reads this project's format and PEFT's. `check_base=False` allows another base than the one it was trained on, of
-    the same shapes. Raises `FormatError` (a ValueError) that names the file and the tensor for anything that is
-    missing, extra, of the wrong shape, damaged, edited or made for another base, for tied weights and for a clash with
-    another adapter, and ValueError for a name that is taken; the model is then as it was.
+    Reads the reparam format and the PEFT format. `check_base=False` allows a different base model of the same shapes
+    than the one that the adapter was trained on.
+
+    Raises ValueError if the name is invalid or taken, and FormatError (a ValueError) that names the file and the tensor
+    if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
+    different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
     check_name(model, name)
     record = files.read(folder, name)
@@ -54,7 +56,7 @@ def place(
     activate: bool = True,
     check_base: bool = True,
 ) -> Adapter:
-    """Put an adapter that was read on `model`, as `load` does. Messages call it by `folder`."""
+    """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
     have = dict(walk(model))
     _check_model(model, have, record, folder)
     if check_base:
@@ -73,8 +75,8 @@ def place(
         )
     except FormatError:
         raise
-    except (ValueError, re.error, RuntimeError) as error:  # ties, clashes; a pattern or a rank that nobody saved
-        raise FormatError(f"{folder}: cannot be put on this model: {error}") from error
+    except (ValueError, re.error, RuntimeError) as error:  # tied weights, conflicts; an invalid pattern or rank
+        raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
     fill(adapter, record, folder)
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
@@ -85,9 +87,10 @@ def place(
 
 
 def fill(adapter: Adapter, record: Record, folder: Path) -> None:
-    """Copy every tensor into its parameter. Raises FormatError with all that is missing, extra or misshapen.
+    """Copy every saved tensor into its parameter.
 
-    An update that training makes smaller takes on the saved shapes first.
+    An update whose rank shrinks during training is first resized to the saved shapes. Raises FormatError that lists the
+    tensors that are missing, unexpected or of the wrong shape or dtype.
     """
     for site, update in adapter.updates.items():
         update.fit(record.of(site))
@@ -98,7 +101,7 @@ def fill(adapter: Adapter, record: Record, folder: Path) -> None:
 
 
 def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> None:
-    """The file has exactly the tensors that the adapter has, of the same shapes and kinds."""
+    """Raise FormatError unless the file has exactly the adapter's tensors, with the same shapes and kinds of dtype."""
     problems = [f"missing {key}" for key in wanted if key not in record.tensors]
     problems += [f"unknown {key}" for key in record.tensors if key not in wanted]
     for key in wanted.keys() & record.tensors.keys():
@@ -108,19 +111,19 @@ def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> No
         elif found.dtype != value.dtype and not (found.is_floating_point() and value.is_floating_point()):
             problems.append(f"{key} is {found.dtype}, expected {value.dtype}")
     if problems:
-        raise FormatError(f"{folder}: tensors do not fit: {listed(problems)}")
+        raise FormatError(f"{folder}: the tensors do not match the adapter: {listed(problems)}")
 
 
 def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
-    """The model has every site, with the right sizes, and no other adapter in the way."""
+    """Raise FormatError unless the model has every site with the right shape, and no other adapter conflicts."""
     lost = [name for name in (*record.sites, *record.replaced) if name not in have]
     for name in lost:
         inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
         if inside:
-            raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter here trains whole")
+            raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter trains whole")
     if lost:
         raise FormatError(
-            f"{folder}: made for modules that this {type(model).__name__} lacks ({len(lost)}, first: {lost[0]})"
+            f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
     problems = [f"{name}: {why}" for name in record.sites if (why := targets.unsupported_reason(have[name]))]
@@ -130,8 +133,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
         found = targets.site_of(name, have[name])
         if (found.kind, found.out_features, found.in_features) != (site.kind, site.out_features, site.in_features):
             problems.append(
-                f"{name} was a {site.kind} of {site.out_features} x {site.in_features}, and is {found.kind}, "
-                f"{found.out_features} x {found.in_features}, here"
+                f"{name} is {found.kind}, {found.out_features} x {found.in_features}, in this model; the adapter was "
+                f"trained on {site.kind}, {site.out_features} x {site.in_features}"
             )
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}; was it trained on another base?")
@@ -140,7 +143,7 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
 
 
 def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
-    """What the file says that it holds, it holds."""
+    """Raise FormatError if the file's settings name modules for which it has no tensors."""
     assert record.claims is not None
     missing = []
     for path, module in have.items():
@@ -151,42 +154,45 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
             missing.append(path)
     if missing:
         raise FormatError(
-            f"{folder}: its settings name modules that it holds no tensors for: {listed(missing)}; the file is not "
-            f"whole, or this is not the model it was made for"
+            f"{folder}: the settings name modules without tensors: {listed(missing)}; the file is incomplete, or was "
+            f"made for another model"
         )
 
 
 def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
-    """The model is the one the adapter was trained on, as far as the file says."""
+    """Raise FormatError if the file states another base: another model class, or other weights."""
     if record.base is not None and record.base.digests:
         if record.base.architecture != type(model).__name__:
             raise FormatError(
-                f"{folder}: trained on a {record.base.architecture}, this is a {type(model).__name__}; pass "
-                f"check_base=False if that is meant"
+                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
+                f"that base, or pass check_base=False to use this one"
             )
         if not agree(record.base.digests, fingerprint(model)):
             raise FormatError(
-                f"{folder}: trained on other weights than this model's (base: {record.base.source or 'unnamed'}); load "
-                f"that base, or pass check_base=False if an adapter on changed weights is meant"
+                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
+                f"base, or pass check_base=False to use this one"
             )
 
 
 def _check_frozen(model: nn.Module, record: Record, folder: Path, *, values: bool) -> None:
-    """What the file carries along of the base is in the model, and, if asked, has the same values there."""
+    """Raise FormatError unless the model has the base tensors that the file contains, of the same shapes.
+
+    With `values`, their values must be equal too.
+    """
     own = dict(base_tensors(model)) if record.frozen else {}
     for key, tensor in record.frozen.items():
         if key not in own:
-            raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has a place for it")
+            raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has such a parameter")
         shape = list(own[key].shape)
         if list(tensor.shape) != shape or (values and not _same(own[key].detach().cpu(), tensor)):
             raise FormatError(
-                f"{folder}: carries its own {key} {list(tensor.shape)}, which differs from the base's {shape}; was the "
-                f"vocabulary resized? Load the base it was trained on"
+                f"{folder}: contains a copy of {key} {list(tensor.shape)} that differs from the base's {shape}; load "
+                f"the base that it was trained on (was the vocabulary resized?)"
             )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape are equal, as far as the coarser of their dtypes can tell."""
+    """Whether two tensors of the same shape are equal after a cast to the less precise of their dtypes."""
     if not (one.is_floating_point() and other.is_floating_point()):
         return torch.equal(one, other)
     coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)

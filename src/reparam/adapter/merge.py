@@ -1,15 +1,14 @@
-"""Folding the active adapter into the weights: exact about what was asked, and about what rounding left of it.
+"""Merge the active adapter into the base weights, and measure how much of the update survives rounding.
 
-One site at a time, in blocks of rows: W' = diag(gain) W + B A in float32 (a float64 base: in float64), cast once,
-written over the base. Quantized matrices are dequantized on the way, into the dtype that their results have: what is
-written is W as the adapter was trained on it, plus ΔW. For each site the report states which share of the update ΔW =
-W' − W is
-in what was written:
+Each site is merged in blocks of rows: W' = diag(gain) W + B A is computed in float32 (float64 for a float64 base), cast
+once, and written over the base. Quantized matrices are dequantized to the dtype of their outputs first, so the result
+is the W that the adapter was trained on plus ΔW. The report states for each site which share of the update
+ΔW = W' − W the written weight contains:
 
-    survival = ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩        1 is everything, 0 is nothing
+    survival = ⟨written − W, ΔW⟩ / ⟨ΔW, ΔW⟩        1: all of the update, 0: none of it
 
-In bfloat16 a small update can vanish in the rounding; the report warns below 0.99. In four bits most of it does, so
-that quantized matrices are quantized again only when asked for by name, and not where less than 0.9 survives.
+Rounding to bfloat16 can remove a small update; `merge` warns below 0.99. Rounding to four bits removes most of it.
+Therefore matrices are quantized again only if the caller names the storage, and only if at least 0.9 survives.
 """
 
 from __future__ import annotations
@@ -30,26 +29,27 @@ from reparam.core.checks import listed
 from reparam.sites.module import SHARED, Adapted
 from reparam.weights.dense import DenseWeight
 
-BLOCK = 1 << 16  # elements of W in one block on a CPU: 256 KiB in float32, so that the buffers stay in a core's cache
+BLOCK = 1 << 16  # elements of W per block on a CPU: 256 KiB in float32, so the buffers stay in a core's cache
 ENOUGH = 0.99
+"""`merge` warns if a smaller share of the update survives."""
 LEAST = 0.9
-"""Share of an update that must survive in a storage that is merged into."""
+"""`merge(into=...)` refuses to write if a smaller share of the update would survive, unless `force` is set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteMerge:
-    """What merging did to one site."""
+    """The result of merging one site."""
 
     name: str
     dtype: torch.dtype
     change: float
     """Frobenius norm of ΔW."""
     survival: float
-    """Share of ΔW that is in what was written; 1 when ΔW is zero."""
+    """Share of ΔW that the written weight contains, 1 for all of it; 1 if ΔW is zero."""
     storage: str = "dense"
-    """Name of the storage that was written."""
+    """Name of the storage of the written weight."""
     noise: float | None = None
-    """|written − W − ΔW| / |ΔW|, in a quantized storage: what else was written."""
+    """|written − W − ΔW| / |ΔW|, the relative error of a quantized weight; None for a dense one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +66,18 @@ class _Undo:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What merging did, site by site; and the way back, when the base was kept."""
+    """The result of `merge` for each site, and `restore` if the merge kept the base."""
 
     adapter: str
     sites: tuple[SiteMerge, ...]
     replaced: tuple[str, ...]
-    """Modules that were replaced whole by the adapter's copies."""
+    """Paths of the modules that were replaced by the adapter's trained copies."""
     biased: tuple[str, ...] = ()
-    """Modules that have a bias now and had none before."""
+    """Paths of the modules to which the merge added a bias."""
     undo: _Undo | None = dataclasses.field(default=None, repr=False)
 
     def survival(self) -> dict[torch.dtype | str, float]:
-        """The share of ΔW that survived over all sites of one dtype; of quantized ones, of one storage, by its name."""
+        """Share of ΔW that survived, over all dense sites by dtype, and over all quantized sites by storage name."""
         return survival(self.sites)
 
     def __repr__(self) -> str:
@@ -88,12 +88,12 @@ class MergeReport:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring back the base, bit for bit, with its adapters and the choice among them.
+        """Restore the base bit for bit, with all its adapters and the active one selected.
 
-        Raises ValueError unless the merge was made with `keep_base=True`; reload the base then.
+        Raises ValueError unless the merge was made with `keep_base=True`.
         """
         if self.undo is None:
-            raise ValueError("the base was not kept: merge with keep_base=True, or load the base model again")
+            raise ValueError("restore: the merge did not keep the base; merge with keep_base=True, or reload the base")
         undo = self.undo
         for path, module in undo.modules.items():
             undo.model.set_submodule(path, module)
@@ -115,9 +115,9 @@ class MergeReport:
         shares = ", ".join(f"{share:.4f} in {_short(kind)}" for kind, share in self.survival().items())
         noise = sum((site.noise * site.change) ** 2 for site in self.sites if site.noise is not None)
         total = sum(site.change**2 for site in self.sites if site.noise is not None)
-        beside = f", beside noise of {(noise / total) ** 0.5:.2f} times its size" if total else ""
+        beside = f", plus rounding noise of {(noise / total) ** 0.5:.2f} times its norm" if total else ""
         return (
-            f"merged {self.adapter!r} into {len(self.sites)} sites; share of the update that was written: "
+            f"merged {self.adapter!r} into {len(self.sites)} sites; share of the update that survives rounding: "
             f"{shares}{beside}"
         )
 
@@ -131,28 +131,30 @@ def merge(
     rounding: str = "aware",
     force: bool = False,
 ) -> MergeReport:
-    """Fold the selected adapter into the model: its own modules again afterwards, and no adapters.
+    """Merge the selected adapter into the base weights; then remove all adapters and restore the original modules.
 
-    Quantized matrices that the adapter goes on become dense, in the dtype of their results; those it does not go on
-    stay quantized. With `into`, the name of the storage that they are in, they are quantized again instead: "nearest"
-    rounds W' and loses nearly all of a small update, "aware" moves codes so that its effect stays
-    (`weights/rounding.py`).
+    Args:
+        model: a model with exactly one adapter selected.
+        keep_base: copy the base first, so that the report's `restore` can undo the merge.
+        into: name of the storage of the adapted quantized matrices, to quantize them again after the merge. By default
+            they become dense, in the dtype of their outputs. Quantized matrices without an update do not change.
+        rounding: with `into`: "nearest" rounds W' and loses almost all of a small update; "aware" chooses the codes so
+            that the effect of the update stays (`weights/rounding.py`).
+        force: with `into`: merge even if less than `LEAST` (0.9) of the update survives.
 
-    `keep_base` copies the base first, so that the report's `restore` can bring it back.
-
-    Raises ValueError, before anything is changed, when no single adapter is selected, a merged weight would not be
-    finite, or less than `LEAST` of the update would survive in the storage `into` (unless `force`); and
-    `InputDependentError` for a method whose update no one matrix stands for.
+    Raises, before the model is changed, ValueError if no single adapter is selected, the method changes no weights, a
+    merged weight would not be finite, or too little of the update would survive, and `InputDependentError` if the
+    update depends on its input and therefore cannot be a matrix. Warns if less than 0.99 of the update survives.
     """
     state = state_of(model)
     name = state.choice
     if not isinstance(name, str):
         raise ValueError(
-            f"merge folds one adapter, and {name!r} is selected; select one of {', '.join(state.adapters)}"
+            f"merge needs one selected adapter, but {name!r} is selected; select one of {', '.join(state.adapters)}"
         )
     adapter = state.adapters[name]
     if not adapter.modules and not adapter.replaced:
-        raise ValueError(f"{adapter.method.name} changes no weight, so that there is nothing to merge")
+        raise ValueError(f"{adapter.method.name} changes no weights, so there is nothing to merge")
     bad = [key for key, t in adapter.tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
@@ -179,15 +181,15 @@ def merge(
     for dtype, share in report.survival().items():
         if share < ENOUGH:
             warnings.warn(
-                f"merging into {_short(dtype)} kept {share:.4f} of the update (1 is all): the rest was rounded away. "
-                f"Merge into {'a dense storage' if into else 'a base in float32'}, or keep the adapter apart",
+                f"merging into {_short(dtype)} kept {share:.4f} of the update (1 is all); rounding removed the rest. "
+                f"Merge into {'a dense storage' if into else 'a base in float32'}, or use the adapter without merging",
                 stacklevel=3,  # past the decorator
             )
     return report
 
 
 def _merge_bias(module: Adapted, name: str) -> bool:
-    """Write the bias that the adapter uses over the frozen one. Whether there was none, and is one now."""
+    """Overwrite the frozen bias with the adapter's. Return whether the module had no bias before and has one now."""
     own = module.biases.get(name, module.bias)
     offset = module.updates[name].bias_delta()  # type: ignore[operator]
     if offset is not None:
@@ -202,7 +204,7 @@ def _merge_bias(module: Adapted, name: str) -> bool:
 
 
 def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
-    """The merged weight, dense, and what became of the update. A plain `weight` is overwritten and returned."""
+    """Merge one site: return the dense merged weight and its report. A dense `weight` is overwritten in place."""
     plain = weight.dense_or_none
     shape = weight.out_features, weight.in_features
     out = torch.empty(shape, dtype=weight.dtype, device=weight.device) if plain is None else plain.detach()
@@ -214,15 +216,15 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
-        # `dense` is float32, which would round a base in float64.
+        # `dense` returns float32, which would round a float64 base.
         old = out[rows] if plain is not None and dtype != torch.float32 else weight.dense(rows).to(dtype)
         delta, new = buffers[:, : len(old)]
         torch.mm(B[rows], A, out=delta)
         if gain is not None:
-            delta += (gain[rows, None] - 1) * old  # ΔW by itself: W' − W would lose digits
+            delta += (gain[rows, None] - 1) * old  # compute ΔW directly: W' − W would lose digits
         torch.add(old, delta, out=new)
         if out.dtype != dtype:
-            new.copy_(new.to(out.dtype))  # what will be stored, so that the report measures the rounding
+            new.copy_(new.to(out.dtype))  # the values that will be stored, so that the report measures the rounding
         written, flat = new - old, delta.view(-1)  # before the write: old may be a view of out
         kept.append(torch.dot(written.reshape(-1), flat))
         whole.append(torch.dot(flat, flat))
@@ -234,14 +236,14 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
 
 
 def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
-    """The merged weights in the storage that they are in, and what became of the update; nothing is changed."""
+    """Merged weights in the storage `into`, and their reports, by site; the model is not changed."""
     problems = [
         f"{path} is {module.frozen.storage.name}"
         for path, module in adapter.modules.items()
         if module.frozen.storage.name != into
     ]
     if problems:
-        raise ValueError(f"into={into!r} is for matrices that are in {into} now: {listed(problems)}; leave it out")
+        raise ValueError(f"into={into!r} needs matrices stored in {into}, but {listed(problems)}; leave `into` out")
     found = {}
     for path, module in adapter.modules.items():
         factors = module.updates[adapter.name].factors(module.frozen)  # type: ignore[operator]
@@ -249,17 +251,17 @@ def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool)
         found[path] = merged, measured(path, module.frozen, merged, factors)
     share = survival([site for _, site in found.values()])[into]
     if share < LEAST and not force:
-        how = "round with 'aware'" if rounding != "aware" else "force it"
+        how = "round with 'aware'" if rounding != "aware" else "force the merge"
         raise ValueError(
-            f"merging into {into} would keep {share:.4f} of the update (1 is all); nothing was merged. Merge into a "
-            f"dense storage, keep the adapter apart, or {how}"
+            f"merging into {into} would keep {share:.4f} of the update (1 is all), so nothing was merged; merge into "
+            f"a dense storage, use the adapter without merging, or {how}"
         )
     return found
 
 
 def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
-    """What of the update is in a weight that is quantized again, and what else."""
-    size = max(1, (1 << 20) // weight.in_features)  # entries that are dequantized at once
+    """Measure the survival and the noise of an update in a weight that was quantized again."""
+    size = max(1, (1 << 20) // weight.in_features)  # rows per block: at most 2**20 entries are dequantized at once
     sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
     for start in range(0, weight.out_features, size):
         rows = slice(start, start + size)
@@ -273,7 +275,7 @@ def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> Sit
 
 
 def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
-    """The share of ΔW that survived over all of these sites of one dtype; of quantized ones, of one storage."""
+    """Share of ΔW that survived over these sites: dense ones by dtype, quantized ones by storage name."""
     groups: dict[torch.dtype | str, list[SiteMerge]] = {}
     for site in sites:
         groups.setdefault(site.dtype if site.storage == "dense" else site.storage, []).append(site)
@@ -285,15 +287,15 @@ def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
 
 
 def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
-    """Raise ValueError unless every entry of W' is certain to be finite: |W'| <= gain |W| + |B| |A|."""
+    """Raise ValueError unless a bound proves every entry of W' finite: |W'| <= gain |W| + |B| |A|."""
     bound = factors.A.double().norm() * factors.B.double().norm()
-    if weight.dtype == torch.float16 or factors.gain is not None:  # no W comes near the range of the wider dtypes
+    if weight.dtype == torch.float16 or factors.gain is not None:  # weights never come near the range of wider dtypes
         gain = 1.0 if factors.gain is None else factors.gain.double().abs().max()
         bound = bound + gain * weight.dense().abs().max()
-    if not bound < torch.finfo(weight.dtype).max / 2:  # half, for what rounding adds; "not <", so that NaN is refused
+    if not bound < torch.finfo(weight.dtype).max / 2:  # half: a margin for rounding; `not <` also refuses NaN
         raise ValueError(
-            f"{name}: the merged weight would not be finite in {_short(weight.dtype)} (the update's size is "
-            f"{float(bound):.3g}); nothing was merged. Check the adapter for NaN, or merge in float32"
+            f"{name}: the merged weight may overflow {_short(weight.dtype)} (bound on its entries: "
+            f"{float(bound):.3g}), so nothing was merged; check the adapter for NaN, or merge in float32"
         )
 
 

@@ -1,4 +1,4 @@
-"""Putting the frozen matrices of a model into another storage, with or without adapters on them."""
+"""Quantize or dequantize the frozen matrices of a model, with or without adapters on them."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from reparam.sites.walk import storages_in, tied, walk
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedSite:
-    """One matrix that is quantized."""
+    """Sizes of one quantized matrix."""
 
     name: str
+    """Path of the module."""
     entries: int
-    """O · I."""
+    """Number of entries, O · I."""
     bytes: int
-    """What is held for it now, statistics and all."""
+    """Bytes in the quantized storage, including its statistics."""
     before: int
-    """What a dense matrix in its dtype takes."""
+    """Bytes of a dense matrix of this shape and dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeReport:
-    """What was quantized, what it takes, and which large tensors were left as they are."""
+    """The quantized matrices of a model with their sizes, and the larger tensors that are not quantized."""
 
     storage: Storage
     sites: tuple[QuantizedSite, ...]
     left: dict[str, int]
-    """Tensors of two or more dimensions that are not quantized: path -> bytes."""
+    """Size in bytes of each tensor of two or more dimensions that is not quantized, by path."""
 
     @property
     def bits(self) -> float:
-        """Bits for each quantized entry, statistics and all."""
+        """Bits per quantized entry, including statistics."""
         return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
 
     def __repr__(self) -> str:
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
-        sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry"
+        sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry"
         return (
-            f"QuantizeReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} tensors left)"
+            f"QuantizeReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} not quantized)"
         )
 
     def __str__(self) -> str:
@@ -57,29 +58,28 @@ class QuantizeReport:
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
         largest = sorted(self.left, key=lambda name: -self.left[name])
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
-        left = (
-            f"; left as they are: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
-        )
+        left = f"; not quantized: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
         return (
             f"quantized {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
-            f"{size(before)} -> {size(after)}, {self.bits:.4g} bits an entry{left if largest else ''}"
+            f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry{left if largest else ''}"
         )
 
 
 @torch.no_grad()
 def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> QuantizeReport:
-    """Put the matrices that `targets` names into a storage, one at a time; adapters on them stay as they are.
+    """Convert the frozen matrices that `targets` names to a storage, one at a time; their adapters do not change.
 
-    `storage` is a name ("nf4", "int8", or "dense" to dequantize) or a configuration such as `NF4(block=128)`; `targets`
-    are as in `attach`, so that the output head and the embeddings stay as they are unless named. Weights that cannot be
-    quantized, such as fused experts, are warned about and listed in the report.
+    `storage` is a name ("nf4", "int8", or "dense" to dequantize) or a configuration such as `NF4(block=128)`. `targets`
+    are as in `attach`; the default leaves out the output head and the embeddings. Weights that cannot be quantized,
+    such as fused experts, cause a warning and are listed in the report.
 
-    Raises ValueError, before anything is changed, for targets that match nothing, matrices that are quantized already,
-    tied ones, and whatever the storage refuses, NaN for instance (then some may have been quantized).
+    Raises ValueError, before the model is changed, if the targets match nothing or a vector, or if a matrix is already
+    quantized or tied. Also raises ValueError if the storage refuses a matrix, for example one with NaN; the matrices
+    before it are then already converted.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     >>> str(quantize(model, "int8", targets="0"))
-    'quantized 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits an entry; left as they are: 1.weight (512 B)'
+    'quantized 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     names = targets_.resolve(model, targets)
@@ -99,8 +99,8 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
 
 
 def pack(model: nn.Module, storage: str | Storage, *, targets: targets_.Targets = "all-linear") -> QuantizeReport:
-    """The old name of `quantize`, for one release. Warns."""
-    warnings.warn("reparam.pack is now reparam.quantize; the old name goes with the next release", FutureWarning, 2)
+    """Deprecated alias of `quantize`, to be removed in the next release. Issues a FutureWarning."""
+    warnings.warn("reparam.pack is now reparam.quantize; the next release removes the old name", FutureWarning, 2)
     return quantize(model, storage, targets=targets)
 
 
@@ -141,7 +141,7 @@ def describe(model: nn.Module) -> None:
 
 
 def reports(model: nn.Module) -> list[QuantizeReport]:
-    """What is quantized in a model, one report for each storage; none where everything is dense."""
+    """Report the quantized matrices of a model, one report per storage; empty if all matrices are dense."""
     held: dict[Storage, list[QuantizedSite]] = {}
     for path, storage in storages_in(model).items():
         held.setdefault(storage, []).append(_site(path, model.get_submodule(path).frozen))  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def reports(model: nn.Module) -> list[QuantizeReport]:
 
 
 def entries(model: nn.Module) -> int:
-    """Numbers that the parameters of a model stand for: of a quantized matrix its O · I entries, not its bytes."""
+    """Number of parameters of a model, where a quantized matrix counts as its O · I entries."""
     quantized = [module.frozen for _, module in walk(model) if is_quantized(module)]
     stored = sum(p.numel() for weight in quantized for p in weight.parameters())
     meant = sum(weight.out_features * weight.in_features for weight in quantized)
@@ -158,7 +158,7 @@ def entries(model: nn.Module) -> int:
 
 
 def size(count: float) -> str:
-    """A number of bytes for reading.
+    """Format a number of bytes with a binary unit, B to GiB.
 
     >>> size(1536)
     '1.5 KiB'
@@ -171,13 +171,13 @@ def size(count: float) -> str:
 
 
 def _requantized(path: str, found: nn.Module, storage: Storage) -> Adapted:
-    """The module in its adapted form with the matrix in the storage; as it was, where the storage refuses it."""
+    """Wrap the module and convert its matrix to the storage. If the storage raises ValueError, undo the wrapping."""
     trains = isinstance(found, Adapted) or bool(found.weight.requires_grad)
     module = targets_.wrap(found)
     try:
         weight = storage.quantize(module.frozen.tensor())
     except ValueError as error:
-        if module is not found:  # wrapping froze the matrix, and transposed a Conv1D's
+        if module is not found:  # wrapping froze the matrix, and transposed it if the module is a Conv1D
             module.restore().get_parameter("weight").requires_grad_(trains)
         raise ValueError(f"{path}: {error}") from error
     module.hold(weight)
@@ -185,7 +185,7 @@ def _requantized(path: str, found: nn.Module, storage: Storage) -> Adapted:
 
 
 def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
-    """Raise ValueError where quantizing would repeat a loss or change something that other modules use."""
+    """Raise ValueError for tied weights, vectors, and matrices that are already quantized."""
     problems = []
     for path, others in tied(model, names).items():
         problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
@@ -195,7 +195,7 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     dense = STORAGES["dense"]
     for path in names if not isinstance(storage, dense) else ():
         if path in held:
-            problems.append(f"{path} is {held[path].name} already, and quantizing twice loses twice; load the original")
+            problems.append(f"{path} is {held[path].name} already, and quantizing again adds error; load the original")
     if problems:
         raise ValueError(
             "quantize: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
@@ -203,7 +203,7 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
 
 
 def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Tensors of two or more dimensions that are dense: path and bytes; tied ones once."""
+    """Yield path and bytes of each dense tensor of two or more dimensions; tied tensors count once."""
     seen: set[tuple[int, torch.Size]] = set()
     for path, module in (("", model), *walk(model)):
         holder = module.origin if isinstance(module, Replaced) else module

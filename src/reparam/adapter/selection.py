@@ -1,4 +1,4 @@
-"""Which adapter a model uses: one, none, or another one for each row of the batch. Each choice costs O(sites)."""
+"""Select the active adapter of a model: one, none, or one per row of the batch. Selecting costs O(sites)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
 
 Choice = str | Sequence[str | None] | None
-BANK = "*"  # the key that a site's bank has among its updates; no adapter can have this name
+BANK = "*"  # key of a site's bank among its updates; not a valid adapter name, so it cannot collide
 
 
 class Selection:
-    """What `select` returns: use it in a `with` to have the previous choice back afterwards."""
+    """The result of `select`: use it in a `with` statement to restore the previous choice afterwards."""
 
     def __init__(self, state: AdapterState, before: Choice) -> None:
         self._state = state
@@ -44,7 +44,7 @@ class Selection:
 
 
 class AdapterState:
-    """The adapters of one model and the current choice; it hangs on the model as `reparam_state`."""
+    """The adapters of one model and the current choice, stored on the model as `reparam_state`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -73,13 +73,13 @@ class AdapterState:
         del self.model.reparam_state
 
     def adopt(self, adapter: Adapter) -> None:
-        """Know about a new adapter."""
+        """Register a new adapter, its sites and its replaced modules."""
         self.adapters[adapter.name] = adapter
         self.sites |= adapter.modules
         self.replaced |= adapter.replaced
 
     def forget(self, name: str) -> None:
-        """Drop an adapter, from the bank too; the base is selected if the choice named it."""
+        """Drop an adapter, also from the banks. Selects the base if the adapter was part of the current choice."""
         chosen = [self.choice] if isinstance(self.choice, str) else self.choice or []
         if name in chosen:
             self.select(None)
@@ -94,19 +94,19 @@ class AdapterState:
         self._versions.pop(name, None)
 
     def check(self, name: object) -> None:
-        """Raise ValueError unless an adapter has this name."""
+        """Raise ValueError if no adapter has this name."""
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
-            raise ValueError(f"no adapter is called {name!r}{nearest(str(name), self.adapters)}; there are: {known}")
+            raise ValueError(f"no adapter is named {name!r}{nearest(str(name), self.adapters)}; the model has: {known}")
 
     def select(self, which: Choice) -> Selection:
-        """See `reparam.select`."""
+        """Make one adapter, none, or one per row the current choice, as `reparam.select` describes."""
         rows = None if which is None or isinstance(which, str) else list(which)
         for name in {which} if rows is None else set(rows):
             if name is not None:
                 self.check(name)
         if rows is not None and not rows:
-            raise ValueError("select: an empty list; give one name, or None, for each row of the batch")
+            raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
         selection = Selection(self, self.choice)
         if rows is not None:
             self._route(rows)
@@ -124,23 +124,26 @@ class AdapterState:
         return selection
 
     def select_again(self, before: Choice) -> None:
-        """Back to an earlier choice; to the base where an adapter in it is gone, to nothing where all are."""
+        """Restore an earlier choice, or the base if one of its adapters was removed.
+
+        Does nothing if the model has no adapters left.
+        """
         if getattr(self.model, "reparam_state", None) is self:
             names = {before} if before is None or isinstance(before, str) else set(before)
             self.select(before if names <= {None, *self.adapters} else None)
 
     def refresh(self) -> None:
-        """What factors depend on has changed, the frozen weights for instance: the bank is written anew when used."""
+        """Rewrite the banks because the inputs of the factors changed, such as the frozen weights."""
         self.forget_factors()
         if self.choice is not None and not isinstance(self.choice, str):
             self.select(self.choice)
 
     def forget_factors(self) -> None:
-        """Write the bank anew when adapters are next selected in a list."""
+        """Mark all bank slots as stale, so that the next selection by a list rewrites them."""
         self._versions.clear()
 
     def _route(self, rows: list[str | None]) -> None:
-        """Bring the bank up to date for these adapters, and its slots to these rows."""
+        """Update the banks with the factors of these adapters, and assign each row [B] its slot (-1 for the base)."""
         names = [name for name in dict.fromkeys(rows) if name is not None]
         used = [self.adapters[name] for name in names]
         for adapter in used:
@@ -153,7 +156,7 @@ class AdapterState:
         self._routing.tokens = None
 
     def _write(self, adapter: Adapter) -> None:
-        """Write one adapter's factors into its slot at every site."""
+        """Write one adapter's factors and bias offset into its slot at every site."""
         taken = set(self._slots.values())
         slot = self._slots.setdefault(adapter.name, next(i for i in range(len(taken) + 1) if i not in taken))
         for path, module in self.sites.items():
@@ -167,21 +170,21 @@ class AdapterState:
             bank.write(slot, None if update is None else update.factors(module.frozen), added)
 
     def _check_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward: the batch must have as many rows as names were given."""
+        """Forward pre-hook: raise ValueError unless the batch has as many rows as there are selected names."""
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
         batch = next((x for x in named if isinstance(x, Tensor)), None)
         rows = len(self._routing.slots)
         if batch is None or batch.shape[0] != rows:
             shape = None if batch is None else list(batch.shape)
             raise ValueError(
-                f"{rows} adapter names were selected, one per row, but the batch has shape {shape}; select as many as "
-                f"there are rows (with beams or several returned sequences, repeat each name that often)"
+                f"select got {rows} adapter names, one per row, but the batch has shape {shape}; select one name per "
+                f"row (with num_beams or num_return_sequences above 1, repeat each name that many times)"
             )
         self._routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
 
 
 def _named(choice: Choice) -> str:
-    """A choice for reading: a name, "the base", or how many rows each adapter has.
+    """Format a choice: a name, "the base", or the number of rows of each adapter.
 
     >>> _named("task"), _named(None), _named(["a", "b", None, "a"])
     ("'task'", 'the base', "4 rows: 2 of 'a', 1 of 'b', 1 of the base")
@@ -209,7 +212,7 @@ def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: A
 
 
 def state_of(model: nn.Module) -> AdapterState:
-    """The state on the model. Raises ValueError where no adapter is."""
+    """The adapter state of the model. Raises ValueError if the model has no adapter."""
     state = getattr(model, "reparam_state", None)
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")

@@ -1,4 +1,4 @@
-"""One site of an adapter that was read, as the update that computes it; no model is needed."""
+"""Build the update of one site from a saved adapter, without a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from reparam.sites.module import SHARED
 
 
 def update_of(record: Record, name: str, weight: Weight, *, dtype: torch.dtype | None = None) -> Update:
-    """The update of the site `name` with its saved values, beside `weight`, its frozen matrix or one in its place.
+    """Build the update of the site `name`, and the state that it shares with other sites, with their saved values.
 
-    What the update shares with other sites has its saved values too. The parameters have the `dtype`, or by default the
-    one that the method builds them in. Raises FormatError, with the site, for tensors that do not fit the settings, and
-    ValueError where the method has no update for this weight.
+    `weight` is the site's frozen matrix, or a placeholder of the same shape. The parameters have the dtype `dtype`, by
+    default the one in which the method builds them. Raises FormatError, naming the site, if the saved tensors do not
+    fit the settings, and ValueError if the method cannot build an update for this weight.
     """
     shared = record.method.shared(list(record.sites.values()))
     update = record.method.build(record.sites[name], weight, shared)
@@ -24,8 +24,8 @@ def update_of(record: Record, name: str, weight: Weight, *, dtype: torch.dtype |
         update.fit(record.of(name))
         for path, part in parts:
             if dtype is not None:
-                part.to(dtype)  # before the values are copied, so that none is rounded on the way
+                part.to(dtype)  # before the values are copied, so that the copy does not round them
             part.load_state_dict(record.of(path))
     except RuntimeError as error:
-        raise FormatError(f"{name}: its tensors do not fit its settings: {error}") from error
+        raise FormatError(f"{name}: the tensors do not fit the adapter's settings: {error}") from error
     return update

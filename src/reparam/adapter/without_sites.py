@@ -1,11 +1,12 @@
-"""What differs for a method that changes no weight: how it is put on a model, and how its files are read.
+"""Attach and load adapters of methods that change no weights, such as prompt tuning.
 
-Each is a function that such a method, or its kind of adapter, registers its own version of:
+The functions below dispatch on the type of their first argument. A method or its adapter class registers its own
+version:
 
     @put_on.register
     def _(method: MyMethod, model: nn.Module) -> MyAdapter: ...
 
-`read_back` and `fill_from` serve every adapter; without a version of its own, one has the files of an adapter on sites.
+`read_back` and `fill_from` work for every adapter. Their default versions read the files of an adapter with sites.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from reparam.io import files
 
 @singledispatch
 def put_on(method: Method, model: nn.Module) -> Adapter:
-    """Put a fresh adapter of a method that goes on no site on the model, selected. Its `model` is to be used then.
+    """Put a new adapter of a method without sites on the model and select it. Use the adapter's `model` from then on.
 
-    Raises ValueError where the method registered no version.
+    Raises ValueError if the method registered no version.
     """
     raise ValueError(
-        f"{method.name} changes no weight and does not say how it is put on a model; register that with "
+        f"{method.name} changes no weights and has no function that puts it on a model; register one with "
         f"reparam.adapter.without_sites.put_on"
     )
 
 
 @singledispatch
 def read_back(adapter: Adapter, folder: Path, *, name: str) -> Adapter:
-    """Put what this adapter saved in `folder` on its model once more, under another name, frozen and not selected."""
+    """Load the copy of this adapter saved in `folder` onto the same model as `name`, frozen and not selected."""
     return load(adapter.model, folder, name=name, activate=False)
 
 
 @singledispatch
 def fill_from(adapter: Adapter, folder: Path) -> None:
-    """Take the values that this adapter saved in `folder`. Raises FormatError for a damaged file."""
+    """Set the adapter's tensors to the values saved in `folder`. Raises FormatError if a file is damaged."""
     fill(adapter, files.read(folder), folder)

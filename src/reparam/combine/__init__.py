@@ -1,1 +1,1 @@
-"""Finished adapters combined: sums, compression, searches for weights, splits."""
+"""Combine saved adapters: weighted sums, compression, search for weights, and splitting of mixtures."""

@@ -1,17 +1,18 @@
-"""Arithmetic on saved adapters: a weighted sum of changes of one base, as an ordinary adapter.
+"""Compute a weighted sum of saved adapters of one base model. The result is an ordinary adapter.
 
-    space="delta"    ΔW = Σ w_i ΔW_i, exactly: the factors side by side, with the scales in them
-    space="factor"   ΔW = (Σ w_i s_i B_i) (Σ w_i A_i), as LoraHub's code has it (arXiv 2307.13269): quadratic in w, and
-                     meaningful where the A_i come from one initialization
-    space="ties"     trim, elect a sign, average (arXiv 2306.01708)
-    space="dare"     drop at random, rescale, add up (arXiv 2311.03099)
+    space="delta"    ΔW = Σ w_i ΔW_i, exactly: the factors are concatenated, with the scales multiplied in
+    space="factor"   ΔW = (Σ w_i s_i B_i) (Σ w_i A_i), as in LoraHub's code (arXiv 2307.13269): quadratic in w, and
+                     useful if all A_i started from the same initialization
+    space="ties"     trim, elect a sign, average (TIES, arXiv 2306.01708)
+    space="dare"     drop entries at random, rescale, add (DARE, arXiv 2311.03099)
 
-The result is a LoRA without a scale, whose ranks may differ by site. "delta" gives the sum of the ranks, or the nearest
-change of the rank that is asked for. Entries that are trimmed or dropped leave no low rank: "ties" and "dare" build ΔW,
-one site at a time, and keep the nearest of that rank. Whatever that costs is in the result, site by site.
+The result is a LoRA with scale 1 whose ranks may differ between sites. "delta" gives the sum of the ranks, or the best
+approximation of the requested rank. Trimming and dropping entries destroys the low rank, so "ties" and "dare" build ΔW
+for one site at a time and keep its best approximation of that rank. The result states the approximation error of each
+site.
 
-One adapter with weight 1 is itself, bit for bit. A change by more than a low-rank matrix (DoRA's gain scales W₀ too)
-needs the base, ΔW = (diag(gain) - 1) W₀ + B A, and is dense then.
+A single adapter with weight 1 is copied bit for bit. An update with a gain (DoRA scales W₀ too) needs the base model:
+its ΔW = (diag(gain) - 1) W₀ + B A is a dense matrix.
 """
 
 from __future__ import annotations
@@ -50,24 +51,25 @@ SPACES = ("delta", "factor", *DENSE)
 
 @dataclasses.dataclass(frozen=True)
 class SiteBlend:
-    """What one site of the result is."""
+    """Rank and approximation error of one site of a blend."""
 
     name: str
     rank: int
+    """Rank of the result."""
     change: float
-    """Frobenius norm of the ΔW that was asked for."""
+    """Frobenius norm of the requested ΔW."""
     lost: float
-    """Frobenius norm of what the rank left out of it."""
+    """Frobenius norm of the difference between the requested ΔW and the result."""
 
     @property
     def error(self) -> float:
-        """|lost| / |ΔW|; 0 where there is no change."""
+        """Relative error |lost| / |ΔW|; 0 if ΔW is zero."""
         return self.lost / self.change if self.change else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """A sum of adapters: an ordinary adapter, and what it cost to be one."""
+    """A weighted sum of adapters, and its approximation error for each site."""
 
     record: Record
     sites: tuple[SiteBlend, ...]
@@ -75,29 +77,29 @@ class Blend:
 
     @property
     def error(self) -> float:
-        """|lost| / |ΔW| over all sites."""
+        """Relative error |lost| / |ΔW| over all sites."""
         change = math.hypot(*(site.change for site in self.sites))
         return math.hypot(*(site.lost for site in self.sites)) / change if change else 0.0
 
     @property
     def survival(self) -> float:
-        """⟨written, ΔW⟩ / ⟨ΔW, ΔW⟩ over all sites: what is lost is orthogonal to what is kept, so 1 - error²."""
+        """⟨written, ΔW⟩ / ⟨ΔW, ΔW⟩ over all sites: 1 - error², because the error is orthogonal to the result."""
         return 1 - self.error**2
 
     def __repr__(self) -> str:
         return f"Blend({self.space}, {len(self.record.sites)} sites, error {self.error:.4g})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
-        """Write it as any adapter; `format` is "reparam" or "peft". Raises ValueError as `Adapter.save` does."""
+        """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`."""
         files.write(folder, self.record, format=format)
 
     def put(self, model: nn.Module, *, name: str = "default", activate: bool = True) -> Adapter:
-        """Put it on `model`, frozen. Raises FormatError as `load` does."""
+        """Put the result on `model` as a frozen adapter. Raises FormatError as `load` does."""
         return place(model, self.record, Path(f"blend {name!r}"), name=name, activate=activate)
 
 
 def read_operand(folder: str | Path) -> Operand:
-    """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
+    """Read the adapter in `folder`, in either format. Raises FormatError if there is none or a file is damaged."""
     return Operand(str(folder), files.read(folder))
 
 
@@ -112,20 +114,20 @@ def blend(
     seed: int = 0,
     base: nn.Module | None = None,
 ) -> Blend:
-    """The weighted sum of saved adapters, which may differ in method, rank, scale and sites.
+    """Compute the weighted sum of saved adapters, which may differ in method, rank, scale and sites.
 
     Args:
-        adapters: folders, ours or PEFT's, or what `io.files.read` makes of them.
-        weights: a finite number for each.
-        space: delta, factor, ties or dare, as above.
-        rank: the most that a site may have; by default what loses nothing, and for dense changes the sum of the ranks.
-        density: ties and dare: the share of entries that stay.
-        seed: dare: what stays. A site's draw depends on the seed and its name.
-        base: the model they were trained on, for adapters with DoRA's gain or with biases.
+        adapters: folders in reparam's or PEFT's format, or records that `io.files.read` returned.
+        weights: one finite number per adapter.
+        space: "delta", "factor", "ties" or "dare"; see the module's docstring.
+        rank: the highest rank of a site. Default: the rank of the exact sum, or the sum of the ranks for dense changes.
+        density: for ties and dare: the share of entries to keep, in (0, 1].
+        seed: for dare: seed of the random choice of entries, which also depends on the site's name.
+        base: the model that the adapters were trained on; needed if an adapter has a gain (DoRA) or trained biases.
 
-    Raises ValueError for weights, ranks or densities that cannot be, and FormatError (a ValueError) for adapters that
-    cannot be summed: on different bases, of different shapes, input dependent, with modules that are trained whole, or
-    with a gain or biases and no base.
+    Raises ValueError if a setting is out of range or there is not one weight per adapter, and FormatError (a
+    ValueError) if adapters cannot be summed: they have different bases or shapes, depend on the input, train whole
+    modules, or have a gain or biases while `base` is missing.
     """
     _check_settings(len(adapters), weights, space=space, rank=rank, density=density)
     operands = [
@@ -162,7 +164,7 @@ def blend(
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """How changes of one site become one."""
+    """The rule that sums the changes of one site."""
 
     space: str
     rank: int | None
@@ -172,10 +174,10 @@ class _Rule:
     def __call__(
         self, changes: list[Factors], weights: list[float], site: Site, weight: Weight | None
     ) -> tuple[Factors, float, float]:
-        """The factors, |ΔW| and what of it the rank left out."""
+        """The factors of the sum, |ΔW|, and the norm of the approximation error."""
         high = any(f.gain is not None for f in changes)
         total = sum(len(f.A) for f in changes)
-        if not total and not high:  # whatever has a weight leaves this site alone
+        if not total and not high:  # no adapter with a nonzero weight changes this site
             return Factors(torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)), 0.0, 0.0
         most = min(site.out_features, site.in_features, self.rank or max(1, total))
         if self.space == "factor":
@@ -194,7 +196,7 @@ class _Rule:
 def _biases(
     used: Sequence[tuple[Operand, float]], sites: Mapping[str, Site], base: nn.Module | None
 ) -> dict[str, Tensor]:
-    """b₀ + Σ w_i (b_i − b₀) [O] by name, of all sites that have one, where any adapter trained biases."""
+    """Summed biases b₀ + Σ w_i (b_i − b₀) [O] of all sites with a bias, by name; empty if no adapter trained biases."""
     keys = [f"{name}.bias" for name in sites]
     if base is None or not any(key in operand.record.tensors for operand, _ in used for key in keys):
         return {}
@@ -210,13 +212,13 @@ def _biases(
 def _check_settings(n: int, weights: Sequence[float], *, space: str, rank: int | None, density: float) -> None:
     problems = ["no adapters are given"] * (n == 0)
     if n != len(weights):
-        problems.append(f"{n} adapters need as many weights, and there are {len(weights)}")
+        problems.append(f"expected one weight per adapter ({n}), found {len(weights)}")
     problems += [f"weight {i + 1} is {w!r}: expected a finite number" for i, w in enumerate(weights) if not finite(w)]
     if space not in SPACES:
         problems.append(f"space={space!r}: expected one of {', '.join(SPACES)}")
     if rank is not None and not whole(rank, 1):
         problems.append(f"rank={rank!r}: expected a whole number of at least 1")
     if not finite(density) or not 0 < density <= 1:
-        problems.append(f"density={density!r}: expected a share above 0 and up to 1")
+        problems.append(f"density={density!r}: expected a number above 0 and up to 1")
     if problems:
         raise ValueError("blend: " + "; ".join(problems))

@@ -1,12 +1,12 @@
-"""Several sums of adapters in one batch: each row of it has its own weights.
+"""Evaluate several weighted sums of adapters in one batch, where each row has its own weights.
 
-The factors of all adapters are put side by side, once, and what comes out of A is weighed by the row:
+The factors of all adapters are concatenated once. The outputs of A are then multiplied by the weights of the row:
 
     delta     y = W x + Σ_i w_i B_i (A_i x)                     factor    y = W x + Σ_i w_i B_i (Σ_j w_j A_j x)
 
-So a generation of candidates of a search is one forward, whose rows are candidates times examples.
+A search thus evaluates a generation of candidates in one forward pass, with one row per candidate and example.
 
-Shapes: N adapters, B rows, T tokens in a row, R the sum of the adapters' ranks at a site.
+Shapes: N adapters, B rows, T tokens per row, R sum of the adapters' ranks at a site.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ NAME = "candidates"
 
 
 class Gates:
-    """The weights of the next forward's rows, one object for all sites."""
+    """The adapter weights of each row of the next forward pass; all sites share one object."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self.rows: Tensor | None = None
-        """[B, N], or None for the base alone."""
+        """Weights [B, N], or None to compute the base model without adapters."""
 
 
 @contextmanager
 def candidates(model: nn.Module, operands: Sequence[Operand], *, space: str = "delta") -> Iterator[Gates]:
-    """Put the adapters on `model` together, for as long as the `with` lasts; set `rows` of what it gives.
+    """Put all adapters on `model` for the duration of the `with` block. Set `rows` of the yielded object.
 
-    The model is as it was before, its adapters and the choice among them included, also after an exception. Raises
-    ValueError for another space than delta and factor, and FormatError for adapters that cannot be summed so: as
-    `blend` does, and for any with DoRA's gain or with biases.
+    Afterwards the model, its own adapters and its active adapter are as before, even after an exception. Raises
+    ValueError if the space is neither "delta" nor "factor" or `operands` is empty, and FormatError if the adapters
+    cannot be summed (see `blend`), or one has a gain (DoRA) or trained biases.
     """
     if space not in ("delta", "factor"):
-        raise ValueError(f"space={space!r}: weights can be searched for in delta and factor")
+        raise ValueError(f"space={space!r}: expected 'delta' or 'factor'; weights cannot be searched in other spaces")
     if not operands:
         raise ValueError("no adapters are given")
     check_operands(operands, model)
     for label, record in operands:
         biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
         if biases:
-            raise FormatError(f"{label}: it trains {biases[0]} too; a search is over low-rank changes alone")
+            raise FormatError(f"{label}: this adapter trains {biases[0]}; a search supports only low-rank updates")
     if space == "factor":
         check_factors(operands)
     parts: dict[str, list[tuple[int, Factors]]] = {}
@@ -87,29 +87,29 @@ def _check_model(have: dict[str, nn.Module], sites: dict[str, Site]) -> None:
         if problem is None and (found := targets.sizes(have[name])) != expected:
             problem = f"is {found[0]}, {found[1]} x {found[2]}, in the base, not {expected[1]} x {expected[2]}"
         if problem:
-            raise FormatError(f"{name}, which the adapters change, {problem}; were they trained on another base?")
+            raise FormatError(f"site {name} of the adapters {problem}; were they trained on another base?")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Together(Method):
-    """What `install` asks for an update at each site. It is in no registry: no file holds it."""
+    """The method that builds the combined update of each site for `install`. It is not registered or saved."""
 
     parts: dict[str, list[tuple[int, Factors]]]
     gates: Gates
     space: str
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> _Weighed:
-        """All adapters at this site."""
+        """Build the combined update of all adapters that change this site."""
         owners, factors = zip(*self.parts[site.name], strict=True)
         return _Weighed(owners, factors, self.gates, weight, squared=self.space == "factor")
 
 
 class _Weighed(Update):
-    """The factors of all adapters at one site, weighed by the row. For inference."""
+    """The factors of all adapters at one site, weighted per row. For inference only."""
 
     A: Tensor  # [R, I]
     B: Tensor  # [O, R]
-    owner: Tensor  # [R], the number of the adapter that each component is of
+    owner: Tensor  # [R], index of the adapter that each component belongs to
 
     def __init__(
         self, owners: Sequence[int], factors: Sequence[Factors], gates: Gates, weight: Weight, *, squared: bool
@@ -125,7 +125,7 @@ class _Weighed(Update):
         self.squared = squared
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [B, T, I] or [B · T, I] -> each row through its own sum."""
+        """x [B, T, I] or [B · T, I] -> y [..., O], computed with each row's own sum of adapters."""
         y = weight(x, bias)
         if self.gates.rows is None:
             return y
@@ -133,7 +133,7 @@ class _Weighed(Update):
         return y + F.linear(h, self.B.to(x.dtype)).view_as(y).to(y.dtype)
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
-        """ids [B, T] -> rows of each row's own matrix, [B, T, I]. Here B is looked up and A multiplied."""
+        """ids [B, T] -> embeddings [B, T, I] under each row's own sum: rows of B are looked up and multiplied by A."""
         y = weight.rows(ids)
         if self.gates.rows is None:
             return y
@@ -141,16 +141,16 @@ class _Weighed(Update):
         return y + (h @ self.A).view_as(y).to(y.dtype)
 
     def _weighed(self, h: Tensor, rows: Tensor) -> Tensor:
-        """h [B · T, R] between the factors, which are symmetric in this."""
+        """Weight the hidden values h [B · T, R] between the two factors; both orders of A and B use this."""
         g = self._of_tokens(len(h), rows).to(h.dtype)
         h = h * g
         if not self.squared:
             return h
-        mixed = h.view(len(h), self.gates.n, -1).sum(1, keepdim=True)  # Σ w_j A_j x, of the one rank that all have
+        mixed = h.view(len(h), self.gates.n, -1).sum(1, keepdim=True)  # Σ w_j A_j x; all adapters have the same rank
         return mixed.expand(-1, self.gates.n, -1).flatten(1) * g
 
     def _of_tokens(self, count: int, rows: Tensor) -> Tensor:
         """The weight of each component for each of `count` tokens, [count, R]."""
         if count % len(rows):
-            raise ValueError(f"{len(rows)} rows of weights met {count} tokens, which cannot be told apart")
+            raise ValueError(f"candidates: {count} tokens cannot be divided among {len(rows)} rows of weights")
         return rows.to(self.A.device, self.A.dtype)[:, self.owner].repeat_interleave(count // len(rows), 0)

@@ -1,9 +1,9 @@
-"""The components of a finished adapter: each site's change as a sum of rank-one matrices, and which of them to keep.
+"""Decompose a saved adapter into rank-one components for each site, and choose which of them to keep.
 
-    B A = Σ σ_i u_i v_iᵀ        σ_1 >= σ_2 >= ...        kept: the first few of each site
+    B A = Σ σ_i u_i v_iᵀ        σ_1 >= σ_2 >= ...        the first components of each site are kept
 
-Ranks are chosen in three ways: by a share of each site's Σ σ², by a share of all sites' together, and by the bytes of
-the tensors. In the latter two the components of all sites compete by σ² a byte.
+The ranks are chosen by a share of each site's Σ σ², by a share of Σ σ² over all sites, or by a limit on the bytes of
+all tensors. In the last two cases the components of all sites compete by σ² per byte.
 
 Shapes: O out_features, I in_features, R rank, K = min(O, R, I).
 """
@@ -27,53 +27,56 @@ from reparam.io.record import Record
 
 
 class Part(NamedTuple):
-    """The low-rank change of one site, as its singular value decomposition in float64."""
+    """The singular value decomposition of one site's low-rank change, in float64."""
 
     site: Site
     u: Tensor  # [O, K]
     values: Tensor  # [K], descending
     vh: Tensor  # [K, I]
     rank: int
-    """R, as it is stored."""
+    """The stored rank R."""
     cost: int
-    """Bytes of one component."""
+    """Bytes of one component in the stored tensors."""
     least: int
-    """The lowest rank that the site can have: 0 where it may leave the adapter or have none."""
+    """The lowest allowed rank: 0 if the site may leave the adapter or may have rank 0, else 1."""
 
     def lost(self, rank: int) -> float:
-        """|B A - kept|, Frobenius norm, where this many components are kept."""
+        """Frobenius norm of the change that is dropped if only the first `rank` components are kept."""
         return float(self.values[rank:].norm())
 
     @property
     def own(self) -> int:
-        """How many values are more than rounding: the rank that the change has, whatever is stored."""
+        """The numerical rank of the change: the number of singular values above float32 rounding."""
         return numeric_rank(self.values)
 
 
 @torch.no_grad()
 def parts_of(record: Record, label: str) -> dict[str, Part]:
-    """The low-rank changes of an adapter, without gains. Raises FormatError, with the `label`, where there are none."""
+    """Decompose the low-rank change of every site, without gains.
+
+    Raises FormatError, starting with `label`, if the method has no components or all changes are zero.
+    """
     if not record.method.has_components:
         raise FormatError(
             f"{label}: {record.method.name} has no components that could be dropped one by one; "
             f"{', '.join(name for name, method in METHODS.items() if method.has_components)} have. "
-            f"reparam compose --rank makes a LoRA of others"
+            f"Convert the adapter to a LoRA with reparam compose --rank"
         )
     if reason := record.method.no_components_reason():
         raise FormatError(f"{label}: {reason}")
     parts = {name: _part(record, site, label) for name, site in record.sites.items()}
     if not any(float(part.values.sum()) for part in parts.values()):
-        raise FormatError(f"{label}: it changes nothing: B A is zero at every site")
+        raise FormatError(f"{label}: this adapter changes nothing, because B A is zero at every site")
     return parts
 
 
 def held(record: Record) -> int:
-    """Bytes of an adapter's tensors."""
+    """Total size of an adapter's tensors in bytes."""
     return sum(tensor.nbytes for tensor in record.tensors.values())
 
 
 def bare(method: Method, site: Site) -> tuple[Update, str]:
-    """A fresh update of low rank at this site, without magnitudes, and what its tensors' names begin with."""
+    """A new low-rank update of this site, without magnitudes, and the prefix of its tensors' names in files."""
     part = method.build(site, nothing(site), None).low_rank_part()
     assert part is not None, f"{method.name} has components, and its update has no low_rank_part"
     return part[0], f"{site.name}.{part[1]}"
@@ -96,7 +99,7 @@ def _part(record: Record, site: Site, label: str) -> Part:
 
 
 def by_energy(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
-    """The lowest rank of each site that keeps this share of its |B A|²."""
+    """The lowest rank of each site that keeps the share `energy`, in (0, 1], of its |B A|²."""
     found = {}
     for name, part in parts.items():
         kept = part.values.square().cumsum(0)
@@ -106,16 +109,17 @@ def by_energy(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
 
 
 def by_bytes(parts: Mapping[str, Part], most: int, now: int) -> dict[str, int]:
-    """Ranks for tensors of at most `most` bytes, of an adapter that takes `now`: the first by σ² a byte that fit.
+    """Ranks that fit all tensors into `most` bytes: the components with the highest σ² per byte.
 
-    What a larger size keeps includes what a smaller one does. Raises ValueError for a size that is too small.
+    `now` is the current size in bytes. A larger limit keeps all components of a smaller one. Raises ValueError if
+    `most` is too small for any component.
     """
     ranks = {name: part.least for name, part in parts.items()}
     used = now - sum(part.cost * (part.rank - ranks[name]) for name, part in parts.items())
     rest = ranked(parts)
     needed = used + (parts[rest[0]].cost if not any(ranks.values()) else 0)
     if needed > most:
-        raise ValueError(f"compress: bytes={most}: this adapter needs {needed:,} at least, and has {now:,} now")
+        raise ValueError(f"compress: bytes={most}: this adapter needs at least {needed:,} bytes; it has {now:,} now")
     for name in rest:
         used += parts[name].cost
         if used > most:
@@ -125,7 +129,7 @@ def by_bytes(parts: Mapping[str, Part], most: int, now: int) -> dict[str, int]:
 
 
 def within(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
-    """Ranks that keep this share of |B A|² over all sites together, with the components that `by_bytes` takes first."""
+    """Ranks that keep the share `energy` of |B A|² over all sites; components enter in the order of `by_bytes`."""
     ranks = {name: part.least for name, part in parts.items()}
     total = sum(float(part.values.square().sum()) for part in parts.values())
     lost = sum(part.lost(part.least) ** 2 for part in parts.values())
@@ -139,7 +143,7 @@ def within(parts: Mapping[str, Part], energy: float) -> dict[str, int]:
 
 
 def ranked(parts: Mapping[str, Part]) -> list[str]:
-    """The sites of all components above the least, those first that hold most for their bytes."""
+    """The site of each component above the lowest rank, ordered by σ² per byte, highest first."""
     found = []
     for name, part in parts.items():
         squares = part.values.square().tolist() + [0.0] * (part.rank - len(part.values))

@@ -1,17 +1,17 @@
-"""Fewer components for a finished adapter, without its data: the nearest change of lower rank, site by site.
+"""Compress a saved adapter to lower ranks, without training data, by a truncated SVD of each site's change.
 
-A site's change is a sum of components, B A = Σ σ_i u_i v_iᵀ, of which the largest stay: no other change of that rank is
-nearer in the Frobenius norm (Eckart-Young). What is left out is known before anything is written:
+The change of a site is a sum of components, B A = Σ σ_i u_i v_iᵀ. Keeping the components with the largest σ_i gives the
+best approximation of that rank in the Frobenius norm (Eckart-Young). The error is known in advance:
 
     error² = |B A - kept|² = Σ of the σ_i² that are dropped
 
-What stays is told by a share of |B A|² that each site keeps (`energy`), a highest rank (`rank`), or the size of the
-tensors (`bytes`), for which the components of all sites compete by σ² a byte. A site of rank 0 leaves a LoRA.
+The caller gives the share of |B A|² that each site keeps (`energy`), a highest rank (`rank`), or the size of all
+tensors (`bytes`). For `bytes` the components of all sites compete by σ² per byte. A LoRA drops sites of rank 0.
 
-The result has the method of the original. LoRA: B = U √Σ / s and A = √Σ Vᵀ, with the scale s that the new rank has.
-AdaLoRA: P = U, Λ = Σ / s and Q = Vᵀ, so that P and Q are orthogonal again. DoRA: the magnitudes m stay, the direction
-W + B A loses components, and W' = m (W + kept) / |W + kept| follows; the error is that of B A and not that of W'. A
-site whose rank stays is copied, bit for bit.
+The result has the same method as the original. LoRA: B = U √Σ / s and A = √Σ Vᵀ, with the scale s of the new rank.
+AdaLoRA: P = U, Λ = Σ / s and Q = Vᵀ, so P and Q are orthogonal. DoRA: the magnitudes m stay and the direction W + B A
+loses components, so W' = m (W + kept) / |W + kept|; the reported error is that of B A, not that of W'. A site whose
+rank does not change is copied bit for bit.
 
 Shapes: O out_features, I in_features, R rank, K = min(O, R, I).
 """
@@ -37,42 +37,43 @@ from reparam.io.record import Record
 
 @dataclasses.dataclass(frozen=True)
 class SiteCompression:
-    """What became of one site."""
+    """Ranks and approximation error of one compressed site."""
 
     name: str
     before: int
     """Rank of the original."""
     rank: int
+    """Rank of the result."""
     change: float
-    """Frobenius norm of B A, the scale in it."""
+    """Frobenius norm of B A, including the scale."""
     lost: float
-    """Frobenius norm of what was dropped from it."""
+    """Frobenius norm of the dropped components."""
     saved: int
-    """Bytes of tensors that the site needs no more."""
+    """Bytes by which the site's tensors became smaller."""
 
     @property
     def error(self) -> float:
-        """|lost| / |B A|; 0 where there is no change."""
+        """Relative error |lost| / |B A|; 0 if B A is zero."""
         return self.lost / self.change if self.change else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A smaller adapter, and what that cost."""
+    """A compressed adapter, and its approximation error for each site."""
 
     record: Record
     sites: tuple[SiteCompression, ...]
     before: int
-    """Bytes of the original's tensors."""
+    """Total size of the original's tensors in bytes."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors that are left."""
+        """Total size of the compressed tensors in bytes."""
         return held(self.record)
 
     @property
     def error(self) -> float:
-        """|lost| / |change| over all sites."""
+        """Relative error |lost| / |B A| over all sites."""
         total = sum(site.change**2 for site in self.sites)
         return (sum(site.lost**2 for site in self.sites) / total) ** 0.5 if total else 0.0
 
@@ -81,11 +82,11 @@ class Compression:
         return f"Compression({len(self.record.sites)} sites, {sizes}, error {self.error:.4g})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
-        """Write it as an ordinary adapter. Raises ValueError as `Adapter.save` does."""
+        """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`."""
         files.write(folder, self.record, format=format)
 
     def put(self, model: nn.Module, *, name: str = "default", activate: bool = True) -> Adapter:
-        """Put it on `model`, frozen. Raises FormatError as `load` does."""
+        """Put the result on `model` as a frozen adapter. Raises FormatError as `load` does."""
         return place(model, self.record, Path(f"compression {name!r}"), name=name, activate=activate)
 
 
@@ -97,16 +98,16 @@ def compress(
     rank: int | None = None,
     bytes: int | None = None,
 ) -> Compression:
-    """The nearest adapter with fewer components.
+    """Compress a saved LoRA, DoRA or AdaLoRA to its best approximation with fewer components.
 
     Args:
-        adapter: a folder, ours or PEFT's, or what `io.files.read` makes of it: LoRA, DoRA or AdaLoRA.
-        energy: the share of |B A|², in (0, 1], that each site keeps with as few components as do; 1 drops rounding.
-        rank: the most components that a site may have.
-        bytes: the most that all tensors together may take, magnitudes and biases included.
+        adapter: a folder in reparam's or PEFT's format, or a record that `io.files.read` returned.
+        energy: the share of |B A|², in (0, 1], that each site keeps; 1 drops only components that are rounding noise.
+        rank: the highest rank of a site, at least 1.
+        bytes: the largest total size of all tensors in bytes, including magnitudes and biases.
 
-    Raises ValueError unless exactly one of the three is given and can be, and FormatError (a ValueError) for another
-    method, and for an adapter that changes nothing.
+    Raises ValueError unless exactly one of `energy`, `rank` and `bytes` is given and in range, and FormatError (a
+    ValueError) if the method has no components or the adapter changes nothing.
 
     >>> import tempfile, torch, reparam
     >>> net = torch.nn.ModuleDict({"up": torch.nn.Linear(6, 8), "down": torch.nn.Linear(8, 6)})
@@ -135,13 +136,13 @@ def compress(
 
 @torch.no_grad()
 def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> Compression:
-    """The adapter with these ranks, as far as its sites have them."""
+    """Truncate each site to its rank in `ranks`; a site with a lower rank keeps its own."""
     ranks = {
         name: part.rank if ranks[name] >= part.rank else min(ranks[name], len(part.values))
         for name, part in parts.items()
     }
     if not any(ranks.values()):
-        raise ValueError("compress: nothing would be left of the adapter; allow more")
+        raise ValueError("compress: all components would be dropped; allow a higher rank, energy or size")
     method = record.method.with_ranks(ranks)
     stays = {name: site for name, site in record.sites.items() if ranks[name] or not method.drops_empty_sites}
     gone = tuple(f"{name}." for name in record.sites if name not in stays)
@@ -159,7 +160,7 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
 
 
 def _tensors(record: Record, method: Method, part: Part, rank: int) -> dict[str, Tensor]:
-    """The factors of one site by their names in files, in the dtype that they had."""
+    """The truncated factors of one site by their names in files, in their original dtypes."""
     update, start = bare(method, part.site)
     u, s, vh = part.u[:, :rank], part.values[:rank], part.vh[:rank]
     found = update.from_svd(u, s, vh)
@@ -170,9 +171,9 @@ def _check_settings(energy: float | None, rank: int | None, bytes: int | None) -
     given: Sequence[str] = [
         key for key, value in (("energy", energy), ("rank", rank), ("bytes", bytes)) if value is not None
     ]
-    problems = [] if len(given) == 1 else [f"give one of energy, rank and bytes, not {len(given)} of them"]
+    problems = [] if len(given) == 1 else [f"expected exactly one of energy, rank and bytes, found {len(given)}"]
     if energy is not None and not (finite(energy) and 0 < energy <= 1):
-        problems.append(f"energy={energy!r}: expected a share above 0 and up to 1")
+        problems.append(f"energy={energy!r}: expected a number above 0 and up to 1")
     problems += [
         f"{key}={value!r}: expected a whole number of at least 1"
         for key, value in (("rank", rank), ("bytes", bytes))

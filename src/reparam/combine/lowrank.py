@@ -1,6 +1,6 @@
-"""Sums of changes of one matrix, as factors where they have them and dense where not; and the nearest of a lower rank.
+"""Weighted sums of changes of one matrix, as factors or as dense matrices, and low-rank approximations of them.
 
-Shapes: ΔW [O, I] of out_features x in_features, A [R, I], B [O, R]. All of it is meant for float64.
+Shapes: ΔW [O, I] with O out_features and I in_features, A [R, I], B [O, R]. The functions expect float64 tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROUNDING = torch.finfo(torch.float32).eps
 
 
 def stacked(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Σ w_i B_i A_i, exactly: the A_i [R_i, I] below each other, the w_i B_i [O, R_i] beside each other.
+    """The exact sum Σ w_i B_i A_i: the A_i [R_i, I] are concatenated by rows, the w_i B_i [O, R_i] by columns.
 
     >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1))
     >>> stacked([one, one], [2.0, 0.5]).B.tolist()
@@ -27,7 +27,7 @@ def stacked(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def summed(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """(Σ w_i B_i) (Σ w_i A_i), which has the rank R that all of them have: LoraHub's sum, w_i w_j of B_i A_j in it."""
+    """LoraHub's sum (Σ w_i B_i) (Σ w_i A_i) of factors of the same rank; it has the cross terms w_i w_j B_i A_j."""
     pairs = list(zip(weights, factors, strict=True))
     return Factors(
         torch.stack([w * f.A for w, f in pairs]).sum(0),
@@ -36,10 +36,10 @@ def summed(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def reduced(factors: Factors, rank: int) -> tuple[Factors, float, float]:
-    """The nearest change of at most this rank, |ΔW| and |ΔW − nearest|, Frobenius norms; ΔW itself is not built.
+    """The best approximation of B·A of at most this rank, |ΔW|, and |ΔW − approximation| (Frobenius norms).
 
-    Two QR decompositions bring it to a product of [R, R] (Eckart-Young on that). A change whose rank is not above
-    `rank` is returned as it is.
+    Truncates the SVD (Eckart-Young) of `singular`, which never builds ΔW. Factors whose rank is at most `rank` are
+    returned unchanged.
     """
     if len(factors.A) <= rank:
         return factors, factors.low_rank_norm(), 0.0
@@ -48,9 +48,9 @@ def reduced(factors: Factors, rank: int) -> tuple[Factors, float, float]:
 
 
 def singular(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, K], the singular values [K] in descending order and Vᵀ [K, I] of B·A; K is R, or less on small sides.
+    """The SVD of B·A: U [O, K], the singular values [K] in descending order, and Vᵀ [K, I], with K = min(O, R, I).
 
-    From QR decompositions of B and Aᵀ and the SVD of a matrix of [K, K] at most; B·A itself is not built.
+    Computed from the QR decompositions of B and Aᵀ and the SVD of a matrix of at most [R, R]; B·A is never built.
 
     >>> singular(Factors(torch.eye(2, 5), torch.tensor([[0.0, 3.0], [4.0, 0.0]])))[1].tolist()
     [4.0, 3.0]
@@ -62,7 +62,7 @@ def singular(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def numeric_rank(values: Tensor) -> int:
-    """How many singular values [K], in descending order, are more than rounding in float32 beside the largest.
+    """The number of singular values [K] above float32 rounding relative to the first; `values` must be descending.
 
     >>> numeric_rank(torch.tensor([1.0, 0.5, 1e-9])), numeric_rank(torch.zeros(3))
     (2, 0)
@@ -71,7 +71,7 @@ def numeric_rank(values: Tensor) -> int:
 
 
 def factored(change: Tensor, rank: int) -> tuple[Factors, float, float]:
-    """The nearest factors of at most this rank to a dense ΔW [O, I], |ΔW| and |ΔW − nearest|."""
+    """The best approximation of a dense ΔW [O, I] of at most this rank, as factors, |ΔW|, and the error's norm."""
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     return _cut(u, s, vh, rank)
 
@@ -82,7 +82,10 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Factors, float, f
 
 
 def trimmed(change: Tensor, density: float) -> Tensor:
-    """ΔW with its largest entries alone, that share of them; of equal ones at the border all stay."""
+    """Set all but the share `density` of the entries of ΔW, those of largest magnitude, to zero.
+
+    All entries that equal the smallest kept magnitude stay.
+    """
     count = max(1, round(density * change.numel()))
     size = change.abs()
     least = size.flatten().kthvalue(change.numel() - count + 1).values
@@ -92,8 +95,9 @@ def trimmed(change: Tensor, density: float) -> Tensor:
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
     """TIES (Yadav et al. 2023, arXiv 2306.01708): trim each ΔW_i [O, I], elect a sign for each entry, and average.
 
-    The sign is that of the weighted sum; the average is that of the w_i ΔW_i which have it and are not zero. So a
-    common factor of the weights is the paper's λ. Trimming is in each matrix, where the paper's is in the whole model.
+    The elected sign is the sign of the weighted sum. The result is the mean of those entries of w_i ΔW_i that are
+    nonzero and have this sign, so a common factor of the weights is the paper's λ. This function trims each matrix by
+    itself; the paper trims over the whole model.
     """
     weighed = torch.stack([w * trimmed(change, density) for w, change in zip(weights, changes, strict=True)])
     agreeing = (weighed.sign() == weighed.sum(0).sign()) & (weighed != 0)
@@ -101,7 +105,9 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) ->
 
 
 def dare(changes: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    """DARE (Yu et al. 2023, arXiv 2311.03099): keep entries of each ΔW_i [O, I] with this chance, rescaled; add up."""
+    """DARE (Yu et al. 2023, arXiv 2311.03099): keep each entry of ΔW_i [O, I] with probability `density`, divide the
+    kept entries by `density`, and compute the weighted sum.
+    """
     total = torch.zeros_like(changes[0])
     for w, change in zip(weights, changes, strict=True):
         kept = torch.rand(change.shape, generator=generator).to(change.device) < density

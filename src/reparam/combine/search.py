@@ -1,11 +1,11 @@
-"""A search for a few numbers without gradients, within a box and a budget, by libraries that are kept for that.
+"""Gradient-free minimization of a function of a few variables within a box, with a budget of evaluations.
 
-    cobyla    linear models on a simplex (Powell 1994; SciPy). One point at a time, each chosen by all before it, which
-              makes the most of few. What LoraHub's own optimizer, Nevergrad's NGOpt, resolves to at the paper's sizes.
-    cma       samples of a Gaussian that adapts (CMA-ES, Hansen 2016, arXiv 1604.00772; pycma). A generation of points
-              at a time, which `f` can compute together: more points, and far fewer calls.
+    cobyla    linear models on a simplex (COBYLA, Powell 1994; SciPy). It evaluates one point at a time and needs few
+              points. LoraHub's optimizer, Nevergrad's NGOpt, selects it at the paper's problem sizes.
+    cma       samples from an adaptive Gaussian (CMA-ES, Hansen 2016, arXiv 1604.00772; pycma). It evaluates one
+              generation of points per call of `f`: more points, but far fewer calls.
 
-`f` gets points [K, n] and gives K values.
+`f` takes points [K, n] and returns K values.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from torch import Tensor
 
 OPTIMIZERS = ("cobyla", "cma")
 _STEP, _LAST = 0.5, 1e-4
-"""COBYLA's first steps, as in LoraHub, and its last."""
+"""COBYLA's initial step, as in LoraHub, and its final step, at which it stops."""
 _SPREAD = 0.3
 """Standard deviation of CMA-ES's first generation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """One point, and what f gave for it."""
+    """One evaluated point and its value."""
 
     weights: tuple[float, ...]
     value: float
-    """Infinite where f gave NaN."""
+    """The value of f; infinity if f returned NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BestPoint:
-    """The best point that was tried."""
+    """The result of `search`: the point with the lowest value."""
 
     weights: tuple[float, ...]
     value: float
     history: tuple[Tried, ...]
-    """Every point in the order in which they were tried; the first is 0."""
+    """All evaluated points in order; the first point is 0."""
 
 
 def search(
@@ -55,19 +55,24 @@ def search(
     optimizer: str = "cobyla",
     seed: int = 0,
 ) -> BestPoint:
-    """The best of at most `budget` points of the box [-bound, bound]^n; it starts at 0.
+    """Minimize `f` over the box [-bound, bound]^n, starting at 0, with at most `budget` points.
 
-    `f` takes points [K, n] in float64 and gives a value for each; less is better. NaN counts as infinity, with one
-    warning. A budget below the points that an optimizer starts with is warned of. `seed` is for "cma"; "cobyla" draws
-    nothing. The same `f` and seed give the same result. Raises ValueError for an unknown optimizer, for a bound, n or
-    budget that cannot be, and for "cma" in one dimension.
+    Args:
+        f: takes points [K, n] in float64 and returns K values. NaN counts as infinity and causes one warning.
+        n: number of variables, at least 1; at least 2 for "cma".
+        bound: half the edge length of the box, above 0.
+        budget: highest number of points, at least 1. A budget below the optimizer's initial points causes a warning.
+        optimizer: "cobyla" or "cma"; see the module's docstring.
+        seed: for "cma"; "cobyla" is deterministic. The same `f` and seed give the same result.
+
+    Raises ValueError if the optimizer is unknown or a setting is out of range.
     """
     check_search(n, bound=bound, budget=budget, optimizer=optimizer)
     first = n + 1 if optimizer == "cobyla" else _generation(n)
     if budget < first:
         warnings.warn(
-            f"a budget of {budget} is below the {first} points that the search starts with for {n} adapters: some of "
-            f"them are never tried",
+            f"search: budget={budget} is less than the {first} initial points for {n} adapters, so some of these "
+            f"points are not evaluated",
             stacklevel=2,
         )
     log = _Log(f, budget, bound)
@@ -77,13 +82,13 @@ def search(
         else:
             _cma(log, n, seed)
     if log.met_nan:
-        warnings.warn("the search met a loss that is NaN, and counted it as infinite", stacklevel=2)
+        warnings.warn("search: at least one loss was NaN and counted as infinite", stacklevel=2)
     best = min(log.history, key=lambda tried: tried.value)
     return BestPoint(best.weights, best.value, tuple(log.history))
 
 
 def check_search(n: int, *, bound: float, budget: int, optimizer: str) -> None:
-    """Raise ValueError where `search` would, before there is anything to search with."""
+    """Raise the ValueErrors of `search` without running it."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
     if n < 1 or budget < 1:
@@ -91,15 +96,15 @@ def check_search(n: int, *, bound: float, budget: int, optimizer: str) -> None:
     if not 0 < bound < math.inf:
         raise ValueError(f"search: bound={bound!r}: expected a finite number above 0")
     if optimizer == "cma" and n == 1:
-        raise ValueError("optimizer='cma' adapts a covariance, and needs two adapters or more; use cobyla for one")
+        raise ValueError("optimizer='cma' adapts a covariance and needs at least two adapters; use cobyla for one")
 
 
 class _SpentError(Exception):
-    """The budget is spent."""
+    """Raised when the budget is spent, to leave the optimizer."""
 
 
 class _Log:
-    """Calls f, within the box and the budget, and keeps what it gave."""
+    """Calls f within the box and the budget, and records its values."""
 
     def __init__(self, f: Callable[[Tensor], Sequence[float]], budget: int, bound: float) -> None:
         self.f = f
@@ -109,9 +114,9 @@ class _Log:
         self.met_nan = False
 
     def measure(self, points: np.ndarray) -> list[float]:
-        """Finite values of points [K, n]: those that are not are put above all others.
+        """Evaluate points [K, n] and return finite values; a value that is not finite becomes larger than all others.
 
-        Raises _SpentError once the budget is, after as many points as it allows.
+        Raises _SpentError once the budget is spent, after evaluating as many of the points as it allows.
         """
         inside = torch.tensor(points, dtype=torch.float64).clamp(-self.bound, self.bound)
         inside = inside[: self.budget - len(self.history)]
@@ -148,7 +153,7 @@ def _cma(log: _Log, n: int, seed: int) -> None:
         "bounds": [-log.bound, log.bound],
         "popsize": _generation(n),
         "randn": lambda *shape: drawn.standard_normal(shape),
-        "seed": math.nan,  # leaves NumPy's global generator alone
+        "seed": math.nan,  # do not seed NumPy's global generator
         "verbose": -9,
     }
     strategy = cma.CMAEvolutionStrategy(n * [0.0], min(_SPREAD, log.bound), options)

@@ -1,4 +1,4 @@
-"""A mixture whose gates go by the task, as one plain LoRA for each task: for mixed batches, and for other libraries."""
+"""Split a mixture whose gates depend only on the task into one LoRA per task."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from reparam.sites.module import SHARED
 
 @torch.no_grad()
 def split(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """Put a frozen LoRA on the model for each task of the mixture `name`; the handles by task. The mixture stays.
+    """Put a frozen LoRA on the model for each task of the mixture `name`, and return these adapters by task.
 
-    They are called `name-task`, and compute what the mixture does for the task (but for rounding). Unlike it, they can
-    be selected in one list, a task for each row, and be saved for PEFT.
+    The LoRAs are named `name-task` and compute the same as the mixture for that task, up to rounding. Unlike the
+    mixture, they can be selected as a list, with one task per row, and saved in PEFT's format. The mixture stays on the
+    model.
 
-    Raises ValueError where the adapter is no mixture of low-rank experts or a name is taken, and `InputDependentError`
-    where the gates look at more than the task; nothing is on the model then that was not before.
+    Raises ValueError if the adapter is not a mixture of low-rank experts, also trains biases or whole modules, or if a
+    name is taken; raises `InputDependentError` if the gates depend on more than the task. The model is then unchanged.
     """
     state = state_of(model)
     state.check(name)
@@ -32,9 +33,9 @@ def split(model: nn.Module, name: str) -> dict[str, Adapter]:
     method = adapter.method
     tasks = method.low_rank_tasks
     if tasks is None:
-        raise ValueError(f"split: {name!r} ({method.name}) is no mixture of low-rank experts")
+        raise ValueError(f"split: {name!r} ({method.name}) is not a mixture of low-rank experts")
     if adapter.replaced or any(key.endswith(".bias") for key in adapter.tensors() if not key.startswith(SHARED)):
-        raise ValueError(f"split: {name!r} also trains biases or whole modules, which are not the tasks' own")
+        raise ValueError(f"split: {name!r} also trains biases or whole modules, which cannot be split by task")
     names = {task: f"{name}-{re.sub(r'[^A-Za-z0-9_-]', '_', task)}" for task in tasks}
     changes = {}
     for task, called in names.items():

@@ -64,6 +64,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def listed(problems: Sequence[str], *, shown: int = 5) -> str:
-    """The first few problems, and how many more there are."""
+    """Join the first `shown` problems with "; ", and add the number of the others."""
     more = len(problems) - shown
     return "; ".join(problems[:shown]) + (f"; and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Plain values from a file into dataclasses: nothing is used before it has the type that it must have."""
+"""Decode plain JSON values into dataclasses, with a type check of every value before use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES: dict[Any, str] = {
     list: "a list",
     tuple: "a list",
     types.NoneType: "null",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -27,10 +27,11 @@ _NAMES: dict[Any, str] = {
 
 
 def decode(cls: type[T], value: object, where: object) -> T:
-    """An instance of the dataclass `cls` from a JSON object. Raises FormatError with every key that does not fit.
+    """Build an instance of the dataclass `cls` from a JSON object.
 
-    Understands str, int, float, bool, None, Literal, unions, lists, tuples, dictionaries and dataclasses; an unknown
-    key is an error, a missing one too unless it has a default. `where` starts the message.
+    Supports str, int, float, bool, None, Literal, unions, lists, tuples, dictionaries and dataclasses. Raises
+    FormatError, starting with `where`, that lists every value of a wrong type, every unknown key, and every missing key
+    without a default.
 
     >>> from reparam.core.base import Site
     >>> decode(Site, {"name": "a", "kind": "linear", "out_features": 2, "in_features": "x"}, "file.json")
@@ -65,7 +66,7 @@ def _problems(value: Any, hint: Any, key: str) -> list[str]:
 
 
 def _alike(value: Any, choices: tuple[Any, ...]) -> list[Any]:
-    """Those of the choices that are containers of the kind that `value` is, so that its content is the problem."""
+    """The members of a union that are the same kind of container as `value`: then its content is the problem."""
     kinds = {choice: get_origin(choice) or choice for choice in choices}
     if isinstance(value, dict):
         return [choice for choice, kind in kinds.items() if kind in (dict, Mapping) or dataclasses.is_dataclass(kind)]
@@ -78,7 +79,7 @@ def _fits(value: Any, kind: Any, hint: Any) -> bool:
     if kind is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if kind in (int, float) and type(value) is int:
-        return -(2**63) <= value < 2**63  # what tensors, and JSON elsewhere, can hold
+        return -(2**63) <= value < 2**63  # the range of int64, which tensors and other JSON parsers use
     if kind is float:
         return type(value) is float and math.isfinite(value)
     return kind in (str, int, bool, types.NoneType) and type(value) is kind

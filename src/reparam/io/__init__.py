@@ -1,1 +1,1 @@
-"""Files: staged writes, the native adapter format, the PEFT format, the bitsandbytes format."""
+"""Files: atomic writes, reparam's adapter format, PEFT's adapter format, and bitsandbytes' NF4 layout."""

@@ -1,4 +1,4 @@
-"""Reading and writing adapters: the format is told by the files, and a folder is replaced whole or not at all."""
+"""Read and write adapters. Reading detects the format from the files; writing replaces a folder atomically."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ FORMATS = {"reparam": native, "peft": peft}
 
 
 def read(folder: str | Path, name: str | None = None) -> Record:
-    """The adapter in `folder`, in either format. Raises FormatError where there is none or it is damaged."""
+    """Read the adapter in `folder`, in either format, or the adapter `name` in a whole model's files.
+
+    Raises FormatError if there is none or a file is damaged.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(
-            f"{folder}: {'is a file; give the folder that it is in' if folder.exists() else 'no such folder'}"
-        )
+        raise FormatError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
     if len(found) == 1:
         return found[0].read(folder)
@@ -27,32 +28,33 @@ def read(folder: str | Path, name: str | None = None) -> Record:
     if whole.has_adapters(folder):
         return whole.read(folder, name)
     below = sorted({file.parent.name for module in FORMATS.values() for file in folder.glob(f"*/{module.CONFIG}")})
-    hint = f". There are adapters in its subfolders: {', '.join(below)}" if below else ""
+    hint = f". Give one of its subfolders: {', '.join(below)}" if below else ""
     raise FormatError(f"{folder}: no adapter here: neither {native.CONFIG} nor {peft.CONFIG} was found{hint}")
 
 
 def adapter_folder(folder: str | Path) -> Path:
-    """The folder of the adapter in `folder`, which may also be the folder of a training run."""
+    """The folder of an adapter, given that folder itself or the folder of its training run."""
     path = Path(folder)
     inside = any((path / "adapter" / module.CONFIG).exists() for module in FORMATS.values())
     return path / "adapter" if inside else path
 
 
 def write(folder: str | Path, record: Record, *, format: str = "reparam") -> None:
-    """Put the adapter into `folder`, which is made, or replaced if it holds an adapter in this format and nothing else.
+    """Write the adapter into `folder` atomically.
 
-    Raises ValueError for an unknown format, and where replacing the folder would delete something else.
+    Creates the folder, or replaces it if it holds only an adapter in this format. Raises ValueError if the format is
+    unknown, or if `folder` is a file or holds other files.
     """
     folder = Path(folder)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; give a folder")
+        raise ValueError(f"{folder}: is a file; give a folder as output")
     contents = FORMATS[format].files(record)
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in contents) if folder.exists() else []
     if foreign:
         raise ValueError(
-            f"{folder}: holds other files ({', '.join(foreign[:3])}), which would be deleted; give a new folder"
+            f"{folder}: holds other files ({', '.join(foreign[:3])}), which saving would delete; give a new folder"
         )
     with staged_folder(folder, owned=True) as staging:
         for name, content in contents.items():
@@ -60,5 +62,5 @@ def write(folder: str | Path, record: Record, *, format: str = "reparam") -> Non
 
 
 def format_of(folder: str | Path) -> str:
-    """The name of the format that `read` finds in this folder."""
+    """The format of the adapter in this folder, "reparam" or "peft"."""
     return next(name for name, module in FORMATS.items() if (Path(folder) / module.CONFIG).exists())

@@ -1,10 +1,9 @@
-"""Giving memory back to the system while a model is quantized tensor by tensor, so that the process stays as small as
-it.
+"""Release memory while a model is quantized tensor by tensor, to keep the process about as small as that model.
 
-safetensors maps a file, and every page that is read counts as memory of the process until the system takes it back: the
-whole file, in the end. The pages are clean copies of it: to forget them costs nothing but reading them again, from the
-system's cache, should anybody ask. And the C library keeps what is freed between tensors that stay, for later use: more
-than the quantized model itself, when it was measured. Linux only; elsewhere nothing is done.
+safetensors memory-maps its file. Every page that is read counts as resident memory of the process until the kernel
+reclaims it, in the end the size of the whole file. The pages are clean, so dropping them is safe: a later access reads
+them again, usually from the page cache. The C library also keeps freed blocks between live tensors, which measured more
+than the quantized model itself. Linux only; on other systems nothing happens.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-_DONTNEED = 4  # MADV_DONTNEED of Linux: pages of a private mapping are read from the file again
+_DONTNEED = 4  # Linux's MADV_DONTNEED: the next access to a page of a private mapping reads the file again
 
 
 class Mapped:
-    """The mappings that are made of some files after this moment, of which nothing is ever written to.
+    """The private mappings of the given files that are created after this object. Nothing may write to them.
 
-    Earlier ones are left alone: a model that was loaded from the same file may have been trained in place since, and
-    its changes are in its mapping only.
+    Earlier mappings are left alone. They may belong to a model that was trained in place after loading, and only the
+    mapping holds its changes.
     """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
@@ -30,16 +29,16 @@ class Mapped:
         self.earlier = self._ranges()
 
     def forget(self) -> None:
-        """Give back the pages that have been read since, and what was allocated and freed."""
+        """Release the pages that these mappings have read, and the heap memory that was freed."""
         if _libc is None:
             return
-        if hasattr(_libc, "malloc_trim"):  # glibc's
+        if hasattr(_libc, "malloc_trim"):  # only in glibc
             _libc.malloc_trim(0)
         for start, end in self._ranges() - self.earlier:
             _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
 
     def _ranges(self) -> set[tuple[int, int]]:
-        """Start and end of each private mapping of the files."""
+        """Start and end address of each private mapping of the files."""
         found = set()
         for line in _MAPS.read_text().splitlines() if self.files and _MAPS.exists() else ():
             where, mode, *_, path = line.split(maxsplit=5)

@@ -1,8 +1,8 @@
-"""The project's own format: `adapter.safetensors` and `adapter.json` in one folder.
+"""Reparam's own adapter format: `adapter.safetensors` and `adapter.json` in one folder.
 
 `adapter.json` holds the method with its settings, the sites, the base, the SHA-256 of the weights file, and a digest
-of itself, so that neither file can change without the other. The digests find damage and edits. They are no signature:
-who writes both files anew can write anything, so every value is checked before it is used, and nothing is executed.
+of its own content. The two digests detect damage and edits of either file. They are not a signature: anyone can write
+new files with valid digests. Therefore every value is checked before use, and nothing in the files is executed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-import reparam.methods  # noqa: F401  (fills its registry)
+import reparam.methods  # noqa: F401  (importing it registers the methods)
 from reparam.core.base import Kind, Site
 from reparam.core.checks import listed
 from reparam.core.method import Method
@@ -67,7 +67,7 @@ class _Config:
 
 
 def files(record: Record) -> dict[str, bytes]:
-    """The two files' contents by name."""
+    """The contents of the two files, by file name."""
     weights = pack_tensors(record.tensors)
     config = _Config(
         format=FORMAT,
@@ -80,34 +80,34 @@ def files(record: Record) -> dict[str, bytes]:
         weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
     )
     values = dataclasses.asdict(config)
-    if record.base is not None and not record.base.packing:  # as files were before bases could be quantized
+    if record.base is not None and not record.base.packing:  # earlier releases refuse this key, so dense bases omit it
         del values["base"]["packing"]
     values["digest"] = _digest(values)
     return {WEIGHTS: weights, CONFIG: (json.dumps(values, indent=1) + "\n").encode()}
 
 
 def read(folder: Path) -> Record:
-    """The adapter in `folder`. Raises FormatError for anything missing, edited, cut short or not finite."""
+    """Read the adapter in `folder`. Raises FormatError if a file is missing, edited, truncated or not finite."""
     file = folder / CONFIG
     values = read_json(file)
     if values.get("format") != FORMAT or values.get("version") != VERSION:
         raise FormatError(
-            f"{file}: format {values.get('format')!r} version {values.get('version')!r}; this release reads {FORMAT!r} "
-            f"version {VERSION}. A later release may have written it"
+            f"{file}: expected format {FORMAT!r} version {VERSION}, found {values.get('format')!r} version "
+            f"{values.get('version')!r}; a later release of reparam may read it"
         )
     if values.get("digest") != _digest(values):
         raise FormatError(
-            f"{file}: its digest does not fit its content, so it was edited or damaged; restore the file, or change "
+            f"{file}: the digest does not match the content, so the file was edited or damaged; restore it, or change "
             f"the setting in Python and save the adapter again"
         )
     config = decode(_Config, values, file)
-    if config.weights.file != WEIGHTS:  # never a path to follow
+    if config.weights.file != WEIGHTS:  # never follow a path from a file
         raise FormatError(f"{file}: weights.file: expected {WEIGHTS!r}, found {config.weights.file!r}")
     weights = read_bytes(folder / WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != config.weights.sha256:
         raise FormatError(
-            f"{folder / WEIGHTS}: not the file that {CONFIG} was written with (SHA-256 differs); it was cut short, "
-            f"damaged or comes from another save"
+            f"{folder / WEIGHTS}: the SHA-256 differs from the one in {CONFIG}; the file was truncated or damaged, or "
+            f"belongs to another adapter"
         )
     record = Record(
         method=method_of(config.method, config.settings, file),
@@ -144,16 +144,16 @@ def check_whole(record: Record, folder: Path) -> None:
         if site.kind not in KINDS
     ]
     problems += [
-        f"{CONFIG}: sites[{name!r}]: no matrix has {site.out_features} x {site.in_features} elements"
+        f"{CONFIG}: sites[{name!r}]: expected sizes of at least 1, found {site.out_features} x {site.in_features}"
         for name, site in record.sites.items()
         if min(site.out_features, site.in_features) < 1
     ]
     owners = [*record.sites, *record.replaced]
     if len(set(owners)) < len(owners) or "" in owners:
-        problems.append(f"{CONFIG}: sites and replaced name a module twice, or the model itself")
+        problems.append(f"{CONFIG}: 'sites' and 'replaced' name a module twice, or the model itself")
     owned = (*(f"{name}." for name in owners), f"{SHARED}.")
     problems += [
-        f"{WEIGHTS}: unknown tensor {key}: {CONFIG} has no site or module for it"
+        f"{WEIGHTS}: unknown tensor {key}, which belongs to no site or module of {CONFIG}"
         for key in record.tensors
         if not key.startswith(owned)
     ]
@@ -162,11 +162,11 @@ def check_whole(record: Record, folder: Path) -> None:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file that must be there and not be empty."""
+    """Read a file. Raises FormatError if it is missing, unreadable, empty, or not a regular file."""
     if not file.exists():
         raise FormatError(f"{file}: no such file; the adapter is incomplete")
-    if not file.is_file():  # a pipe would never end
-        raise FormatError(f"{file}: not a file")
+    if not file.is_file():  # reading a pipe would never end
+        raise FormatError(f"{file}: not a regular file")
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -177,7 +177,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Read a JSON object from a file. Raises FormatError if the content is not one."""
     try:
         found = json.loads(read_bytes(file))
     except FormatError:
@@ -190,7 +190,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> bytes:
-    """The bytes of a safetensors file. Tensors that share memory are written once each."""
+    """Serialize tensors as a safetensors file. Tensors that share memory are copied, because the format forbids it."""
     seen: set[int] = set()
     plain = {}
     for key, tensor in tensors.items():
@@ -201,21 +201,24 @@ def pack_tensors(tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | No
 
 
 def parse_tensors(content: bytes, file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FormatError for none, a damaged file, NaN or infinity."""
+    """Parse a safetensors file.
+
+    Raises FormatError if it is damaged or empty, or if a tensor has an unsupported dtype, NaN or infinity.
+    """
     try:
         tensors = load_tensors(content)
-    except Exception as error:  # whatever the library raises on bytes that it cannot read
-        raise FormatError(f"{file}: not a whole safetensors file ({error})") from None
+    except Exception as error:  # the library does not document what it raises for invalid bytes
+        raise FormatError(f"{file}: not a complete safetensors file ({error})") from None
     return checked(tensors, file)
 
 
 def checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors. Raises FormatError if there are none, and for dtypes that no adapter has, NaN and infinity."""
     if not tensors:
-        raise FormatError(f"{file}: holds no tensors, so it would change nothing")
+        raise FormatError(f"{file}: holds no tensors")
     odd = [f"{key} is {value.dtype}" for key, value in tensors.items() if value.dtype not in (*FLOATS, *WHOLE)]
     if odd:
-        raise FormatError(f"{file}: {listed(odd)}, which no adapter has")
+        raise FormatError(f"{file}: unsupported dtypes: {listed(odd)}")
     bad = [key for key, value in tensors.items() if value.dtype in FLOATS and not torch.isfinite(value).all()]
     if bad:
         raise FormatError(f"{file}: NaN or infinity in {listed(bad)}")
@@ -223,6 +226,6 @@ def checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of everything but the digest. The order of keys counts: the first of two patterns that match wins."""
+    """SHA-256 of the configuration without its digest. The order of keys counts, because the first pattern wins."""
     rest = {key: value for key, value in config.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()

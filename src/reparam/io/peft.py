@@ -1,11 +1,11 @@
-"""PEFT's format, both ways: `adapter_model.safetensors` and `adapter_config.json` (as PEFT 0.21 writes them).
+"""Read and write PEFT's format: `adapter_model.safetensors` and `adapter_config.json`, as of PEFT 0.21.
 
-Each method that PEFT has an equal of is one file, `peft_<method>.py` (see `peft_formats.py`). Nothing is folded into
-the factors: the scale stays in the configuration. What a file asks for beyond that is refused by name, never dropped
+Each method with a PEFT equivalent has one module, `peft_<method>.py` (see `peft_formats.py`). The scale stays in the
+configuration and is not multiplied into the factors. Unsupported settings are refused by name and never ignored
 (`peft_config.py`).
 
-The format binds nothing: an edited lora_alpha, or weights of another training run with the same shapes, load without a
-complaint, and the base is named but not digested. Only what contradicts itself, or the model, can be refused.
+The format has no checksums: it cannot detect an edited lora_alpha or the weights of another run with the same shapes,
+and it names the base without a fingerprint. Only contradictions within the files or with the model are detected.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ for _file in pkgutil.iter_modules(reparam.io.__path__):
 
 
 def read(folder: Path) -> Record:
-    """The adapter that PEFT saved in `folder`. Raises FormatError, naming the key, for what cannot be honored."""
+    """Read the adapter that PEFT saved in `folder`. Raises FormatError that names each unsupported key."""
     found = Folder(folder, read_json(folder / CONFIG))
     return reader_of(found).read(found)
 
 
 def files(record: Record) -> dict[str, bytes]:
-    """The two files' contents by name. Raises FormatError for what PEFT has no equal of."""
+    """The contents of the two files, by file name. Raises FormatError if PEFT has no equivalent of the adapter."""
     method = record.method
     writer = writer_of(method)
     writer.check(method, record)

@@ -1,8 +1,8 @@
 """AdaLoRA in PEFT's files.
 
-Keys are `.lora_A` [R, I], `.lora_B` [O, R] and `.lora_E` [R, 1], without `.weight`; R is the rank that the site ended
-with, and may be 0. `rank_pattern` tells for each of the `init_r` components of a site whether it was kept. The scale is
-lora_alpha / (init_r + 1e-5), here as there. Everything else is read and written as for LoRA.
+The keys are `.lora_A` [R, I], `.lora_B` [O, R] and `.lora_E` [R, 1], without `.weight`. R is the final rank of the site
+and may be 0. `rank_pattern` states for each of a site's `init_r` components whether it was kept. The scale is
+lora_alpha / (init_r + 1e-5), as in PEFT. Everything else is the same as for LoRA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VALUES = ".lora_E"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The keys that LoRA's files have not, with PEFT's defaults."""
+    """The configuration keys that AdaLoRA adds to LoRA's, with PEFT's defaults."""
 
     target_r: int = 8
     init_r: int = 12
@@ -49,12 +49,12 @@ class Settings:
 
 @peft_format(AdaLoRA)
 class AdaLoRAFormat(PeftFormat[AdaLoRA]):
-    """AdaLoRA."""
+    """PEFT's file format of AdaLoRA."""
 
     peft_type = "ADALORA"
 
     def read(self, folder: Folder) -> Record:
-        """The factors, λ, and the method that the settings describe."""
+        """Read the factors, λ and the method's settings."""
         own, rest = _as_lora(folder.settings, folder.config)
         config = parse(rest, folder.config)
         raw, lambdas = _split(folder.tensors())
@@ -68,7 +68,7 @@ class AdaLoRAFormat(PeftFormat[AdaLoRA]):
         return found.record(_method_of(own, lora, ranks, folder.config), sites, tensors, config)
 
     def check(self, method: AdaLoRA, record: Record) -> None:
-        """Raise FormatError for what PEFT's AdaLoRA is not."""
+        """Raise FormatError if PEFT's AdaLoRA cannot express the adapter."""
         super().check(method, record)
         problems = ["DoRA's magnitudes (magnitude)"] * method.magnitude
         problems += [f"the embedding {name}" for name, site in record.sites.items() if site.kind != "linear"]
@@ -78,15 +78,15 @@ class AdaLoRAFormat(PeftFormat[AdaLoRA]):
             if method.rank(name) > method.init_r
         ]
         if problems:
-            raise FormatError(f"PEFT has no equal of AdaLoRA with {listed(problems)}; save with format='reparam'")
+            raise FormatError(f"PEFT has no equivalent of AdaLoRA with {listed(problems)}; save with format='reparam'")
 
     def settings(self, method: AdaLoRA, record: Record) -> dict[str, Any]:
-        """LoRA's and its own. Where the trainer gave the schedule, the file has one of one step."""
+        """LoRA's settings and AdaLoRA's. Without `total_steps` in the method, the file gets a one-step schedule."""
         lora = LoRA(r=method.init_r, alpha=method.alpha, dropout=method.dropout)
         plan = method.plan(method.total_steps) if method.total_steps is not None else None
         return peft_lora.settings_of(lora, record) | {
             "peft_type": "ADALORA",
-            "r": 8,  # PEFT warns of any other, and does not read it
+            "r": 8,  # PEFT ignores this key, and warns of any other value
             "target_r": round(method.target_r),
             "init_r": method.init_r,
             "tinit": plan.tinit if plan else 0,
@@ -103,13 +103,13 @@ class AdaLoRAFormat(PeftFormat[AdaLoRA]):
         }
 
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
-        """The factors and λ."""
+        """The factors and λ of one site, by the ends of their keys."""
         a, b, e = (record.tensors[f"{name}.{part}"] for part in "ABE")
         return {".lora_A": a, ".lora_B": b, VALUES: e[:, None]}
 
 
 def _as_lora(config: Mapping[str, Any], file: Path) -> tuple[Settings, dict[str, Any]]:
-    """AdaLoRA's own settings, and the rest as the configuration of a LoRA. Raises FormatError for what is neither."""
+    """Split a configuration into AdaLoRA's own settings and the settings of a LoRA. Raises FormatError for use_dora."""
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = decode(Settings, {key: value for key, value in config.items() if key in names}, file)
     if config.get("use_dora"):
@@ -119,7 +119,7 @@ def _as_lora(config: Mapping[str, Any], file: Path) -> tuple[Settings, dict[str,
 
 
 def _split(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors under the keys of a LoRA's, and λ [R, 1] by site."""
+    """Split the tensors into factors, renamed to LoRA's keys, and λ [R, 1] by site."""
     rest, values = {}, {}
     for key, tensor in raw.items():
         if key.endswith(VALUES) and key.startswith(PREFIX):
@@ -131,7 +131,7 @@ def _split(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _check_read(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping[str, int], file: Path) -> None:
-    """Raise FormatError where λ, the factors and the pattern of kept components are not of one rank."""
+    """Raise FormatError unless λ, the factors and `rank_pattern` of each site have the same rank."""
     kept = {name.removesuffix(VALUES): has for name, has in (settings.rank_pattern or {}).items()}
     problems = [f"missing {name}{VALUES}" for name in ranks if name not in values]
     problems += [f"{name}{VALUES} without factors" for name in values if name not in ranks]
@@ -141,15 +141,15 @@ def _check_read(settings: Settings, values: Mapping[str, Tensor], ranks: Mapping
         pattern = kept.get(name, [True] * settings.init_r)
         if len(pattern) != settings.init_r or sum(pattern) != ranks[name]:
             problems.append(
-                f"{name}: rank {ranks[name]} in the weights; its rank_pattern keeps {sum(pattern)} of {len(pattern)} "
-                f"components, with init_r {settings.init_r}"
+                f"{name}: rank {ranks[name]} in the weights, but rank_pattern keeps {sum(pattern)} of {len(pattern)} "
+                f"components and init_r is {settings.init_r}"
             )
     if problems:
         raise FormatError(f"{file}: {listed(problems)}")
 
 
 def _method_of(settings: Settings, lora: LoRA, ranks: Mapping[str, int], file: Path) -> AdaLoRA:
-    """The method. Raises FormatError for settings that cannot be."""
+    """Build the method. Raises FormatError for invalid settings."""
     changed = any(rank != settings.init_r for rank in ranks.values())
     try:
         return AdaLoRA(

@@ -1,7 +1,8 @@
-"""What each key of PEFT's `adapter_config.json` (LoraConfig of PEFT 0.21) means here: honored, or refused by name.
+"""The keys of PEFT's `adapter_config.json` (LoraConfig of PEFT 0.21): supported, refused or ignored.
 
-A key that changes what a trained adapter computes is in `Honored` or in `REFUSED`; `NEUTRAL` are the keys that do not.
-A key in none of them comes from another release: it is refused unless its value is empty.
+A key that changes the outputs of a trained adapter is in `Honored` (supported) or in `REFUSED`. The keys in `NEUTRAL`
+do not change outputs and are ignored. Other keys come from another release of PEFT and are refused unless their value
+is empty.
 """
 
 from __future__ import annotations
@@ -16,44 +17,44 @@ from reparam.core.plain import decode
 from reparam.errors import FormatError
 
 NEUTRAL = {
-    # about the file, not the function
+    # about the file, not the outputs
     "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "runtime_config",
-    # told by the base: a Conv1D's matrix is [I, O]
+    # known from the base: the matrix of a Conv1D is [I, O]
     "fan_in_fan_out",
-    # how training began, for the initializations that leave the base alone
+    # initializations that do not change the base
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    # without effect unless a refused key is set
+    # no effect unless a refused key is set
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 REFUSED = {
-    "lora_bias": "a bias on B is not read",
-    "trainable_token_indices": "single trained tokens are not read",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not read",
-    "layer_replication": "it changes the layers of the base",
-    "alora_invocation_tokens": "Activated LoRA depends on the tokens before it",
-    "use_qalora": "QALoRA pools the inputs of A",
-    "use_bdlora": "block-diagonal factors are not read",
-    "kasa_config": "KaSA truncates the base",
-    "arrow_config": "Arrow routes between several adapters",
-    "velora_config": "VeLoRA keeps a projection with the factors",
-    "monteclora_config": "MonteCLoRA samples its factors",
+    "lora_bias": "a bias on B is not supported",
+    "trainable_token_indices": "single trained tokens are not supported",
+    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
+    "layer_replication": "replicated layers of the base are not supported",
+    "alora_invocation_tokens": "Activated LoRA, which depends on the preceding tokens, is not supported",
+    "use_qalora": "QALoRA, which pools the inputs of A, is not supported",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "kasa_config": "KaSA, which truncates the base, is not supported",
+    "arrow_config": "Arrow, which routes between several adapters, is not supported",
+    "velora_config": "VeLoRA, which stores a projection with the factors, is not supported",
+    "monteclora_config": "MonteCLoRA, which samples its factors, is not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
-    "ensure_weight_tying": "tied adapters are not read",
+    "ensure_weight_tying": "tied adapters are not supported",
 }
-_NO_WEIGHT = "; it changes no weight, so that there is nothing to merge, sum or look at: generate and eval take it"
+_NO_WEIGHT = "; it changes no weights, so it cannot be merged, summed or inspected; use it with generate and eval"
 OTHERS = {  # what to do instead
     "PREFIX_TUNING": _NO_WEIGHT,
     "PROMPT_TUNING": _NO_WEIGHT,
-    "XLORA": "; its experts are adapters of their own, over which a new router trains: --method xlora --method.experts",
-    "POLY": "; train it here with --method poly, for one split",
+    "XLORA": "; read its expert adapters instead and train a new router: --method xlora --method.experts",
+    "POLY": "; train such an adapter here with --method poly, for one split",
 }
-# Initializations that change A and B only. Others move the base too, and PEFT does so again when it loads the file.
+# Initializations that change only A and B. Others also change the base, and PEFT repeats that when it loads the file.
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
 class Honored:
-    """The keys that are read, with PEFT's defaults."""
+    """The supported keys, with PEFT's defaults."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -71,12 +72,12 @@ class Honored:
     base_model_name_or_path: str | None = None
 
     def site(self, path: str) -> bool:
-        """PEFT's rule for which modules get factors (its `check_target_module_exists`), as far as paths tell."""
+        """Whether PEFT puts factors on this path, as `check_target_module_exists` decides; False for "all-linear"."""
         targets, whole = self.target_modules, self.modules_to_save or []
         if _named(path, self.exclude_modules) or any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in whole):
             return False
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            return False  # no path tells whether it is linear
+            return False  # a path does not show whether its module is linear
         if not _named(path, targets):
             return False
         layers = self.layers_to_transform
@@ -89,34 +90,35 @@ class Honored:
         return found is not None and int(found[1]) in indices
 
     def whole(self, path: str) -> bool:
-        """PEFT's rule for which modules are trained whole: the path ends so, in the middle of a name too."""
+        """Whether PEFT trains the module at this path whole: the path ends with one of `modules_to_save`.
+
+        As in PEFT, the match may begin in the middle of a name.
+        """
         return path.endswith(tuple(self.modules_to_save or ()))
 
 
 def parse(config: Mapping[str, Any], file: Path) -> Honored:
-    """The keys that count. Raises FormatError that names each key which cannot be honored."""
+    """Decode the supported keys. Raises FormatError that names each unsupported key."""
     fields = {field.name for field in dataclasses.fields(Honored)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
     problems += [
-        f"{key} = {value!r}: unknown (peft_version {config.get('peft_version')!r}); take it out of the file if it does "
-        f"not change what the adapter computes"
+        f"{key} = {value!r}: unknown key (peft_version {config.get('peft_version')!r}); remove it from the file if it "
+        f"does not change the adapter's outputs"
         for key, value in config.items()
         if value and key not in fields | NEUTRAL | REFUSED.keys()
     ]
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
         problems.append(
-            f"init_lora_weights = {init!r}: it moved the base's weights when training began, so that these factors "
-            f"alone are not the change; write the adapter again with PEFT's save_pretrained(..., "
+            f"init_lora_weights = {init!r}: this initialization changed the base's weights, so the factors are not the "
+            f"whole change; save the adapter again with PEFT's save_pretrained(..., "
             f"path_initial_model_for_weight_conversion=...)"
         )
     if problems:
         raise FormatError(f"{file}: " + "; ".join(problems))
     found = decode(Honored, {key: value for key, value in config.items() if key in fields}, file)
     if found.bias == "all":
-        raise FormatError(
-            f"{file}: bias = 'all': biases outside the sites are not read, only 'none' and 'lora_only' are"
-        )
+        raise FormatError(f"{file}: bias = 'all': not supported, only 'none' and 'lora_only' are")
     _check_patterns(found, file)
     return found
 
@@ -137,7 +139,7 @@ def _check_patterns(config: Honored, file: Path) -> None:
 
 
 def _named(path: str, names: str | list[str] | None) -> bool:
-    """Whether PEFT finds `path` by these names: a regular expression for all of it, or paths and ends of paths."""
+    """Whether PEFT matches `path` by a regular expression (a str), or by a list of paths and ends of paths."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith("." + name) for name in names or ())

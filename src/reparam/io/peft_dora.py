@@ -1,6 +1,6 @@
-"""DoRA in PEFT's files: LoRA's, and `.lora_magnitude_vector` [O] at each site.
+"""DoRA in PEFT's files: LoRA's tensors, and `.lora_magnitude_vector` [O] at each site.
 
-On an embedding PEFT has a magnitude for each column, which is not read.
+For an embedding, PEFT stores one magnitude per column, which is not supported.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ MAGNITUDE = ".lora_magnitude_vector"
 
 @peft_format(DoRA)
 class DoRAFormat(PeftFormat[DoRA]):
-    """DoRA."""
+    """PEFT's file format of DoRA."""
 
     peft_type = "LORA"
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """LoRA with magnitudes."""
+        """Whether the settings describe a LoRA with `use_dora`."""
         return super().reads(settings) and bool(settings.get("use_dora"))
 
     def read(self, folder: Folder) -> Record:
-        """The factors, the magnitudes, and the method that the settings describe."""
+        """Read the factors, the magnitudes and the method's settings."""
         config = parse(folder.settings, folder.config)
         found = sort(folder.tensors(), config, {MAGNITUDE: "magnitude"})
         for name, kind in found.kinds.items():
             if kind == "embedding":
                 found.problems.append(
-                    f"{name}: PEFT's DoRA on an embedding has a magnitude for each column, which is not read"
+                    f"{name}: PEFT's DoRA on an embedding has one magnitude per column, which is not supported"
                 )
             elif f"{name}.magnitude" not in found.tensors:
                 found.problems.append(f"missing {PREFIX}{name}{MAGNITUDE}")
@@ -53,20 +53,20 @@ class DoRAFormat(PeftFormat[DoRA]):
         return found.record(method, sites, tensors, config)
 
     def check(self, method: DoRA, record: Record) -> None:
-        """Raise FormatError for what PEFT's DoRA is not."""
+        """Raise FormatError if PEFT's DoRA cannot express the adapter."""
         super().check(method, record)
         problems = ["magnitudes of columns (norm_axis='input')"] * (method.norm_axis != "output")
-        problems += ["magnitudes alone (magnitude_only)"] * method.magnitude_only
+        problems += ["magnitudes only (magnitude_only)"] * method.magnitude_only
         problems += [
-            f"a magnitude for each row of the embedding {n}" for n, s in record.sites.items() if s.kind != "linear"
+            f"one magnitude per row of the embedding {n}" for n, s in record.sites.items() if s.kind != "linear"
         ]
         if problems:
-            raise FormatError(f"PEFT has no equal of DoRA with {listed(problems)}; save with format='reparam'")
+            raise FormatError(f"PEFT has no equivalent of DoRA with {listed(problems)}; save with format='reparam'")
 
     def settings(self, method: DoRA, record: Record) -> dict[str, Any]:
-        """LoRA's, and that there are magnitudes."""
+        """LoRA's settings with `use_dora` set."""
         return settings_of(method, record) | {"use_dora": True}
 
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
-        """The factors and the magnitudes."""
+        """The factors and the magnitudes of one site, by the ends of their keys."""
         return tensors_of(name, site, record, inside="low_rank.") | {MAGNITUDE: record.tensors[f"{name}.magnitude"]}

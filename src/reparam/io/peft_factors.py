@@ -1,7 +1,7 @@
-"""Low-rank factors in PEFT's files, whatever the method.
+"""Low-rank factors in PEFT's files, shared by the formats of all methods.
 
-Keys are `base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]; an embedding has
-`.lora_embedding_A` [R, V] and `.lora_embedding_B` [I, R], which are our B and A transposed.
+The keys are `base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]. An embedding has
+`.lora_embedding_A` [R, V], the transpose of our B, and `.lora_embedding_B` [I, R], the transpose of our A.
 """
 
 from __future__ import annotations
@@ -32,31 +32,34 @@ PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file of weights holds, under our names."""
+    """The tensors of a PEFT weights file, under reparam's names."""
 
     tensors: dict[str, Tensor]
     kinds: dict[str, str]
-    """The kinds of the sites that have factors."""
+    """Kind of each site that has factors, by path."""
     frozen: dict[str, Tensor]
-    """Tensors of the base that the file carries along."""
+    """Tensors of the base that the file contains, by name."""
     replaced: list[str]
-    """Modules that are trained whole."""
+    """Paths of modules that train whole."""
     problems: list[str]
 
     def check(self, file: Path) -> None:
-        """Raise FormatError with all problems, if there are any."""
+        """Raise FormatError that lists all problems, if there are any."""
         if self.problems:
             raise FormatError(f"{file}: {listed(self.problems)}")
 
     def record(self, method: Method, sites: dict[str, Site], tensors: dict[str, Tensor], config: Honored) -> Record:
-        """The adapter, with these tensors."""
+        """Build the adapter record with these tensors."""
         base = Base("", config.base_model_name_or_path, {}) if config.base_model_name_or_path else None
         replaced = tuple(self.replaced)
         return Record(method, sites, tensors, replaced=replaced, base=base, frozen=self.frozen, claims=config)
 
 
 def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) -> Contents:
-    """Sort PEFT's keys. `more` are ends of keys of what a site has besides its factors -> our names for these."""
+    """Sort the tensors of a PEFT file by their keys.
+
+    `more` maps the key endings of a site's tensors other than factors to reparam's names.
+    """
     tensors: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
@@ -83,14 +86,14 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
             tensors[path] = tensor
             if module not in replaced:
                 replaced.append(module)
-        else:  # PEFT's save_embedding_layers: the base's own matrix, carried along
+        else:  # PEFT's save_embedding_layers: a copy of the base's own matrix
             frozen[path.replace(".base_layer.", ".")] = tensor
     strange += [f"{PREFIX}{site}{end}" for site, end in beside if site not in kinds]
     return Contents(tensors, kinds, frozen, replaced, [f"unknown tensor {key}" for key in strange])
 
 
 def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> dict[str, Tensor]:
-    """One site's factors by the ends of their keys. `inside` begins our names of them."""
+    """The factors of one site, by the ends of their PEFT keys. `inside` is the prefix of their names in the record."""
     found = {}
     for end, (kind, parameter, transposed) in PARTS.items():
         if kind == site.kind:
@@ -100,15 +103,15 @@ def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> di
 
 
 def _saved_module(path: str, config: Honored) -> str | None:
-    """The outermost module around this tensor that is trained whole."""
+    """The path of the outermost module that contains this tensor and trains whole, or None."""
     parts = path.split(".")
     return next((m for i in range(1, len(parts)) if config.whole(m := ".".join(parts[:i]))), None)
 
 
 def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Site]:
-    """The sites that the factors belong to. Raises FormatError for halves, and factors that do not fit each other.
+    """The sites of the factors, by path. `least` is the lowest allowed rank.
 
-    `least` is the lowest rank that there can be.
+    Raises FormatError if a factor is missing, or if the shapes or dtypes of two factors do not match.
     """
     tensors, kinds = contents.tensors, contents.kinds
     if not kinds:
@@ -125,10 +128,10 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
             problems.append(
-                f"{PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are no factors of a matrix"
+                f"{PREFIX}{name}: the shapes of lora_A {list(a.shape)} and lora_B {list(b.shape)} do not match"
             )
         elif a.dtype not in FLOATS or b.dtype not in FLOATS:
-            problems.append(f"{PREFIX}{name}: lora_A is {a.dtype}, lora_B is {b.dtype}")
+            problems.append(f"{PREFIX}{name}: expected floating-point factors, found {a.dtype} and {b.dtype}")
         else:
             sites[name] = Site(name, kind, b.shape[0], a.shape[1])
     if problems:
@@ -137,7 +140,7 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
 
 
 def targets_of(record: Record) -> list[str] | str:
-    """What PEFT expands to exactly the sites: ends of paths if they do, else whole paths, else a regular expression."""
+    """The `target_modules` that PEFT expands to exactly the sites: path ends, whole paths, or a regular expression."""
     ends = sorted({name.rpartition(".")[2] for name in record.sites})
     for names in (ends, list(record.sites)) if record.modules else (list(record.sites),):
         found = {m for m in (*record.modules, *record.sites) if any(m == n or m.endswith("." + n) for n in names)}
@@ -147,12 +150,16 @@ def targets_of(record: Record) -> list[str] | str:
 
 
 def replaced_of(record: Record) -> list[str] | None:
-    """The modules that are replaced. PEFT takes every module whose path ends so, and there is no way to say less."""
+    """The `modules_to_save` of the configuration, or None.
+
+    PEFT trains every module whose path ends with one of the names. Raises FormatError if a name would match a module
+    that the adapter does not train.
+    """
     for name in record.replaced:
         others = [m for m in record.modules if m.endswith(name) and m not in record.replaced]
         if others:
             raise FormatError(
-                f"PEFT names modules to save by the ends of their paths, and {name!r} is the end of {others[0]} too; "
-                f"save with format='reparam'"
+                f"PEFT matches modules_to_save by the ends of paths, so {name!r} would also match {others[0]}; save "
+                f"with format='reparam'"
             )
     return list(record.replaced) or None

@@ -1,7 +1,7 @@
-"""The methods that PEFT's files can hold, each with a format of its own, and what a PEFT folder holds.
+"""The registry of PEFT file formats, one for each method that PEFT supports.
 
-A format is one class with `@peft_format(Method)` on it. Those of this project are the files `peft_*.py` in this folder;
-anybody else's registers itself in the file of its method. A method without one is refused.
+A format is a class with the decorator `@peft_format(Method)`. Reparam's formats are in the modules `peft_*.py` of this
+package. A method in another package registers its format in its own module. Methods without a format are refused.
 """
 
 from __future__ import annotations
@@ -24,68 +24,68 @@ from reparam.io.record import Record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-"""What every key of a tensor begins with; the path of a module follows."""
+"""Prefix of every tensor key in a PEFT file, followed by the path of the module."""
 
 _M = TypeVar("_M", bound=Method)
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder that PEFT wrote, whose settings were read."""
+    """A folder that PEFT wrote, with its parsed `adapter_config.json`."""
 
     path: Path
     settings: Mapping[str, Any]
 
     @property
     def config(self) -> Path:
-        """The file of the settings."""
+        """Path of `adapter_config.json`."""
         return self.path / CONFIG
 
     @property
     def weights(self) -> Path:
-        """The file of the tensors."""
+        """Path of `adapter_model.safetensors`."""
         return self.path / WEIGHTS
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their keys. Raises FormatError for a damaged file, and for a pickle."""
+        """Read the tensors, by key. Raises FormatError if the file is damaged, or is a pickle."""
         pickle = self.path / "adapter_model.bin"
         if not self.weights.exists() and pickle.exists():
             raise FormatError(
-                f"{self.path}: adapter_model.bin is a pickle, which is never loaded; load it with PEFT and save it "
-                f"again, which writes {WEIGHTS}"
+                f"{self.path}: adapter_model.bin is a pickle, which is not safe to load; load the adapter with PEFT "
+                f"and save it again, which writes {WEIGHTS}"
             )
         return parse_tensors(read_bytes(self.weights), self.weights)
 
 
 class PeftFormat(Generic[_M]):
-    """How PEFT writes the adapters of one method. A subclass has no state."""
+    """PEFT's file format of one method. Subclasses are stateless."""
 
     peft_type: ClassVar[str]
-    """The `peft_type` in the settings."""
+    """Value of `peft_type` in the settings."""
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a folder with these settings is of this format. Where several say so, the last one reads it."""
+        """Whether this format can read a folder with these settings. The last registered format that can reads it."""
         return bool(settings.get("peft_type") == self.peft_type)
 
     def read(self, folder: Folder) -> Record:
-        """The adapter in the folder. Raises FormatError, naming the key, for what cannot be honored."""
+        """Read the adapter in the folder. Raises FormatError that names each unsupported key."""
         raise NotImplementedError
 
     def check(self, method: _M, record: Record) -> None:
-        """Raise FormatError for what PEFT has no equal of."""
+        """Raise FormatError if PEFT cannot express the adapter. The base class refuses sites such as vectors."""
         for kind in dict.fromkeys(site.kind for site in record.sites.values()):
             if kind not in ("linear", "embedding"):
                 names = [name for name, site in record.sites.items() if site.kind == kind]
                 raise FormatError(
-                    f"PEFT has no equal of an update on a {kind}: {listed(names)}; save with format='reparam'"
+                    f"PEFT has no equivalent of an update on a {kind}: {listed(names)}; save with format='reparam'"
                 )
 
     def settings(self, method: _M, record: Record) -> dict[str, Any]:
-        """The settings to be written."""
+        """The contents of `adapter_config.json`."""
         raise NotImplementedError
 
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
-        """The tensors of one site, without its bias, by the ends of their keys: what follows the site's path."""
+        """The tensors of one site without its bias, by the part of their keys that follows the site's path."""
         raise NotImplementedError
 
 
@@ -95,7 +95,7 @@ _F = TypeVar("_F", bound=type[PeftFormat[Any]])
 
 
 def peft_format(method: type[Method]) -> Callable[[_F], _F]:
-    """Register a format for this method, and for no subclass of it."""
+    """Class decorator that registers a format for this method, but not for its subclasses."""
 
     def register(cls: _F) -> _F:
         assert method not in FORMATS, f"two formats are registered for {method.__name__}"
@@ -106,14 +106,14 @@ def peft_format(method: type[Method]) -> Callable[[_F], _F]:
 
 
 def writer_of(method: Method) -> PeftFormat[Any]:
-    """The format that writes this method. Raises FormatError where there is none."""
+    """The format that writes this method. Raises FormatError if there is none."""
     if type(method) not in FORMATS:
-        raise FormatError(f"PEFT has no equal of the method {method.name!r}; save with format='reparam'")
+        raise FormatError(f"PEFT has no equivalent of the method {method.name!r}; save with format='reparam'")
     return FORMATS[type(method)]
 
 
 def reader_of(folder: Folder) -> PeftFormat[Any]:
-    """The format of this folder, from an installed package too. Raises FormatError where no format reads it."""
+    """The format that reads this folder, including those of installed plugins. Raises FormatError if there is none."""
     found = _registered_reader(folder)
     if found is None:
         load_installed("reparam.methods")
@@ -122,7 +122,7 @@ def reader_of(folder: Folder) -> PeftFormat[Any]:
         peft_type = folder.settings.get("peft_type")
         known = " and ".join(dict.fromkeys(one.peft_type for one in FORMATS.values()))
         raise FormatError(
-            f"{folder.config}: peft_type {peft_type!r} is not read, only {known} are{OTHERS.get(str(peft_type), '')}"
+            f"{folder.config}: peft_type {peft_type!r} is not supported, only {known}{OTHERS.get(str(peft_type), '')}"
         )
     return found
 

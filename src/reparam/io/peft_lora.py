@@ -1,4 +1,4 @@
-"""LoRA in PEFT's files: two factors a site, and the scale in the settings."""
+"""LoRA in PEFT's files: two factors per site, and the scale in the settings."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _L = TypeVar("_L", bound=LoRA)
 
 @peft_format(LoRA)
 class LoRAFormat(PeftFormat[LoRA]):
-    """LoRA."""
+    """PEFT's file format of LoRA."""
 
     peft_type = "LORA"
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """LoRA without magnitudes."""
+        """Whether the settings describe a LoRA without `use_dora`."""
         return super().reads(settings) and not settings.get("use_dora")
 
     def read(self, folder: Folder) -> Record:
-        """The factors, and the method that the settings describe."""
+        """Read the factors and the method's settings."""
         config = parse(folder.settings, folder.config)
         found = sort(folder.tensors(), config, {})
         found.check(folder.weights)
@@ -42,19 +42,19 @@ class LoRAFormat(PeftFormat[LoRA]):
         return found.record(method, sites, found.tensors, config)
 
     def settings(self, method: LoRA, record: Record) -> dict[str, Any]:
-        """LoRA's."""
+        """The contents of `adapter_config.json`, as `settings_of` builds them."""
         return settings_of(method, record)
 
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
-        """The factors."""
+        """The factors of one site, by the ends of their keys."""
         return tensors_of(name, site, record)
 
 
 def method_of(cls: type[_L], config: Honored, sites: Iterable[str], file: Path) -> _L:
-    """The method that the settings describe. Raises FormatError for settings that cannot be."""
+    """Build the method from the settings. Raises FormatError for invalid settings."""
 
     def used(patterns: dict[str, Any] | None) -> dict[str, Any]:
-        """PEFT leaves patterns that match nothing in the file; here they would be an error."""
+        """Drop patterns that match no site: PEFT keeps them in the file, and our methods refuse them."""
         return {p: v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in sites)}
 
     try:
@@ -71,25 +71,25 @@ def method_of(cls: type[_L], config: Honored, sites: Iterable[str], file: Path) 
 
 
 def check_ranks(method: LoRA, tensors: Mapping[str, Tensor], sites: Iterable[str], file: Path) -> None:
-    """Raise FormatError where weights have another rank than the settings say."""
+    """Raise FormatError if the factors of a site have another rank than the settings state."""
     ranks = {name: len(tensors[f"{name}.A"]) for name in sites}
     wrong = [
-        f"{name}: rank {rank} in {WEIGHTS}, {method.at(name)[0]} by r and rank_pattern"
+        f"{name}: rank {rank} in {WEIGHTS}, but {method.at(name)[0]} according to r and rank_pattern"
         for name, rank in ranks.items()
         if rank != method.at(name)[0]
     ]
     if wrong:
         raise FormatError(
-            f"{file}: {listed(wrong)}; of several patterns that match, the first counts, and PEFT sorts them"
+            f"{file}: {listed(wrong)}; check rank_pattern: the first matching pattern counts, and PEFT sorts patterns"
         )
 
 
 def settings_of(method: LoRA, record: Record) -> dict[str, Any]:
-    """The keys that are needed, and no others: a reader of another release may not know them."""
+    """The configuration of a LoRA, with only the keys that are needed: other releases of PEFT may not know the rest."""
     ranks = {name: method.at(name)[0] for name in record.sites}
     alphas = {name: method.at(name)[1] for name in record.sites}
     alpha = method.alpha
-    if method.scaling in ("alpha", "none"):  # PEFT only divides: alpha_over_r with alpha = s r is the same function
+    if method.scaling in ("alpha", "none"):  # PEFT has only alpha / r (or √r): alpha = s · r gives the scale s
         alphas = {name: method.scale(r=r, alpha=alphas[name]) * r for name, r in ranks.items()}
         alpha = method.scale(r=method.r, alpha=method.alpha) * method.r
     architecture = record.base.architecture if record.base else ""
@@ -110,12 +110,12 @@ def settings_of(method: LoRA, record: Record) -> dict[str, Any]:
         "inference_mode": True,
     }
     if any(site.transposed for site in record.sites.values()):
-        config["fan_in_fan_out"] = True  # or PEFT warns
+        config["fan_in_fan_out"] = True  # avoids a warning of PEFT
     return config
 
 
 def _exactly(name: str) -> str:
-    """A pattern for this path and no other."""
+    """A regular expression that matches this path and no other."""
     return "^" + re.escape(name)
 
 

@@ -1,4 +1,4 @@
-"""An adapter as plain data: what every file format reads and writes."""
+"""`Record`: an adapter as plain data, which every file format reads and writes."""
 
 from __future__ import annotations
 
@@ -13,59 +13,61 @@ from reparam.core.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Matrices of the base that were quantized in one way while the adapter was trained."""
+    """Matrices of the base that were quantized with the same storage while the adapter was trained."""
 
     storage: str
     """Name of the storage."""
     settings: dict[str, Any]
+    """Settings of the storage."""
     modules: tuple[str, ...]
-    """Paths of the modules that hold them."""
+    """Paths of the modules that hold the matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Which model an adapter was trained on."""
+    """The base model that an adapter was trained on."""
 
     architecture: str
-    """Class of the model."""
+    """Name of the model's class; empty when unknown."""
     source: str
-    """Folder or hub id that it was loaded from, as far as the model knows; not used for checks."""
+    """Folder or Hub id that the model was loaded from; empty when unknown. Not used for checks."""
     digests: dict[str, str]
-    """Fingerprints of its weights, see `fingerprint`. Empty when unknown."""
+    """Fingerprints of the model's weights, see `fingerprint`. Empty when unknown."""
     packing: tuple[Packing, ...] = ()
-    """How its matrices were quantized; what is in none of these was dense."""
+    """The quantized matrices of the model; all other matrices were dense."""
 
 
 class Claims(Protocol):
-    """A rule by which a file tells what it holds tensors for. The model it is loaded into has the paths."""
+    """The rule in a file that states for which module paths of the model the file holds tensors."""
 
     def site(self, path: str) -> bool:
-        """Whether there must be an update for the linear map or embedding at this path."""
+        """Whether the file must have an update for the linear map or embedding at this path."""
 
     def whole(self, path: str) -> bool:
-        """Whether there must be a copy of the whole module at this path."""
+        """Whether the file must have a copy of the whole module at this path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Everything that an adapter is, apart from the model it sits in."""
+    """An adapter as plain data, without its model."""
 
     method: Method
     sites: dict[str, Site]
     tensors: dict[str, Tensor]
-    """`<site>.<parameter>`, `<site>.bias`, `<module>.<parameter>` for modules replaced whole."""
+    """Tensors by name: `<site>.<parameter>`, `<site>.bias`, or `<module>.<parameter>` for modules that train whole."""
     replaced: tuple[str, ...] = ()
-    """Paths of the modules that are replaced whole."""
+    """Paths of the modules that train whole."""
     base: Base | None = None
+    """The base model; None when unknown."""
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Tensors of the base that the file carries along; the base must hold the same values."""
+    """Copies of base tensors that the file contains; the base must hold the same values."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
     claims: Claims | None = None
-    """What the file says about its own completeness, where that takes the model to check."""
+    """The modules for which the file states to hold tensors, if this can be checked only with the model."""
 
     def of(self, path: str) -> dict[str, Tensor]:
-        """The tensors of what is at this path, a site say, by their names in it; without the bias of a site."""
+        """The tensors of the site, module or shared state at this path, by their names in it, without a site's bias."""
         start = f"{path}."
         own = {key.removeprefix(start): tensor for key, tensor in self.tensors.items() if key.startswith(start)}
         return {key: tensor for key, tensor in own.items() if path not in self.sites or key != "bias"}

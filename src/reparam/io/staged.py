@@ -1,10 +1,10 @@
-"""How results are written: staged beside the target, flushed to the disk, then renamed. Half of a result is never seen.
+"""Atomic writes: stage the result next to the target, flush it to disk, then rename it.
 
-A target `T` is staged as `.T.reparam-new-<token>` in the same folder, every file and folder of it is flushed (fsync),
-and a rename puts it in place. A file, or a folder that did not exist or was empty, goes in by one rename: readers see
-the old state or the new one. A folder that holds something takes two: the old one is renamed to
-`.T.reparam-old-<token>`, the new one to `T`, and the old one is deleted. What a reader sees when the process dies
-(kill, power cut) at each point:
+A target `T` is staged as `.T.reparam-new-<token>` in the same folder. All its files and folders are flushed (fsync),
+and a rename moves it into place. A file, or a folder that did not exist or was empty, needs one rename: readers see
+the old state or the new one. A folder that is not empty needs two: the old folder is renamed to
+`.T.reparam-old-<token>`, the new one to `T`, and the old one is deleted. If the process dies (kill, power loss), the
+state depends on the point:
 
 | killed                                | `T` is      | left over          | `recover` then                |
 |---------------------------------------|-------------|--------------------|-------------------------------|
@@ -12,9 +12,9 @@ the old state or the new one. A folder that holds something takes two: the old o
 | between the two renames               | absent      | old and new, whole | puts the old one back         |
 | after both, while the old is deleted  | the new one | part of the old    | deletes the part              |
 
-`recover` runs before every write to the same target, and when a run folder is locked. A writer holds a lock on what it
-stages, which vanishes with its process: that is how the work of a dead writer is told from that of a live one.
-An error or an interrupt in Python cleans up at once. POSIX only.
+`recover` runs before every write to the same target, and when a run folder is locked. A writer holds a file lock on its
+staged files. The lock disappears with the process, so `recover` can tell leftovers of a dead writer from the files of a
+running one. After an exception or an interrupt in Python, the cleanup is immediate. POSIX only.
 """
 
 import errno
@@ -31,22 +31,22 @@ from pathlib import Path
 from reparam.errors import DiskFull
 
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.reparam-(?P<kind>new|old)-(?P<token>[0-9a-f]{12})$")
-# EFBIG: the limit on the size of a file, which is how `ulimit -f` and some file systems say that there is no room.
+# EFBIG (file too large): `ulimit -f` and some file systems report a lack of space this way.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, or leave what was there.
+    """Write `data` to `path` atomically.
 
-    The parent folder is made if it is missing. A symbolic link is followed: the file it points to is replaced.
+    Creates missing parent folders. Follows a symbolic link and replaces the file that it points to.
 
     Raises:
-        DiskFull: there was no room; the old content is intact.
-        OSError: anything else that the system refuses; the old content is intact.
+        DiskFull: there is not enough space; the old content is intact.
+        OSError: another error of the operating system; the old content is intact.
     """
     target = _prepare(path)
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder: a file cannot be written in its place")
+        raise IsADirectoryError(f"{target} is a folder and cannot be replaced by a file; choose another path")
     staged = _name(target, "new", secrets.token_hex(6))
     with _complain_if_full(target):
         handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -64,19 +64,19 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextmanager
 def staged_folder(target: str | os.PathLike[str], *, owned: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write into, which becomes `target` if the block ends without an error.
+    """Yield an empty folder to write into. It becomes `target` if the block ends without an exception.
 
-    The parent folder is made if it is missing. A symbolic link is followed: the folder it points to is replaced.
+    Creates missing parent folders. Follows a symbolic link and replaces the folder that it points to.
 
     Args:
-        target: the folder to make or to replace as a whole.
-        owned: whether files that `target` holds and the new content lacks may be deleted. By default that is an
-            error, so that naming a folder with other things in it costs nothing.
+        target: the folder to create, or to replace as a whole.
+        owned: whether to delete files of `target` that the new content lacks. By default such files cause a
+            FileExistsError, so that naming a wrong folder deletes nothing.
 
     Raises:
-        DiskFull: there was no room; the old folder is intact.
-        FileExistsError: `target` is a file, or holds files that would be lost (see `owned`).
-        OSError: anything else that the system refuses; the old folder is intact.
+        DiskFull: there is not enough space; the old folder is intact.
+        FileExistsError: `target` is a file, or holds files that would be deleted (see `owned`).
+        OSError: another error of the operating system; the old folder is intact.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ def staged_folder(target: str | os.PathLike[str], *, owned: bool = False) -> Ite
     """
     path = _prepare(target)
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file: a folder cannot be written in its place")
+        raise FileExistsError(f"{path} is a file and cannot be replaced by a folder; choose another path")
     token = secrets.token_hex(6)
     staged, aside = _name(path, "new", token), _name(path, "old", token)
     with _complain_if_full(path):
@@ -101,13 +101,16 @@ def staged_folder(target: str | os.PathLike[str], *, owned: bool = False) -> Ite
                 _flush_tree(staged)
                 _swap(staged, path, aside)
         finally:
-            # After the swap neither name exists and this does nothing.
+            # After a successful swap neither path exists, and this does nothing.
             shutil.rmtree(staged, ignore_errors=True)
             _settle(path, aside)
 
 
 def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Undo or finish what writers that died left in `folder`, for the target `name` or for all targets in it."""
+    """Undo or finish interrupted writes in `folder`, of the target `name` or of all targets.
+
+    Does nothing to the staged files of running writers.
+    """
     place = Path(folder)
     for entry in list(place.iterdir()) if place.is_dir() else []:
         match = _LEFTOVER.match(entry.name)
@@ -120,21 +123,21 @@ def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
         if match["kind"] == "old":
             _settle(target, entry)
         else:
-            # An old one that waits beside it goes back first: between the two renames both are there.
+            # Restore the old folder first, if there is one: between the two renames both are present.
             _settle(target, _name(target, "old", match["token"]))
             _remove(entry)
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
-    """Return `folder / name`, for a `name` that was read from a file and is not to be trusted.
+    """Return `folder / name` for an untrusted `name`, such as one from a file.
 
     Raises:
-        ValueError: the path leaves the folder: absolute, through `..`, or through a symbolic link.
+        ValueError: the path leads out of the folder: it is absolute, or uses `..` or a symbolic link.
     """
     root = Path(os.path.realpath(folder))
     path = Path(os.path.realpath(root / name))
     if path == root or not path.is_relative_to(root):
-        raise ValueError(f"{folder}: the file name {name!r} leads out of the folder, and is not followed")
+        raise ValueError(f"{folder}: the file name {name!r} leads out of the folder, so it is not followed")
     return path
 
 
@@ -149,7 +152,7 @@ def _name(target: Path, kind: str, token: str) -> Path:
 
 
 def _prepare(target: str | os.PathLike[str]) -> Path:
-    """Return the real path of a target, its parent made and freed of what dead writers left."""
+    """Return the real path of a target, after creating its parent folder and recovering interrupted writes there."""
     path = Path(os.path.realpath(target))
     missing = [parent for parent in path.parents if not parent.exists()]
     for parent in reversed(missing):
@@ -160,7 +163,7 @@ def _prepare(target: str | os.PathLike[str]) -> Path:
 
 
 def _swap(staged: Path, path: Path, aside: Path) -> None:
-    """Rename `staged` to `path`; a folder that is there and not empty goes to `aside` first."""
+    """Rename `staged` to `path`; if `path` is a folder that is not empty, rename that to `aside` first."""
     while True:
         try:
             os.rename(staged, path)
@@ -170,14 +173,14 @@ def _swap(staged: Path, path: Path, aside: Path) -> None:
         else:
             _flush(path.parent)
             return
-        # Twice only if another writer put its own folder there in between: both are whole, and the later one wins.
+        # The loop repeats only if another writer puts its folder there meanwhile. Both are complete; the last one wins.
         _remove(aside)
         with suppress(FileNotFoundError):
             os.rename(path, aside)
 
 
 def _settle(path: Path, aside: Path) -> None:
-    """Put the old folder back where nothing took its place; delete it where something did."""
+    """Rename the old folder `aside` back to `path` if `path` does not exist; otherwise delete it."""
     if not aside.exists():
         return
     if path.exists():
@@ -193,8 +196,8 @@ def _refuse_loss(old: Path, new: Path) -> None:
     if lost:
         names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise FileExistsError(
-            f"{old} holds files that are not part of the result and would be deleted with it ({names}): "
-            "choose another folder, or move them away. Nothing was changed"
+            f"{old} holds files that are not part of the result and would be deleted ({names}), so nothing was "
+            "written; choose another folder, or move these files away"
         )
 
 
@@ -206,7 +209,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Make the system write a file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -224,7 +227,7 @@ def _flush_tree(folder: Path) -> None:
 
 @contextmanager
 def _held(staged: Path) -> Iterator[None]:
-    """Hold a lock on what is being staged, so that others see that its writer lives."""
+    """Hold a lock on the staged folder, which tells other processes that its writer is running."""
     handle = os.open(staged, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -249,7 +252,7 @@ def _in_use(path: Path) -> bool:
 
 @contextmanager
 def _complain_if_full(target: Path) -> Iterator[None]:
-    """Turn the ways in which a full disk shows itself into one error that says what is left."""
+    """Convert any error that a full disk causes to DiskFull, with the state of the target in its message."""
     existed = target.exists()
     try:
         yield
@@ -258,9 +261,9 @@ def _complain_if_full(target: Path) -> Iterator[None]:
     except Exception as error:
         if not _no_room(error):
             raise
-        kept = "what was there before is intact" if existed else "nothing was left there"
+        kept = "the previous content is intact" if existed else "no partial result remains"
         raise DiskFull(
-            f"no room on the disk to write {target} ({error}): {kept}. Free some space and try again"
+            f"not enough disk space to write {target} ({error}); {kept}. Free some space and try again"
         ) from error
 
 
@@ -269,6 +272,6 @@ def _no_room(error: BaseException | None) -> bool:
         return False
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
-    # safetensors gives the system's error number in the text only.
+    # safetensors reports the operating system's error number only in its message.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return (found is not None and int(found[1]) in _NO_ROOM) or _no_room(error.__cause__)

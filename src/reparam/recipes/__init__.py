@@ -1,1 +1,1 @@
-"""Things made of several parts: the demonstration, and merging from folder to folder."""
+"""Complete tasks behind the commands: chat, compose, compress, demo, intrinsic dimension, LoraHub, merge, quantize."""

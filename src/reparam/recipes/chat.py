@@ -1,4 +1,4 @@
-"""Chatting with a model in the terminal, with an adapter and, on request, with the base beside it."""
+"""Chat with a model in the terminal, with an adapter and optionally with the base model for comparison."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from reparam.hf.open import open_model
 
 
 class Chat:
-    """A conversation. Raises ValueError for a tokenizer without a chat template, unless `raw`.
+    """A chat with a base model and, optionally, an adapter. Each answer is decoded greedily.
 
-    `task` is for an adapter whose gates go by it.
+    With `raw`, the prompt is continued as plain text. `task` names the task for a mixture adapter whose gates depend on
+    it. Raises ValueError if the tokenizer has no chat template and `raw` is not set.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class Chat:
         self.tasks = None if task is None else [task]
         self.max_new_tokens = max_new_tokens
         if not raw and not self.tokenizer.chat_template:
-            raise ValueError("this tokenizer has no chat template; add --raw to continue the prompt as plain text")
+            raise ValueError("the tokenizer has no chat template; add --raw to continue the prompt as plain text")
 
     def reply(self, messages: list[dict[str, str]], *, adapter: bool) -> str:
-        """The greedy answer to the conversation so far."""
+        """Generate the greedy answer to the conversation so far, with the adapter or with the base alone."""
         if self.raw:
             ids = self.tokenizer(messages[-1]["content"])["input_ids"]
         else:
@@ -52,7 +53,7 @@ class Chat:
     def answer(
         self, prompt: str, console: Console, *, compare: bool, before: list[dict[str, str]] | None = None
     ) -> str:
-        """Print the answer to `prompt`, and return it; with `compare`, print the base's beside it."""
+        """Print and return the answer to `prompt`. With `compare`, also print the answer of the base model."""
         messages = [*(before or []), {"role": "user", "content": prompt}]
         text = self.reply(messages, adapter=True)
         if compare and self.adapter is not None:
@@ -64,9 +65,9 @@ class Chat:
         return text
 
     def loop(self, console: Console, *, compare: bool) -> None:
-        """Read prompts until end of input or an empty line."""
+        """Read and answer prompts until an empty line or the end of input."""
         messages: list[dict[str, str]] = []
-        console.print("[dim]an empty line or end of input leaves[/dim]")
+        console.print("[dim]enter an empty line to quit[/dim]")
         while prompt := _read(console):
             text = self.answer(prompt, console, compare=compare, before=messages)
             if not self.raw:

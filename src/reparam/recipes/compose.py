@@ -1,4 +1,4 @@
-"""From folders of adapters to the folder of their weighted sum, and what that cost."""
+"""Write the weighted sum of saved adapters to a folder, and print its approximation error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reparam.core.checks import numbers
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
 
-SHOWN = 8  # sites in the table: those that lost most
+SHOWN = 8  # sites in the table: those with the largest errors
 
 
 def compose_to(
@@ -30,9 +30,10 @@ def compose_to(
     format: str = "reparam",
     console: Console,
 ) -> Blend:
-    """Sum, write, and say what was lost, site by site. `weights` are numbers with commas; by default the mean.
+    """Compute and write the weighted sum, and print the error of each site.
 
-    Raises ValueError for weights that are no numbers, and as `blend` does.
+    `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
+    if a weight is not a number or `output` is one of the adapters, and the errors of `blend`.
     """
     folders = folders_of(adapters, output)
     shares = [1 / len(folders)] * len(folders) if weights is None else numbers(weights, "--weights")
@@ -43,33 +44,33 @@ def compose_to(
 
 
 def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
-    """The adapters' own folders. Raises ValueError for none, and where the output is one of them."""
+    """The folders of the adapters, where training runs may be given. Raises ValueError if `output` is one of them."""
     folders = [adapter_folder(adapter) for adapter in adapters]
     if not folders:
         raise ValueError("no adapters are given")
     if output.resolve() in [folder.resolve() for folder in folders]:
-        raise ValueError(f"{output}: is one of the adapters; give another folder as output")
+        raise ValueError(f"{output}: is the folder of an input adapter; give another folder as output")
     return folders
 
 
 def write(
     found: Blend, output: Path, folders: Sequence[Path], weights: Sequence[float], *, format: str, console: Console
 ) -> None:
-    """Save it, and print what it is made of, what each site lost, and where it is."""
+    """Save the sum, and print its adapters and weights, the error of each site, and the output folder."""
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
         console.print(f"{weight:+.4f} x {folder}", highlight=False, soft_wrap=True)
     if not found.sites:
-        console.print("one adapter with weight 1: a copy of it, bit for bit")
+        console.print("one adapter with weight 1: copied bit for bit")
     elif not found.error:
         ranks = sorted({site.rank for site in found.sites})
         told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        console.print(f"exact: nothing was lost on any of {len(found.sites)} sites, {told}", highlight=False)
+        console.print(f"exact: no approximation error on any of {len(found.sites)} sites, {told}", highlight=False)
     else:
         console.print(_table(found))
         console.print(
-            f"error of all sites {found.error:.4f} of the change asked for; {found.survival:.4f} of it survives (1 is "
-            f"all)",
+            f"error over all sites: {found.error:.4f} of the norm of the exact sum; share of the sum that survives: "
+            f"{found.survival:.4f} (1 is all)",
             highlight=False,
             soft_wrap=True,
         )
@@ -79,7 +80,7 @@ def write(
 def _table(found: Blend) -> Table:
     worst = sorted(found.sites, key=lambda site: -site.error)
     more = len(worst) - SHOWN
-    table = Table(caption=f"and {more} more sites that lost less" if more > 0 else None)
+    table = Table(caption=f"and {more} more sites with smaller errors" if more > 0 else None)
     for name in ("site", "rank", "|ΔW|", "error"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for site in worst[:SHOWN]:

@@ -1,4 +1,4 @@
-"""From the folder of an adapter to the folder of a smaller one, and what that cost."""
+"""Write a compressed copy of an adapter to a folder, and print its approximation error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.io import files
 
-SHOWN = 12  # sites in the table: those that lost most
+SHOWN = 12  # sites in the table: those with the largest absolute errors
 
 
 def compress_to(
@@ -31,13 +31,14 @@ def compress_to(
     format: str = "reparam",
     console: Console,
 ) -> Compression:
-    """Compress, write, and say what was lost, site by site; with `data`, held-out scores before and after.
+    """Compress and write the adapter, and print the error of each site.
 
-    Raises ValueError for an output that is the adapter itself, and as `compress` does.
+    With `data`, also print held-out scores before and after. Raises ValueError if `output` is the adapter's folder, and
+    the errors of `compress`.
     """
     folder = files.adapter_folder(adapter)
     if output.resolve() == folder.resolve():
-        raise ValueError(f"{output}: is the adapter itself; give another folder as output")
+        raise ValueError(f"{output}: is the folder of the input adapter; give another folder as output")
     found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
     found.save(output, format=format)
     _print(found, console)
@@ -53,16 +54,16 @@ def _print(found: Compression, console: Console) -> None:
     scaled = found.record.method.magnitude_axis is not None
     what = "B A, which the magnitudes scale," if scaled else "the change ΔW"
     if not changed:
-        console.print("every site keeps its rank: a copy of the adapter, bit for bit")
+        console.print("every site keeps its rank: the adapter was copied bit for bit")
         return
     console.print(_table(found))
     before, after = (sum(ranks) for ranks in zip(*((s.before, s.rank) for s in found.sites), strict=True))
     gone = sum(not site.rank for site in found.sites)
-    left = f", {gone} of {len(found.sites)} sites left out" if gone else f" on {len(found.sites)} sites"
+    left = f", {gone} of {len(found.sites)} sites dropped" if gone else f" on {len(found.sites)} sites"
     console.print(
         f"components     {before:,} -> {after:,}{left}\n"
         f"tensors        {size(found.before)} -> {size(found.bytes)} ({found.bytes / found.before:.1%})\n"
-        f"error          {found.error:.4f} of {what} over all sites; {1 - found.error**2:.4f} of its energy stays",
+        f"error          {found.error:.4f} of {what} over all sites; {1 - found.error**2:.4f} of its energy is kept",
         highlight=False,
         soft_wrap=True,
     )
@@ -71,7 +72,7 @@ def _print(found: Compression, console: Console) -> None:
 def _table(found: Compression) -> Table:
     worst = sorted((s for s in found.sites if s.rank != s.before), key=lambda site: -site.lost)
     more = len(worst) - SHOWN
-    table = Table(caption=f"and {more} more sites that lost less" if more > 0 else None)
+    table = Table(caption=f"and {more} more sites with smaller errors" if more > 0 else None)
     for name in ("site", "rank", "|B A|", "error", "bytes saved"):
         table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
     for site in worst[:SHOWN]:

@@ -1,4 +1,4 @@
-"""The main job on embedded data: train, compare, merge, and prove the merged model with plain transformers."""
+"""`reparam demo`: train, compare and merge on embedded data, then check the merged model with plain transformers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from reparam.train.show import Show
 
 
 def assets() -> Path:
-    """The embedded model and tasks: inside the installed package, or in the repository for a development install."""
+    """Folder of the embedded model and tasks: in the package, or in the repository for a development install."""
     here = Path(__file__).resolve().parents[1]
     return here / "assets" if (here / "assets").is_dir() else here.parents[1] / "assets"
 
 
 def demo(output: Path, *, seed: int, console: Console) -> None:
-    """Run it. Raises RuntimeError when the merged model answers otherwise than base and adapter did."""
+    """Run the demonstration and write its results into `output`.
+
+    Raises RuntimeError if the merged model gives other answers than base and adapter.
+    """
     base, task = assets() / "tiny-python", assets() / "tasks" / "signatures"
     console.rule("1. train")
     console.print(
         "Base: a small Llama trained on Python's standard library (a test model, not a language model).\n"
-        "Task: from a function's signature, say the names of its arguments.",
+        "Task: list the argument names of a function, given its signature.",
         highlight=False,
         soft_wrap=True,
     )
@@ -57,7 +60,7 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
 
 
 def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> None:
-    """Load the merged model as anyone would, and compare its answers with the adapter's."""
+    """Load the merged model with plain transformers, and compare its answers with the adapter's."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
@@ -71,5 +74,5 @@ def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> N
     )
     if same != len(given):
         raise RuntimeError(
-            f"{merged}: the merged model answers {len(given) - same} rows otherwise than the adapter did"
+            f"{merged}: the merged model and the adapter give different answers on {len(given) - same} rows"
         )

@@ -1,12 +1,12 @@
-"""`reparam intrinsic`: the intrinsic dimension of a task for a base model, d90, by training runs (see `subspace`).
+"""`reparam intrinsic`: measure the intrinsic dimension d90 of a task for a base model by training runs.
 
-Full fine-tuning comes first, over the same targets (by default, everything), then d over a grid and between two of its
-sizes. Every run is exactly what `reparam train` does with the same settings. At each d, all rates are tried with the
-first map, and the best of them with the others; what counts is the mean over maps. Rates are chosen by the rows that
-the metric is measured on, full fine-tuning's too, so that both are a little too good. A run that is in the output
-folder is not repeated:
+The first runs are full fine-tuning of the same targets (by default, everything). Then d runs over a grid and between
+two of its values (see `subspace`). Each run is the same as `reparam train` with the same settings. At each d, the first
+random map is tried with all learning rates, and the other maps with the best of these rates; the metric is the mean
+over maps. The rates, also those of full fine-tuning, are chosen on the rows that measure the metric, so both metrics
+are slightly optimistic. A run whose result is in the output folder is not repeated:
 
-    runs/<kind>-<d>-<rate>-<map>-<digest>/      as `reparam train` leaves it, and result.json
+    runs/<kind>-<d>-<rate>-<map>-<digest>/      output of `reparam train`, and result.json
     intrinsic.json      the curve               intrinsic.png
 """
 
@@ -40,26 +40,30 @@ from reparam.train.run import prepare
 from reparam.train.show import Show
 
 METRICS = ("auto", "exact", "saved")
-NEVER = 10**9  # steps
+NEVER = 10**9  # steps between evaluations and checkpoints: no run reaches it
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchPlan:
-    """What is tried. Raises ValueError for what cannot be."""
+    """Settings of the search for d90. Raises ValueError for a value out of range."""
 
     sizes: tuple[int, ...]
+    """Dimensions d of the grid, in ascending order."""
     rates: tuple[float, ...] = (1e-2, 3e-2)
-    """For d = 1000; see `scaled`."""
+    """Learning rates at d = 1000; `scaled` converts them to other d."""
     full_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Learning rates of full fine-tuning."""
     maps: int = 1
-    """How many random maps (seeds of the method) each d is tried with."""
+    """Number of random maps (seeds of the method) per d, at least 1."""
     metric: str = "auto"
-    """exact: share of right answers; saved: loss (of texts: bits per byte) below the base's; auto: by the rows."""
+    """exact: share of right answers; saved: decrease of the loss (bits per byte for texts) from the base's; auto: saved
+    for texts, else exact."""
     share: float = 0.9
+    """Share of full fine-tuning's metric that d90 reaches, in (0, 1]."""
     chance: float = 0.0
-    """What guessing would reach, of "exact"."""
+    """Value of the metric "exact" for random guessing, in [0, 1)."""
     tolerance: float = 1.25
-    """How close d90 and the largest failing d are to come."""
+    """The search stops once d90 is at most this many times the largest failing d; above 1."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -67,7 +71,9 @@ class SearchPlan:
         if not whole(self.maps, 1):
             raise ValueError(f"--maps {self.maps!r}: expected a whole number of at least 1")
         if not 0 < self.share <= 1 or not 0 <= self.chance < 1:
-            raise ValueError(f"share {self.share!r}, chance {self.chance!r}: expected shares of 1")
+            raise ValueError(
+                f"share {self.share!r}, chance {self.chance!r}: expected 0 < share <= 1 and 0 <= chance < 1"
+            )
         bad = [rate for rate in (*self.rates, *self.full_rates) if not (finite(rate) and rate > 0)]
         if bad or not self.rates or not self.full_rates:
             raise ValueError(f"rates {bad or 'none'}: expected numbers above 0")
@@ -75,34 +81,36 @@ class SearchPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SearchOutcome:
-    """What was found; no curve where a signal ended it."""
+    """The result of the search for d90."""
 
     curve: Curve | None
+    """The measured curve; None if a signal ended the search."""
     metric: str
     rank: int | None = None
-    """The LoRA rank that d90 suggests."""
+    """The lowest LoRA rank with at least d90 parameters; None if d90 is not known or no site is a linear map."""
     signal: int | None = None
+    """Number of the signal that ended the search, or None."""
 
 
 def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> SearchOutcome:
-    """Find d90, write the curve, and print it. `config.method` has the `subspace` whose d is varied.
+    """Find d90, and write and print the curve. `config.method` provides the `subspace` whose dimension d varies.
 
-    Raises ValueError for what the user can mend, among it a reference of which a share means nothing, before any
-    subspace run; RuntimeError where every reference run failed.
+    Raises ValueError for settings, data or a reference metric that the user can fix, before the first subspace run, and
+    RuntimeError if all runs of full fine-tuning failed.
     """
     subspace = config.method.subspace()
     if subspace is None:
-        raise ConfigError(f"method.name {config.method.name!r}: d90 is measured with the method 'intrinsic'")
+        raise ConfigError(f"method.name {config.method.name!r} has no dimension d; use --method intrinsic to find d90")
     least = dataclasses.replace(config, method=subspace.with_dimensions(plan.sizes[0]))
-    job = prepare(least)  # all refusals that need the model, before anything is trained
+    job = prepare(least)  # checks all settings that need the model, before any training
     metric = _metric(plan.metric, job)
     total = sum(subspace.moved(site) for site in job.adapter.sites.values())
     if plan.sizes[-1] > total:
-        raise ValueError(f"--grid goes up to {plan.sizes[-1]}, and only {total} numbers move; lower its end")
+        raise ValueError(f"--grid goes up to {plan.sizes[-1]}, but only {total} parameters move; lower its end")
     sites = job.adapter.sites
     linear = [sites[name] for name in targets.resolve(job.model, "all-linear") if name in sites]
     sides = sum(site.out_features + site.in_features for site in linear)
-    console.print(f"{len(sites)} sites, {total:,} numbers that move; metric: {metric}")
+    console.print(f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
     runs = Runs(config, metric, _stamp(job), console)
     del job
     folder = Path(config.run.output)
@@ -136,28 +144,30 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
 
 
 class Runs:
-    """Training runs of one task, each made once.
+    """The training runs of one task. A run that is already in the output folder is not repeated.
 
     Args:
-        config: what all of them have in common.
+        config: settings that all runs share.
         metric: "exact" or "saved".
-        stamp: of base and data; a run under another one is another run.
-        console: where a line for each is printed.
+        stamp: digest of base and data. Results with another stamp are not reused.
+        console: prints one line per run.
     """
 
     def __init__(self, config: Config, metric: str, stamp: str, console: Console) -> None:
         self.config, self.metric, self.stamp, self.console = config, metric, stamp, console
 
     def reference(self, plan: SearchPlan) -> tuple[float, float]:
-        """The metric of the base, and the best of full fine-tuning. Raises RuntimeError where all runs failed."""
+        """The metric of the base, and the best of full fine-tuning. Raises RuntimeError if all of its runs failed."""
         found = [self.run("full", METHODS["full"](), rate, 0) for rate in plan.full_rates]
         good = [result for result in found if result["failed"] is None]
         if not good:
-            raise RuntimeError(f"full fine-tuning failed at every rate: {found[-1]['failed']}; try lower --full-rates")
+            raise RuntimeError(
+                f"full fine-tuning failed at every learning rate: {found[-1]['failed']}; try lower --full-rates"
+            )
         return float(good[0]["base"]), max(float(result["value"]) for result in good)
 
     def point(self, subspace: Subspace, d: int, plan: SearchPlan) -> Point:
-        """What d dimensions reach."""
+        """Train with d dimensions at all rates and maps, and return the metric at the best rate."""
 
         def value(rate: float, number: int) -> float | None:
             own = subspace.with_dimensions(d, number)
@@ -169,7 +179,7 @@ class Runs:
         return Point(d, best, (first[best], *(value(best, number) for number in range(1, plan.maps))))
 
     def run(self, kind: str, method: Method, rate: float, number: int) -> dict[str, Any]:
-        """One run: its metric (`value`, None where it failed), and the base's."""
+        """Train once, or read the result of that run: its metric (`value`, None if it failed) and the base's."""
         config = self.config
         run = dataclasses.replace(config.run, output="", eval_every=NEVER, save_every=NEVER, keep=1)
         data = config.data if self.metric == "exact" else dataclasses.replace(config.data, score_rows=0)
@@ -203,9 +213,10 @@ class Runs:
 
 
 def scaled(rate: float, d: int) -> float:
-    """The rate at d for one that is meant at 1000: √(1000 / d) times it, to three digits.
+    """Convert a learning rate for d = 1000 to d: √(1000 / d) times the rate, rounded to three digits.
 
-    Adam moves each of d numbers by about the rate, and maps keep lengths: so steps in the space of weights are as long.
+    Adam moves each of the d parameters by about the rate, and the maps preserve lengths. With this factor, a step in
+    weight space has the same length for every d.
 
     >>> scaled(0.03, 1000), scaled(0.03, 10), scaled(0.03, 100_000)
     (0.03, 0.3, 0.003)
@@ -214,50 +225,50 @@ def scaled(rate: float, d: int) -> float:
 
 
 def conclusions(curve: Curve, *, sides: int, rank: int | None) -> list[str]:
-    """What the curve says, in sentences."""
+    """Sentences that state d90, how reliable it is, and the LoRA rank with as many parameters."""
     goal = f"{curve.share:g} x {curve.full:.4g} = {curve.threshold:.4g}"
     if curve.d90 is None:
-        return [f"d90: not reached. No d up to {curve.points[-1].d} came to {goal}; raise the grid's end, or add rates"]
+        return [f"d90: not reached. No d up to {curve.points[-1].d} reached {goal}; raise the grid's end, or add rates"]
     lines = [f"d90 = {curve.d90:,}: the smallest d that reached {goal}"]
     if curve.below is None:
-        lines.append("the smallest d of the grid passes already: d90 may be less; lower the grid's start")
+        lines.append("the smallest d of the grid already passes, so d90 may be lower; lower the grid's start")
     else:
         lines.append(
-            f"{curve.below:,} failed. It is an upper bound: other maps, rates or longer training may need less"
+            f"{curve.below:,} failed. d90 is an upper bound: other maps, rates or longer training may need fewer"
         )
     if curve.odd:
         sizes = ", ".join(map(str, curve.odd))
-        lines.append(f"[yellow]note[/yellow] not monotone: {sizes} failed though larger; try more --maps or rates")
+        lines.append(f"[yellow]note[/yellow] not monotone: {sizes} failed, though above d90; try more --maps or rates")
     if rank is not None:
         times = rank * sides / curve.d90
         lines.append(
-            f"LoRA on the linear maps has {sides:,} numbers for each rank, so that rank {rank} is the least with d90 "
-            f"of them ({times:.1f} times as many). That bounds a count, not a rank: a random direction is of full "
-            f"rank, so compare rank {rank} with {2 * rank} and {4 * rank} before settling"
+            f"LoRA on the linear maps has {sides:,} parameters per rank, so rank {rank} is the lowest with at least "
+            f"d90 parameters ({times:.1f} times as many). This compares counts only, because random directions have "
+            f"full rank; also try ranks {2 * rank} and {4 * rank}"
         )
     return lines
 
 
 def _metric(asked: str, job: Job) -> str:
-    """Which metric the held-out rows allow. Raises ValueError for right answers of texts."""
+    """Resolve "auto" from the held-out rows. Raises ValueError for "exact" if they are texts or none is answered."""
     texts = any(row.kind == "text" for row in job.held_out)
     if asked == "exact" and (texts or job.config.data.score_rows < 1):
         raise ValueError(
-            "--metric exact counts right answers, and the held-out rows are texts, or none of them is answered "
-            "(data.score_rows); choose --metric saved, the loss below the base's"
+            "--metric exact counts right answers, but the held-out rows are texts, or data.score_rows is 0; choose "
+            "--metric saved, the decrease of the loss from the base's"
         )
     return ("saved" if texts else "exact") if asked == "auto" else asked
 
 
 def _stamp(job: Job) -> str:
-    """A digest of the base's tensors and of the data's content."""
+    """Digests of the base's tensors and of the data files, as one JSON string."""
     files = (job.config.data.train, job.config.data.valid)
     content = [digest(file) for file in files if file]
     return json.dumps([content, fingerprint(job.model)], sort_keys=True)
 
 
 def _table(curve: Curve, metric: str) -> Table:
-    table = Table(title=f"{metric} by dimensions; full fine-tuning {curve.full:.4g}, threshold {curve.threshold:.4g}")
+    table = Table(title=f"{metric} by dimension; full fine-tuning {curve.full:.4g}, threshold {curve.threshold:.4g}")
     for column in ("d", "rate", "mean over maps", "lowest", "highest", ""):
         table.add_column(column, justify="right")
     for point in curve.points:

@@ -1,14 +1,14 @@
-"""LoraHub: weights for finished adapters from a few examples of a new task (Huang et al. 2023, arXiv 2307.13269).
+"""LoraHub: weights for saved adapters from a few examples of a new task (Huang et al. 2023, arXiv 2307.13269).
 
-    minimize over w in [-bound, bound]^N        mean over examples of their mean cross entropy a token  +  l1 · mean |w|
+    minimize over w in [-bound, bound]^N      mean over examples of their mean cross entropy per token  +  l1 · mean |w|
 
-The search sees values alone (`reparam.combine.search`); base and adapters are never changed. The candidates of a
-generation are rows of one batch (`reparam.combine.candidates`). The result is an ordinary adapter of the best weights
-that were tried. Beside it stand what it has to beat: the base, the adapters' mean and sum, and the best of them alone.
+The search uses only loss values (`reparam.combine.search`), and the base and the adapters never change. The candidates
+of a generation are rows of one batch (`reparam.combine.candidates`). The result is an ordinary adapter with the best
+weights found. It is compared with the base, the mean and the sum of the adapters, and the best single adapter.
 
-Where the paper's released code differs: it divides the loss by the number of examples once more where they are in one
-batch, so that its penalty counts K times as much; and it adds A and B apart (`space="factor"`). The paper's text has
-the sum of the |w|, not the mean (`l1_reduction`).
+The paper's released code differs in two ways. It divides the loss by the number K of examples again if they are in one
+batch, so its penalty counts K times as much. It sums A and B separately (`space="factor"`). The paper's text uses the
+sum of |w| instead of the mean (`l1_reduction`).
 """
 
 from __future__ import annotations
@@ -41,36 +41,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REDUCTIONS = ("mean", "sum")
-SHOWN = 12  # evaluations in the table while it runs: the latest
+SHOWN = 12  # number of latest evaluations in the live table
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One way to combine the adapters, and its losses in nats a token."""
+    """One combination of the adapters, and its losses in nats per token."""
 
     name: str
     weights: tuple[float, ...]
+    """One weight per adapter [N]."""
     few: float
+    """Mean loss over the examples of the search."""
     valid: float | None
+    """Mean loss over the held-out rows; None without such rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """What the search found, and what it has to beat."""
+    """The result of the LoraHub search, and its baselines."""
 
     found: BestPoint
     lines: tuple[Line, ...]
+    """The losses of the baselines and of the result."""
     blend: Blend
+    """The sum of the adapters with the best weights."""
     forwards: int
-    """Forward passes of the search."""
+    """Number of forward passes of the search."""
 
     def line(self, name: str) -> Line:
-        """The line with this name: base, mean, sum, best single or found."""
+        """The line whose name starts with `name`: "base", "mean", "sum", "best single" or "found"."""
         return next(line for line in self.lines if line.name.startswith(name))
 
 
 class Losses:
-    """The loss of candidates on examples: for each, the mean over examples of the mean cross entropy a token."""
+    """The loss of each candidate: the mean over examples of the mean cross entropy per token, in nats."""
 
     def __init__(
         self, model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, gates: Gates, *, batch: int
@@ -84,7 +89,7 @@ class Losses:
 
     @torch.no_grad()
     def __call__(self, points: Tensor) -> Tensor:
-        """points [K, N] -> losses [K], float64; K times the examples are rows of batches of at most `batch` rows."""
+        """points [K, N] -> losses [K] in float64. Each pair of point and example is a row of a batch."""
         count = len(self.encoded)
         found = torch.zeros(len(points) * count, dtype=torch.float64)
         for rows in torch.arange(len(found)).split(self.batch):
@@ -95,7 +100,7 @@ class Losses:
         return found.view(len(points), count).mean(1)
 
     def _rows(self, examples: dict[str, Tensor]) -> Tensor:
-        """The mean cross entropy a token of each row [B], float64."""
+        """The mean cross entropy per token of each row, [B] in float64."""
         device = next(self.model.parameters()).device
         labels = examples["labels"][:, 1:].to(device)
         inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -107,9 +112,9 @@ class Losses:
 def objective(
     losses: Callable[[Tensor], Tensor], *, l1: float = 0.05, l1_reduction: str = "mean"
 ) -> Callable[[Tensor], list[float]]:
-    """What is minimized: points [K, N] -> losses + l1 · the mean (or the sum) of |w|, K numbers.
+    """The objective of the search: points [K, N] -> K values, the losses + l1 · the mean (or the sum) of |w|.
 
-    Raises ValueError for an l1 that is negative or not finite, and an unknown reduction.
+    Raises ValueError if `l1` is negative or not finite, or the reduction is neither "mean" nor "sum".
     """
     if not (math.isfinite(l1) and l1 >= 0):
         raise ValueError(f"l1={l1!r}: expected a finite number of at least 0")
@@ -144,11 +149,11 @@ def search_to(
     format: str = "reparam",
     console: Console,
 ) -> Hub:
-    """Search on the rows of `few`, write the best sum as an adapter, and compare on them and on those of `valid`.
+    """Search for weights on the rows of `few`, write the best sum as an adapter, and print its losses and baselines.
 
-    The base is by default the one that the first adapter was trained on. `budget` counts candidates, each on all
-    examples; those of the comparison are not in it. `optimizer` is "cobyla", or "cma" with its seed. Raises ValueError
-    for unusable rows, settings or adapters.
+    `valid` adds losses on held-out rows. The default base is the one that the first adapter was trained on. `budget` is
+    the number of candidates, each evaluated on all examples, without the baselines. `optimizer` is "cobyla" or "cma",
+    and `seed` is for "cma". Raises ValueError for invalid rows, settings or adapters.
     """
     folders = folders_of(adapters, output)
     check_search(len(folders), bound=bound, budget=budget, optimizer=optimizer)
@@ -176,7 +181,9 @@ def search_to(
     write(made, output, folders, found.weights, format=format, console=console)
     hub = Hub(found, lines, made, forwards)
     console.print(_lines_table(hub))
-    console.print(f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forwards", highlight=False)
+    console.print(
+        f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes", highlight=False
+    )
     return hub
 
 
@@ -191,7 +198,7 @@ def _compared(
     single = torch.eye(n, dtype=torch.float64)
     alone = losses(single)
     best = int(alone.nan_to_num(math.inf).argmin())
-    folder = folders[best].parent if folders[best].name == "adapter" else folders[best]  # of a run, or its own
+    folder = folders[best].parent if folders[best].name == "adapter" else folders[best]  # the run's folder if in a run
     ways = {
         "base": [0.0] * n,
         "mean": [1 / n] * n,
@@ -211,7 +218,7 @@ def _compared(
 
 
 class _Progress:
-    """The objective, with a table of its latest values."""
+    """The objective, with a live table of its latest values."""
 
     def __init__(self, f: Callable[[Tensor], list[float]], losses: Losses, budget: int) -> None:
         self.f = f
@@ -226,7 +233,7 @@ class _Progress:
         return values
 
     def table(self) -> Table:
-        table = Table(title=f"{len(self.tried)} of {self.budget} candidates, in {self.losses.forwards} forwards")
+        table = Table(title=f"{len(self.tried)} of {self.budget} candidates, {self.losses.forwards} forward passes")
         for name in ("", "loss + penalty", "weights"):
             table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
         best = min((value for value, _ in self.tried), default=math.nan)
@@ -238,7 +245,7 @@ class _Progress:
 
 def _lines_table(hub: Hub) -> Table:
     held_out = hub.lines[0].valid is not None
-    table = Table(title="nats a token, the mean over examples")
+    table = Table(title="loss in nats per token, mean over examples")
     for name in ("", "few examples", *(["held out"] if held_out else []), "weights"):
         table.add_column(name, justify="right" if name in ("few examples", "held out") else "left")
     for line in hub.lines:

@@ -1,4 +1,4 @@
-"""From an adapter's folder to the folder of a merged model: plain, or in the storage that the base was trained in."""
+"""Merge a saved adapter into its base, and write the merged model to a folder, dense or quantized again."""
 
 from __future__ import annotations
 
@@ -33,20 +33,30 @@ def merge_to(
     force: bool = False,
     task: str | None = None,
 ) -> MergeReport:
-    """Merge and write, and say onto what, into what, and what survived the rounding.
+    """Merge the adapter, write the model, and print how much of the update survived rounding.
 
-    `onto` is "trained", the base as the adapter was trained on it: quantized matrices are dequantized and the update
-    added; or "original", the weights in the base's files, which the adapter has not seen where it was trained on
-    quantized ones. `into` names the storage of a quantized base to write that again, see `reparam.merge`. `task` is the
-    one that is merged of an adapter whose gates go by it.
+    Args:
+        output: folder of the merged model.
+        base: folder or Hub id of the base; None for the one in the adapter's file.
+        adapter: folder of the adapter or of its training run.
+        dtype: dtype of the base, or "auto".
+        console: prints the report.
+        onto: "trained" adds the update to the weights that the adapter was trained on, dequantized if necessary;
+            "original" adds it to the weights in the base's files, which may differ from those.
+        into: name of the storage of a quantized base, to quantize the merged weights again; see `reparam.merge`.
+        rounding: as in `reparam.merge`.
+        force: as in `reparam.merge`.
+        task: the task to merge, for a mixture adapter whose gates depend on it.
 
-    Raises ValueError for the base's own folder as output, for what cannot be combined, and for biases where the base
-    has none, which its class would not read from the files.
+    Raises ValueError if `output` is the folder of the base, the settings exclude each other, or the adapter adds biases
+    that the model's class would not read from files, and the errors of `reparam.merge`.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
     if into is not None and onto == "original":
-        raise ValueError("--into writes the storage that the adapter was trained on, so it cannot go onto the original")
+        raise ValueError(
+            "--into needs the quantized weights that the adapter was trained on, so leave out --onto original"
+        )
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
@@ -58,8 +68,8 @@ def merge_to(
     if report.biased:
         new = listed([f"{site}.bias" for site in report.biased])
         raise ValueError(
-            f"{path}: a {type(model).__name__} read from files has no place for {new}; keep this adapter apart, or use "
-            f"the merged model in Python"
+            f"{path}: a {type(model).__name__} cannot load {new} from files; use the adapter without merging it, or "
+            f"call reparam.merge in Python"
         )
     rest = list(storages_in(model))
     if rest and into is None:
@@ -75,10 +85,10 @@ def merge_to(
 
 def _said(path: str, storages: str, onto: str, into: str | None) -> str:
     if onto == "original":
-        return f"the weights in {path} as they are in its files"
+        return f"the original weights in the files of {path}"
     if not storages:
         return path
     written = (
-        f"rounded to {into} again" if into else f"dequantized; --onto original would add the update to {path} itself"
+        f"quantized to {into} again" if into else f"dequantized; --onto original would use the files of {path} instead"
     )
-    return f"{path} in {storages}, as the adapter was trained, {written}"
+    return f"{path} in {storages}, as in training, {written}"

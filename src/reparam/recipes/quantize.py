@@ -1,4 +1,4 @@
-"""From the folder of a model to the folder of the same model with its frozen matrices quantized."""
+"""Write a copy of a model with quantized matrices to a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-import reparam.weights  # noqa: F401  (fills its registry)
+import reparam.weights  # noqa: F401  (importing it registers the storages)
 from reparam.adapter.quantize import reports
 from reparam.core.registry import STORAGES
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
@@ -14,13 +14,13 @@ from reparam.train.base import BaseConfig
 
 
 def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console) -> None:
-    """Quantize while reading, write, and print what was quantized and what was left.
+    """Quantize the model while loading it, write it to `output`, and print the sizes of its matrices.
 
-    Raises ValueError for a dense storage.
+    Raises ValueError if the storage is dense, or if `output` is the folder of the base.
     """
     if base.quantization() is None:
         others = [name for name in STORAGES if name != "dense"]
-        raise ValueError(f"storage 'dense' quantizes nothing; choose one of {', '.join(others)}")
+        raise ValueError(f"storage 'dense' does not quantize; choose one of {', '.join(others)}")
     check_not_base(output, base.path)
     tokenizer = load_tokenizer(base.path, revision=base.revision)
     model = load_base(
@@ -29,7 +29,7 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     save_model(model, tokenizer, output, format=format)
     if model.hf_quantizer.pre_quantized:  # type: ignore[union-attr]
         console.print(
-            f"{base.path} was quantized already: written as it was, nothing was quantized anew", soft_wrap=True
+            f"{base.path} was already quantized; its quantized matrices were copied unchanged", soft_wrap=True
         )
     for report in reports(model):
         console.print(str(report), highlight=False, soft_wrap=True)

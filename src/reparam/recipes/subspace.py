@@ -1,8 +1,9 @@
-"""Looking for d90: the smallest number of dimensions that reaches a share of full fine-tuning's metric.
+"""Search for d90: the smallest number of dimensions that reaches a given share of full fine-tuning's metric.
 
-What a run is, the caller knows; here are the order in which d is tried, and what the outcome means. Sizes d go over a
-grid of equal ratios, then by halving (of the logarithm) between the largest d that fails below the smallest that
-passes. d90 is an upper bound on the intrinsic dimension: another map, rate or length of training may need less.
+The caller supplies the training runs; this module chooses the dimensions d and interprets the results. It first tries a
+grid of d with equal ratios. Then it bisects, on a logarithmic scale, between the smallest d that passes and the largest
+d below it, which fails. d90 is an upper bound on the intrinsic dimension: other maps, learning rates or longer training
+may need fewer dimensions. The measure is that of Li et al. 2018 (arXiv 1804.08838).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What d dimensions reached."""
+    """The results of the training runs with d dimensions."""
 
     d: int
     rate: float
@@ -25,51 +26,53 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Over the maps; minus infinity where a run failed."""
+        """Mean of the metric over the maps; minus infinity if a run failed."""
         found = [value for value in self.values if value is not None]
         return statistics.mean(found) if len(found) == len(self.values) and found else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """All points by d, and what they say."""
+    """All measured points and the reference metrics."""
 
     base: float
-    """The metric of the base model, or of guessing where that is higher."""
+    """The metric of the base model, or that of random guessing if it is higher."""
     full: float
     """The metric of full fine-tuning."""
     share: float
+    """Share of `full` that d90 reaches, in (0, 1]."""
     points: tuple[Point, ...]
+    """The points in ascending order of d."""
 
     @property
     def threshold(self) -> float:
-        """What has to be reached."""
+        """The metric that a point must reach to pass, share · full."""
         return self.share * self.full
 
     @property
     def d90(self) -> int | None:
-        """The smallest d that passes, or None: not reached."""
+        """The smallest d that passes; None if none does."""
         return next((point.d for point in self.points if self.passes(point)), None)
 
     @property
     def odd(self) -> tuple[int, ...]:
-        """Every d above that fails all the same: where there are some, d90 owes something to chance."""
+        """Every d above d90 that fails. If there are any, d90 partly depends on chance."""
         return tuple(p.d for p in self.points if self.d90 is not None and p.d > self.d90 and not self.passes(p))
 
     @property
     def below(self) -> int | None:
-        """The largest d below d90 that was tried."""
+        """The largest measured d below d90; None if there is none."""
         return max((p.d for p in self.points if self.d90 is not None and p.d < self.d90), default=None)
 
     def passes(self, point: Point) -> bool:
-        """Whether a point reaches the threshold, on average over its maps."""
+        """Whether the mean over the point's maps reaches the threshold."""
         return point.mean >= self.threshold
 
 
 def grid(text: str, each: int = 2) -> tuple[int, ...]:
-    """Sizes from "10:10000", `each` of them for every factor of ten, both ends among them.
+    """Parse a range such as "10:10000" into dimensions with equal ratios, `each` per factor of ten, with both ends.
 
-    Raises ValueError for anything but two whole numbers from 1 on, the lower first.
+    Raises ValueError unless `text` is two whole numbers of at least 1, separated by a colon, in ascending order.
 
     >>> grid("10:1000")
     (10, 32, 100, 316, 1000)
@@ -85,21 +88,26 @@ def grid(text: str, each: int = 2) -> tuple[int, ...]:
 
 
 def check_reference(base: float, full: float, share: float) -> None:
-    """Raise ValueError where a share of the metric of full fine-tuning means nothing.
+    """Raise ValueError if full fine-tuning's metric cannot serve as a reference.
 
-    That is where it is no number or not above 0, or where the base, or guessing, has that much without training.
+    That is the case if it is not finite or not above 0, or if the base (or random guessing) already reaches `share` of
+    it without training.
     """
     if not (math.isfinite(full) and math.isfinite(base)):
-        raise ValueError(f"the metric is {full} after full fine-tuning and {base} before; there is nothing to compare")
+        raise ValueError(
+            f"the metric is {full} after full fine-tuning and {base} before, but both must be finite; try lower "
+            f"--full-rates"
+        )
     if full <= 0:
         raise ValueError(
-            f"full fine-tuning reached {full:.4g}, and a share of that is no threshold: train longer, try other "
-            f"--full-rates, or choose --metric saved, which needs no right answers"
+            f"the metric of full fine-tuning is {full:.4g}, but must be above 0; train longer, try other --full-rates, "
+            f"or choose --metric saved, which needs no right answers"
         )
     if base >= share * full:
         raise ValueError(
-            f"without training the metric is {base:.4g} already, and the threshold is {share:g} x {full:.4g} = "
-            f"{share * full:.4g}: no dimension would fail. Choose --metric saved, a harder task, or a longer reference"
+            f"without training the metric is already {base:.4g}, and the threshold is {share:g} x {full:.4g} = "
+            f"{share * full:.4g}, so no dimension would fail; choose --metric saved, a harder task, or a longer "
+            f"reference run"
         )
 
 
@@ -112,9 +120,9 @@ def search_dimension(
     share: float = 0.9,
     tolerance: float = 1.25,
 ) -> Curve:
-    """Try all sizes, then halve between the last that fails and the first that passes until their ratio is small.
+    """Evaluate all sizes, then bisect between d90 and the largest failing d until their ratio is at most `tolerance`.
 
-    Raises ValueError as `check_reference` does, and for a tolerance that is not above 1.
+    Raises the errors of `check_reference`, and ValueError if `tolerance` is not above 1.
 
     >>> curve = search_dimension(lambda d: Point(d, 0.1, (min(d / 100, 1.0),)), base=0.0, full=1.0, sizes=(10, 1000))
     >>> curve.d90, curve.below
@@ -139,7 +147,7 @@ def search_dimension(
 
 
 def lora_rank(d: int, sides: int) -> int:
-    """The least rank at which LoRA has d numbers, for sites whose sides sum up to `sides`, Σ (I + O).
+    """The lowest rank at which LoRA has at least d parameters; `sides` is Σ (I + O), its parameters per rank.
 
     >>> lora_rank(1000, 600), lora_rank(10, 600)
     (2, 1)

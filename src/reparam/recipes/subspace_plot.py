@@ -1,4 +1,4 @@
-"""The metric by the number of dimensions, as a PNG."""
+"""Plot the metric over the number of dimensions as a PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reparam.recipes.subspace import Curve
 
 
 def plot(curve: Curve, metric: str, file: Path) -> None:
-    """Draw the mean over maps by d, each map's value, the reference, the threshold and d90."""
+    """Write a plot of the metric over d to `file`: mean and values of the maps, reference, threshold and d90."""
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
     good = [point for point in curve.points if None not in point.values]

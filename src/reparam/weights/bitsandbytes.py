@@ -1,16 +1,16 @@
-"""The tensors of a bitsandbytes 4-bit checkpoint: `<p>.weight` and its companions, read and written byte for byte.
+"""Read and write the tensors of an NF4 weight in a bitsandbytes 4-bit checkpoint, byte for byte.
 
 | key | dtype, shape |
 |---|---|
-| `<p>.weight` | uint8 [⌈n/2⌉, 1], or another dtype whose entries are the same bytes |
-| `<p>.weight.absmax` | float32 [N], or uint8 [N] where it is doubly quantized ("nested") |
+| `<p>.weight` | uint8 [⌈n/2⌉, 1], or the same bytes viewed as another dtype |
+| `<p>.weight.absmax` | float32 [N], or uint8 [N] with double quantization ("nested") |
 | `<p>.weight.quant_map` | float32 [16], the levels |
 | `<p>.weight.nested_absmax` | float32 [M], nested only |
 | `<p>.weight.nested_quant_map` | float32 [256], nested only |
 | `<p>.weight.quant_state.bitsandbytes__nf4` | uint8: JSON with block sizes, dtype, shape and mean |
 
-Nothing is quantized anew; what bitsandbytes would read as something else, or not at all, is refused. The library itself
-is not needed. Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
+Reading and writing never quantize again. Tensors that bitsandbytes would misread or reject raise FormatError. The
+bitsandbytes library is not required. Shapes: n = O · I entries, N = ⌈n/block⌉ blocks, M = ⌈N/256⌉.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ STATE, FP4 = "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsand
 PLAIN = ("weight", "weight.absmax", "weight.quant_map", STATE)
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 KEYS = (*PLAIN, *NESTED, FP4)
-"""All keys that such a weight may have, without its path; the last one is refused by name."""
-# Any of these may hold the quantized bytes: FSDP shards only tensors of the dtype that the others have.
+"""All keys that such a weight may have, without its path. FP4 is listed so that it is recognized and refused."""
+# Dtypes that may hold the quantized bytes: FSDP shards only tensors of one common dtype.
 _HOLDERS = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """The JSON, its keys in the order in which they are written."""
+    """The JSON of `quant_state`, with its keys in the order in which they are written."""
 
     quant_type: Literal["nf4"]
     blocksize: int
@@ -52,7 +52,7 @@ class _State:
 
 
 def tensors_of_weight(weight: NF4Weight, path: str) -> dict[str, Tensor]:
-    """The tensors of the module at `path`, under the keys above. No two of them share memory with each other.
+    """The tensors of the module at `path` under the keys of the module's table. No two tensors share memory.
 
     >>> from reparam.weights.nf4 import NF4
     >>> state = tensors_of_weight(NF4(double=False).quantize(torch.ones(2, 64)), "a")
@@ -80,24 +80,23 @@ def tensors_of_weight(weight: NF4Weight, path: str) -> dict[str, Tensor]:
 
 
 def weight_from(state: Mapping[str, Tensor], path: str) -> NF4Weight:
-    """The weight of the module at `path`; the inverse of `tensors_of_weight`.
+    """Build the weight of the module at `path`; the inverse of `tensors_of_weight`.
 
-    Keys that are not the weight's are not looked at. Its dtype is the one that the file says. Raises FormatError, with
-    the path, for FP4, for tensors that are missing or unknown, and for whatever has a dtype, a length or values that
-    the format does not have.
+    The weight gets the dtype in `quant_state`. Keys outside `<path>.weight` are ignored. Raises FormatError, naming the
+    path, if the weight is FP4, a tensor is missing or unknown, or a tensor has a wrong dtype, length or value.
     """
     start = f"{path}.weight"
     parts = {key[len(path) + 1 :]: value for key, value in state.items() if key == start or key.startswith(start + ".")}
     if FP4 in parts:
-        raise FormatError(f"{start}: is FP4 of bitsandbytes; only NF4 is read. Quantize the original model instead")
+        raise FormatError(f"{start}: bitsandbytes FP4 is not supported, only NF4; quantize the original model instead")
     held = _json(parts.get(STATE), start)
     nested = held.nested_offset is not None
     wanted = (*PLAIN, *NESTED) if nested else PLAIN
     problems = [f"{path}.{key} is missing" for key in wanted if key not in parts]
-    problems += [f"{path}.{key} is not known" for key in parts if key not in wanted]
+    problems += [f"{path}.{key} is unknown" for key in parts if key not in wanted]
     problems = problems or _problems(parts, held)
     if problems:
-        raise FormatError(f"{start}: not a whole NF4 weight of bitsandbytes: {listed(problems)}")
+        raise FormatError(f"{start}: not a complete bitsandbytes NF4 weight: {listed(problems)}")
     codes = parts["weight"].contiguous().view(torch.uint8).view(-1)
     stats = Statistics(parts["weight.absmax"])
     if nested:
@@ -107,38 +106,36 @@ def weight_from(state: Mapping[str, Tensor], path: str) -> NF4Weight:
 
 
 def _json(tensor: Tensor | None, start: str) -> _State:
-    """The JSON in the tensor, its values within their ranges."""
+    """Decode the JSON in the tensor. Raises FormatError if a value is out of range."""
     if tensor is None:
-        raise FormatError(
-            f"{start}: has no quant_state.bitsandbytes__nf4, so it is not NF4 of bitsandbytes, or cut short"
-        )
+        raise FormatError(f"{start}: quant_state.bitsandbytes__nf4 is missing; not a complete bitsandbytes NF4 weight")
     where = f"{start}.quant_state"
     if tensor.dtype is not torch.uint8 or tensor.ndim != 1:
-        raise FormatError(f"{where}: expected a row of uint8, found {_kind(tensor)}")
+        raise FormatError(f"{where}: expected a 1-D uint8 tensor, found {_kind(tensor)}")
     try:
         values = json.loads(bytes(tensor.tolist()).decode())
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON in UTF-8: {error}") from None
+        raise FormatError(f"{where}: not valid UTF-8 JSON: {error}") from None
     held = decode(_State, values, where)
     problems = []
     if held.blocksize not in BLOCKS:
         problems.append(f"blocksize: expected one of {', '.join(map(str, BLOCKS))}, found {held.blocksize}")
     if min(held.shape) < 1:
-        problems.append(f"shape: no matrix has {held.shape[0]} x {held.shape[1]} entries")
+        problems.append(f"shape: expected sizes of at least 1, found {held.shape[0]} x {held.shape[1]}")
     nested = held.nested_blocksize, held.nested_dtype, held.nested_offset
     if nested != (None, None, None) and None in nested:
-        problems.append("nested_blocksize, nested_dtype and nested_offset go together")
+        problems.append("expected all of nested_blocksize, nested_dtype and nested_offset, or none of them")
     if held.nested_blocksize not in (None, NESTED_BLOCK):
         problems.append(f"nested_blocksize: expected {NESTED_BLOCK}, found {held.nested_blocksize}")
     if abs(held.nested_offset or 0.0) > torch.finfo(torch.float32).max:
-        problems.append(f"nested_offset: {held.nested_offset} is no float32")
+        problems.append(f"nested_offset: {held.nested_offset} does not fit into float32")
     if problems:
         raise FormatError(f"{where}: {listed(problems)}")
     return held
 
 
 def _problems(parts: Mapping[str, Tensor], held: _State) -> list[str]:
-    """What does not fit, in tensors that are all there."""
+    """Problems with the dtypes, shapes and values of the tensors, none of which is missing."""
     entries = held.shape[0] * held.shape[1]
     blocks = -(-entries // held.blocksize)
     nested = held.nested_offset is not None
@@ -161,8 +158,8 @@ def _problems(parts: Mapping[str, Tensor], held: _State) -> list[str]:
         or quantized.nbytes != (entries + 1) // 2
     ):
         problems.append(
-            f"weight is {_kind(quantized)}, and the {held.shape[0]} x {held.shape[1]} entries of its quant_state take "
-            f"uint8 [{(entries + 1) // 2}, 1]"
+            f"weight is {_kind(quantized)}, expected uint8 [{(entries + 1) // 2}, 1] for the {held.shape[0]} x "
+            f"{held.shape[1]} entries of its quant_state"
         )
     if problems:
         return problems

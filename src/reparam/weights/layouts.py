@@ -1,8 +1,8 @@
-"""How the tensors of a quantized weight are named in files and checked when they are read, by storage.
+"""File layouts of quantized weights, by storage: the names of their tensors and the checks on reading.
 
-NF4 has the layout of bitsandbytes, int8 its own. Any other storage has the plain one: each parameter and buffer in the
-state of its weight under `<path>.weight.<name>`. It is read into the weight that the storage makes of zeros, so that
-whatever a weight is must follow from its shape, its storage's settings and these tensors.
+NF4 uses the layout of bitsandbytes, and int8 its own. Every other storage uses the plain layout: each entry of the
+weight's state dict under `<path>.weight.<name>`. Reading loads these tensors into a weight that the storage makes from
+zeros. The shape, the storage's settings and the tensors must therefore determine the weight completely.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ _OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8_files}
 
 
 class Layout(Protocol):
-    """How the weights of one storage are in files."""
+    """The file layout of one storage's weights."""
 
     def tensors_of_weight(self, weight: Any, path: str) -> dict[str, Tensor]:
-        """The tensors of the module at `path`, by key."""
+        """The tensors of the module at `path`, by their keys in the file."""
 
     def weight_from(self, state: Mapping[str, Tensor], path: str, shape: tuple[int, int]) -> Weight:
-        """The weight of the module at `path`, which is to have this shape. Raises FormatError with the path."""
+        """Build the weight [O, I] of the module at `path`. Raises FormatError, naming the path, for invalid tensors."""
 
 
 def layout_of(storage: Storage) -> Layout:
-    """The storage's own layout, or the plain one."""
+    """The layout of the storage: its own if it has one, else the plain layout."""
     return _Own(_OWN[storage.name]) if storage.name in _OWN else _Plain(storage)
 
 
 def keys_in_files(storage: Storage) -> list[str]:
-    """All keys that a weight may have in files, without its path; of other layouts too, so that they are refused."""
+    """All keys that a weight may have in files, without its path.
+
+    Keys of other layouts are included, so that such weights are recognized and refused.
+    """
     keys = dict.fromkeys(key for module in _OWN.values() for key in module.KEYS)
     if storage.name not in _OWN:
         keys |= dict.fromkeys(f"weight.{name}" for name in storage.quantize(torch.zeros(128, 128)).state_dict())
@@ -47,7 +50,7 @@ def keys_in_files(storage: Storage) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Own:
-    """A layout that is written out in a file of this folder."""
+    """A layout that a module of this package implements."""
 
     module: Any
 
@@ -61,7 +64,7 @@ class _Own:
 
 @dataclasses.dataclass(frozen=True)
 class _Plain:
-    """Each tensor of the weight under its name."""
+    """The plain layout: each tensor of the weight's state dict under its name."""
 
     storage: Storage
 
@@ -75,14 +78,14 @@ class _Plain:
         weight = self.storage.quantize(torch.zeros(shape, device=device))
         wanted = weight.state_dict()
         problems = [f"{start}.{name} is missing" for name in wanted if name not in found]
-        problems += [f"{start}.{name} is not known" for name in found if name not in wanted]
+        problems += [f"{start}.{name} is unknown" for name in found if name not in wanted]
         problems += [
             f"{start}.{name} is {_kind(found[name])}, expected {_kind(tensor)}"
             for name, tensor in wanted.items()
             if name in found and (found[name].dtype, found[name].shape) != (tensor.dtype, tensor.shape)
         ]
         if problems:
-            raise FormatError(f"{start}: not a whole weight of the storage {self.storage.name}: {listed(problems)}")
+            raise FormatError(f"{start}: not a complete weight of storage {self.storage.name}: {listed(problems)}")
         weight.load_state_dict(found, assign=True)
         for parameter in weight.parameters():
             parameter.requires_grad_(False)
