@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -121,3 +122,97 @@ def test_a_model_with_a_bound_adalora_is_copied_and_pickled(storage: str, how: s
                 parameter.zero_()
     assert go(model).any()
     assert not go(other).any() or storage != "dense"
+
+
+class Cross(nn.Module):
+    """Reads one child's weight in its forward, another's only if a setting asks for it, and a third one's dtype."""
+
+    def __init__(self, *, exact: bool = False) -> None:
+        super().__init__()
+        self.exact = exact
+        self.read, self.maybe, self.called = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.called.weight.dtype) @ self.read.weight
+        if self.exact:
+            return nn.functional.linear(x, self.maybe.weight)
+        return self.called(self.maybe(x))
+
+
+def test_a_module_whose_weight_is_read_without_a_call_is_refused_by_name_and_skipped_by_a_word() -> None:
+    for exact, names in ((False, ["maybe", "called"]), (True, ["called"])):
+        with pytest.warns(UserWarning, match=r"skipped read \(Cross reads its parameters without calling it \(test_m"):
+            adapter = reparam.attach(Cross(exact=exact), reparam.LoRA(r=1))
+        assert list(adapter.sites) == names
+    with pytest.raises(ValueError, match="read: Cross reads its parameters without calling it"):
+        reparam.attach(Cross(), reparam.LoRA(r=1), targets=["read"])
+
+
+def test_mambas_time_step_is_refused_and_bloom_is_adapted_whole() -> None:
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    )
+    with pytest.raises(ValueError, match="dt_proj: MambaMixer reads its parameters without calling it"):
+        reparam.attach(mamba, reparam.LoRA(r=1), targets=["dt_proj"])
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2))
+    adapter = reparam.attach(bloom, reparam.LoRA(r=1))
+    assert {site.rpartition(".")[2] for site in adapter.sites} == {
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_layer_of_torch_calls_what_is_adapted(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=masked).eval()
+    x = torch.randn(3, 5, 8)
+    mask = torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [3]]) if masked else None
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=mask)
+        adapter = reparam.attach(model, reparam.LoRA(r=2), targets=["linear1", "linear2", "norm1"])
+        for parameter in adapter.parameters():
+            parameter.normal_(0, 0.3)
+        found = model(x, src_key_padding_mask=mask)
+        reparam.merge(model)
+        expected = model(x, src_key_padding_mask=mask)
+    assert float((expected - base).abs().max()) > 0.1
+    real = slice(None) if mask is None else ~mask  # torch leaves open what padding becomes
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    assert model.use_nested_tensor == (masked and layer.self_attn.batch_first)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "parametrized"])
+def test_a_parametrized_weight_is_refused_in_one_sentence(norm: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrap: Any = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "parametrized": nn.utils.parametrizations.weight_norm,
+    }[norm]
+    with pytest.warns(FutureWarning) if norm == "weight_norm" else contextlib.nullcontext():
+        wrap(model[0])
+    with pytest.raises(ValueError, match=r"0: the weight of this \w+ is computed from other parameters"):
+        reparam.attach(model, reparam.LoRA(r=1), targets=["0"])
+    with pytest.warns(UserWarning, match="skipped 0"):
+        assert list(reparam.attach(model, reparam.LoRA(r=1)).sites) == ["1"]
+
+
+@pytest.mark.parametrize("method", [reparam.LoRA(r=2), reparam.DoRA(r=2), reparam.Full()], ids=str)
+def test_the_row_of_the_padding_does_not_train(method: Any) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 3))
+    adapter = reparam.attach(model, method, targets=["0"])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    module: Any = adapter.modules["0"]
+    before = module(torch.arange(7)).detach()
+    ids = torch.tensor([2, 2, 2])
+    model(ids).square().sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    assert torch.equal(module(torch.arange(7)).detach(), before)

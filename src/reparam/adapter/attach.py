@@ -24,6 +24,7 @@ from reparam.core.method import Method
 from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
+from reparam.sites.reads import announce
 from reparam.sites.walk import tied, walk
 
 
@@ -164,6 +165,8 @@ def unwrap(model: nn.Module) -> None:
             model.set_submodule(path, module.origin)
     if hasattr(model, SHARED):
         delattr(model, SHARED)
+    for encoder in state.unnested:
+        encoder.use_nested_tensor = True
     state.leave()
     describe(model)
 
@@ -251,6 +254,8 @@ def install(
     if not hasattr(model, "reparam_state"):
         AdapterState(model).join()
     state_of(model).adopt(adapter)
+    for path, module in modules.items():
+        state_of(model).unnested += announce(model, path, module)
     return adapter
 
 

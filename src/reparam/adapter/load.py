@@ -126,7 +126,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
-    problems = [f"{name}: {why}" for name in record.sites if (why := targets.unsupported_reason(have[name]))]
+    odd = targets.unsupported(model, have)
+    problems = [f"{name}: {odd[name]}" for name in record.sites if name in odd]
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
     for name, site in record.sites.items():

@@ -56,6 +56,8 @@ class AdapterState:
         self._slots: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._hook: Any = None
+        self.unnested: list[nn.TransformerEncoder] = []
+        """Encoders in which nested tensors are turned off while adapters are on the model."""
         self._entry_hooks: tuple[Any, ...] = ()
 
     def join(self) -> None:

@@ -56,4 +56,8 @@ class Embedding(Adapted):
         name = self.active
         if name is None:
             return self.frozen.rows(ids)
-        return self.updates[name].rows(ids, self.frozen)  # type: ignore[operator]
+        found: Tensor = self.updates[name].rows(ids, self.frozen)  # type: ignore[operator]
+        padding: int | None = self.origin[0].padding_idx  # type: ignore[assignment]
+        if padding is None or not found.requires_grad:
+            return found
+        return torch.where((ids == padding).unsqueeze(-1), found.detach(), found)  # as nn.Embedding: no gradient there

@@ -49,6 +49,12 @@ class Adapted(nn.Module):
 
     def __init__(self, origin: nn.Module, layout: Layout = "rows") -> None:
         super().__init__()
+        # Models read sizes, `eps` and the like of their modules.
+        self.__dict__ |= {
+            name: value
+            for name, value in vars(origin).items()
+            if isinstance(value, int | float | str | tuple | None) and not name.startswith("_")
+        }
         self.layout: Layout = layout
         # The original parameters keep their names, so that other code finds them in the model.
         self._parameters["weight"] = origin._parameters["weight"]

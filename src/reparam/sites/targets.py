@@ -14,6 +14,7 @@ from reparam.core.base import Site
 from reparam.core.checks import nearest
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
+from reparam.sites.reads import read_without_call
 from reparam.sites.walk import tied, walk
 
 Targets = str | Iterable[str]
@@ -34,7 +35,8 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
-    linear = {name: unsupported_reason(m) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
+    odd = unsupported(model, modules)
+    linear = {name: odd.get(name) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
     linear |= fused(modules)
     problems: list[str] = []
     found: set[str] = set()
@@ -43,17 +45,17 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
         problems.append("no targets were given; try 'all-linear'")
     for target in wanted:
         if target == "everything":
-            names, out = _everything(model, modules)
+            names, out = _everything(model, modules, odd)
             missed |= out
         elif target in KEYWORDS:
             asked = _keyword(target, list(linear), head=_head(model))
             names = [name for name in asked if linear[name] is None]
             missed |= {name: why for name in asked if (why := linear[name])}
         elif target.startswith("re:"):
-            names = _matching(target[3:], modules, problems)
+            names = [name for name in _matching(target[3:], modules, problems) if name not in odd]
         else:
             names = [name for name in modules if name == target or name.endswith("." + target)]
-            problems += [f"{name}: {why}" for name in names if (why := unsupported_reason(modules[name]))]
+            problems += [f"{name}: {why}" for name in names if (why := odd.get(name))]
         if not names:
             problems.append(_nothing(target, modules))
         found |= set(names)
@@ -99,10 +101,13 @@ def is_matrix(module: nn.Module) -> bool:
     return kind is not None and kind.is_matrix and unsupported_reason(module) is None
 
 
-def _everything(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str]]:
+def _everything(
+    model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
     """The paths of all sites of a model, and the skipped weights with the reason for each."""
-    names = [name for name, module in modules.items() if unsupported_reason(module) is None]
-    missed = {}
+    names = [name for name in modules if name not in odd]
+    sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
+    missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in tied(model, names).items():
         missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
     missed |= fused(modules)
@@ -134,6 +139,13 @@ def ending(model: nn.Module, end: str) -> list[str]:
     return found
 
 
+def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The modules of a model that no update can be attached to: path -> reason."""
+    found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
+    reads = read_without_call(model)
+    return found | {name: why for name, why in reads.items() if name in modules and name not in found}
+
+
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why this module cannot be adapted, or None if it can."""
     if isinstance(module, Adapted):
@@ -144,6 +156,11 @@ def unsupported_reason(module: nn.Module) -> str | None:
     if kind is None:
         *most, last = (cls.plural for cls in KINDS.values())
         return f"{type(module).__name__} is not supported; adapters support {', '.join(most)} and {last}"
+    if module._parameters.get("weight") is None:
+        return (
+            f"the weight of this {type(module).__name__} is computed from other parameters (weight_norm, spectral_norm "
+            f"or another parametrization); remove the parametrization first"
+        )
     return kind.unsupported_reason(module)
 
 
