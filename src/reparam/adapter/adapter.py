@@ -154,7 +154,12 @@ class Adapter:
             sites=self.sites,
             tensors=self.tensors(),
             replaced=tuple(self.replaced),
-            base=Base(type(self.model).__name__, source, fingerprint(self.model), _quantization(self.model)),
+            base=Base(
+                type(self.model).__name__,
+                source,
+                fingerprint(self.model, without=self.replaced),
+                _quantization(self.model),
+            ),
             modules=tuple(path for path, _ in walk(self.model)),
         )
 

@@ -25,7 +25,7 @@ from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
 from reparam.sites.reads import announce
-from reparam.sites.walk import tied, walk
+from reparam.sites.walk import newly_initialized, tied, walk
 
 
 def attach(
@@ -84,6 +84,13 @@ def attach(
         parameter.requires_grad_(False)
     adapter.requires_grad_()
     select(model, name)
+    new = [path for path in newly_initialized(model) if not f"{path}.".startswith(tuple(f"{end}." for end in whole))]
+    if new:
+        warnings.warn(
+            f"{listed(new)}: not in the files of the model, so transformers initialized the parameters randomly; they "
+            f"stay frozen. To train such a module with the adapter, pass its name in modules_to_save",
+            stacklevel=2,
+        )
     return adapter
 
 
@@ -181,6 +188,7 @@ def untie(model: nn.Module) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        head.weight._is_hf_initialized = True  # as transformers marks what it loads
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 

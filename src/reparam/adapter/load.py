@@ -168,7 +168,9 @@ def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
                 f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
                 f"that base, or pass check_base=False to use this one"
             )
-        if not agree(record.base.digests, fingerprint(model)):
+        found = fingerprint(model, without=record.replaced)
+        # Earlier releases digested the modules that the adapter replaces, too.
+        if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
             raise FormatError(
                 f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
                 f"base, or pass check_base=False to use this one"

@@ -14,7 +14,7 @@ rounds away. Adapters on the model do not change it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,18 @@ SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of the base model, ignoring adapters: "<group> as <dtype>" -> hexadecimal. Compare them with `agree`."""
+def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> dict[str, str]:
+    """Digests of the base model, ignoring adapters: "<group> as <dtype>" -> hexadecimal. Compare them with `agree`.
+
+    `without` are paths of modules to leave out: an adapter that replaces a module does not depend on its values.
+    """
+    outside = tuple(f"{path}." for path in without)
     storages: set[str] = set()
     matrices: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for path, module in _base_modules(model, ""):
+        if f"{path}.".startswith(outside):
+            continue
         if is_quantized(module):
             storages.add(module.frozen.storage.name)
         for name, tensor, matrix in _digested(module):

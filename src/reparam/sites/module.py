@@ -209,7 +209,9 @@ class Adapted(nn.Module):
             self.frozen = weight
         elif weight is not self.frozen:
             matrix = as_parameter(dense.detach(), self.layout).contiguous()
-            self._parameters["weight"] = nn.Parameter(matrix, requires_grad=False)
+            parameter = nn.Parameter(matrix, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as transformers marks what it loads
+            self._parameters["weight"] = parameter
             self.frozen = DenseWeight.of(self, self.layout)
 
 

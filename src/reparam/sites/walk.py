@@ -54,6 +54,20 @@ def base_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
             yield from base_parameters(child, f"{path}.{name}".lstrip("."))
 
 
+def newly_initialized(model: nn.Module) -> list[str]:
+    """Paths of modules with parameters that transformers initialized, because the model's files do not have them.
+
+    transformers marks the parameters that it loads. Empty for a model that it did not load.
+    """
+    quantized = storages_in(model)
+    marked = [
+        (path, getattr(parameter, "_is_hf_initialized", False))
+        for path, parameter in base_parameters(model)
+        if path not in quantized
+    ]
+    return list(dict.fromkeys(path for path, loaded in marked if not loaded)) if any(m for _, m in marked) else []
+
+
 def storages_in(model: nn.Module) -> dict[str, Storage]:
     """The storage of each quantized matrix, by module path."""
     return {path: module.frozen.storage for path, module in walk(model) if is_quantized(module)}
