@@ -198,7 +198,7 @@ CLASHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "site over whole": (
         {"modules_to_save": ["lm_head"]},
         {"targets": ["lm_head"]},
-        "lm_head: taken trains this module",
+        "lm_head: taken trains a full copy of this module",
     ),
 }
 
@@ -318,6 +318,6 @@ def test_modules_that_can_and_cannot_be_replaced_whole(part: str, tmp_path: Path
 
 def test_a_list_of_modules_is_not_replaced_whole() -> None:
     model = llama()
-    with pytest.raises(ValueError, match=r"model.layers cannot be trained whole: a ModuleList has no forward"):
+    with pytest.raises(ValueError, match=r"model.layers cannot be trained whole: ModuleList does not define forward"):
         reparam.attach(model, LoRA(r=1), targets=["lm_head"], modules_to_save=["layers"])
     assert not hasattr(model, "reparam_state")

@@ -65,7 +65,7 @@ def test_a_matrix_with_nan_is_named_and_the_model_stays_usable(name: str) -> Non
     path = next(path for path, _ in model.named_modules() if path.endswith(end))
     bad = model.get_submodule(path).weight
     bad.data[0, 1] = float("nan")
-    with pytest.raises(ValueError, match=rf"{path}: nf4: the matrix holds NaN"):
+    with pytest.raises(ValueError, match=rf"{path}: nf4: the matrix contains NaN"):
         reparam.quantize(model, "nf4")
     module = model.get_submodule(path)
     assert type(module) is type(models.ALL[name]().get_submodule(path))

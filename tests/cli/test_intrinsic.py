@@ -80,7 +80,7 @@ def test_a_run_is_an_ordinary_adapter(found: Path, base: str, capsys: pytest.Cap
         (("--grid", "3:9", "--method.mode", "said"), "leaves none"),
         (("--grid", "10:99999999"), "only .* parameters move"),
         (("--metric", "exact", "--data.score_rows", 0), "counts right answers"),
-        (("--rates", "fast"), "numbers with commas"),
+        (("--rates", "fast"), "comma-separated numbers"),
     ],
 )
 def test_refusals(

@@ -290,7 +290,7 @@ def test_all_matrices_with_nan_are_named_at_once(folders: dict[str, Path], tmp_p
     save_model(model, None, tmp_path / "a")
     with pytest.raises(BaseError) as error:
         load_base(str(tmp_path / "a"), storage=reparam.NF4())
-    assert all(f"transformer.h.{i}.mlp.c_fc.weight: nf4: the matrix holds NaN" in str(error.value) for i in (0, 1))
+    assert all(f"transformer.h.{i}.mlp.c_fc.weight: nf4: the matrix contains NaN" in str(error.value) for i in (0, 1))
 
 
 def test_another_shape_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
