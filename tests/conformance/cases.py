@@ -162,7 +162,7 @@ def has_factors(adapter: reparam.Adapter) -> bool:
     """Whether a single matrix represents the update (`factors` exists)."""
     try:
         for path, update in adapter.updates.items():
-            update.factors(adapter.modules[path].weight)
+            update.factors(adapter.modules[path].frozen)
     except InputDependentError:
         return False
     return True
@@ -178,7 +178,7 @@ def starts_exactly(adapter: reparam.Adapter) -> bool:
     """Whether a fresh adapter gives the base's output bit for bit: no gain, and one factor is zero."""
     if not has_factors(adapter):
         return False
-    found = [update.factors(adapter.modules[path].weight) for path, update in adapter.updates.items()]
+    found = [update.factors(adapter.modules[path].frozen) for path, update in adapter.updates.items()]
     return all(f.gain is None and not (f.A.any() and f.B.any()) for f in found)
 
 

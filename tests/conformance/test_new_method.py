@@ -269,13 +269,13 @@ def test_one_with_components_is_compressed(tmp_path: Path) -> None:
     with registered(pair=Pair):
         _, adapter = LLAMA.adapted(Pair(4), seed=1)
         adapter.save(tmp_path / "a")
-        before = {name: update.factors(adapter.modules[name].weight) for name, update in adapter.updates.items()}
+        before = {name: update.factors(adapter.modules[name].frozen) for name, update in adapter.updates.items()}
         found = compress(tmp_path / "a", rank=2)
         assert found.record.method == Pair(2)
         other = LLAMA.make()
         smaller = found.put(other)
         for site in found.sites:
-            kept = smaller.updates[site.name].factors(smaller.modules[site.name].weight)
+            kept = smaller.updates[site.name].factors(smaller.modules[site.name].frozen)
             full = before[site.name]
             assert kept.A.shape[0] == 2 < full.A.shape[0]
             assert float((full.B @ full.A - kept.B @ kept.A).norm()) == pytest.approx(site.lost, rel=1e-4)
