@@ -120,7 +120,6 @@ def timed(root: Path) -> Iterator[tuple[str, object]]:
             "-m",
             "pytest",
             "--co",
-            "-q",
             "-p",
             "no:cacheprovider",
             str(root / "tests"),

@@ -196,3 +196,9 @@ def test_a_wrapped_layer_computes_what_it_did_and_comes_back(layer: nn.Module) -
     assert wrapped.site("here").kind == wrapped.kind
     assert wrapped.restore() is layer
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("method", [reparam.LoRA, 5, None])
+def test_something_else_than_a_method_is_refused(method: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected a configuration such as \w+\(\) or a name such as 'lora'"):
+        reparam.attach(nn.Sequential(nn.Linear(4, 4)), method)

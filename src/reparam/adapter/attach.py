@@ -97,6 +97,11 @@ def attach(
 def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
     """Return the configuration itself, or build the one that the name and the settings describe."""
     own = ("targets", "name", "bias", "modules_to_save")
+    if not isinstance(method, str | Method):
+        name = method.__name__ if isinstance(method, type) else "LoRA"
+        raise ValueError(
+            f"attach: method={method!r}: expected a configuration such as {name}() or a name such as 'lora'"
+        )
     if not isinstance(method, str):
         if not settings:
             return method
