@@ -108,3 +108,7 @@ def test_the_commands_of_a_page_run(page: Path, place: Path, adapters: dict[str,
         (place / "plan.toml").write_text(plan)
     for arguments in found:
         assert run(*smaller(arguments)) == 0, shlex.join(["reparam", *arguments])
+
+
+def test_no_command_is_outside_a_fence() -> None:
+    assert not [page.name for page in PAGES if re.search(r"^ +reparam ", page.read_text(), re.MULTILINE)]
