@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from cases import FAMILIES, FIRST, QUANTIZED, base_of
+from cases import FAMILIES, FIRST, QUANTIZED
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,6 +29,13 @@ HERE = Path(__file__).parents[1]
 IDS = torch.randint(2, models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(7))
 METHODS: list[Method] = [case.values[0] for case in FIRST]
 STORED = [name for name in QUANTIZED if name != "fixed16"]  # gloo cannot send the toy's 16-bit integers
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors of a model that belong to no adapter, under the names that sharded ones keep."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    adapters = (".updates.", ".biases.", "reparam_shared.")
+    return {name: t.detach().clone() for name, t in held if not any(part in f".{name}" for part in adapters)}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_tensors_that_do_not_fit_are_refused_by_the_name_of_their_site(change: d
     site = next(iter(record.sites))
     kept = {key: t for key, t in record.tensors.items() if not key.endswith(".A")}
     wrong = dataclasses.replace(record, tensors=kept | {f"{site}.{key}": t for key, t in change.items()})
-    with pytest.raises(FormatError, match=f"{site}: its tensors do not fit its settings"):
+    with pytest.raises(FormatError, match=f"{site}: the tensors do not fit the adapter's settings"):
         update_of(wrong, site, adapter.modules[site].frozen)
 
 

@@ -170,7 +170,7 @@ def has_factors(adapter: reparam.Adapter) -> bool:
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all tensors of a model that belong to no adapter."""
-    own = re.compile(r"(^|\.)(updates|biases|reparam_shared)\.")
+    own = re.compile(r"(^|\.)(updates|biases|reparam_shared|reparam)\.")
     return {name: tensor for name, tensor in models.frozen(model).items() if not own.search(name)}
 
 

@@ -58,7 +58,7 @@ def oracle(model: One) -> nn.Module:
         plain.bias = nn.Parameter(bias.double(), requires_grad=False)
         parametrize.register_parametrization(plain, "bias", Biased(layer))
     plain.weight = nn.Parameter(matrix, requires_grad=False)
-    parametrize.register_parametrization(plain, "weight", Changed(layer.updates["one"], layer.weight))
+    parametrize.register_parametrization(plain, "weight", Changed(layer.updates["one"], layer.frozen))
     return plain
 
 
@@ -177,6 +177,6 @@ def test_roles_name_every_parameter(kind: str, storage: str, method: Method) -> 
 @sampled
 def test_the_update_holds_none_of_the_base(kind: str, storage: str, method: Method) -> None:
     model, adapter = one(kind, method, storage)
-    base = {p.data_ptr() for p in model.q_proj.weight.parameters()}
+    base = {p.data_ptr() for p in model.q_proj.frozen.held()}
     assert not base & {p.data_ptr() for p in adapter.parameters()}
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in adapter.parameters())

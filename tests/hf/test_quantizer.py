@@ -205,12 +205,10 @@ def test_a_model_trains_under_trainer_and_its_adapter_is_saved(folders: dict[str
     assert torch.equal(logits(other), expected)
 
 
-def test_saving_with_adapters_is_refused_and_without_them_works_again(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plain_model_is_saved_without_adapters_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_base(str(folders["llama"]), storage=reparam.NF4())
     reparam.attach(model, reparam.LoRA(r=4), name="task")
-    with pytest.raises(ValueError, match=r"save the adapter alone \(adapter.save\)"):
-        model.save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="adapters"):
+    with pytest.raises(ValueError, match=r"writes a model without adapters: save the adapter \(adapter.save\)"):
         save_model(model, None, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     reparam.remove(model, "task")
@@ -403,7 +401,7 @@ def test_tensors_that_the_caller_gives_are_quantized_and_kept(folders: dict[str,
     shape, config = models.llama().config, reparam.NF4Config()
     model = LlamaForCausalLM.from_pretrained(None, config=shape, state_dict=given, quantization_config=config)
     name = "model.layers.0.mlp.up_proj"
-    weight = model.get_submodule(name).weight
+    weight = model.get_submodule(name).frozen
     assert isinstance(weight, NF4Weight)
     assert torch.equal(weight.codes, reparam.NF4().quantize(kept[f"{name}.weight"]).codes)
     assert models.same(given, kept)

@@ -1,5 +1,7 @@
 """reparam's own adapter files: their contents, and that loading restores everything."""
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import reparam
 from reparam import LoRA
 from reparam.io import files
+from reparam.sites.fingerprint import fingerprint
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 SITE, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -189,6 +192,13 @@ def test_the_first_version_stays_readable() -> None:
 
 
 def test_the_first_version_is_what_is_written() -> None:
-    written = files.FORMATS["reparam"].files(golden_adapter(Golden()).record())
-    assert written[CONFIG] == (GOLDEN / CONFIG).read_bytes()
+    """But for the fingerprint: the first release digested the modules that the adapter replaces, too."""
+    record = golden_adapter(Golden()).record()
+    written = files.FORMATS["reparam"].files(record)
+    found, first = json.loads(written[CONFIG]), json.loads((GOLDEN / CONFIG).read_bytes())
+    assert found["base"].pop("digests") != first["base"].pop("digests")
+    assert found.pop("digest") != first.pop("digest")
+    assert list(found.items()) == list(first.items())
     assert written[WEIGHTS] == (GOLDEN / WEIGHTS).read_bytes()
+    old = dataclasses.replace(record, base=dataclasses.replace(record.base, digests=fingerprint(Golden())))
+    assert files.FORMATS["reparam"].files(old)[CONFIG] == (GOLDEN / CONFIG).read_bytes()

@@ -200,7 +200,7 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
         (lambda c: c["sites"].update({"model.layers.1.mlp.gate_proj": c["sites"][UP]}), "missing"),
         (lambda c: c["sites"].pop(SITE), f"unknown tensor {SITE}.A"),
         (lambda c: c.update(replaced=["model.norm", "model.norm"]), "twice"),
-        (lambda c: c.update(replaced=["model.norm", "model.layers.0"]), "model.layers.0"),
+        (lambda c: c.update(replaced=["model.norm", "model.layers.0"]), "different weights"),
         (lambda c: c.update(replaced="model.norm"), "replaced: expected a list"),
         (lambda c: c.update(replaced=[]), "unknown tensor model.norm.weight"),
         (lambda c: c.update(base="x"), "base: expected an object or null, found 'x'"),

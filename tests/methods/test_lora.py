@@ -319,7 +319,7 @@ def test_the_embedding_looks_up_its_own_row() -> None:
     table = model[0].frozen.tensor() + update.scale * update.B @ update.A
     torch.testing.assert_close(model(ids), table[ids])
     model(ids).sum().backward()
-    assert set(update.B.grad.abs().sum(1).nonzero().flatten().tolist()) == {0, 1, 2, 6}  # type: ignore[union-attr,operator]
+    assert set(update.B.grad.abs().sum(1).nonzero().flatten().tolist()) == {0, 1, 6}  # type: ignore[union-attr,operator]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the code generator needs a C++ compiler")

@@ -136,7 +136,7 @@ def test_a_site_of_many_ranks_runs_scattered_and_gives_the_same() -> None:
     choice = update.choice(x)
     assert update._sparse(choice, 320)
     g = choice.weights.flatten(0, 1)
-    expected = model[0].weight(x, model[0].bias).flatten(0, 1)
+    expected = model[0].frozen(x, model[0].bias).flatten(0, 1)
     expected = expected + update.scale * experts.delta(x.flatten(0, 1), update.A, g, update.slots) @ update.B.t()
     assert error(model(x).flatten(0, 1), expected) < 1e-12
     used = choice.counted.flatten(0, 1).any(0)

@@ -41,7 +41,7 @@ OPTIMIZERS = {
 
 def step(net: Net, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> torch.Tensor:
     optimizer.zero_grad()
-    loss = net(torch.randn(5, 4, dtype=net.a.frozen.dtype))
+    loss = net(torch.randn(5, 4, dtype=net.a.weight.dtype))
     loss.backward()
     optimizer.step()
     scheduler.step()

@@ -62,7 +62,7 @@ def digest(matrices: dict[str, Tensor]) -> str:
 
 def ours(model: Any) -> dict[str, Tensor]:
     """All quantized matrices of a reparam model, dequantized."""
-    quantized = (item for item in model.named_modules() if isinstance(getattr(item[1], "weight", None), NF4Weight))
+    quantized = (item for item in model.named_modules() if isinstance(getattr(item[1], "frozen", None), NF4Weight))
     return {path: module.frozen.tensor() for path, module in quantized}
 
 

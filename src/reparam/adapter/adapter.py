@@ -118,7 +118,8 @@ class Adapter:
                 f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimizer "
                 f"from adapter.parameters() after adapter.requires_grad_()"
             )
-        base = [n for n, p in base_parameters(self.model) if p.requires_grad and id(p) in held]
+        own = {id(p) for p in self.parameters()}
+        base = [n for n, p in base_parameters(self.model) if p.requires_grad and id(p) in held - own]
         if base:
             raise ValueError(
                 f"adapter {self.name!r}: the optimizer would also train {len(base)} parameters of the base model "

@@ -92,7 +92,7 @@ class Int8Config(StorageConfig):
 def config_for(storage: Storage, targets: targets_.Targets) -> StorageConfig:
     """The quantization config for a storage. Raises ValueError for dense, which does not quantize."""
     if storage.name == "dense":
-        quantized = ", ".join(name for name in STORAGES if name != "dense")
+        quantized = ", ".join(name for name in sorted(STORAGES) if name != "dense")
         raise ValueError(
             f"the storage dense does not quantize, so it has no quantization config; choose one of {quantized}"
         )

@@ -19,7 +19,7 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     Raises ValueError if the storage is dense, or if `output` is the folder of the base.
     """
     if base.quantization() is None:
-        others = [name for name in STORAGES if name != "dense"]
+        others = [name for name in sorted(STORAGES) if name != "dense"]
         raise ValueError(f"storage 'dense' does not quantize; choose one of {', '.join(others)}")
     check_not_base(output, base.path)
     tokenizer = load_tokenizer(base.path, revision=base.revision)

@@ -146,11 +146,11 @@ class Adapted(nn.Module):
         """The frozen bias [O]."""
         return self._parameters["bias"]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The base's tensors under the names that they have in the files of a model, and the adapters' tensors."""
-        found = super().state_dict(*args, **kwargs)
-        if is_quantized(self):
-            prefix = kwargs.get("prefix", "")
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        sharded = any(hasattr(tensor, "full_tensor") for tensor in self.frozen.held())
+        if is_quantized(self) and not sharded:
             for name in self.frozen.state_dict():
                 del found[f"{prefix}frozen.{name}"]
             own = layout_of(self.frozen.storage).tensors_of_weight(self.frozen, ".")
@@ -165,6 +165,8 @@ class Adapted(nn.Module):
     def _translate(self, state: dict[str, Any], prefix: str, *, missing: list[str], errors: list[str]) -> None:
         """Rename the tensors of a quantized matrix from their names in files to those that the weight has for them."""
         path = f"{prefix}weight"
+        if any(key.startswith(f"{prefix}frozen.") for key in state):  # of sharded weights, which keep their own names
+            return
         parts = {key: state.pop(key) for key in list(state) if f"{key}.".startswith(f"{path}.")}
         shape = self.frozen.out_features, self.frozen.in_features
         weight = self.frozen
@@ -270,10 +272,9 @@ class Replaced(nn.Module):
         order = [row for rows in parts.values() for row in rows]
         return found[torch.tensor(order, device=found.device).argsort()]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The original module's tensors under the names that they have without adapters, and the copies' tensors."""
-        found = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name in self.origin.state_dict():
             found[prefix + name] = found.pop(f"{prefix}origin.{name}")
         return found

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 from collections.abc import Iterator
-from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,6 +22,10 @@ from reparam.sites.walk import walk
 METADATA = {
     *("data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "is_meta", "layout"),
     *("ndim", "numel", "requires_grad", "shape", "size"),
+}
+COMPARISONS: dict[type[ast.cmpop], Any] = {
+    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not},
+    **{ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge},
 }
 QUESTIONS = {"getattr", "hasattr", "id", "isinstance"}
 SETUP = ("__init__", "_init_", "get_", "init_", "post_init", "reset_", "resize_", "_resize_", "set_", "tie_", "_tie_")
@@ -34,8 +38,8 @@ class Read(NamedTuple):
     """Path of the module below the one that reads it."""
     place: str
     """File and line."""
-    conditions: tuple[tuple[CodeType, bool], ...]
-    """Tests on `self` alone that lead there, and their results."""
+    conditions: tuple[tuple[ast.expr, bool], ...]
+    """The tests of the `if` statements around it, and the results that lead there."""
 
 
 def read_without_call(model: nn.Module) -> dict[str, str]:
@@ -133,21 +137,36 @@ def _asks(node: ast.AST, parent: ast.AST) -> bool:
     return isinstance(parent, ast.Compare)
 
 
-def _conditions(node: ast.AST, above: dict[ast.AST, ast.AST]) -> Iterator[tuple[CodeType, bool]]:
-    """The tests of the `if` statements around a node that name nothing but `self` and call nothing."""
+def _conditions(node: ast.AST, above: dict[ast.AST, ast.AST]) -> Iterator[tuple[ast.expr, bool]]:
+    """The tests of the `if` statements around a node, with the result that leads to it."""
     while node in above:
         node, inner = above[node], node
-        if not isinstance(node, ast.If) or inner is node.test:
-            continue
-        parts = list(ast.walk(node.test))
-        names = {part.id for part in parts if isinstance(part, ast.Name)}
-        if names == {"self"} and not any(isinstance(part, ast.Call | ast.Await | ast.NamedExpr) for part in parts):
-            yield compile(ast.Expression(node.test), "<test>", "eval"), inner in node.body
+        if isinstance(node, ast.If) and inner is not node.test:
+            yield node.test, inner in node.body
 
 
-def _holds(test: CodeType, parent: nn.Module) -> bool | None:
-    """The result of the test for this module; None where it has none."""
+def _holds(test: ast.expr, parent: nn.Module) -> bool | None:
+    """The result of a test on the settings of a module; None where it depends on anything else."""
     try:
-        return bool(eval(test, {"__builtins__": {}}, {"self": parent}))
-    except Exception:  # whatever the attributes of the module raise
+        return bool(_value(test, parent))
+    except (AttributeError, KeyError, TypeError):
         return None
+
+
+def _value(node: ast.expr, parent: nn.Module) -> Any:
+    """The value of an expression of attributes of `self`, constants and comparisons. Raises KeyError for others."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Attribute) and (path := _path(node)):
+        return operator.attrgetter(path)(parent)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _value(node.operand, parent)
+    if isinstance(node, ast.BoolOp):
+        found = [_holds(value, parent) for value in node.values]
+        ends = isinstance(node.op, ast.Or)
+        if ends not in found and None in found:
+            raise KeyError(type(node))
+        return ends if ends in found else not ends
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return COMPARISONS[type(node.ops[0])](_value(node.left, parent), _value(node.comparators[0], parent))
+    raise KeyError(type(node))

@@ -95,6 +95,7 @@ class QuantizedMatrix(Tensor):
         shape = as_parameter(torch.empty(weight.out_features, weight.in_features, device="meta"), layout).shape
         found = Tensor._make_wrapper_subclass(cls, shape, dtype=weight.dtype, device=weight.device)
         found.storage_name = weight.storage.name
+        found._is_hf_initialized = True  # type: ignore[attr-defined]  # so that transformers does not draw numbers for it
         return found
 
     storage_name: str
