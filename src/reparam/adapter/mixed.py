@@ -1,7 +1,7 @@
 """The forward passes of a mixed batch: check the number of rows, and find the order of rows in the model's activations.
 
 A pre-hook runs before the model, and before those of its parts that generation calls on their own, such as an encoder.
-It runs the base model twice for each new kind of input, with and without a change of the first row; see
+For each new kind of input it runs the base model three times (as it is, with another first row, with equal tokens); see
 `sites/routing.py`. In `generate`, a row of the batch becomes several of the decoder, one for each beam or sequence.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Mixed:
                 self._handles.append(module.register_forward_hook(self._after, always_call=True))
         if hasattr(self.model, "generate"):
             self._generate = vars(self.model).get("generate")
-            self.model.generate = self._generated  # type: ignore[assignment]
+            # A bound method, so that a copy of the model has one of its own.
+            self.model.generate = MethodType(lambda mixed, *args, **named: mixed._generated(args, named), self)  # type: ignore[assignment]
 
     def stop(self) -> None:
         """End the mixed batch."""
@@ -63,7 +65,7 @@ class Mixed:
             handle.remove()
         self._handles, self._outermost = [], None
 
-    def _generated(self, *args: Any, **kwargs: Any) -> Any:
+    def _generated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's `generate`. With one name for each row of the input, the rows of beams have the names of it."""
         first = next((kwargs[name] for name in FIRST if isinstance(kwargs.get(name), Tensor)), None)
         batch = args[0] if args and isinstance(args[0], Tensor) else first
