@@ -183,3 +183,14 @@ def test_modules_that_train_whole_in_models_with_tokens_first(whole: str) -> Non
     model = adapted(make(), targets=["layer_2" if make is xlnet else "fc1"], modules_to_save=[whole])
     more = {"decoder_input_ids": ids_of(3, 3, seed=5)} if make is fsmt else {}
     assert rows_alone_or_refused(model, ids_of(3, 3), **more)
+
+
+def test_a_refused_batch_is_refused_again() -> None:
+    model = adapted(TimeFirst(False).eval(), targets=["into"])
+    x = torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(0))
+    with reparam.select(model, ["a", "b", None]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="depend on the others"):
+                model(x)
+        with pytest.raises(ValueError, match="3 adapter names, one per row"):
+            model(x[:2])
