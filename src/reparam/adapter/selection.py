@@ -8,15 +8,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from reparam.adapter.mixed import Mixed
 from reparam.core.base import Update
 from reparam.core.checks import nearest
 from reparam.core.versions import Steps
 from reparam.io import whole
 from reparam.io.record import Record
-from reparam.sites.bank import Bank, Routing
+from reparam.sites.bank import Bank
 from reparam.sites.module import SHARED, Adapted, Replaced
+from reparam.sites.routing import Routing
 
 if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
@@ -53,6 +55,7 @@ class AdapterState:
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
+        self._mixed = Mixed(model, self._routing)
         self._slots: dict[str, int] = {}
         self._versions: dict[str, tuple[int, int]] = {}
         self._hook: Any = None
@@ -110,19 +113,20 @@ class AdapterState:
         if rows is not None and not rows:
             raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
         selection = Selection(self, self.choice)
+        self._mixed.stop()
         if rows is not None:
             self._route(rows)
         if self._hook is not None:
             self._hook.remove()
         shared = self.adapters[which].shared if isinstance(which, str) else None
-        before = getattr(shared, "before_forward", None) if rows is None else self._check_rows
+        before = getattr(shared, "before_forward", None)
         self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
         self.choice = which if rows is None else rows
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
             module.active = single if single is not None and single in module.updates else None
         for holder in self.replaced.values():
-            holder.active, holder.rows = single, rows
+            holder.active, holder.routing = single, None if rows is None else self._routing
         return selection
 
     def select_again(self, before: Choice) -> None:
@@ -154,8 +158,9 @@ class AdapterState:
                 self._write(adapter)
                 self._versions[adapter.name] = version
         device = next(self.model.parameters()).device
-        self._routing.slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
-        self._routing.tokens = None
+        slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
+        banks = {path: module.updates[BANK] for path, module in self.sites.items() if BANK in module.updates}
+        self._mixed.start(slots, rows, banks | self.replaced)
 
     def _write(self, adapter: Adapter) -> None:
         """Write one adapter's factors and bias offset into its slot at every site."""
@@ -170,19 +175,6 @@ class AdapterState:
             offset = None if update is None else update.bias_delta()
             added = own if offset is None else offset if own is None else own + offset
             bank.write(slot, None if update is None else update.factors(module.frozen), added)
-
-    def _check_rows(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: raise ValueError unless the batch has as many rows as there are selected names."""
-        named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
-        batch = next((x for x in named if isinstance(x, Tensor)), None)
-        rows = len(self._routing.slots)
-        if batch is None or batch.shape[0] != rows:
-            shape = None if batch is None else list(batch.shape)
-            raise ValueError(
-                f"select got {rows} adapter names, one per row, but the batch has shape {shape}; select one name per "
-                f"row (with num_beams or num_return_sequences above 1, repeat each name that many times)"
-            )
-        self._routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
 
 
 def _named(choice: Choice) -> str:

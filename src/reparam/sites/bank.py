@@ -10,34 +10,12 @@ Shapes: S slots, R largest rank so far, B rows of the batch, T tokens in a row.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.rows import bank_update_
-
-
-@dataclasses.dataclass
-class Routing:
-    """The slot of each row of the next batches. All banks of a model share one object."""
-
-    slots: Tensor  # [B] int64, -1 for the base model
-    tokens: int | None = None
-    """Tokens per row in the model's current input, or None if unknown."""
-
-    def split(self, shape: torch.Size) -> tuple[int, int]:
-        """Rows and tokens of an activation with this shape. Raises ValueError if it cannot be divided into rows."""
-        rows = len(self.slots)
-        flat = shape[:-1].numel()
-        known = shape[0] == rows or (len(shape) == 2 and self.tokens is not None and shape[0] == rows * self.tokens)
-        if not known:
-            raise ValueError(
-                f"cannot map an activation of shape {list(shape)} to the {rows} rows of the mixed batch; "
-                f"select one adapter at a time for this model"
-            )
-        return rows, flat // rows
+from reparam.sites.routing import Routing
 
 
 class Bank(Update):
@@ -90,11 +68,14 @@ class Bank(Update):
         """x [B, T, I] or [B·T, I] -> the output of each row under its own adapter, [..., O]."""
         if torch.is_grad_enabled() and self.training:
             raise ValueError("a mixed batch is for inference: select one adapter to train it, or call model.eval()")
-        rows, tokens = self.routing.split(x.shape)
-        slots = self.routing.slots
-        y = weight(x, None if self.gain is not None else bias)
-        out = y.view(rows, tokens, -1)
-        bank_update_(out, x.reshape(rows, tokens, -1), slots, self.A, self.B_t, self.ranks, self.gain)
+        if self.routing.trial is not None:
+            self.routing.trial.see(self, x)
+            return weight(x, bias)
+        layout = self.routing.layout(self, x.shape)
+        y = weight(x, None if self.gain is not None else bias).contiguous()
+        out = layout.chunks(y)  # a view
+        slots = layout.of_chunks(self.routing.slots, len(out))
+        bank_update_(out, layout.chunks(x), slots, self.A, self.B_t, self.ranks, self.gain)
         if self.gain is not None and bias is not None:
             out += bias
         if self.bias is not None:
@@ -103,18 +84,19 @@ class Bank(Update):
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index `B_t`."""
-        rows, tokens = self.routing.split(torch.Size((*ids.shape, 1)))
-        slots = self.routing.slots
         y = weight.rows(ids)
+        if self.routing.trial is not None:
+            self.routing.trial.see(self, ids)
+            return y
+        layout = self.routing.layout(self, torch.Size((*ids.shape, 1)))
+        out = layout.chunks(y)
+        slots = layout.of_chunks(self.routing.slots, len(out))
         slot = slots.clamp(min=0)[:, None]
-        ids = ids.reshape(rows, tokens)
+        ids = ids.reshape(out.shape[:2])
         h = self.B_t.transpose(1, 2)[slot, ids]  # [B, T, R]
-        gain = None
         if self.gain is not None:
-            gain = torch.where(slots[:, None] >= 0, self.gain[slot, ids], 1)
-            y = y * gain.view(*y.shape[:-1], 1)
+            out *= torch.where(slots[:, None] >= 0, self.gain[slot, ids], 1).unsqueeze(2)
         eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand(len(self.A), -1, -1).contiguous()
-        out = y.view(rows, tokens, -1)
         bank_update_(out, h, slots, eye, self.A, self.ranks, None)
         return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from typing import Any, ClassVar, Self, TypeGuard
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
 from reparam.errors import FormatError
+from reparam.sites.routing import Routing
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
 from reparam.weights.layouts import layout_of
 from reparam.weights.quantized import QuantizedMatrix
@@ -250,27 +252,30 @@ class Replaced(nn.Module):
         self.origin = origin
         self.updates = nn.ModuleDict()
         self.active: str | None = None
-        self.rows: list[str | None] | None = None  # in a mixed batch: the adapter of each row
+        self.routing: Routing | None = None  # in a mixed batch: the adapter of each row
 
     def copy_of(self, name: str | None) -> nn.Module:
         """The module that this adapter uses: its own copy, or the original if it has none."""
         return self.updates[name] if name is not None and name in self.updates else self.origin
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the active copy; in a mixed batch, each copy computes its own rows of x [B, ...]."""
-        if self.rows is None:
+        """The output of the active copy; in a mixed batch, each copy computes its own rows of x."""
+        if self.routing is None:
             return self.copy_of(self.active)(x)
-        if len(x) != len(self.rows):
-            raise ValueError(
-                f"cannot map an activation of shape {list(x.shape)} to the {len(self.rows)} rows of the mixed batch; "
-                f"select one adapter at a time for this model"
-            )
+        if self.routing.trial is not None:
+            self.routing.trial.see(self, x)
+            return self.origin(x)
+        layout = self.routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
         parts: dict[str | None, list[int]] = {}
-        for row, name in enumerate(self.rows):
+        for row, name in enumerate(self.routing.names[: layout.rows]):
             parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
-        found = torch.cat([self.copy_of(name)(x[rows]) for name, rows in parts.items()])
-        order = [row for rows in parts.values() for row in rows]
-        return found[torch.tensor(order, device=found.device).argsort()]
+        if len(parts) == 1:
+            return self.copy_of(next(iter(parts)))(x)
+        by_row = layout.by_row(x)
+        found = [(rows, self.copy_of(name)(layout.joined(by_row[rows]))) for name, rows in parts.items()]
+        outputs = torch.cat([dataclasses.replace(layout, rows=len(rows)).by_row(y) for rows, y in found])
+        order = [row for rows, _ in found for row in rows]
+        return layout.joined(outputs[torch.tensor(order, device=outputs.device).argsort()])
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The original module's tensors under the names that they have without adapters, and the copies' tensors."""

@@ -8,6 +8,7 @@ Shapes: n length of the vector, B rows of a batch.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Self
 
 import torch
@@ -81,18 +82,22 @@ class Norm(Adapted):
 
     def _mixed(self, bank: Bank, *args: Tensor) -> Tensor:
         """A mixed batch: compute all rows with the base weight, then each adapter's rows with its own."""
-        rows, _ = bank.routing.split(args[0].shape)
-        by_row = [arg.unflatten(0, (rows, -1)) for arg in args]
+        routing = bank.routing
         w = self.frozen.tensor()
+        if routing.trial is not None:
+            routing.trial.see(bank, args[0])
+            return self._computed(w, self.bias, *args)
+        layout = routing.layout(bank, args[0].shape)
+        slots = routing.slots[: layout.rows]
         y = self._computed(w, self.bias, *args)
-        out = y.unflatten(0, (rows, -1))  # a view
-        for slot in bank.routing.slots.unique().tolist():
+        out = layout.by_row(y)  # a view
+        for slot in slots.unique().tolist():
             if slot >= 0:
-                here = bank.routing.slots == slot
+                here = slots == slot
                 factors, offset = bank.read(slot)
                 bias = self.bias if self.bias is None or offset is None else self.bias + offset
-                own = self._computed(factors.apply(w), bias, *(arg[here].flatten(0, 1) for arg in by_row))
-                out[here] = own.unflatten(0, (-1, by_row[0].shape[1]))
+                own = self._computed(factors.apply(w), bias, *(layout.joined(layout.by_row(arg)[here]) for arg in args))
+                out[here] = dataclasses.replace(layout, rows=int(here.sum())).by_row(own)
         return y
 
 
