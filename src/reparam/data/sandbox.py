@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -32,7 +32,7 @@ LONGEST = 2**24  # characters of a rendered chat
 class Generation(jinja2.ext.Extension):
     """The tag `{% generation %}`: `spans` collects the character ranges of its bodies in the rendered text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (an instance variable of the base class)
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
