@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reparam.core.checks import listed
+from reparam.core.memory import lacks_memory
 from reparam.errors import BaseError, ReparamError
 
 _LOADER = logging.getLogger("transformers.modeling_utils")
@@ -25,20 +26,12 @@ def from_files(path: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, BaseError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, BaseError):
         raise
     except BaseException as error:  # tokenizers and safetensors raise many kinds, and panics of Rust are no Exception
-        if is_memory(error):
+        if lacks_memory(error):
             raise
         raise BaseError(f"{path}: no {what} could be loaded: {_sentence(error)}") from error
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether a device or the machine lacked memory."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "not enough memory" in text)
-    )
 
 
 @contextlib.contextmanager
