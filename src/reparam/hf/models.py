@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
 from reparam.errors import BaseError
-from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers the quantizer)
+from reparam.hf import quantizer as hf_quantizer
 from reparam.hf.config import (
     METHOD,
     StorageConfig,
@@ -106,7 +108,8 @@ def save_model(
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
     with staged_folder(target) as staging:
-        model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
+        with _quantizer_of(model):
+            model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         if entry is not None:
             file = staging / "config.json"
             config = {**json.loads(file.read_text()), "quantization_config": entry}
@@ -155,6 +158,19 @@ def _entry(model: nn.Module, format: str) -> dict[str, Any] | None:
     if format == "bitsandbytes":
         return to_bitsandbytes(model)
     return config_of(model).to_dict() if storages_in(model) else None
+
+
+@contextlib.contextmanager
+def _quantizer_of(model: Any) -> Iterator[None]:
+    """Give a model that was quantized after loading a quantizer while it is saved, which writes the digest."""
+    if not storages_in(model) or getattr(model, "hf_quantizer", None) is not None:
+        yield
+        return
+    model.hf_quantizer = hf_quantizer.Quantizer(config_of(model))
+    try:
+        yield
+    finally:
+        del model.hf_quantizer
 
 
 def _check_path(path: str) -> None:
