@@ -367,8 +367,10 @@ def test_a_bias_that_the_files_lack_is_zero(folders: dict[str, Path], tmp_path: 
     found = tensors(tmp_path / "a")
     del found["transformer.h.0.mlp.c_fc.bias"]
     save_file(found, tmp_path / "a/model.safetensors", {"format": "pt"})
-    model = load_base(str(tmp_path / "a"), storage=reparam.Int8())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", quantization_config=reparam.Int8Config())
     assert not model.transformer.h[0].mlp.c_fc.bias.any()
+    with pytest.raises(BaseError, match=r"c_fc\.bias is missing"):
+        load_base(str(tmp_path / "a"), storage=reparam.Int8())
 
 
 # ---- memory

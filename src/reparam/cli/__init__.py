@@ -86,10 +86,17 @@ def _run() -> int:
     except (typer.Abort, KeyboardInterrupt):
         errors.print("interrupted")
         code = 130
-    except (OSError, RuntimeError, FloatingPointError) as error:
-        errors.print(f"[bold red]failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    except (OSError, RuntimeError, FloatingPointError, MemoryError) as error:
+        errors.print(f"[bold red]failed:[/bold red] {escape(_reason(error))}", highlight=False, soft_wrap=True)
         code = 1
     except ValueError as error:
         errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = 2
     return code if isinstance(code, int) else 0
+
+
+def _reason(error: Exception) -> str:
+    """The text of a failure; for a lack of memory, what was asked for and what lowers it."""
+    from reparam.core.memory import lacks_memory, memory_sentence
+
+    return memory_sentence(error) if lacks_memory(error) else str(error)

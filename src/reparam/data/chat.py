@@ -14,8 +14,11 @@ Some templates silently drop a message with an unknown role or part of a content
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from reparam.data.rendering import render
+from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,7 @@ Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
 PROBE = "QZXJQ"  # a content that no template contains
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which messages hold it
 
 
 class Rendered(NamedTuple):
@@ -39,20 +43,27 @@ class Rendered(NamedTuple):
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A regular expression for the tokenizer's special tokens; longer tokens match first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return _any_of(added | set(tokenizer.all_special_tokens))
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """A regular expression for the tokens that are not white space, as some added tokens are."""
+    names = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
 
 
 class ChatTemplate:
     """The chat template of a tokenizer, which must have one.
 
-    The template runs in jinja2's sandbox; its errors are raised as ValueError.
+    The template runs in a process of its own, in jinja2's sandbox. Its errors are raised as ValueError; a template that
+    cannot be read, or that takes too much time or memory, is refused with a DataError.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._template = tokenizer.get_chat_template()
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._specials = special_tokens(tokenizer)
+        self._added = _any_of({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         self._ignored: dict[tuple[tuple[str, bool], ...], int | None] = {}  # cache of `_ignored_message`
 
@@ -70,23 +81,30 @@ class ChatTemplate:
             return self._with_end_tokens(text, spans)
         return self._by_prefix(messages, text)
 
+    def prompt(self, messages: Messages) -> str:
+        """The chat as text, up to where the next answer begins. Raises ValueError if the template refuses it."""
+        return self._text(messages, generation_prompt=True)[0]
+
+    def end_of_answer(self) -> str:
+        """The added token with which the template ends the last answer of a chat; "" if there is none.
+
+        Raises ValueError if the template refuses a chat of one question and one answer.
+        """
+        text = self._text([{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}])[0]
+        at = text.rfind(PROBE)
+        found = self._added.search(text, at + len(PROBE)) if at >= 0 else None
+        return found.group() if found else ""
+
     def _text(self, messages: Messages, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The rendered text, and the character ranges inside `{% generation %}`."""
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:  # not apply_chat_template, which does not return the character ranges
-            result: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=generation_prompt,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"the chat template refuses the row: {error}") from error
-        texts, spans = result
-        return texts[0], spans[0] if spans else []
+        variables = {
+            **self._variables,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+        return render(self._template, variables)
 
     # --- messages that the template ignores ---
 
@@ -117,6 +135,8 @@ class ChatTemplate:
     def _same_without(self, index: int, messages: Messages, text: str) -> bool:
         try:
             return self._text([*messages[:index], *messages[index + 1 :]])[0] == text
+        except DataError:
+            raise
         except ValueError:  # the template refuses the chat without this message
             return False
 
@@ -175,6 +195,12 @@ class ChatTemplate:
             return end
         other = self._specials.match(text, first.start())
         return other.end() if other else None
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under each of the names that templates use, as transformers does."""
+    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 END_ADDED = (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from reparam.data.chat import ChatTemplate, Rendered, Span, special_tokens
 from reparam.data.findings import Findings
 from reparam.data.rows import Row
+from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,8 @@ class Tokenizer:
                 self._findings.warn(row, "an answer is empty, so only its end token is learned")
             try:
                 chats[i] = self._template.render(row.messages, loss_on=self._loss_on)
+            except DataError as error:
+                raise DataError([f"{row.source}: {error}"]) from error
             except ValueError as error:
                 self._findings.refuse(row, str(error))
         batch = self._ids_and_offsets([chat.text for chat in chats.values()])

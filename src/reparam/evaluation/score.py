@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from reparam.adapter.context import context, tasks_of, told
 from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.chat import ChatTemplate
 from reparam.data.rows import Row
 from reparam.data.tasks import task_numbers
 from reparam.hf.prompts import is_prompted
+from reparam.hf.stops import stop_tokens, until_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +126,8 @@ def answer(
     """
     asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
-    prompts = [_prompt(tokenizer, question) for question, _ in pairs]
+    template = ChatTemplate(tokenizer) if any(row.kind == "chat" for row in asked) else None
+    prompts = [_prompt(tokenizer, template, question) for question, _ in pairs]
     expected = [answer for _, answer in pairs]
     names = tasks_of(model)
     tasks = task_numbers(asked, names) if names else None
@@ -147,14 +150,14 @@ def complete(
     max_new_tokens: int = 64,
     tasks: Sequence[int | str] | None = None,
 ) -> list[str]:
-    """Generate greedy continuations of prompts, which are lists of token ids.
+    """Generate greedy continuations of prompts, which are lists of token ids, up to the first of `stop_tokens`.
 
     Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
     would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
     are the names or numbers of the prompts' tasks, for an adapter that depends on them.
     """
     device = next(model.parameters()).device
-    pad = padding_id(tokenizer)
+    pad, stops = padding_id(tokenizer), stop_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [""] * len(prompts)
     training = model.training
@@ -171,9 +174,10 @@ def complete(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stops or None,
             )
-        for i, text in zip(chosen, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+        answers = [until_stop(row, stops) for row in out[:, width:].tolist()]
+        for i, text in zip(chosen, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             found[i] = text
     model.train(training)
     return found
@@ -195,8 +199,10 @@ def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
     return ([dict(m) for m in before], str(last["content"])) if last["role"] == "assistant" and before else None
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, question: str | list[dict[str, str]]) -> list[int]:
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, question: str | list[dict[str, str]]
+) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer(question)["input_ids"])
-    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert template is not None
+    return list(tokenizer(template.prompt(question), add_special_tokens=False)["input_ids"])

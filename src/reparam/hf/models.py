@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
 from reparam.errors import BaseError
-from reparam.hf import quantizer as hf_quantizer  # noqa: F401  (registers the quantizer)
+from reparam.hf import quantizer as hf_quantizer
 from reparam.hf.config import (
     METHOD,
     StorageConfig,
@@ -24,6 +27,7 @@ from reparam.hf.config import (
     from_bitsandbytes,
     to_bitsandbytes,
 )
+from reparam.hf.sound import check_complete, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
@@ -44,44 +48,48 @@ def load_base(
     is already quantized, by `save_model` or in NF4 by bitsandbytes, is read as it is; bitsandbytes is not needed.
 
     Weights are read from safetensors only, and code in the repository is never run. Raises BaseError if the folder does
-    not exist or holds no causal language model, if the model is already quantized in another way than `storage` and
-    `targets` ask for, and if the hub cannot be reached.
+    not exist or holds no causal language model, if its files are damaged, lack a parameter of the model or hold NaN or
+    infinity, if the model is already quantized in another way than `storage` and `targets` ask for, and if the hub
+    cannot be reached.
     """
     _check_path(path)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
+    with from_files(path, "causal language model"), report_held() as reports:
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
         quantized = _storage_config(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
-        model = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=wanted,
             revision=revision or "main",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, with their names
+            output_loading_info=True,
             **({} if quantizing is None else {"quantization_config": quantizing}),
         )
+        model, info = found
+        check_complete(info)
+        check_finite(model)
         if quantized is not None and storage is not None:
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
                 raise ValueError(f"is quantized already, but not in {', '.join(dense[:3])}; load the original model")
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise BaseError(f"{path}: no causal language model could be loaded: {_first_line(error)}") from error
+    for record in reports:  # of tensors in the files that the model does not use
+        logging.getLogger(record.name).handle(record)
     return model.eval()
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
     _check_path(path)
-    try:
+    with from_files(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseError(f"{path}: no tokenizer could be loaded: {_first_line(error)}") from error
 
 
 def save_model(
@@ -100,7 +108,8 @@ def save_model(
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
     with staged_folder(target) as staging:
-        model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
+        with _quantizer_of(model):
+            model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         if entry is not None:
             file = staging / "config.json"
             config = {**json.loads(file.read_text()), "quantization_config": entry}
@@ -151,6 +160,19 @@ def _entry(model: nn.Module, format: str) -> dict[str, Any] | None:
     return config_of(model).to_dict() if storages_in(model) else None
 
 
+@contextlib.contextmanager
+def _quantizer_of(model: Any) -> Iterator[None]:
+    """Give a model that was quantized after loading a quantizer while it is saved, which writes the digest."""
+    if not storages_in(model) or getattr(model, "hf_quantizer", None) is not None:
+        yield
+        return
+    model.hf_quantizer = hf_quantizer.Quantizer(config_of(model))
+    try:
+        yield
+    finally:
+        del model.hf_quantizer
+
+
 def _check_path(path: str) -> None:
     if not path:
         raise BaseError("no base model was given: set base.path to a folder or a hub id")
@@ -172,7 +194,3 @@ def _adapter_hint(folder: Path) -> str:
         if held
         else ""
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -25,6 +25,7 @@ from reparam.core.base import Weight
 from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of
+from reparam.hf.digest import KEY, digest_of, digest_of_all, digests_of, told_digests
 from reparam.io.mapped import Mapped
 from reparam.sites import targets as targets_
 from reparam.sites.module import is_conv1d
@@ -49,6 +50,10 @@ class Quantizer(HfQuantizer):
         self.problems: list[str] = []
         self.missing: set[str] = set()
         self.mapped = Mapped(())
+        self.told: set[str] = set()
+        """The digests that the files of a quantized model hold; usually one."""
+        self.digests: dict[str, str] = {}
+        """The digest of each quantized matrix that was read, by path."""
         self.report: QuantizeReport | None = None
 
     # Quantized weights are frozen, but the gradient passes through them to the input, so adapters can train.
@@ -114,6 +119,8 @@ class Quantizer(HfQuantizer):
             if shared:
                 raise ValueError(f"targets: {listed(shared)}: shares its weight with another module; leave it out")
             self.mapped = Mapped(checkpoint_files or ())
+        else:
+            self.told = told_digests(checkpoint_files or ())
         return model
 
     def put(self, model: Any, path: str, weight: Weight, before: int) -> None:
@@ -140,6 +147,11 @@ class Quantizer(HfQuantizer):
             if wrong:
                 count = f"{len(wrong)} matrices (first: {wrong[0]})"
                 self.problems.append(f"{count} are quantized as {found[wrong[0]]}, but config.json says {told}")
+        if not self.problems and self.told and self.told != {digest_of_all(self.digests)}:
+            self.problems.append(
+                "the quantized tensors differ from those that were saved, so the files are damaged; get them again, or "
+                "quantize the original model again"
+            )
         if self.problems:
             raise FormatError(listed(self.problems))
         for path in rest:  # those that transformers' own conversions renamed
@@ -180,7 +192,9 @@ class Quantizer(HfQuantizer):
             self.quantization_config = model.config.quantization_config = config_of(model)
         else:  # everything was dequantized after loading
             self.remove_quantization_config(model)
-        return model.state_dict(), {}
+        state = model.state_dict()
+        digests = digests_of(state, storages_in(model))
+        return state, {KEY: digest_of_all(digests)} if digests else {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         held = storages_in(model)
@@ -241,6 +255,8 @@ class _Read(ConversionOps):
         why = targets_.unsupported_reason(module)
         if why:
             raise FormatError(f"{path}: is quantized in the files, but {why}")
+        if self.quantizer.told:
+            self.quantizer.digests[path] = digest_of(parts)
         layout = layout_of(self.quantizer.quantization_config.storage)
         _, *sizes = targets_.sizes(module)
         state = {f"{path}.{key}": tensor for key, tensor in parts.items()}

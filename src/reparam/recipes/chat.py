@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from reparam.adapter.attach import select
+from reparam.data.chat import ChatTemplate
 from reparam.evaluation.score import complete
 from reparam.hf.open import open_model
 
@@ -42,7 +43,7 @@ class Chat:
         if self.raw:
             ids = self.tokenizer(messages[-1]["content"])["input_ids"]
         else:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = ChatTemplate(self.tokenizer).prompt(messages)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.adapter is None:
             return complete(self.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens)[0]
