@@ -194,10 +194,15 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as TOML; `resolve` reads an equal configuration from it."""
-    tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
-    tables = {"base": config.base.table(), **tables}
-    tables["method"] = {"name": config.method.name, **config.method.settings()}
-    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
+    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()})
+
+
+def tables(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as one table for each section, [method] with the method's name and settings."""
+    found = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
+    found = {"base": config.base.table(), **found}
+    found["method"] = {"name": config.method.name, **config.method.settings()}
+    return found
 
 
 def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:

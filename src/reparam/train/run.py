@@ -33,6 +33,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
+from reparam.train.identity import RECORD, check_same, identity
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -54,10 +55,14 @@ def train(config: Config, *, show: Show) -> Result:
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
+    own = identity(job)
+    check_same(folder, own)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     trainer, rates = _trainer(job, show)
     show.rates(rates)
     with trainer.lock:
+        check_same(folder, own)
+        write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
         write_file(folder / "config.toml", dump(config).encode())
         select(job.model, None)
         show.step("scoring the base model on held-out rows")
