@@ -83,7 +83,7 @@ def _weights(model: nn.Module) -> str:
     for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,18 @@ def train(config: Config, *, show: Show) -> Result:
         show.found(found)
         trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        plot_losses(history, folder / "loss.png")
+        if history:
+            plot_losses(history, folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
         show.ended(job.adapter.finish())
         job.adapter.save(folder / "adapter")
         show.step("reading the saved adapter back and scoring it on held-out rows")
-        difference = prove(job, folder / "adapter")
+        try:
+            difference = prove(job, folder / "adapter")
+        except NothingLearned:
+            shutil.rmtree(folder / "adapter")
+            raise
         after = _scores(job)
         pairs = tuple(zip(before[1], after[1], strict=True))
         result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
@@ -174,7 +180,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         gradient_accumulation_steps=run.accumulation,
         learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.schedule,
-        warmup_steps=optim.warmup,
+        warmup_steps=optim.warmup if steps > 1 else 0,  # a warm-up begins at rate 0
         optim=optim.name,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
