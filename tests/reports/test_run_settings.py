@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,16 @@ def test_a_run_of_one_step_trains(base: str, rows: str, tmp_path: Path) -> None:
 def test_a_run_that_learned_nothing_leaves_no_adapter(base: str, rows: str, tmp_path: Path) -> None:
     assert train(base, rows, tmp_path / "out", "--learning_rate", "1e-30") == 1
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("rate", "worse"), [(0.05, False), (20, True)])
+def test_a_diverged_run_says_so(
+    rate: float, worse: bool, base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "out", "--learning_rate", rate, "--max_steps", 3) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert (figures["after"][0]["value"] > figures["before"][0]["value"]) == worse
+    assert figures["worse than the base"] is worse
+    out = capsys.readouterr().out
+    assert ("the run diverged" in out) == worse
+    assert (f"{figures['after'][0]['value']:.4f} with the adapter" in out) == worse

@@ -87,6 +87,7 @@ def train(config: Config, *, show: Show) -> Result:
             raise
         after = _scores(job)
         pairs = tuple(zip(before[1], after[1], strict=True))
+        show.worse(before[0][0], after[0][0])
         result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
         write_file(folder / "figures.json", _figures(job, result, difference, history, rates))
     show.result(result, difference)
@@ -270,6 +271,7 @@ def _figures(
         "held-out rows": job.valid.report.rows,
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
+        "worse than the base": not result.after[0].value <= result.before[0].value,
         "largest change of a logit": difference,
         "LoRA+ ratio": job.config.optim.lora_plus,
         "LoRA+ groups": [dataclasses.asdict(group) for group in rates],
