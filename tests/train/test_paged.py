@@ -91,7 +91,7 @@ def test_without_pages_8_bits_are_the_same(common: dict[str, Any], tmp_path: Pat
 
 def test_bits_cannot_change_in_a_run(common: dict[str, Any], tmp_path: Path) -> None:
     go(common | PAGES, tmp_path / "run", optim__name="paged_adamw_32bit", stop=2)
-    with pytest.raises(ValueError, match="the saved state has 32 bits but this optimizer has 8: set bits=32"):
+    with pytest.raises(ValueError, match=r"optim.name was 'paged_adamw_32bit' and is now 'paged_adamw_8bit'"):
         go(common | PAGES, tmp_path / "run", optim__name="paged_adamw_8bit")
 
 
@@ -104,7 +104,7 @@ def test_bits_cannot_change_in_a_run(common: dict[str, Any], tmp_path: Path) -> 
             {"budget": "1KiB"},
             r"optim: budget=1024 bytes is less than one page \(1048320 bytes\): raise budget or lower page",
         ),
-        ({"learning_rate": -1.0}, "optim: lr=-1.0: expected at least 0"),
+        ({"learning_rate": -1.0}, "optim.learning_rate: -1.0: expected a number above 0"),
         ({"name": "paged_adamw_4bit"}, "optim.name: 'paged_adamw_4bit' is unknown to transformers"),
     ],
     ids=str,

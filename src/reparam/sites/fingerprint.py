@@ -68,6 +68,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{name}".lstrip("."), tensor
 
 
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base model's tensors, also quantized ones, with the names that they have without adapters."""
+    for path, module in _base_modules(model, ""):
+        for name, tensor, _ in _digested(module):
+            yield f"{path}.{name}".lstrip("."), tensor
+
+
 def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """The module's own tensors: name, tensor, and whether it is a matrix or part of a quantized one."""
     if not is_quantized(module):

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import reparam.methods
 import reparam.weights  # noqa: F401  (these imports register methods and storages)
-from reparam.core.checks import nearest
+from reparam.core.checks import finite, nearest, whole
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.errors import ConfigError
@@ -30,6 +30,17 @@ from reparam.train.base import BaseConfig as BaseConfig
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
+
+
+def _check(settings: object, section: str, **rules: tuple[str, bool]) -> None:
+    """Raise ConfigError that names every key whose rule, a pair of the expected range and a result, is not met."""
+    wrong = [
+        f"{section}.{key}: {getattr(settings, key)!r}: expected {text}"
+        for key, (text, right) in rules.items()
+        if not right
+    ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +59,16 @@ class DataConfig:
     """Which tokens of chats and completions count in the loss: answers, or all."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
+
+    def __post_init__(self) -> None:
+        idle = self.valid is not None and self.holdout == 0
+        _check(
+            self,
+            "data",
+            holdout=("a share above 0 and below 1", idle or 0 < self.holdout < 1),
+            max_length=("a whole number of at least 1", whole(self.max_length, 1)),
+            score_rows=("a whole number of at least 0", whole(self.score_rows, 0)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +115,16 @@ class OptimConfig:
     lora_plus_vectors: Literal["out", "in"] = "out"
     """LoRA+: whether biases, norms and DoRA's magnitudes have the learning rate of B (out) or of A (in)."""
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "optim",
+            learning_rate=("a number above 0", finite(self.learning_rate) and self.learning_rate > 0),
+            warmup=("a number of at least 0", finite(self.warmup) and self.warmup >= 0),
+            weight_decay=("a number of at least 0", finite(self.weight_decay) and self.weight_decay >= 0),
+            max_grad_norm=("a number of at least 0", self.max_grad_norm >= 0),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -127,6 +158,17 @@ class RunConfig:
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     seed: int = 0
     """Seed of all random numbers: order of rows, dropout, initial values."""
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), ("a whole number of at least 1", 1))
+        counts |= dict.fromkeys(("eval_every", "save_every"), ("a whole number of at least 0", 0))
+        _check(
+            self,
+            "run",
+            epochs=("a number above 0", finite(self.epochs) and self.epochs > 0),
+            max_steps=("-1 or a whole number of at least 1", self.max_steps == -1 or whole(self.max_steps, 1)),
+            **{key: (text, whole(getattr(self, key), least)) for key, (text, least) in counts.items()},
+        )
 
     def steps(self, examples: int) -> int:
         """Number of optimizer steps of a run over this many training examples."""
@@ -194,10 +236,15 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as TOML; `resolve` reads an equal configuration from it."""
-    tables = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
-    tables = {"base": config.base.table(), **tables}
-    tables["method"] = {"name": config.method.name, **config.method.settings()}
-    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables.items()})
+    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()})
+
+
+def tables(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as one table for each section, [method] with the method's name and settings."""
+    found = {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS if section != "base"}
+    found = {"base": config.base.table(), **found}
+    found["method"] = {"name": config.method.name, **config.method.settings()}
+    return found
 
 
 def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
@@ -259,7 +306,8 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
         for detail in error.errors():
             place = ".".join(str(part) for part in (section, *detail["loc"]))
             given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
-            problems.append(f"{place}: {detail['msg'].removeprefix('Value error, ')}{given}")
+            text = detail["msg"].removeprefix("Value error, ")
+            problems.append(text if text.startswith(f"{section}.") else f"{place}: {text}{given}")
         return None
 
 

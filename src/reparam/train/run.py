@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
+from reparam.train.identity import RECORD, check_same, identity
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -54,10 +56,14 @@ def train(config: Config, *, show: Show) -> Result:
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
+    own = identity(job)
+    check_same(folder, own)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     trainer, rates = _trainer(job, show)
     show.rates(rates)
     with trainer.lock:
+        check_same(folder, own)
+        write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
         write_file(folder / "config.toml", dump(config).encode())
         select(job.model, None)
         show.step("scoring the base model on held-out rows")
@@ -67,15 +73,21 @@ def train(config: Config, *, show: Show) -> Result:
         show.found(found)
         trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        plot_losses(history, folder / "loss.png")
+        if history:
+            plot_losses(history, folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
         show.ended(job.adapter.finish())
         job.adapter.save(folder / "adapter")
         show.step("reading the saved adapter back and scoring it on held-out rows")
-        difference = prove(job, folder / "adapter")
+        try:
+            difference = prove(job, folder / "adapter")
+        except NothingLearned:
+            shutil.rmtree(folder / "adapter")
+            raise
         after = _scores(job)
         pairs = tuple(zip(before[1], after[1], strict=True))
+        show.worse(before[0][0], after[0][0])
         result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
         write_file(folder / "figures.json", _figures(job, result, difference, history, rates))
     show.result(result, difference)
@@ -169,7 +181,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         gradient_accumulation_steps=run.accumulation,
         learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.schedule,
-        warmup_steps=optim.warmup,
+        warmup_steps=optim.warmup if steps > 1 else 0,  # a warm-up begins at rate 0
         optim=optim.name,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
@@ -259,6 +271,7 @@ def _figures(
         "held-out rows": job.valid.report.rows,
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
+        "worse than the base": not result.after[0].value <= result.before[0].value,
         "largest change of a logit": difference,
         "LoRA+ ratio": job.config.optim.lora_plus,
         "LoRA+ groups": [dataclasses.asdict(group) for group in rates],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from reparam.adapter.adapter import Adapter
+    from reparam.evaluation.score import Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
     from reparam.train.job import Job, Result
@@ -62,6 +63,16 @@ class Show:
         """Print the method's note about a run that ended before the method's schedule did, if there is one."""
         if early is not None:
             self.console.print(f"[yellow]note[/yellow] {early}", highlight=False, soft_wrap=True)
+
+    def worse(self, before: Score, after: Score) -> None:
+        """Print a warning if the held-out loss with the adapter is worse than that of the base."""
+        if not after.value <= before.value:
+            self.console.print(
+                f"[yellow]warning[/yellow] the run diverged: the held-out {after.name} is {after.value:.4f} with "
+                f"the adapter and {before.value:.4f} without it; lower the learning rate, or train for fewer steps",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def step(self, text: str) -> None:
         """Print the current step of the run."""

@@ -1,0 +1,92 @@
+"""What determines the result of a run: its settings, and the content of its data and its base.
+
+`run.json` in the run folder holds them. A run goes on in a folder only if they are the same as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reparam.errors import ConfigError
+from reparam.io.files import adapter_folder
+from reparam.io.staged import digest
+from reparam.sites.fingerprint import all_tensors
+from reparam.train.config import Config, tables
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from reparam.train.job import Job
+
+RECORD = "run.json"
+# Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
+FREE = {
+    *("run.output", "run.resume", "run.keep", "run.save_every", "run.eval_every", "run.log_every", "run.loggers"),
+    *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
+    *("base.path", "base.revision", "data.train", "data.valid", "adapter.start", "method.experts"),
+}
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """The settings and the digests that determine the result of a run, by name, as JSON values."""
+    config = job.config
+    found = {key: value for key, value in _settings(config).items() if key not in FREE}
+    found["number of steps"] = config.run.steps(len(job.train))
+    found["content of base.path"] = _weights(job.model)
+    found["content of data.train"] = digest(config.data.train)
+    found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
+    start = config.adapter.start
+    found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
+    found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def check_same(folder: Path, now: dict[str, Any]) -> None:
+    """Raise ConfigError, with every difference by its key, if the folder holds a run with another identity."""
+    file = folder / RECORD
+    if not file.is_file():
+        return
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))["identity"]
+        changed = [key for key in now if key in then and then[key] != now[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
+    if changed:
+        lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
+            f"or choose another run.output for a new run"
+        )
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    if key.startswith("content of "):
+        return f"the {key} has changed"
+    if key == "optim.lora_plus" and then and now:
+        return f"{key}: the group out had {then:g} times the learning rate and now has {now:g} times"
+    return f"{key} was {then!r} and is now {now!r}"
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, table in tables(config).items() for key, value in table.items()}
+
+
+def _weights(model: nn.Module) -> str:
+    """Digest of the base's tensors, computed before training. Adapters on the model are left out."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _folder(folder: Path) -> str:
+    parts = [f"{file.relative_to(folder)} {digest(file)}" for file in sorted(folder.rglob("*")) if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
