@@ -1,5 +1,6 @@
 # `make demo` and `make test` create .venv and install everything on a fresh machine.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
@@ -33,11 +34,11 @@ format: .venv/installed
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 .venv/docs: .venv/installed
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	.venv/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@

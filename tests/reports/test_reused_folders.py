@@ -46,5 +46,12 @@ def test_a_difference_is_named_and_nothing_is_written(
     assert "content of base.path has changed" in " ".join(capsys.readouterr().err.split())
     assert content(out) == before
     shutil.copy(Path(base) / "model.safetensors", own / "model.safetensors")
+    kept = out / "notes.txt"
+    kept.write_text("mine")
+    assert train(str(own), str(data), out, "--lora_alpha", 64, "--fresh") == 0
+    assert "alpha = 64" in (out / "config.toml").read_text()
+    assert kept.read_text() == "mine"
+    assert train(str(own), str(data), out) == 2
+    assert train(str(own), str(data), out, "--overwrite_output_dir") == 0
     free = ["--save_steps", 2, "--logging_steps", 1, "--save_total_limit", 5, "--eval_steps", 3]
     assert train(str(own), str(data), out, *free) == 0

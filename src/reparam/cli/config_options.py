@@ -59,6 +59,7 @@ ALIASES = {
     "run.keep": ["--save_total_limit"],
     "run.log_every": ["--logging_steps"],
     "run.loggers": ["--report_to"],
+    "run.fresh": ["--fresh", "--overwrite_output_dir"],
     "run.seed": ["--seed"],
 }
 TITLES = {

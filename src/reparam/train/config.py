@@ -156,6 +156,8 @@ class RunConfig:
     """Loggers of transformers, such as tensorboard, separated by commas."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
+    fresh: bool = False
+    """Delete what an earlier run wrote into the output folder, and start anew."""
     seed: int = 0
     """Seed of all random numbers: order of rows, dropout, initial values."""
 

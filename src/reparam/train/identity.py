@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 # Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
 FREE = {
-    *("run.output", "run.resume", "run.keep", "run.save_every", "run.eval_every", "run.log_every", "run.loggers"),
+    *(
+        "run.output",
+        "run.resume",
+        "run.fresh",
+        "run.keep",
+        "run.save_every",
+        "run.eval_every",
+        "run.log_every",
+        "run.loggers",
+    ),
     *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
     *("base.path", "base.revision", "data.train", "data.valid", "adapter.start", "method.experts"),
 }
@@ -61,8 +71,18 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
-            f"or choose another run.output for a new run"
+            f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
         )
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run wrote into its folder, and nothing else."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for name in (RECORD, "config.toml", "figures.json", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _difference(key: str, then: Any, now: Any) -> str:

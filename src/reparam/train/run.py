@@ -34,7 +34,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
-from reparam.train.identity import RECORD, check_same, identity
+from reparam.train.identity import RECORD, check_same, clear, identity
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -57,14 +57,18 @@ def train(config: Config, *, show: Show) -> Result:
     show.job(job)
     folder = Path(config.run.output)
     own = identity(job)
-    check_same(folder, own)  # before anything is written
+    if not config.run.fresh:
+        check_same(folder, own)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     trainer, rates = _trainer(job, show)
     show.rates(rates)
     with trainer.lock:
+        if config.run.fresh:
+            clear(folder)
         check_same(folder, own)
         write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
-        write_file(folder / "config.toml", dump(config).encode())
+        again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
+        write_file(folder / "config.toml", dump(again).encode())
         select(job.model, None)
         show.step("scoring the base model on held-out rows")
         before = _scores(job)
