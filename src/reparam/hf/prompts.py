@@ -22,7 +22,8 @@ from reparam.adapter.without_sites import fill_from, put_on, read_back
 from reparam.core.method import Method
 from reparam.errors import FormatError
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
-from reparam.io.peft_formats import CONFIG, WEIGHTS
+from reparam.io.peft_formats import CONFIG
+from reparam.io.peft_weights import WEIGHTS
 from reparam.io.staged import staged_folder
 from reparam.methods.prompts import Prefix, Prompt, Prompting
 from reparam.sites.walk import storages_in

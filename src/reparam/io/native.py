@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -34,6 +34,8 @@ WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 FORMAT, VERSION = "reparam adapter", 1
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+LARGEST_JSON = 64 << 20
+POINTER = b"version https://git-lfs"  # the start of the text file that git has in place of a large one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +163,20 @@ def check_whole(record: Record, folder: Path) -> None:
         raise FormatError(f"{folder}: {listed(problems)}")
 
 
-def read_bytes(file: Path) -> bytes:
-    """Read a file. Raises FormatError if it is missing, unreadable, empty, or not a regular file."""
+def read_bytes(file: Path, *, most: int | None = None) -> bytes:
+    """Read a file.
+
+    Raises FormatError if it is missing, unreadable, empty, larger than `most` bytes, not a regular file, or a pointer
+    of git-LFS; and if it is a safetensors file of another size than its header states. These are checked first.
+    """
     if not file.exists():
         raise FormatError(f"{file}: no such file; the adapter is incomplete")
     if not file.is_file():  # reading a pipe would never end
         raise FormatError(f"{file}: not a regular file")
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            _check_size(file, opened, most)
+            content = opened.read()
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror}") from error
     if not content:
@@ -176,16 +184,53 @@ def read_bytes(file: Path) -> bytes:
     return content
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises FormatError if the content is not one."""
+def _check_size(file: Path, opened: BinaryIO, most: int | None) -> None:
+    size = file.stat().st_size
+    if opened.read(len(POINTER)) == POINTER:
+        raise FormatError(f"{file}: a pointer of git-LFS, not the file itself; run git lfs pull in its folder")
+    if most is not None and size > most:
+        raise FormatError(f"{file}: {size:,} bytes, more than the {most:,} that such a file can have")
+    opened.seek(0)
+    if file.suffix != ".safetensors" or not size:
+        return
+    length = int.from_bytes(opened.read(8), "little")
     try:
-        found = json.loads(read_bytes(file))
+        if length > min(size - 8, LARGEST_JSON):
+            raise ValueError(f"its header claims {length:,} bytes")
+        header = json.loads(opened.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(f"its header states {8 + length + max(ends, default=0):,} bytes, the file has {size:,}")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{file}: not a complete safetensors file ({error})") from None
+    opened.seek(0)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises FormatError if the content is not one, or has a key twice."""
+    try:
+        found = json.loads(read_bytes(file, most=LARGEST_JSON), object_pairs_hook=_unique)
     except FormatError:
         raise
+    except _Twice as error:
+        raise FormatError(f"{file}: the key {error.args[0]!r} occurs twice; remove the wrong one") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+class _Twice(Exception):  # noqa: N818  (reads as what happened)
+    """A JSON object has this key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(key)
+        found[key] = value
     return found
 
 

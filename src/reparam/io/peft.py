@@ -19,7 +19,8 @@ from torch import Tensor
 
 import reparam.io
 from reparam.io.native import pack_tensors, read_json
-from reparam.io.peft_formats import CONFIG, PREFIX, WEIGHTS, Folder, reader_of, writer_of
+from reparam.io.peft_formats import CONFIG, PREFIX, Folder, reader_of, writer_of
+from reparam.io.peft_weights import WEIGHTS
 from reparam.io.record import Record
 
 __all__ = ["CONFIG", "WEIGHTS", "files", "read"]

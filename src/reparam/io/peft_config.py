@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.core.expressions import expression
 from reparam.core.plain import decode
 from reparam.errors import FormatError
 
@@ -23,6 +24,8 @@ NEUTRAL = {
     "fan_in_fan_out",
     # initializations that do not change the base
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    # which of two tied weights trained: the file holds the factors of both
+    "ensure_weight_tying",
     # no effect unless a refused key is set
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
@@ -39,7 +42,6 @@ REFUSED = {
     "velora_config": "VeLoRA, which stores a projection with the factors, is not supported",
     "monteclora_config": "MonteCLoRA, which samples its factors, is not supported",
     "megatron_config": "Megatron's parallel layers are not supported",
-    "ensure_weight_tying": "tied adapters are not supported",
 }
 _NO_WEIGHT = "; it changes no weights, so it cannot be merged, summed or inspected; use it with generate and eval"
 OTHERS = {  # what to do instead
@@ -48,8 +50,10 @@ OTHERS = {  # what to do instead
     "XLORA": "; read its expert adapters instead and train a new router: --method xlora --method.experts",
     "POLY": "; train such an adapter here with --method poly, for one split",
 }
+SWITCHES = ("use_rslora", "use_dora")  # null means false
 # Initializations that change only A and B. Others also change the base, and PEFT repeats that when it loads the file.
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_NUMBER = re.compile(r"(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Honored:
     def site(self, path: str) -> bool:
         """Whether PEFT puts factors on this path, as `check_target_module_exists` decides; False for "all-linear"."""
         targets, whole = self.target_modules, self.modules_to_save or []
-        if _named(path, self.exclude_modules) or any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in whole):
+        if _named(path, self.exclude_modules):
+            return False
+        if any(expression(rf"(^|.*\.){m}($|\..*)").match(path) for m in whole):
             return False
         if isinstance(targets, str) and targets.lower() == "all-linear":
             return False  # a path does not show whether its module is linear
@@ -85,9 +91,9 @@ class Honored:
             return True
         indices = layers if isinstance(layers, list) else [layers]
         named = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in named] if named else [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for p in patterns if (match := re.match(p, path))), None)
-        return found is not None and int(found[1]) in indices
+        starts = [rf"(?:^|.*?\.){p}\." for p in named] if named else [r".*?\.[^.]*\."]
+        found = next((index for start in starts if (index := _index(path, start)) is not None), None)
+        return found is not None and found in indices
 
     def whole(self, path: str) -> bool:
         """Whether PEFT trains the module at this path whole: the path ends with one of `modules_to_save`.
@@ -100,12 +106,12 @@ class Honored:
 def parse(config: Mapping[str, Any], file: Path) -> Honored:
     """Decode the supported keys. Raises FormatError that names each unsupported key."""
     fields = {field.name for field in dataclasses.fields(Honored)}
-    problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if config.get(key)]
+    problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if not _empty(config.get(key))]
     problems += [
         f"{key} = {value!r}: unknown key (peft_version {config.get('peft_version')!r}); remove it from the file if it "
         f"does not change the adapter's outputs"
         for key, value in config.items()
-        if value and key not in fields | NEUTRAL | REFUSED.keys()
+        if not _empty(value) and key not in fields | NEUTRAL | REFUSED.keys()
     ]
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
@@ -116,7 +122,8 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
         )
     if problems:
         raise FormatError(f"{file}: " + "; ".join(problems))
-    found = decode(Honored, {key: value for key, value in config.items() if key in fields}, file)
+    null = {key for key in SWITCHES if config.get(key, False) is None}
+    found = decode(Honored, {key: value for key, value in config.items() if key in fields - null}, file)
     if found.bias == "all":
         raise FormatError(f"{file}: bias = 'all': not supported, only 'none' and 'lora_only' are")
     _check_patterns(found, file)
@@ -129,17 +136,34 @@ def _check_patterns(config: Honored, file: Path) -> None:
     }
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = getattr(config, key)
-        expressions[key] = [value] if isinstance(value, str) else []
+        names = key == "layers_pattern" and isinstance(value, list)
+        expressions[key] = [value] if isinstance(value, str) else list(value) if names else []
     for key, patterns in expressions.items():
         for pattern in patterns:
             try:
-                re.compile(f"({pattern})")
-            except re.error as error:
-                raise FormatError(f"{file}: {key}: {pattern!r} is not a regular expression: {error}") from None
+                expression(pattern)
+                expression(f"({pattern})")  # flags may be at the start only
+            except ValueError as error:
+                raise FormatError(f"{file}: {key}: {error}") from None
 
 
 def _named(path: str, names: str | list[str] | None) -> bool:
     """Whether PEFT matches `path` by a regular expression (a str), or by a list of paths and ends of paths."""
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return expression(names).fullmatch(path)
     return any(path == name or path.endswith("." + name) for name in names or ())
+
+
+def _index(path: str, start: str) -> int | None:
+    """The number in `path` that follows the first match of `start` with a number and a dot after it; else None."""
+    ends = expression(start).ends(path)
+    places = [place for place in range(len(path)) if ends >> place & 1]
+    found = next((match for place in places if (match := _NUMBER.match(path, place))), None)
+    return int(found[1]) if found else None
+
+
+def _empty(value: Any) -> bool:
+    """Whether a value sets nothing: null, false, zero or empty, or containers of these alone."""
+    if isinstance(value, dict):
+        return all(map(_empty, value.values()))
+    return all(map(_empty, value)) if isinstance(value, list) else not value

@@ -18,11 +18,11 @@ from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.core.registry import load_installed
 from reparam.errors import FormatError
-from reparam.io.native import parse_tensors, read_bytes
 from reparam.io.peft_config import OTHERS
+from reparam.io.peft_weights import read_weights, weights_file
 from reparam.io.record import Record
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """Prefix of every tensor key in a PEFT file, followed by the path of the module."""
 
@@ -43,18 +43,12 @@ class Folder:
 
     @property
     def weights(self) -> Path:
-        """Path of `adapter_model.safetensors`."""
-        return self.path / WEIGHTS
+        """Path of the weights, `adapter_model.safetensors` or `adapter_model.bin`."""
+        return weights_file(self.path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read the tensors, by key. Raises FormatError if the file is damaged, or is a pickle."""
-        pickle = self.path / "adapter_model.bin"
-        if not self.weights.exists() and pickle.exists():
-            raise FormatError(
-                f"{self.path}: adapter_model.bin is a pickle, which is not safe to load; load the adapter with PEFT "
-                f"and save it again, which writes {WEIGHTS}"
-            )
-        return parse_tensors(read_bytes(self.weights), self.weights)
+        """Read the tensors, by key. Raises FormatError if the file is damaged or not PEFT's."""
+        return read_weights(self.path)
 
 
 class PeftFormat(Generic[_M]):

@@ -14,8 +14,10 @@ from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io.peft_config import Honored, parse
 from reparam.io.peft_factors import replaced_of, sites_of, sort, targets_of, tensors_of
-from reparam.io.peft_formats import WEIGHTS, Folder, PeftFormat, peft_format
+from reparam.io.peft_formats import Folder, PeftFormat, peft_format
+from reparam.io.peft_weights import WEIGHTS
 from reparam.io.record import Record
+from reparam.methods import patterns
 from reparam.methods.lora import LoRA
 
 _L = TypeVar("_L", bound=LoRA)
@@ -53,9 +55,9 @@ class LoRAFormat(PeftFormat[LoRA]):
 def method_of(cls: type[_L], config: Honored, sites: Iterable[str], file: Path) -> _L:
     """Build the method from the settings. Raises FormatError for invalid settings."""
 
-    def used(patterns: dict[str, Any] | None) -> dict[str, Any]:
+    def used(values: dict[str, Any] | None) -> dict[str, Any]:
         """Drop patterns that match no site: PEFT keeps them in the file, and our methods refuse them."""
-        return {p: v for p, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({p})$", name) for name in sites)}
+        return {p: v for p, v in (values or {}).items() if any(patterns.matches(p, name) for name in sites)}
 
     try:
         return cls(

@@ -6,12 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from reparam.core.expressions import expression
+
 _T = TypeVar("_T")
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether the pattern matches this whole path, or its end after a dot."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    literal = expression(pattern).literal
+    if literal is not None:
+        return f".{name}".endswith(f".{literal}")
+    return expression(rf"(.*\.)?({pattern})").fullmatch(name)
 
 
 def first(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
@@ -24,9 +29,10 @@ def broken(field: str, patterns: Iterable[str]) -> list[str]:
     found = []
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            found.append(f"{field} {pattern!r} is not a valid regular expression: {error}")
+            expression(pattern)
+            expression(f"({pattern})")  # flags may be at the start only
+        except ValueError as error:
+            found.append(f"{field} {error}")
     return found
 
 
