@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         RunLocked,
         StateError,
         Stopped,
+        WriteFailed,
     )
     from reparam.hf import prompts
     from reparam.hf.quantizer import Int8Config, NF4Config
@@ -137,6 +138,7 @@ __all__ = [
     "TaskGated",
     "Update",
     "Weight",
+    "WriteFailed",
     "XLoRA",
     "adapters",
     "attach",
@@ -196,6 +198,7 @@ _HOMES = {  # the module that defines each name
     "RunLocked": "reparam.errors",
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
+    "WriteFailed": "reparam.errors",
     "Int8Config": "reparam.hf.quantizer",
     "NF4Config": "reparam.hf.quantizer",
     "AdaLoRA": "reparam.methods.adalora.method",

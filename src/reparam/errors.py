@@ -11,6 +11,7 @@
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
     ├── DiskFull             (OSError)             the disk has no room for a result
+    ├── WriteFailed          (OSError)             a result cannot be written
     └── Stopped                                    a signal stopped the run
 
 Each class also inherits from the built-in exception in parentheses, so `except ValueError` catches it too. A wrong
@@ -83,6 +84,10 @@ class NothingLearned(ReparamError, RuntimeError):  # noqa: N818  (reads as what 
 
 class DiskFull(ReparamError, OSError):  # noqa: N818  (reads as what happened)
     """The disk has no room for a result. Existing files were not replaced."""
+
+
+class WriteFailed(ReparamError, OSError):  # noqa: N818  (reads as what happened)
+    """A result cannot be written: no permission, a failing disk, a name too long. Existing files were not replaced."""
 
 
 class Stopped(ReparamError):  # noqa: N818  (reads as what happened)

@@ -106,7 +106,8 @@ def test_something_else_in_the_place_of_a_file(folder: Path, name: str) -> None:
 def test_no_folder_and_no_adapter(folder: Path) -> None:
     refused(folder / "absent", "no such folder")
     refused(folder / WEIGHTS, "is a file")
-    refused(folder.parent, "subfolders: adapter")
+    shutil.copytree(folder, folder.parent / "run" / "one")
+    refused(folder.parent / "run", "subfolders: one")
     (folder / CONFIG).unlink()
     refused(folder, "no adapter here")
 

@@ -34,16 +34,17 @@ def load(
 
     The base model is frozen, as by `attach`; so is the adapter, unless `trainable` is True.
 
-    Reads the reparam format and the PEFT format. `check_base=False` allows a different base model of the same shapes
-    than the one that the adapter was trained on.
+    `folder` is that of the adapter, in the reparam format or the PEFT format, or of its training run.
+    `check_base=False` allows a different base model of the same shapes than the one that the adapter was trained on.
 
     Raises ValueError if the name is invalid or taken, and FormatError (a ValueError) that names the file and the tensor
     if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
     different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
     check_name(model, name)
+    folder = files.adapter_folder(folder)
     record = files.read(folder, name)
-    adapter = place(model, record, Path(folder), name=name, activate=activate, check_base=check_base)
+    adapter = place(model, record, folder, name=name, activate=activate, check_base=check_base)
     return adapter.requires_grad_(trainable)
 
 

@@ -180,6 +180,11 @@ def _check_path(path: str) -> None:
     if local.is_dir():
         if not (local / "config.json").exists():
             raise BaseError(f"{path}: is not a model folder, because it has no config.json{_adapter_hint(local)}")
+        odd = sorted(
+            entry.name for entry in local.iterdir() if entry.exists() and not (entry.is_file() or entry.is_dir())
+        )
+        if odd:  # reading a pipe would never end
+            raise BaseError(f"{path}: {odd[0]} is not a regular file; remove it")
     elif local.exists():
         raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -21,6 +21,7 @@ from reparam.adapter.selection import AdapterState, Choice, Selection, state_of
 from reparam.adapter.without_sites import fill_from, put_on, read_back
 from reparam.core.method import Method
 from reparam.errors import FormatError
+from reparam.io.files import check_holds_only
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_formats import CONFIG
 from reparam.io.peft_weights import WEIGHTS
@@ -47,7 +48,11 @@ class Prompts(Adapter):
         return self.method.tokens
 
     def save(self, folder: str | Path, *, format: str = "peft") -> None:
-        """Write a folder in PEFT's format, atomically. Raises ValueError if a value is NaN or infinite."""
+        """Write a folder in PEFT's format, atomically.
+
+        Raises ValueError if a value is NaN or infinite, or the folder holds files other than those of an adapter.
+        """
+        check_holds_only(Path(folder), (CONFIG, WEIGHTS))
         model: Any = self.model
         tensors = {"prompt_embeddings": model.get_prompt_embedding_to_save(self.name)}
         if not torch.isfinite(tensors["prompt_embeddings"]).all():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
+
+from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io import native, peft, whole
 from reparam.io.record import Record
-from reparam.io.staged import staged_folder
+from reparam.io.staged import between_renames, staged_folder
+from reparam.io.steady import steady
 
 FORMATS = {"reparam": native, "peft": peft}
 
@@ -15,9 +20,14 @@ FORMATS = {"reparam": native, "peft": peft}
 def read(folder: str | Path, name: str | None = None) -> Record:
     """Read the adapter in `folder`, in either format, or the adapter `name` in a whole model's files.
 
-    Raises FormatError if there is none or a file is damaged.
+    If another process replaces the adapter meanwhile, the result is the old one or the new one. Raises FormatError if
+    there is none or a file is damaged.
     """
     folder = Path(folder)
+    return steady(folder, lambda: _read(folder, name))
+
+
+def _read(folder: Path, name: str | None) -> Record:
     if not folder.is_dir():
         raise FormatError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
@@ -35,30 +45,51 @@ def read(folder: str | Path, name: str | None = None) -> Record:
 def adapter_folder(folder: str | Path) -> Path:
     """The folder of an adapter, given that folder itself or the folder of its training run."""
     path = Path(folder)
-    inside = any((path / "adapter" / module.CONFIG).exists() for module in FORMATS.values())
-    return path / "adapter" if inside else path
+    inside = path / "adapter"
+    return inside if not _holds(path) and (_holds(inside) or between_renames(inside) or _holds(inside)) else path
+
+
+def _holds(folder: Path) -> bool:
+    return any((folder / module.CONFIG).exists() for module in FORMATS.values())
 
 
 def write(folder: str | Path, record: Record, *, format: str = "reparam") -> None:
     """Write the adapter into `folder` atomically.
 
     Creates the folder, or replaces it if it holds only an adapter in this format. Raises ValueError if the format is
-    unknown, or if `folder` is a file or holds other files.
+    unknown, a tensor has NaN or infinity, or `folder` is a file or holds other files.
     """
     folder = Path(folder)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    bad = [key for key, t in record.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"{folder}: the adapter has NaN or infinity in {listed(bad)}, so it was not written")
+    contents = FORMATS[format].files(record)
+    check_holds_only(folder, contents)
+    with staged_folder(folder, owned=True) as staging:
+        for name, content in contents.items():
+            (staging / name).write_bytes(content)
+
+
+def check_holds_only(folder: Path, names: Collection[str]) -> None:
+    """Raise ValueError if `folder` is a file, or a folder with anything but files of these names."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; give a folder as output")
-    contents = FORMATS[format].files(record)
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in contents) if folder.exists() else []
+    held = list(folder.iterdir()) if folder.exists() else []
+    foreign = sorted(p.name for p in held if p.name not in names or not p.is_file())
     if foreign:
         raise ValueError(
             f"{folder}: holds other files ({', '.join(foreign[:3])}), which saving would delete; give a new folder"
         )
-    with staged_folder(folder, owned=True) as staging:
-        for name, content in contents.items():
-            (staging / name).write_bytes(content)
+
+
+def check_new(output: Path, *, overwrite: bool, option: str = "--overwrite") -> None:
+    """Raise ValueError if `output` exists and is not an empty folder, unless it is to be replaced with this option."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: is a file; give a folder as output")
+    if not overwrite and output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: exists and is not empty; give a new folder, or replace it with {option}")
 
 
 def format_of(folder: str | Path) -> str:

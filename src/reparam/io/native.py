@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +29,7 @@ from reparam.core.plain import decode
 from reparam.core.registry import find_method
 from reparam.errors import FormatError
 from reparam.io.record import Base, Record
+from reparam.io.steady import opened
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
 
@@ -35,6 +38,7 @@ FORMAT, VERSION = "reparam adapter", 1
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 LARGEST_JSON = 64 << 20
+LARGEST = 16 << 30  # bytes of tensors, beside 8 for each entry of the weights that the adapter changes
 POINTER = b"version https://git-lfs"  # the start of the text file that git has in place of a large one
 
 
@@ -105,7 +109,8 @@ def read(folder: Path) -> Record:
     config = decode(_Config, values, file)
     if config.weights.file != WEIGHTS:  # never follow a path from a file
         raise FormatError(f"{file}: weights.file: expected {WEIGHTS!r}, found {config.weights.file!r}")
-    weights = read_bytes(folder / WEIGHTS)
+    sizes = sum(math.prod(site.shape) for site in config.sites.values())
+    weights = read_bytes(folder / WEIGHTS, most=LARGEST + 8 * sizes)
     if hashlib.sha256(weights).hexdigest() != config.weights.sha256:
         raise FormatError(
             f"{folder / WEIGHTS}: the SHA-256 differs from the one in {CONFIG}; the file was truncated or damaged, or "
@@ -169,41 +174,34 @@ def read_bytes(file: Path, *, most: int | None = None) -> bytes:
     Raises FormatError if it is missing, unreadable, empty, larger than `most` bytes, not a regular file, or a pointer
     of git-LFS; and if it is a safetensors file of another size than its header states. These are checked first.
     """
-    if not file.exists():
-        raise FormatError(f"{file}: no such file; the adapter is incomplete")
-    if not file.is_file():  # reading a pipe would never end
-        raise FormatError(f"{file}: not a regular file")
-    try:
-        with file.open("rb") as opened:
-            _check_size(file, opened, most)
-            content = opened.read()
-    except OSError as error:
-        raise FormatError(f"{file}: cannot be read: {error.strerror}") from error
+    with opened(file) as found:
+        _check_size(file, found, most)
+        content = found.read()
     if not content:
         raise FormatError(f"{file}: the file is empty")
     return content
 
 
-def _check_size(file: Path, opened: BinaryIO, most: int | None) -> None:
-    size = file.stat().st_size
-    if opened.read(len(POINTER)) == POINTER:
+def _check_size(file: Path, found: BinaryIO, most: int | None) -> None:
+    size = os.fstat(found.fileno()).st_size
+    if found.read(len(POINTER)) == POINTER:
         raise FormatError(f"{file}: a pointer of git-LFS, not the file itself; run git lfs pull in its folder")
     if most is not None and size > most:
         raise FormatError(f"{file}: {size:,} bytes, more than the {most:,} that such a file can have")
-    opened.seek(0)
+    found.seek(0)
     if file.suffix != ".safetensors" or not size:
         return
-    length = int.from_bytes(opened.read(8), "little")
+    length = int.from_bytes(found.read(8), "little")
     try:
         if length > min(size - 8, LARGEST_JSON):
             raise ValueError(f"its header claims {length:,} bytes")
-        header = json.loads(opened.read(length))
+        header = json.loads(found.read(length))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"its header states {8 + length + max(ends, default=0):,} bytes, the file has {size:,}")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{file}: not a complete safetensors file ({error})") from None
-    opened.seek(0)
+    found.seek(0)
 
 
 def read_json(file: Path) -> dict[str, Any]:

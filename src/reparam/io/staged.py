@@ -14,7 +14,8 @@ state depends on the point:
 
 `recover` runs before every write to the same target, and when a run folder is locked. A writer holds a file lock on its
 staged files. The lock disappears with the process, so `recover` can tell leftovers of a dead writer from the files of a
-running one. After an exception or an interrupt in Python, the cleanup is immediate. POSIX only.
+running one. After an exception, an interrupt or SIGTERM, the cleanup is immediate. Only regular files and folders are
+taken for leftovers. POSIX only.
 """
 
 import errno
@@ -24,15 +25,14 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from reparam.errors import DiskFull
+from reparam.io.failures import ended_by_sigterm, explained
 
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.reparam-(?P<kind>new|old)-(?P<token>[0-9a-f]{12})$")
-# EFBIG (file too large): `ulimit -f` and some file systems report a lack of space this way.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -42,13 +42,15 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises:
         DiskFull: there is not enough space; the old content is intact.
-        OSError: another error of the operating system; the old content is intact.
+        WriteFailed: another failure of the operating system; the old content is intact.
     """
     target = _prepare(path)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder and cannot be replaced by a file; choose another path")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is not a regular file and cannot be replaced; choose another path")
     staged = _name(target, "new", secrets.token_hex(6))
-    with _complain_if_full(target):
+    with explained(target), ended_by_sigterm():
         handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -76,7 +78,7 @@ def staged_folder(target: str | os.PathLike[str], *, owned: bool = False) -> Ite
     Raises:
         DiskFull: there is not enough space; the old folder is intact.
         FileExistsError: `target` is a file, or holds files that would be deleted (see `owned`).
-        OSError: another error of the operating system; the old folder is intact.
+        WriteFailed: another failure of the operating system; the old folder is intact.
 
     Example:
         >>> import tempfile
@@ -91,14 +93,14 @@ def staged_folder(target: str | os.PathLike[str], *, owned: bool = False) -> Ite
         raise FileExistsError(f"{path} is a file and cannot be replaced by a folder; choose another path")
     token = secrets.token_hex(6)
     staged, aside = _name(path, "new", token), _name(path, "old", token)
-    with _complain_if_full(path):
-        staged.mkdir()
+    with explained(path), ended_by_sigterm():
         try:
+            staged.mkdir()
             with _held(staged):
                 yield staged
                 if not owned:
                     _refuse_loss(path, staged)
-                _flush_tree(staged)
+                _finish_tree(staged)
                 _swap(staged, path, aside)
         finally:
             # After a successful swap neither path exists, and this does nothing.
@@ -114,7 +116,7 @@ def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
     place = Path(folder)
     for entry in list(place.iterdir()) if place.is_dir() else []:
         match = _LEFTOVER.match(entry.name)
-        if match is None or (name is not None and match["name"] != name):
+        if match is None or (name is not None and match["name"] != name) or not _ours(entry):
             continue
         target = place / match["name"]
         staged = _name(target, "new", match["token"])
@@ -126,6 +128,15 @@ def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
             # Restore the old folder first, if there is one: between the two renames both are present.
             _settle(target, _name(target, "old", match["token"]))
             _remove(entry)
+
+
+def between_renames(folder: Path) -> bool:
+    """Whether a writer that replaces this folder has moved the old one away, and not yet the new one into place."""
+    place = Path(os.path.realpath(folder))
+    names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+    matches = [match for match in map(_LEFTOVER.match, names) if match is not None and match["name"] == place.name]
+    staged = [_name(place, "new", match["token"]) for match in matches if match["kind"] == "old"]
+    return any(_ours(new) and _in_use(new) for new in staged)
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
@@ -142,9 +153,12 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file's content, in hexadecimal. Raises OSError, with the path, if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None  # reading names no file
 
 
 def _name(target: Path, kind: str, token: str) -> Path:
@@ -154,11 +168,12 @@ def _name(target: Path, kind: str, token: str) -> Path:
 def _prepare(target: str | os.PathLike[str]) -> Path:
     """Return the real path of a target, after creating its parent folder and recovering interrupted writes there."""
     path = Path(os.path.realpath(target))
-    missing = [parent for parent in path.parents if not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-        _flush(parent.parent)
-    recover(path.parent, path.name)
+    with explained(path):
+        missing = [parent for parent in path.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+            _flush(parent.parent)
+        recover(path.parent, path.name)
     return path
 
 
@@ -181,7 +196,7 @@ def _swap(staged: Path, path: Path, aside: Path) -> None:
 
 def _settle(path: Path, aside: Path) -> None:
     """Rename the old folder `aside` back to `path` if `path` does not exist; otherwise delete it."""
-    if not aside.exists():
+    if not _ours(aside):
         return
     if path.exists():
         _remove(aside)
@@ -201,6 +216,15 @@ def _refuse_loss(old: Path, new: Path) -> None:
         )
 
 
+def _ours(path: Path) -> bool:
+    """Whether this is a regular file or a folder, as writers leave them behind; opening anything else may block."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -217,10 +241,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _flush_tree(folder: Path) -> None:
+def _finish_tree(folder: Path) -> None:
+    """Give the files the permissions that new files get, which some libraries do not, and flush all to disk."""
+    mode = stat.S_IMODE(os.stat(folder).st_mode) & 0o666  # the folder is new, so its mode follows the umask
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             if not os.path.islink(os.path.join(root, name)):
+                os.chmod(os.path.join(root, name), mode)
                 _flush(Path(root, name))
         _flush(Path(root))
 
@@ -248,30 +275,3 @@ def _in_use(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-@contextmanager
-def _complain_if_full(target: Path) -> Iterator[None]:
-    """Convert any error that a full disk causes to DiskFull, with the state of the target in its message."""
-    existed = target.exists()
-    try:
-        yield
-    except DiskFull:
-        raise
-    except Exception as error:
-        if not _no_room(error):
-            raise
-        kept = "the previous content is intact" if existed else "no partial result remains"
-        raise DiskFull(
-            f"not enough disk space to write {target} ({error}); {kept}. Free some space and try again"
-        ) from error
-
-
-def _no_room(error: BaseException | None) -> bool:
-    if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return True
-    # safetensors reports the operating system's error number only in its message.
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return (found is not None and int(found[1]) in _NO_ROOM) or _no_room(error.__cause__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,20 @@ def _files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for name in names:
         file = folder / name
         if file.is_file():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    yield file, list(opened.keys())
-            except (SafetensorError, OSError) as error:
-                raise FormatError(f"{file}: not a whole safetensors file ({error})") from None
+            with _opened(file) as opened:
+                keys = list(opened.keys())
+            yield file, keys
 
 
 def _tensors(file: Path, keys: list[str]) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         return {key: opened.get_tensor(key) for key in keys}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file}: not a whole safetensors file, or cannot be read ({error})") from None
