@@ -21,8 +21,9 @@ from rich.console import Console
 from reparam.evaluation.evaluate import evaluate
 from reparam.methods.lora import LoRA
 from reparam.train.base import BaseConfig
-from reparam.train.config import Config, DataConfig, OptimConfig, RunConfig
+from reparam.train.config import Config
 from reparam.train.run import train
+from reparam.train.sections import DataConfig, OptimConfig, RunConfig
 from reparam.train.show import Show
 
 TASK = runs.ROOT / "assets/tasks/reference"

@@ -16,7 +16,8 @@ from reparam.cli.config_options import ALIASES, USUAL
 from reparam.cli.options import VERBS
 from reparam.core.documentation import documentation
 from reparam.core.registry import METHODS
-from reparam.train.config import SECTIONS, OptimConfig, fields_of
+from reparam.train.config import SECTIONS, fields_of
+from reparam.train.sections import OptimConfig
 
 # Runs `python -m reparam` with the modules in `missing` made impossible to import, and reports what it imported.
 MAIN = """

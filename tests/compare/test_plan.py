@@ -14,7 +14,8 @@ from reparam.compare.data import sides
 from reparam.compare.plan import read_plan
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError
-from reparam.train.config import DataConfig, resolve
+from reparam.train.config import resolve
+from reparam.train.sections import DataConfig
 
 BARE = {"base.path": "model", "data.train": "rows.jsonl"}
 

@@ -9,7 +9,8 @@ import pytest
 from command import train
 
 from reparam import ConfigError
-from reparam.train.config import DataConfig, resolve
+from reparam.train.config import resolve
+from reparam.train.sections import DataConfig
 
 WRONG = {
     **dict.fromkeys(("run.batch_size", "run.accumulation", "run.keep", "run.log_every", "data.max_length"), (0, -1)),

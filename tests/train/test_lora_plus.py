@@ -19,10 +19,11 @@ from stopping import Stopping
 from reparam import LoRA
 from reparam.cli import main
 from reparam.errors import ConfigError
-from reparam.train.config import OptimConfig, dump, resolve
+from reparam.train.config import dump, resolve
 from reparam.train.job import Result
 from reparam.train.optimizer import check_optimizer
 from reparam.train.run import train
+from reparam.train.sections import OptimConfig
 from reparam.train.show import Show
 
 ASSETS = Path(__file__).parents[2] / "assets"

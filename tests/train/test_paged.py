@@ -14,10 +14,11 @@ from rich.console import Console
 from stopping import Stopping
 
 from reparam.errors import ConfigError
-from reparam.train.config import OptimConfig, resolve
+from reparam.train.config import resolve
 from reparam.train.job import Result
 from reparam.train.optimizer import bytes_of, check_optimizer
 from reparam.train.run import train
+from reparam.train.sections import OptimConfig
 from reparam.train.show import Show
 
 ASSETS = Path(__file__).parents[2] / "assets"

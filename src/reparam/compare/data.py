@@ -14,7 +14,7 @@ from pathlib import Path
 from reparam.data.rows import Row, read_rows
 from reparam.errors import ConfigError
 from reparam.io.staged import digest, write_file
-from reparam.train.config import DataConfig
+from reparam.train.sections import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ without one, such as those of earlier releases and of bitsandbytes, are read wit
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -50,3 +51,19 @@ def told_digests(files: Iterable[str | Path]) -> set[str]:
             with safe_open(file, framework="pt") as opened:
                 found |= {value for key, value in (opened.metadata() or {}).items() if key == KEY}
     return found
+
+
+def order_metadata(folder: Path) -> None:
+    """Write the metadata of the safetensors files of a folder in order, so that equal models are equal files.
+
+    safetensors writes metadata of more than one entry in a random order.
+    """
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            if len(text) <= size:  # the tensors stay where they are
+                file.seek(8)
+                file.write(text.ljust(size))

@@ -27,6 +27,7 @@ from reparam.hf.config import (
     from_bitsandbytes,
     to_bitsandbytes,
 )
+from reparam.hf.digest import order_metadata
 from reparam.hf.sound import check_complete, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
@@ -110,6 +111,7 @@ def save_model(
     with staged_folder(target) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
+        order_metadata(staging)
         if entry is not None:
             file = staging / "config.json"
             config = {**json.loads(file.read_text()), "quantization_config": entry}

@@ -13,8 +13,9 @@ from reparam.hf.models import load_tokenizer
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
 from reparam.train.base import BaseConfig
-from reparam.train.config import AdapterConfig, Config, DataConfig, OptimConfig, RunConfig
+from reparam.train.config import Config
 from reparam.train.run import train
+from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 from reparam.train.show import Show
 
 

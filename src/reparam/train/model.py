@@ -21,7 +21,8 @@ from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.methods.lora import LoRA
 from reparam.train.base import BaseConfig
-from reparam.train.config import AdapterConfig, Config
+from reparam.train.config import Config
+from reparam.train.sections import AdapterConfig
 
 
 def loaded(base: BaseConfig) -> nn.Module:

@@ -23,7 +23,7 @@ from reparam.core.base import Role, Site
 from reparam.core.checks import nearest
 from reparam.errors import ConfigError
 from reparam.optim import PagedAdamW, Paging, check_rates, lora_plus
-from reparam.train.config import OptimConfig
+from reparam.train.sections import OptimConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
