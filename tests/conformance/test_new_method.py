@@ -23,7 +23,8 @@ from reparam.core.registry import METHODS, method
 from reparam.errors import FormatError, InputDependentError
 from reparam.inspect.spectrum import spectra
 from reparam.io import files, peft_formats
-from reparam.io.peft_formats import CONFIG, PREFIX, WEIGHTS, Folder, PeftFormat, peft_format
+from reparam.io.peft_formats import CONFIG, PREFIX, Folder, PeftFormat, peft_format
+from reparam.io.peft_weights import WEIGHTS
 from reparam.io.record import Record
 
 LLAMA = FAMILIES["llama"]
