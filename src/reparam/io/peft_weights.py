@@ -74,7 +74,7 @@ def _without_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
         found[key] = tensor
     if len(names) > 1:
         raise FormatError(
-            f"{file}: holds several adapters ({listed(list(names))}); save each of them into its own folder with PEFT"
+            f"{file}: holds several adapters ({listed(sorted(names))}); save each of them into its own folder with PEFT"
         )
     return found
 
