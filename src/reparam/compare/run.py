@@ -33,6 +33,7 @@ from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Workers
 from reparam.compare.write import write
 from reparam.errors import Stopped
+from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
 from reparam.io.staged import digest, write_file
 from reparam.train.checkpoint import RunLock
@@ -142,7 +143,7 @@ class _Comparison:
             )
             self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}
             for label, why in stopped.items():
-                self.console.print(f"  stopped {label}: {why}", highlight=False, soft_wrap=True)
+                say(self.console, f"  stopped {label}: {why}")
 
     def score(self) -> None:
         """Run the scored runs, seed by seed; start no seed that would not finish in time, judging by the last one."""
@@ -169,7 +170,7 @@ class _Comparison:
         for contestant in self.left():
             runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
             if runs:
-                self.console.print(f"  measuring decoding with {contestant.label}", style="dim", highlight=False)
+                say(self.console, f"  measuring decoding with {contestant.label}", style="dim")
                 self.serving[contestant.label] = serving(Path(runs[0].folder), self.plan.config(contestant, {}).base)
 
     def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
@@ -190,16 +191,14 @@ class _Comparison:
         known = [outcome for one in trials if (outcome := done(one)) is not None]
         fresh = [one for one in trials if done(one) is None]
         there = f", {len(known)} already done" if known else ""
-        self.console.print(f"{what}: {len(trials)} runs{there}", highlight=False, soft_wrap=True)
+        say(self.console, f"{what}: {len(trials)} runs{there}")
         found = {outcome.folder: outcome for outcome in known}
         for number, outcome in enumerate(self.workers(fresh, self.late), 1):
             found[outcome.folder] = outcome
             score = f"failed: {outcome.failed}" if outcome.failed else _scores(outcome)
-            self.console.print(
+            say(
+                self.console,
                 f"  {number}/{len(fresh)}  {outcome.label}, rate {outcome.rate:g}: {score}  ({outcome.seconds:.0f} s)",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
             )
         return [found[one.folder] for one in trials if one.folder in found]
 

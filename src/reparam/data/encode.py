@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reparam.data.batches import Encoded, Report, counted
+from reparam.core.text import counted
+from reparam.data.batches import Encoded, Report
 from reparam.data.chat import Span
 from reparam.data.findings import Findings
 from reparam.data.rows import Row

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from reparam.combine.blend import Blend, blend
 from reparam.core.checks import numbers
+from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
 
@@ -59,22 +60,21 @@ def write(
     """Save the sum, and print its adapters and weights, the error of each site, and the output folder."""
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
-        console.print(f"{weight:+.4f} x {folder}", highlight=False, soft_wrap=True)
+        say(console, f"{weight:+.4f} x {folder}")
     if not found.sites:
-        console.print("one adapter with weight 1: copied bit for bit")
+        say(console, "one adapter with weight 1: copied bit for bit")
     elif not found.error:
         ranks = sorted({site.rank for site in found.sites})
         told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        console.print(f"exact: no approximation error on any of {len(found.sites)} sites, {told}", highlight=False)
+        say(console, f"exact: no approximation error on any of {len(found.sites)} sites, {told}")
     else:
-        console.print(_table(found))
-        console.print(
+        say(console, _table(found))
+        say(
+            console,
             f"error over all sites: {found.error:.4f} of the norm of the exact sum; share of the sum that survives: "
             f"{found.survival:.4f} (1 is all)",
-            highlight=False,
-            soft_wrap=True,
         )
-    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+    say(console, f"adapter        {output}")
 
 
 def _table(found: Blend) -> Table:

@@ -11,6 +11,7 @@ from reparam.adapter.quantize import size
 from reparam.combine.compress import Compression, compress
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
+from reparam.evaluation.terminal import say
 from reparam.io import files
 
 SHOWN = 12  # sites in the table: those with the largest absolute errors
@@ -44,8 +45,8 @@ def compress_to(
     _print(found, console)
     if data is not None:
         before, after = shrunk(data, base, folder, found.record, dtype=dtype, max_length=max_length, batch=batch)
-        console.print(scores_table(before, after, names=("original", "compressed")))
-    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+        say(console, scores_table(before, after, names=("original", "compressed")))
+    say(console, f"adapter        {output}")
     return found
 
 
@@ -54,18 +55,17 @@ def _print(found: Compression, console: Console) -> None:
     scaled = found.record.method.magnitude_axis is not None
     what = "B A, which the magnitudes scale," if scaled else "the change ΔW"
     if not changed:
-        console.print("every site keeps its rank: the adapter was copied bit for bit")
+        say(console, "every site keeps its rank: the adapter was copied bit for bit")
         return
-    console.print(_table(found))
+    say(console, _table(found))
     before, after = (sum(ranks) for ranks in zip(*((s.before, s.rank) for s in found.sites), strict=True))
     gone = sum(not site.rank for site in found.sites)
     left = f", {gone} of {len(found.sites)} sites dropped" if gone else f" on {len(found.sites)} sites"
-    console.print(
+    say(
+        console,
         f"components     {before:,} -> {after:,}{left}\n"
         f"tensors        {size(found.before)} -> {size(found.bytes)} ({found.bytes / found.before:.1%})\n"
         f"error          {found.error:.4f} of {what} over all sites; {1 - found.error**2:.4f} of its energy is kept",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

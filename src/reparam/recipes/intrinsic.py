@@ -28,6 +28,7 @@ from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError, Stopped
+from reparam.evaluation.terminal import say
 from reparam.io.staged import digest, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
@@ -110,7 +111,7 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     sites = job.adapter.sites
     linear = [sites[name] for name in targets.resolve(job.model, "all-linear") if name in sites]
     sides = sum(site.out_features + site.in_features for site in linear)
-    console.print(f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
+    say(console, f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
     runs = Runs(config, metric, _stamp(job), console)
     del job
     folder = Path(config.run.output)
@@ -136,10 +137,10 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     }
     write_file(folder / "intrinsic.json", (json.dumps(figures, indent=1) + "\n").encode())
     plot(curve, metric, folder / "intrinsic.png")
-    console.print(_table(curve, metric))
+    say(console, _table(curve, metric))
     for line in conclusions(curve, sides=sides, rank=rank):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"curve: {folder / 'intrinsic.json'} and intrinsic.png", highlight=False, soft_wrap=True)
+        say(console, line)
+    say(console, f"curve: {folder / 'intrinsic.json'} and intrinsic.png")
     return SearchOutcome(curve, metric, rank)
 
 
@@ -196,7 +197,7 @@ class Runs:
             folder.mkdir(parents=True, exist_ok=True)
             write_file(file, (json.dumps(found, indent=1) + "\n").encode())
         shown = found["failed"] or f"{found['value']:.4f} ({found['seconds']:.0f} s)"
-        self.console.print(f"{kind}, rate {rate:g}, map {number}: {shown}", highlight=False, soft_wrap=True)
+        say(self.console, f"{kind}, rate {rate:g}, map {number}: {shown}")
         return found
 
     def _trained(self, config: Config, *, keep_adapter: bool) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def conclusions(curve: Curve, *, sides: int, rank: int | None) -> list[str]:
         )
     if curve.odd:
         sizes = ", ".join(map(str, curve.odd))
-        lines.append(f"[yellow]note[/yellow] not monotone: {sizes} failed, though above d90; try more --maps or rates")
+        lines.append(f"note: not monotone: {sizes} failed, though above d90; try more --maps or rates")
     if rank is not None:
         times = rank * sides / curve.d90
         lines.append(

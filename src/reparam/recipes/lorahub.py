@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +34,7 @@ from reparam.combine.search import BestPoint, check_search, search
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
+from reparam.evaluation.terminal import say
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
 from reparam.recipes.compose import folders_of, write
@@ -180,10 +182,8 @@ def search_to(
     made = blend([s.record for s in operands], found.weights, space=space, rank=rank, base=model)
     write(made, output, folders, found.weights, format=format, console=console)
     hub = Hub(found, lines, made, forwards)
-    console.print(_lines_table(hub))
-    console.print(
-        f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes", highlight=False
-    )
+    say(console, _lines_table(hub))
+    say(console, f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes")
     return hub
 
 
@@ -238,8 +238,8 @@ class _Progress:
             table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
         best = min((value for value, _ in self.tried), default=math.nan)
         for number, (value, weights) in list(enumerate(self.tried, 1))[-SHOWN:]:
-            mark = "[bold green]" if value == best else ""
-            table.add_row(str(number), f"{mark}{value:.4f}", " ".join(f"{w:+.2f}" for w in weights))
+            told = Text(f"{value:.4f}", "bold green" if value == best else "")
+            table.add_row(str(number), told, " ".join(f"{w:+.2f}" for w in weights))
         return table
 
 

@@ -11,6 +11,7 @@ from reparam.adapter.context import context
 from reparam.adapter.merge import MergeReport, merge
 from reparam.adapter.quantize import quantize, reports
 from reparam.core.checks import listed
+from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
@@ -75,11 +76,11 @@ def merge_to(
     if rest and into is None:
         quantize(model, "dense", targets=rest)
     save_model(model, tokenizer, output)
-    console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"merged onto    {_said(path, names, onto, into)}", highlight=False, soft_wrap=True)
+    say(console, str(report))
+    say(console, f"merged onto    {_said(path, names, onto, into)}")
     for quantized in reports(model):
-        console.print(str(quantized), highlight=False, soft_wrap=True)
-    console.print(f"merged model   {output}", highlight=False, soft_wrap=True)
+        say(console, str(quantized))
+    say(console, f"merged model   {output}")
     return report
 
 

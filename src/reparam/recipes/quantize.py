@@ -9,6 +9,7 @@ from rich.console import Console
 import reparam.weights  # noqa: F401  (importing it registers the storages)
 from reparam.adapter.quantize import reports
 from reparam.core.registry import STORAGES
+from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
 from reparam.train.base import BaseConfig
 
@@ -28,9 +29,7 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     )
     save_model(model, tokenizer, output, format=format)
     if model.hf_quantizer.pre_quantized:  # type: ignore[union-attr]
-        console.print(
-            f"{base.path} was already quantized; its quantized matrices were copied unchanged", soft_wrap=True
-        )
+        say(console, f"{base.path} was already quantized; its quantized matrices were copied unchanged")
     for report in reports(model):
-        console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"quantized model   {output}", highlight=False, soft_wrap=True)
+        say(console, str(report))
+    say(console, f"quantized model   {output}")
