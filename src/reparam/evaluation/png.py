@@ -14,7 +14,7 @@ from reparam.io.staged import write_file
 def write_png(figure: Figure, file: Path) -> None:
     """Write a matplotlib figure to a PNG file, atomically. Dollar signs in its texts are no formulas."""
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_file(file, buffer.getvalue())
