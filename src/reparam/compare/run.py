@@ -35,9 +35,11 @@ from reparam.compare.write import write
 from reparam.errors import Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
+from reparam.io.outputs import check_continued, clear
 from reparam.io.staged import digest, write_file
 from reparam.train.checkpoint import RunLock
 
+RESULTS = ("plan.toml", "results.json", "report.html", "runs", "data")
 TUNING = 1000  # added to run.seed for the tuning runs
 
 
@@ -53,11 +55,20 @@ class Ended:
 def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
     """Run the comparison in the folder `plan.output` and write its report, also after a signal.
 
+    With `run.fresh`, results of an earlier comparison in this folder are deleted first.
+
     Raises ValueError for a plan, data or a base that the user has to fix, and RuntimeError if a run cannot continue.
     """
     folder = Path(plan.output)
     check_not_base(folder, str(plan.common["base.path"]))
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    unplanned = ".lock" in held and held <= {".lock", "data"}  # a call that ended before it had a plan
+    fresh = bool(plan.common.get("run.fresh"))
+    check_continued(folder, RESULTS, "a comparison", ours="plan.toml" in held or unplanned, fresh=fresh)
+    plan = dataclasses.replace(plan, common={k: v for k, v in plan.common.items() if k != "run.fresh"})
     with RunLock(folder):
+        if fresh:
+            clear(folder, RESULTS)
         comparison = _Comparison(plan, folder, workers, console)
         write_file(folder / "plan.toml", _toml(plan).encode())
         number = None

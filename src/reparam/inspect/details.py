@@ -136,6 +136,9 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
         say(console, scores_table(*seen.scores, names=("original", "as suggested")))
 
 
+PLOTS = ("spectra.png", "amplification.png", "survival.png", "similarity.png")
+
+
 def draw(seen: Seen, folder: Path) -> None:
     """Write the results as PNGs: spectra, amplification, survival, similarity."""
     spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None and site.spectrum.rank}

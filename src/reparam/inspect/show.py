@@ -19,6 +19,9 @@ from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_files
+
+PLOTS = ("ranks.png", "directions.png", "routing.png", *closely.PLOTS)
 
 
 def show(
@@ -30,6 +33,7 @@ def show(
     plot: Path | None = None,
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
+    overwrite: bool = False,
 ) -> None:
     """Print a summary of an adapter's folder or, for a model's folder, its quantized matrices and their bytes.
 
@@ -38,12 +42,12 @@ def show(
     mixture use its experts on these rows instead of the summary.
 
     Raises FormatError for a folder without a complete adapter or model. Raises ValueError if `plot`, `probe` or `asked`
-    does not apply to the folder, or if `plot` is a file.
+    does not apply to the folder, and if `plot` is a file or, without `overwrite`, has plots.
     """
     if plot is not None and _holds_model(folder):
         raise ValueError(f"--plot is for adapters, and {folder} is a model; leave --plot out")
-    if plot is not None and plot.exists() and not plot.is_dir():
-        raise ValueError(f"--plot {plot}: is a file; give a folder")
+    if plot is not None:
+        check_files(plot, PLOTS, overwrite=overwrite)
     if asked and (probe is not None or _holds_model(folder)):
         raise ValueError(
             "--deep, --survival, --against and --suggest are for adapters only, and not together with --probe"

@@ -13,6 +13,7 @@ from reparam.core.checks import numbers
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_adapter_folder
 
 SHOWN = 8  # sites in the table: those with the largest errors
 
@@ -29,14 +30,17 @@ def compose_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Blend:
     """Compute and write the weighted sum, and print the error of each site.
 
     `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
-    if a weight is not a number or `output` is one of the adapters, and the errors of `blend`.
+    if a weight is not a number, if `output` is one of the adapters, and if it is not empty, unless `overwrite` is set
+    and it holds an adapter; and the errors of `blend`.
     """
     folders = folders_of(adapters, output)
+    check_adapter_folder(output, format, overwrite=overwrite)
     shares = [1 / len(folders)] * len(folders) if weights is None else numbers(weights, "--weights")
     model = load_base(base, dtype=dtype) if base is not None else None
     found = blend(folders, shares, space=space, rank=rank, density=density, seed=seed, base=model)

@@ -13,6 +13,7 @@ from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.evaluation.terminal import say
 from reparam.io import files
+from reparam.io.outputs import check_adapter_folder
 
 SHOWN = 12  # sites in the table: those with the largest absolute errors
 
@@ -30,16 +31,18 @@ def compress_to(
     max_length: int = 1024,
     batch: int = 16,
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Compression:
     """Compress and write the adapter, and print the error of each site.
 
     With `data`, also print held-out scores before and after. Raises ValueError if `output` is the adapter's folder, and
-    the errors of `compress`.
+    if it is not empty, unless `overwrite` is set and it holds an adapter; and the errors of `compress`.
     """
     folder = files.adapter_folder(adapter)
     if output.resolve() == folder.resolve():
         raise ValueError(f"{output}: is the folder of the input adapter; give another folder as output")
+    check_adapter_folder(output, format, overwrite=overwrite)
     found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
     found.save(output, format=format)
     _print(found, console)

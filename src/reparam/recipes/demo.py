@@ -12,13 +12,17 @@ from reparam.data.rows import read_rows
 from reparam.evaluation.score import answer
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_tokenizer
+from reparam.io.outputs import check_continued, clear
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
+from reparam.train.identity import RECORD
 from reparam.train.run import train
 from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 from reparam.train.show import Show
+
+RESULTS = ("run", "merged")
 
 
 def assets() -> Path:
@@ -27,11 +31,15 @@ def assets() -> Path:
     return here / "assets" if (here / "assets").is_dir() else here.parents[1] / "assets"
 
 
-def demo(output: Path, *, seed: int, console: Console) -> None:
+def demo(output: Path, *, seed: int, console: Console, overwrite: bool = False) -> None:
     """Run the demonstration and write its results into `output`.
 
-    Raises RuntimeError if the merged model gives other answers than base and adapter.
+    A second call goes on where the first one stopped; `overwrite` deletes its results first. Raises ValueError if
+    `output` holds anything else, and RuntimeError if the merged model gives other answers than base and adapter.
     """
+    check_continued(output, RESULTS, "a demonstration", ours=(output / "run" / RECORD).is_file(), fresh=overwrite)
+    if overwrite:
+        clear(output, RESULTS)
     base, task = assets() / "tiny-python", assets() / "tasks" / "signatures"
     say(console, Rule("1. train"))
     say(
@@ -52,7 +60,7 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
         raise KeyboardInterrupt
     say(console, Rule("2. merge"))
     merged = output / "merged"
-    merge_to(merged, str(base), str(result.folder), dtype="float32", console=console)
+    merge_to(merged, str(base), str(result.folder), dtype="float32", overwrite=True, console=console)
     say(console, Rule("3. plain transformers"))
     _prove(merged, [adapted.given for _, adapted in result.answers], task / "valid.jsonl", console)
     say(console, f"\nloss curve     {result.folder / 'loss.png'}")

@@ -37,6 +37,7 @@ from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import say
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
+from reparam.io.outputs import check_adapter_folder
 from reparam.recipes.compose import folders_of, write
 
 if TYPE_CHECKING:
@@ -149,15 +150,18 @@ def search_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Hub:
     """Search for weights on the rows of `few`, write the best sum as an adapter, and print its losses and baselines.
 
     `valid` adds losses on held-out rows. The default base is the one that the first adapter was trained on. `budget` is
     the number of candidates, each evaluated on all examples, without the baselines. `optimizer` is "cobyla" or "cma",
-    and `seed` is for "cma". Raises ValueError for invalid rows, settings or adapters.
+    and `seed` is for "cma". Raises ValueError for invalid rows, settings or
+    adapters, and if `output` is not empty, unless `overwrite` is set and it holds an adapter.
     """
     folders = folders_of(adapters, output)
+    check_adapter_folder(output, format, overwrite=overwrite)
     check_search(len(folders), bound=bound, budget=budget, optimizer=optimizer)
     operands = [read_operand(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)

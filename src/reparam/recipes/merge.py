@@ -16,6 +16,7 @@ from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_model_folder
 from reparam.sites.walk import storages_in
 
 ONTO = ("trained", "original")
@@ -33,6 +34,7 @@ def merge_to(
     rounding: str = "aware",
     force: bool = False,
     task: str | None = None,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Merge the adapter, write the model, and print how much of the update survived rounding.
 
@@ -48,9 +50,11 @@ def merge_to(
         rounding: as in `reparam.merge`.
         force: as in `reparam.merge`.
         task: the task to merge, for a mixture adapter whose gates depend on it.
+        overwrite: replace a model in `output`.
 
-    Raises ValueError if `output` is the folder of the base, the settings exclude each other, or the adapter adds biases
-    that the model's class would not read from files, and the errors of `reparam.merge`.
+    Raises ValueError if `output` is not empty (unless `overwrite` is set and it holds a model) or the folder of the
+    base, the settings exclude each other, or the adapter adds biases that the model's class would not read from files,
+    and the errors of `reparam.merge`.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
@@ -61,6 +65,7 @@ def merge_to(
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
+    check_model_folder(output, overwrite=overwrite)
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = storages_in(model)
     names = ", ".join(sorted({storage.name for storage in held.values()}))
@@ -75,7 +80,7 @@ def merge_to(
     rest = list(storages_in(model))
     if rest and into is None:
         quantize(model, "dense", targets=rest)
-    save_model(model, tokenizer, output)
+    save_model(model, tokenizer, output, overwrite=overwrite)
     say(console, str(report))
     say(console, f"merged onto    {_said(path, names, onto, into)}")
     for quantized in reports(model):

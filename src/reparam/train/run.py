@@ -31,6 +31,7 @@ from reparam.data.rows import Row, read_rows
 from reparam.errors import ConfigError, NothingLearned
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.io.outputs import check_writable
 from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
@@ -109,6 +110,7 @@ def prepare(config: Config) -> Job:
     config = started(config)
     optimizer.check_optimizer(config.optim)
     check_not_base(config.run.output, config.base.path)
+    check_writable(Path(config.run.output), inside=True)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
     train_rows, held_out = _rows(config)
