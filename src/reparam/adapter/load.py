@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
 from reparam.core.checks import listed, nearest
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
@@ -124,8 +125,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter trains whole")
     if lost:
         raise FormatError(
-            f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
-            f"{nearest(lost[0], have)}; was it trained on another architecture?"
+            f"{folder}: this {type(model).__name__} lacks {counted(len(lost), 'module')} of the adapter (first: "
+            f"{lost[0]}){nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
     problems = [f"{name}: {odd[name]}" for name in record.sites if name in odd]

@@ -13,6 +13,7 @@ from torch import nn
 from reparam.adapter.mixed import Mixed
 from reparam.core.base import Update
 from reparam.core.checks import nearest
+from reparam.core.text import counted
 from reparam.core.versions import Steps
 from reparam.io import whole
 from reparam.io.record import Record
@@ -188,7 +189,7 @@ def _named(choice: Choice) -> str:
     if isinstance(choice, str):
         return repr(choice)
     counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
-    return f"{len(choice)} rows: {counts}"
+    return f"{counted(len(choice), 'row')}: {counts}"
 
 
 def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:

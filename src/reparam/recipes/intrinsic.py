@@ -27,6 +27,7 @@ from rich.table import Table
 from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
+from reparam.core.text import counted
 from reparam.errors import ConfigError, Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
@@ -119,11 +120,13 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     metric = _metric(plan.metric, job)
     total = sum(subspace.moved(site) for site in job.adapter.sites.values())
     if plan.sizes[-1] > total:
-        raise ValueError(f"--grid goes up to {plan.sizes[-1]}, but only {total} parameters move; lower its end")
+        raise ValueError(
+            f"--grid goes up to {plan.sizes[-1]}, but only {counted(total, 'parameter')} can move; lower its end"
+        )
     sites = job.adapter.sites
     linear = [sites[name] for name in targets.resolve(job.model, "all-linear") if name in sites]
     sides = sum(site.out_features + site.in_features for site in linear)
-    say(console, f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
+    say(console, f"{counted(len(sites), 'site')}, {counted(total, 'parameter')} that can move; metric: {metric}")
     runs = Runs(config, metric, _stamp(job), console)
     del job
     try:
