@@ -152,7 +152,7 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
     """Build the dataclass of a section from its table. If that fails, append to `problems` and return None."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
-    problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]
+    problems += [_unknown(cls, key, section) for key in unknown]
     if unknown:
         return None
     values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
@@ -165,6 +165,19 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
             text = detail["msg"].removeprefix("Value error, ")
             problems.append(text if text.startswith(f"{section}.") else f"{place}: {text}{given}")
         return None
+
+
+def _unknown(cls: type, key: str, section: str) -> str:
+    """The problem of a key that the section's class lacks; a setting of other methods is said to be theirs."""
+    near = nearest(key, [field.name for field in dataclasses.fields(cls)])
+    owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
+    if section != "method" or not owners:
+        return f"unknown key {section}.{key}{near}"
+    others = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    return (
+        f"method.{key} is a setting of {', '.join(owners[:3])}{others}, and method.name is {cls.name}: leave it out, "  # type: ignore[attr-defined]
+        f"or choose another method.name{near}"
+    )
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
