@@ -1,4 +1,4 @@
-"""What determines the result of a run: its settings, and the content of its data and its base.
+"""What determines the result of a run: its settings, and the content of its data, its base and the tokenizer.
 
 `run.json` in the run folder holds them. A run goes on in a folder only if they are the same as before.
 """
@@ -21,6 +21,7 @@ from reparam.train.config import Config, tables
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from reparam.train.job import Job
 
@@ -48,6 +49,8 @@ def identity(job: Job) -> dict[str, Any]:
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
     found["number of steps"] = config.run.steps(len(job.train))
     found["content of base.path"] = _weights(job.model)
+    found["content of the tokenizer"] = _tokenizer(job.tokenizer)
+    found["content of the chat template"] = _text(job.tokenizer.chat_template)
     found["content of data.train"] = digest(config.data.train)
     found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
     start = config.adapter.start
@@ -105,6 +108,16 @@ def _weights(model: nn.Module) -> str:
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into token ids. Truncation and padding are left out: callers set them at each call."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _text([{**state, "truncation": None, "padding": None}, tokenizer.special_tokens_map])
+
+
+def _text(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _folder(folder: Path) -> str:
