@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,17 @@ def load_base(
     """
     _check_path(path)
     disable_progress_bar()
+    place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with from_files(path, "causal language model"), report_held() as reports:
-        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
         quantized = _storage_config(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            place,
             config=config,
             dtype=wanted,
             revision=revision or "main",

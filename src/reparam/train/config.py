@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunCo
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
+PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
+"""Keys whose values are paths of inputs. A run with other paths is the same run if their content is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +93,23 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
-def dump(config: Config) -> str:
-    """The configuration as TOML; `resolve` reads an equal configuration from it."""
-    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()})
+def dump(config: Config, *, absolute: bool = False) -> str:
+    """The configuration as TOML; `resolve` reads an equal configuration from it.
+
+    With `absolute`, existing paths of `PATHS` are written as absolute paths, so that any folder can use the file.
+    """
+    found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
+    for key in PATHS if absolute else ():
+        section, _, name = key.partition(".")
+        if name in found[section]:
+            found[section][name] = _absolute(found[section][name])
+    return tomli_w.dumps(found)
+
+
+def _absolute(path: Any) -> Any:
+    if isinstance(path, str):
+        return os.path.abspath(path) if os.path.exists(path) else path
+    return [_absolute(part) for part in path]
 
 
 def tables(config: Config) -> dict[str, dict[str, Any]]:

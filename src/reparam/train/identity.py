@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam.errors import ConfigError
+from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
+from reparam.io.output import check_own
 from reparam.io.staged import digest
 from reparam.sites.fingerprint import all_tensors
-from reparam.train.config import Config, tables
+from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from reparam.train.job import Job
 
-RECORD = "run.json"
+RECORD, SETTINGS = "run.json", "config.toml"
 # Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
 FREE = {
     *(
@@ -39,7 +41,7 @@ FREE = {
         "run.loggers",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
-    *("base.path", "base.revision", "data.train", "data.valid", "adapter.start", "method.experts"),
+    *("base.revision", *PATHS),
 }
 
 
@@ -58,6 +60,19 @@ def identity(job: Job) -> dict[str, Any]:
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
+
+
+def check_folder(config: Config) -> None:
+    """Raise if the run cannot use its output folder; this reads no data and no model.
+
+    Raises ValueError if it is the folder of the base, ConfigError if it holds files but no run, and WriteFailed if it
+    cannot be written.
+    """
+    folder = Path(config.run.output)
+    check_not_base(folder, config.base.path)
+    file = folder / SETTINGS
+    same = file.is_file() and file.read_bytes() in (dump(config).encode(), dump(config, absolute=True).encode())
+    check_own(folder, RECORD, own={SETTINGS} if same else ())
 
 
 def check_same(folder: Path, now: dict[str, Any]) -> None:
@@ -84,7 +99,7 @@ def clear(folder: Path) -> None:
         if checkpoint.name.removeprefix("checkpoint-").isdecimal():
             shutil.rmtree(checkpoint)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for name in (RECORD, "config.toml", "figures.json", "loss.png"):
+    for name in (RECORD, SETTINGS, "figures.json", "loss.png"):
         (folder / name).unlink(missing_ok=True)
 
 

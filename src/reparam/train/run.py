@@ -34,7 +34,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
-from reparam.train.identity import RECORD, check_same, clear, identity
+from reparam.train.identity import RECORD, check_folder, check_same, clear, identity
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -52,6 +52,7 @@ def train(config: Config, *, show: Show) -> Result:
     that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
     verification.
     """
+    check_folder(config)
     job = prepare(config)
     config = job.config
     show.job(job)
@@ -59,7 +60,6 @@ def train(config: Config, *, show: Show) -> Result:
     own = identity(job)
     if not config.run.fresh:
         check_same(folder, own)  # before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
     trainer, rates = _trainer(job, show)
     show.rates(rates)
     with trainer.lock:
@@ -68,7 +68,7 @@ def train(config: Config, *, show: Show) -> Result:
         check_same(folder, own)
         write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
         again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
-        write_file(folder / "config.toml", dump(again).encode())
+        write_file(folder / "config.toml", dump(again, absolute=True).encode())
         select(job.model, None)
         show.step("scoring the base model on held-out rows")
         before = _scores(job)

@@ -1,0 +1,121 @@
+"""Output folders: found to be unusable before the work, never mixed with other files; bases are named by full paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from command import reparam, train
+
+from reparam.errors import WriteFailed
+from reparam.io.output import check_own, check_writable
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert train(base, rows, out, "--max_steps", 2) == 0
+    return out
+
+
+def calls(base: str, rows: str, trained: Path, out: object) -> dict[str, list[object]]:
+    rates = ["--grid", "10:100", "--max_steps", 2]
+    return {
+        "train": ["train", "--base.path", base, "--data.train", rows, "-o", out],
+        "compare": ["compare", "--base.path", base, "--data.train", rows, "--methods", "lora", "-o", out],
+        "intrinsic": ["intrinsic", "--base.path", base, "--data.train", rows, *rates, "-o", out],
+        "merge": ["merge", out, "-a", trained],
+        "quantize": ["quantize", base, out],
+        "compose": ["compose", trained, trained, "-o", out],
+        "compress": ["compress", trained, out, "--rank", 2],
+    }
+
+
+VERBS = list(calls("", "", Path(), ""))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_that_cannot_be_written_is_found_first(
+    verb: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    call = calls("no-such-model", rows, trained, file / "out")[verb]  # a later failure has another message
+    assert reparam(*call) == 1
+    assert f"{file} is not a folder" in " ".join(capsys.readouterr().err.split())
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_with_other_files_is_refused(
+    verb: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    before = content(tmp_path)
+    call = calls("no-such-model", rows, trained, tmp_path)[verb]
+    assert reparam(*call) == 2
+    assert "thesis.tex" in " ".join(capsys.readouterr().err.split())
+    assert content(tmp_path) == before
+    if verb == "train":
+        assert reparam(*call, "--fresh") == 2
+        assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("verb", ["merge", "quantize", "compose", "compress"])
+def test_a_result_is_replaced_only_when_asked(
+    verb: str, base: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = calls(base, rows, trained, tmp_path / "out")[verb]
+    assert reparam(*call) == 0
+    made = content(tmp_path / "out")
+    changed = next(iter((tmp_path / "out").glob("*.safetensors")))
+    changed.write_bytes(b"older")
+    assert reparam(*call) == 2
+    assert "--overwrite" in " ".join(capsys.readouterr().err.split())
+    assert changed.read_bytes() == b"older"
+    assert reparam(*call, "--overwrite") == 0
+    assert content(tmp_path / "out") == made
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_not_writable(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    for folder in (tmp_path, tmp_path / "new" / "out"):
+        with pytest.raises(WriteFailed, match="Permission denied"):
+            check_writable(folder)
+
+
+def test_nothing_is_left_by_the_check(tmp_path: Path) -> None:
+    check_own(tmp_path / "a" / "b", "run.json")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WriteFailed, match="no file can be made in /proc"):
+        check_writable("/proc/out")
+
+
+def test_a_base_is_named_by_its_full_path(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    shutil.copy(rows, tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert train("model", "rows.jsonl", "out", "--max_steps", 2) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert json.loads((tmp_path / "out/adapter/adapter.json").read_text())["base"]["source"] == str(tmp_path / "model")
+    assert reparam("generate", "def f(x):", "-a", tmp_path / "out") == 0
+    assert reparam("train", "-c", tmp_path / "out" / "config.toml", "-o", "again") == 0
+    assert content(tmp_path / "out" / "adapter") == content(elsewhere / "again" / "adapter")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert reparam("generate", "def f(x):", "-a", tmp_path / "out") == 2
+    assert "does not exist; pass its folder or hub id with --base" in " ".join(capsys.readouterr().err.split())
