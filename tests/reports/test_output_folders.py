@@ -11,79 +11,37 @@ import pytest
 from command import reparam, train
 
 from reparam.errors import WriteFailed
-from reparam.io.output import check_own, check_writable
+from reparam.io.output import check_writable
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.fixture(scope="module")
-def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert train(base, rows, out, "--max_steps", 2) == 0
-    return out
-
-
-def calls(base: str, rows: str, trained: Path, out: object) -> dict[str, list[object]]:
-    rates = ["--grid", "10:100", "--max_steps", 2]
-    return {
-        "train": ["train", "--base.path", base, "--data.train", rows, "-o", out],
-        "compare": ["compare", "--base.path", base, "--data.train", rows, "--methods", "lora", "-o", out],
-        "intrinsic": ["intrinsic", "--base.path", base, "--data.train", rows, *rates, "-o", out],
-        "merge": ["merge", out, "-a", trained],
-        "quantize": ["quantize", base, out],
-        "compose": ["compose", trained, trained, "-o", out],
-        "compress": ["compress", trained, out, "--rank", 2],
-    }
-
-
-VERBS = list(calls("", "", Path(), ""))
-
-
-@pytest.mark.parametrize("verb", VERBS)
 def test_a_folder_that_cannot_be_written_is_found_first(
-    verb: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    call = calls("no-such-model", rows, trained, file / "out")[verb]  # a later failure has another message
-    assert reparam(*call) == 1
+    assert train("no-such-model", rows, file / "out") == 1  # the model would be missed later
     assert f"{file} is not a folder" in " ".join(capsys.readouterr().err.split())
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("verb", VERBS)
 def test_a_folder_with_other_files_is_refused(
-    verb: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text("{}")
     before = content(tmp_path)
-    call = calls("no-such-model", rows, trained, tmp_path)[verb]
-    assert reparam(*call) == 2
-    assert "thesis.tex" in " ".join(capsys.readouterr().err.split())
-    assert content(tmp_path) == before
-    if verb == "train":
-        assert reparam(*call, "--fresh") == 2
+    for options, names in (([], "adapter; thesis.tex"), (["--fresh"], "adapter")):
+        assert train("no-such-model", rows, tmp_path, *options) == 2
+        assert f"holds files ({names}) but no run.json" in " ".join(capsys.readouterr().err.split())
         assert content(tmp_path) == before
-
-
-@pytest.mark.parametrize("verb", ["merge", "quantize", "compose", "compress"])
-def test_a_result_is_replaced_only_when_asked(
-    verb: str, base: str, rows: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call = calls(base, rows, trained, tmp_path / "out")[verb]
-    assert reparam(*call) == 0
-    made = content(tmp_path / "out")
-    changed = next(iter((tmp_path / "out").glob("*.safetensors")))
-    changed.write_bytes(b"older")
-    assert reparam(*call) == 2
-    assert "--overwrite" in " ".join(capsys.readouterr().err.split())
-    assert changed.read_bytes() == b"older"
-    assert reparam(*call, "--overwrite") == 0
-    assert content(tmp_path / "out") == made
+    shutil.rmtree(tmp_path / "adapter")
+    assert train(base, rows, tmp_path, "--max_steps", 2, "--fresh") == 0
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -95,7 +53,7 @@ def test_a_folder_without_permission_is_not_writable(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_by_the_check(tmp_path: Path) -> None:
-    check_own(tmp_path / "a" / "b", "run.json")
+    check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(WriteFailed, match="no file can be made in /proc"):
         check_writable("/proc/out")

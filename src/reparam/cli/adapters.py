@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import Base, Dtype, Overwrite, TaskName, console
+from reparam.cli.options import Base, Dtype, TaskName, console
 
 
 def merge(
@@ -37,7 +37,6 @@ def merge(
     ] = "aware",
     force: Annotated[bool, typer.Option(help="Merge even if less than 90 % of the update survives rounding.")] = False,
     task: TaskName = None,
-    overwrite: Overwrite = False,
 ) -> None:
     """Merge an adapter into its base and write a plain model that stock tools load.
 
@@ -55,7 +54,6 @@ def merge(
         rounding=rounding,
         force=force,
         task=task,
-        overwrite=overwrite,
         console=console,
     )
 
@@ -110,7 +108,6 @@ def compose(
     ] = "mean",
     max_length: Annotated[int, typer.Option(min=3, help="With --search: maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="With --search: rows per forward pass.")] = 64,
-    overwrite: Overwrite = False,
 ) -> None:
     """Combine adapters into one ordinary adapter, as a weighted sum, and report the approximation error.
 
@@ -145,7 +142,6 @@ def compose(
             base=base,
             dtype=dtype,
             format=format,
-            overwrite=overwrite,
             console=console,
         )
         return
@@ -164,7 +160,6 @@ def compose(
         base=base,
         dtype=dtype,
         format=format,
-        overwrite=overwrite,
         console=console,
     )
 
@@ -191,7 +186,6 @@ def compress(
     max_length: Annotated[int, typer.Option(min=3, help="With --data: maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: rows per forward pass.")] = 16,
     format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
-    overwrite: Overwrite = False,
 ) -> None:
     """Make a finished adapter smaller without its training data: reduce ranks with the least possible error.
 
@@ -213,7 +207,6 @@ def compress(
         max_length=max_length,
         batch=batch_size,
         format=format,
-        overwrite=overwrite,
         console=console,
     )
 

@@ -121,9 +121,6 @@ AdapterFolder = Annotated[
 ]
 TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier call wrote into the output folder.")
-]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
 StorageName = Annotated[
     str | None,

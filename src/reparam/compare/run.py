@@ -34,11 +34,9 @@ from reparam.compare.workers import Workers
 from reparam.compare.write import write
 from reparam.errors import Stopped
 from reparam.hf.models import check_not_base
-from reparam.io.output import check_own
 from reparam.io.staged import digest, write_file
 from reparam.train.checkpoint import RunLock
 
-PLAN = "plan.toml"
 TUNING = 1000  # added to run.seed for the tuning runs
 
 
@@ -58,10 +56,9 @@ def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
     """
     folder = Path(plan.output)
     check_not_base(folder, str(plan.common["base.path"]))
-    check_own(folder, PLAN, own=("data", "runs", "results.json", "report.html"))
     with RunLock(folder):
         comparison = _Comparison(plan, folder, workers, console)
-        write_file(folder / PLAN, _toml(plan).encode())
+        write_file(folder / "plan.toml", _toml(plan).encode())
         number = None
         try:
             comparison.run()

@@ -12,7 +12,6 @@ from reparam.combine.blend import Blend, blend
 from reparam.core.checks import numbers
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
-from reparam.io.output import check_output
 
 SHOWN = 8  # sites in the table: those with the largest errors
 
@@ -29,16 +28,14 @@ def compose_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
-    overwrite: bool = False,
     console: Console,
 ) -> Blend:
     """Compute and write the weighted sum, and print the error of each site.
 
     `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
-    if a weight is not a number, if `output` is one of the adapters or, without `overwrite`, is not empty, and the
-    errors of `blend`.
+    if a weight is not a number or `output` is one of the adapters, and the errors of `blend`.
     """
-    folders = folders_of(adapters, output, overwrite=overwrite)
+    folders = folders_of(adapters, output)
     shares = [1 / len(folders)] * len(folders) if weights is None else numbers(weights, "--weights")
     model = load_base(base, dtype=dtype) if base is not None else None
     found = blend(folders, shares, space=space, rank=rank, density=density, seed=seed, base=model)
@@ -46,18 +43,13 @@ def compose_to(
     return found
 
 
-def folders_of(adapters: Sequence[str], output: Path, *, overwrite: bool = False) -> list[Path]:
-    """The folders of the adapters, where training runs may be given.
-
-    Raises ValueError if `output` is one of them or, without `overwrite`, is not empty, and WriteFailed if it cannot be
-    written.
-    """
+def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
+    """The folders of the adapters, where training runs may be given. Raises ValueError if `output` is one of them."""
     folders = [adapter_folder(adapter) for adapter in adapters]
     if not folders:
         raise ValueError("no adapters are given")
     if output.resolve() in [folder.resolve() for folder in folders]:
         raise ValueError(f"{output}: is the folder of an input adapter; give another folder as output")
-    check_output(output, overwrite=overwrite)
     return folders
 
 

@@ -12,7 +12,6 @@ from reparam.combine.compress import Compression, compress
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.io import files
-from reparam.io.output import check_output
 
 SHOWN = 12  # sites in the table: those with the largest absolute errors
 
@@ -30,18 +29,16 @@ def compress_to(
     max_length: int = 1024,
     batch: int = 16,
     format: str = "reparam",
-    overwrite: bool = False,
     console: Console,
 ) -> Compression:
     """Compress and write the adapter, and print the error of each site.
 
-    With `data`, also print held-out scores before and after. Raises ValueError if `output` is the adapter's folder or,
-    without `overwrite`, is not empty, and the errors of `compress`.
+    With `data`, also print held-out scores before and after. Raises ValueError if `output` is the adapter's folder, and
+    the errors of `compress`.
     """
     folder = files.adapter_folder(adapter)
     if output.resolve() == folder.resolve():
         raise ValueError(f"{output}: is the folder of the input adapter; give another folder as output")
-    check_output(output, overwrite=overwrite)
     found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
     found.save(output, format=format)
     _print(found, console)

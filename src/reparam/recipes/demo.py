@@ -51,7 +51,7 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
         raise KeyboardInterrupt
     console.rule("2. merge")
     merged = output / "merged"
-    merge_to(merged, str(base), str(result.folder), dtype="float32", overwrite=True, console=console)
+    merge_to(merged, str(base), str(result.folder), dtype="float32", console=console)
     console.rule("3. plain transformers")
     _prove(merged, [adapted.given for _, adapted in result.answers], task / "valid.jsonl", console)
     console.print(f"\nloss curve     {result.folder / 'loss.png'}", highlight=False, soft_wrap=True)

@@ -28,7 +28,6 @@ from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError, Stopped
-from reparam.io.output import check_own
 from reparam.io.staged import digest, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
@@ -102,7 +101,6 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     subspace = config.method.subspace()
     if subspace is None:
         raise ConfigError(f"method.name {config.method.name!r} has no dimension d; use --method intrinsic to find d90")
-    check_own(config.run.output, "intrinsic.json", own=("runs", "intrinsic.png"))
     least = dataclasses.replace(config, method=subspace.with_dimensions(plan.sizes[0]))
     job = prepare(least)  # checks all settings that need the model, before any training
     metric = _metric(plan.metric, job)

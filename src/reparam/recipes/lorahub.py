@@ -147,17 +147,15 @@ def search_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
-    overwrite: bool = False,
     console: Console,
 ) -> Hub:
     """Search for weights on the rows of `few`, write the best sum as an adapter, and print its losses and baselines.
 
     `valid` adds losses on held-out rows. The default base is the one that the first adapter was trained on. `budget` is
     the number of candidates, each evaluated on all examples, without the baselines. `optimizer` is "cobyla" or "cma",
-    and `seed` is for "cma". Raises ValueError for invalid rows, settings or adapters and, without `overwrite`, for an
-    `output` that is not empty.
+    and `seed` is for "cma". Raises ValueError for invalid rows, settings or adapters.
     """
-    folders = folders_of(adapters, output, overwrite=overwrite)
+    folders = folders_of(adapters, output)
     check_search(len(folders), bound=bound, budget=budget, optimizer=optimizer)
     operands = [read_operand(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)

@@ -15,7 +15,6 @@ from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
-from reparam.io.output import check_output
 from reparam.recipes.task import check_task
 from reparam.sites.walk import storages_in
 
@@ -34,7 +33,6 @@ def merge_to(
     rounding: str = "aware",
     force: bool = False,
     task: str | None = None,
-    overwrite: bool = False,
 ) -> MergeReport:
     """Merge the adapter, write the model, and print how much of the update survived rounding.
 
@@ -50,10 +48,9 @@ def merge_to(
         rounding: as in `reparam.merge`.
         force: as in `reparam.merge`.
         task: the task to merge, for a mixture adapter whose gates depend on it.
-        overwrite: replace the model in `output`, if there is one.
 
-    Raises ValueError if `output` is the folder of the base or is not empty, the settings exclude each other, or the
-    adapter adds biases that the model's class would not read from files, and the errors of `reparam.merge`.
+    Raises ValueError if `output` is the folder of the base, the settings exclude each other, or the adapter adds biases
+    that the model's class would not read from files, and the errors of `reparam.merge`.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
@@ -65,7 +62,6 @@ def merge_to(
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
-    check_output(output, overwrite=overwrite)
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = storages_in(model)
     names = ", ".join(sorted({storage.name for storage in held.values()}))

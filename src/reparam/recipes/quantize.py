@@ -10,21 +10,18 @@ import reparam.weights  # noqa: F401  (importing it registers the storages)
 from reparam.adapter.quantize import reports
 from reparam.core.registry import STORAGES
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
-from reparam.io.output import check_output
 from reparam.train.base import BaseConfig
 
 
-def quantize_to(output: Path, base: BaseConfig, *, format: str, overwrite: bool = False, console: Console) -> None:
+def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console) -> None:
     """Quantize the model while loading it, write it to `output`, and print the sizes of its matrices.
 
-    Raises ValueError if the storage is dense, if `output` is the folder of the base, or, without `overwrite`, if it is
-    not empty.
+    Raises ValueError if the storage is dense, or if `output` is the folder of the base.
     """
     if base.quantization() is None:
         others = [name for name in sorted(STORAGES) if name != "dense"]
         raise ValueError(f"storage 'dense' does not quantize; choose one of {', '.join(others)}")
     check_not_base(output, base.path)
-    check_output(output, overwrite=overwrite)
     tokenizer = load_tokenizer(base.path, revision=base.revision)
     model = load_base(
         base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.output import check_own
+from reparam.io.output import check_writable
 from reparam.io.staged import digest
 from reparam.sites.fingerprint import all_tensors
 from reparam.train.config import PATHS, Config, dump, tables
@@ -65,14 +66,22 @@ def identity(job: Job) -> dict[str, Any]:
 def check_folder(config: Config) -> None:
     """Raise if the run cannot use its output folder; this reads no data and no model.
 
-    Raises ValueError if it is the folder of the base, ConfigError if it holds files but no run, and WriteFailed if it
-    cannot be written.
+    Raises ValueError if it is the folder of the base, WriteFailed if it cannot be written, and ConfigError if it holds
+    files but no run; with `run.fresh`, only if the run would replace these files.
     """
     folder = Path(config.run.output)
     check_not_base(folder, config.base.path)
     file = folder / SETTINGS
-    same = file.is_file() and file.read_bytes() in (dump(config).encode(), dump(config, absolute=True).encode())
-    check_own(folder, RECORD, own={SETTINGS} if same else ())
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if file.is_file() and file.read_bytes() == dump(config).encode():
+        held.remove(SETTINGS)  # `reparam compare` writes it before a run
+    foreign = [name for name in held if not name.startswith(".") and (not config.run.fresh or _written(name))]
+    if foreign and RECORD not in held:
+        raise ConfigError(
+            f"{folder} holds files ({listed(foreign, shown=3)}) but no {RECORD}, so it is not the folder of an earlier "
+            f"run; choose another run.output"
+        )
+    check_writable(folder)
 
 
 def check_same(folder: Path, now: dict[str, Any]) -> None:
@@ -95,12 +104,19 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for name in (RECORD, SETTINGS, "figures.json", "loss.png"):
-        (folder / name).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if not _written(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _written(name: str) -> bool:
+    """Whether a run writes a file or folder of this name into its folder."""
+    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 
 def _difference(key: str, then: Any, now: Any) -> str:
