@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
 from reparam.core.checks import listed, nearest
+from reparam.core.surface import advice
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
@@ -164,17 +165,17 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
 def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
     """Raise FormatError if the file states another base: another model class, or other weights."""
     if record.base is not None and record.base.digests:
+        remedy = advice("load that base, or pass check_base=False to use this one", "give that base with --base")
         if record.base.architecture != type(model).__name__:
             raise FormatError(
-                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
-                f"that base, or pass check_base=False to use this one"
+                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; "
+                f"{remedy}"
             )
         found = fingerprint(model, without=record.replaced)
         # Earlier releases digested the modules that the adapter replaces, too.
         if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
             raise FormatError(
-                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
-                f"base, or pass check_base=False to use this one"
+                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); {remedy}"
             )
 
 
