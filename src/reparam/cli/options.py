@@ -122,6 +122,15 @@ AdapterFolder = Annotated[
 TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite_output_dir",
+        "--overwrite-output-dir",
+        help="Replace what an earlier call wrote to the output folder. By default, a folder that is not empty is "
+        "refused.",
+    ),
+]
 StorageName = Annotated[
     str | None,
     typer.Option(

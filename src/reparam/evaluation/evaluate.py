@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.evaluation.tables import answers_table, scores_table
+from reparam.evaluation.terminal import say, say_json
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
 from reparam.io.record import Record
@@ -38,14 +38,14 @@ class Evaluation:
             found = {"base": [dataclasses.asdict(s) for s in self.base]}
             if self.adapter is not None:
                 found["adapter"] = [dataclasses.asdict(s) for s in self.adapter]
-            console.print_json(json_.dumps(found))
+            say_json(console, found)
         elif self.adapter is None:
             for score in self.base:
-                console.print(str(score))
+                say(console, str(score))
         else:
-            console.print(scores_table(self.base, self.adapter))
+            say(console, scores_table(self.base, self.adapter))
             if self.answers:
-                console.print(answers_table(self.answers[:5]))
+                say(console, answers_table(self.answers[:5]))
 
 
 def evaluate(

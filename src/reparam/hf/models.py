@@ -96,12 +96,19 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    format: str = "reparam",
+    overwrite: bool = False,
 ) -> None:
     """Write a dense or quantized model and, optionally, its tokenizer into a new folder, atomically.
 
     Quantized matrices stay quantized. `format` is "reparam" (for `load_base`, and for transformers once
     `reparam.hf.models` is imported) or "bitsandbytes" (for transformers with bitsandbytes, and for `load_base`).
+    With `overwrite`, all that `folder` holds is deleted; by default, files that the model does not replace cause a
+    FileExistsError.
 
     Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
     loaded from, and if the format cannot store the quantized matrices.
@@ -110,7 +117,7 @@ def save_model(
     check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
-    with staged_folder(target) as staging:
+    with staged_folder(target, owned=overwrite) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         order_metadata(staging)

@@ -17,7 +17,7 @@ from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.output import check_writable
+from reparam.io.outputs import check_writable
 from reparam.io.staged import digest
 from reparam.sites.fingerprint import all_tensors
 from reparam.train.config import PATHS, Config, dump, tables
@@ -81,7 +81,7 @@ def check_folder(config: Config) -> None:
             f"{folder} holds files ({listed(foreign, shown=3)}) but no {RECORD}, so it is not the folder of an earlier "
             f"run; choose another run.output"
         )
-    check_writable(folder)
+    check_writable(folder, inside=True)
 
 
 def check_same(folder: Path, now: dict[str, Any]) -> None:

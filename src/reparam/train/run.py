@@ -24,7 +24,8 @@ from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import select
 from reparam.adapter.context import told
 from reparam.adapter.without_sites import fill_from, read_back
-from reparam.data.batches import Collator, counted, padding_id
+from reparam.core.text import counted
+from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows
 from reparam.errors import ConfigError, NothingLearned
