@@ -132,6 +132,9 @@ def test_copies_pickles_dtypes_and_quantized_matrices() -> None:
     with torch.no_grad():
         plain.model.embed_tokens.weight.copy_(packed.model.embed_tokens.frozen.dense())
     assert_equal_but_for_rounding(logits(packed), logits(plain))
+    trained(packed, method=reparam.LoRA(r=2), targets=["embed_tokens"])
+    reparam.remove(packed, "default")
+    assert_equal_but_for_rounding(logits(packed), logits(plain))
 
 
 def test_the_padding_row_gets_no_gradient() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reparam.core.base import Site, Update
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, without_hooks
+from reparam.weights.dense import Layout
 
 
 @kind("embedding")
@@ -49,8 +50,8 @@ class Embedding(Adapted):
         """One row per id: O = V, I = width."""
         return Site(name, cls.kind, *module.weight.shape)  # type: ignore[misc]
 
-    def __init__(self, origin: nn.Embedding) -> None:
-        super().__init__(origin)
+    def __init__(self, origin: nn.Embedding, layout: Layout = "rows") -> None:
+        super().__init__(origin, layout)
         self._buffers, self._non_persistent_buffers_set = origin._buffers, origin._non_persistent_buffers_set
         self.body = (_body(origin),) if _overrides(origin) else ()  # in a tuple so that it is not a submodule
 
