@@ -181,6 +181,12 @@ class Adapter:
                 f"parameters cannot be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and "
                 f"save that adapter"
             )
+        empty = [name for name, p, _ in self.named_parameters() if p.is_meta]
+        if empty:
+            raise ValueError(
+                f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]}), which "
+                f"holds no values, so there is nothing to save; move the model to another device and set them first"
+            )
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(
                 f"adapter {self.name!r}: {self.method.name} has to run before and after optimizer steps, and no "

@@ -72,6 +72,11 @@ class Prompts(Adapter):
         if value is None or len(found) > 1 or value.shape != own.shape:
             shapes = {key: list(tensor.shape) for key, tensor in found.items()}
             raise FormatError(f"{folder / WEIGHTS}: holds {shapes}, expected prompt_embeddings {list(own.shape)}")
+        if own.is_meta:
+            raise FormatError(
+                f"{folder}: this model is on the device 'meta', which holds no values, so the adapter's values would "
+                f"be lost; load the base's weights first"
+            )
         own.copy_(value)
 
 
