@@ -29,10 +29,11 @@ from reparam.hf.config import (
     to_bitsandbytes,
 )
 from reparam.hf.digest import order_metadata
-from reparam.hf.sound import check_complete, check_finite, from_files, report_held
+from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
+from reparam.weights.layouts import QUANTIZED
 
 
 def load_base(
@@ -60,6 +61,7 @@ def load_base(
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with from_files(path, "causal language model"), report_held() as reports:
         config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+        check_config(config)
         quantized = _storage_config(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
@@ -78,6 +80,8 @@ def load_base(
         )
         model, info = found
         check_complete(info)
+        if getattr(model, "hf_quantizer", None) is None:
+            check_dense(info, QUANTIZED)
         check_finite(model)
         if quantized is not None and storage is not None:
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
@@ -92,7 +96,9 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
     _check_path(path)
     with from_files(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        found.decode(found("a b")["input_ids"])  # some values of a wrong type are used first here
+    return found
 
 
 def save_model(
