@@ -25,7 +25,7 @@ from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
 from reparam.sites.reads import announce
-from reparam.sites.walk import newly_initialized, tied, walk
+from reparam.sites.walk import newly_initialized, put, tied, walk
 
 
 def attach(
@@ -170,31 +170,15 @@ def unwrap(model: nn.Module) -> None:
     """Drop all adapters and restore the model's original modules, with the current values of the frozen weights."""
     state = state_of(model)
     state.select(None)
-    for path, module in list(walk(model)):
-        if isinstance(module, Adapted):
-            model.set_submodule(path, module.restore())
-        elif isinstance(module, Replaced):
-            model.set_submodule(path, module.origin)
+    found = dict(walk(model))
+    sites = {path: module.restore() for path, module in found.items() if isinstance(module, Adapted)}
+    put(model, sites | {path: module.origin for path, module in found.items() if isinstance(module, Replaced)})
     if hasattr(model, SHARED):
         delattr(model, SHARED)
     for encoder in state.unnested:
         encoder.use_nested_tensor = True
     state.leave()
     describe(model)
-
-
-def untie(model: nn.Module) -> None:
-    """Give the output head its own copy of the embedding matrix if the two are tied, so that each can be adapted.
-
-    Raises ValueError if the model has no `get_output_embeddings`.
-    """
-    if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"untie: {type(model).__name__} has no method get_output_embeddings, so nothing can be tied")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        head.weight._is_hf_initialized = True  # as transformers marks what it loads
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -255,10 +239,9 @@ def install(
     adapter.sites, adapter.modules, adapter.replaced, adapter.shared = sites, modules, holders, shared
     for path, module in modules.items():
         module.add(name, updates[path].train(module.training), bias=bias)
-        model.set_submodule(path, module)
     for path, holder in holders.items():
         holder.updates[name] = copies[path]
-        model.set_submodule(path, holder)
+    put(model, {**modules, **holders})
     if shared is not None:
         if not hasattr(model, SHARED):
             model.add_module(SHARED, Shared())

@@ -27,6 +27,7 @@ from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Factors, Weight
 from reparam.core.checks import listed
 from reparam.sites.module import SHARED, Adapted
+from reparam.sites.walk import put
 from reparam.weights.dense import DenseWeight
 
 BLOCK = 1 << 16  # elements of W per block on a CPU: 256 KiB in float32, so the buffers stay in a core's cache
@@ -95,8 +96,10 @@ class MergeReport:
         if self.undo is None:
             raise ValueError("restore: the merge did not keep the base; merge with keep_base=True, or reload the base")
         undo = self.undo
+        put(undo.model, {path: module for path, module in undo.modules.items() if path != SHARED})
+        if SHARED in undo.modules:
+            undo.model.add_module(SHARED, undo.modules[SHARED])
         for path, module in undo.modules.items():
-            undo.model.set_submodule(path, module)
             if isinstance(module, Adapted) and path in undo.weights:
                 module.hold(undo.weights[path])
                 if path in undo.values:
