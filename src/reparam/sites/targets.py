@@ -21,12 +21,13 @@ Targets = str | Iterable[str]
 KEYWORDS = ("all-linear", "attention", "mlp", "everything")
 
 
-def resolve(model: nn.Module, targets: Targets) -> list[str]:
+def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[str]:
     """The paths of the modules that `targets` selects, in the model's order. Several targets can be given:
 
     - "all-linear": all linear maps except the output head.
     - "attention" and "mlp": the linear maps of the repeated blocks inside and outside an attention module.
-    - "everything": all linear maps, embeddings and norms that do not share their weight with another module.
+    - "everything": all linear maps, embeddings and norms that do not share their weight with another module, or, with
+      `tie`, all of them.
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
     - anything else: a module's path or the end of one; it can also select a norm.
 
@@ -46,7 +47,7 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
         problems.append("no targets were given; try 'all-linear'")
     for target in wanted:
         if target == "everything":
-            names, out = _everything(model, modules, odd)
+            names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
         elif target in KEYWORDS:
             asked = _keyword(target, list(linear), head=_head(model))
@@ -111,13 +112,13 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def _everything(
-    model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str]
+    model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str], *, tie: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The paths of all sites of a model, and the skipped weights with the reason for each."""
     names = [name for name in modules if name not in odd]
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
-    for name, others in tied(model, names).items():
+    for name, others in () if tie else tied(model, names).items():
         missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):

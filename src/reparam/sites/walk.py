@@ -40,11 +40,15 @@ def other_paths(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules."""
+def tied(model: nn.Module, names: Iterable[str], *, bias: bool = True) -> dict[str, list[str]]:
+    """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules.
+
+    With `bias=False`, parameters with the name "bias" do not count.
+    """
     holders: dict[int, list[str]] = {}
-    for path, parameter in base_parameters(model):
-        holders.setdefault(id(parameter), []).append(path)
+    for path, name, parameter in _parameters_below(model, "", set()):
+        if bias or name != "bias":
+            holders.setdefault(id(parameter), []).append(path)
     shared = [paths for paths in holders.values() if len(paths) > 1]
     found: dict[str, list[str]] = {}
     for name in names if shared else ():
@@ -55,27 +59,37 @@ def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def same_weight(model: nn.Module) -> list[list[str]]:
+    """The groups of modules that share their parameter `weight`: the paths of each, in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for path, name, parameter in _parameters_below(model, "", set()):
+        if name == "weight":
+            groups.setdefault(id(parameter), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base model's parameters, each with the path of the module that holds it.
 
     A parameter that several modules share is listed once for each of them. A module at several paths is listed once,
     under the first.
     """
-    yield from _parameters_below(model, "", set())
+    for path, _, parameter in _parameters_below(model, "", set()):
+        yield path, parameter
 
 
-def _parameters_below(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters_below(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, str, nn.Parameter]]:
     if module in seen:
         return
     seen.add(module)
     if isinstance(module, Replaced):
         yield from _parameters_below(module.origin, path, seen)
         return
-    own = [*module.parameters(recurse=False)]
+    own = [*module.named_parameters(recurse=False)]
     if is_quantized(module):
-        own += module.frozen.parameters()
-    for parameter in own:
-        yield path, parameter
+        own += module.frozen.named_parameters()
+    for name, parameter in own:
+        yield path, name, parameter
     for name, child in () if isinstance(module, Adapted) else module._modules.items():
         if child is not None and not isinstance(child, Shared):
             yield from _parameters_below(child, f"{path}.{name}".lstrip("."), seen)
