@@ -27,7 +27,8 @@ from reparam.adapter.without_sites import fill_from, read_back
 from reparam.core.text import counted
 from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import ConfigError, NothingLearned
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
@@ -156,9 +157,9 @@ def prove(job: Job, folder: Path) -> float:
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out rows."""
-    rows = read_rows(config.data.train)
+    rows = read_rows(config.data.train, config.data.renamed())
     if config.data.valid is not None:
-        return rows, read_rows(config.data.valid)
+        return rows, read_rows(config.data.valid, config.data.renamed())
     if not 0 < config.data.holdout < 1:
         raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(len(rows) * config.data.holdout))
