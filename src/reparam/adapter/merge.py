@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import unwrap
+from reparam.adapter.fold import SiteMerge, check_finite, fold, measured, short, survival
 from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, state_of
-from reparam.adapter.survival import SiteMerge, measured, short, survival
-from reparam.core.base import Factors, Weight
+from reparam.core.base import Weight
 from reparam.core.checks import listed
 from reparam.core.text import counted
 from reparam.sites.module import SHARED, Adapted
-from reparam.weights.dense import DenseWeight
+from reparam.sites.walk import put
 
-BLOCK = 1 << 16  # elements of W per block on a CPU: 256 KiB in float32, so the buffers stay in a core's cache
 ENOUGH = 0.99
 """`merge` warns if a smaller share of the update survives."""
 LEAST = 0.9
@@ -86,8 +85,10 @@ class MergeReport:
         if self.undo is None:
             raise ValueError("restore: the merge did not keep the base; merge with keep_base=True, or reload the base")
         undo = self.undo
+        put(undo.model, {path: module for path, module in undo.modules.items() if path != SHARED})
+        if SHARED in undo.modules:
+            undo.model.add_module(SHARED, undo.modules[SHARED])
         for path, module in undo.modules.items():
-            undo.model.set_submodule(path, module)
             if isinstance(module, Adapted) and path in undo.weights:
                 module.hold(undo.weights[path])
                 if path in undo.values:
@@ -160,14 +161,22 @@ def merge(
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
-        _check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
+        check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
     biases = _new_biases(adapter)
     quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
     beside = _changes_beside(adapter, biases)
-    sites, biased = [], []
+    sites: list[SiteMerge] = []
+    biased: list[str] = []
     for path, module in adapter.modules.items():
+        if path in biases and module.bias is not None:
+            module.bias.copy_(biases[path])
+        elif path in biases:
+            module.set_bias(nn.Parameter(biases[path], requires_grad=False))
+            biased.append(path)
+        if _shared(adapter, path):
+            continue  # a weight that modules share is merged once, at the site, and they still share it
         if path in quantized:
             merged, site = quantized[path]
         else:
@@ -175,11 +184,6 @@ def merge(
         sites.append(site)
         if merged is not module.frozen:
             module.hold(merged)
-        if path in biases and module.bias is not None:
-            module.bias.copy_(biases[path])
-        elif path in biases:
-            module.set_bias(nn.Parameter(biases[path], requires_grad=False))
-            biased.append(path)
     for holder in adapter.replaced.values():
         holder.origin = holder.copy_of(name)
     unwrap(model)
@@ -193,6 +197,14 @@ def merge(
                 stacklevel=3,  # past the decorator
             )
     return report
+
+
+def _shared(adapter: Adapter, path: str) -> bool:
+    """Whether this module uses the update of a site and also has the same weight in memory."""
+    if path not in adapter.tied:
+        return False
+    own, other = (adapter.modules[p].frozen.dense_or_none for p in (path, adapter.tied[path]))
+    return own is not None and other is not None and own.data_ptr() == other.data_ptr()
 
 
 def _new_biases(adapter: Adapter) -> dict[str, Tensor]:
@@ -229,38 +241,6 @@ def _changes_beside(adapter: Adapter, biases: dict[str, Tensor]) -> bool:
     return False
 
 
-def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
-    """Merge one site: return the dense merged weight and its report. A dense `weight` is overwritten in place."""
-    plain = weight.dense_or_none
-    shape = weight.out_features, weight.in_features
-    out = torch.empty(shape, dtype=weight.dtype, device=weight.device) if plain is None else plain.detach()
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    A, B = factors.A.to(dtype), factors.B.to(dtype)
-    gain = None if factors.gain is None else factors.gain.to(dtype)
-    size = max(1, BLOCK // out.shape[1]) if out.device.type == "cpu" else len(out)
-    buffers = A.new_empty(2, size, out.shape[1])
-    kept, whole = [], []
-    for start in range(0, len(out), size):
-        rows = slice(start, start + size)
-        # `dense` returns float32, which would round a float64 base.
-        old = out[rows] if plain is not None and dtype != torch.float32 else weight.dense(rows).to(dtype)
-        delta, new = buffers[:, : len(old)]
-        torch.mm(B[rows], A, out=delta)
-        if gain is not None:
-            delta += (gain[rows, None] - 1) * old  # compute ΔW directly: W' − W would lose digits
-        torch.add(old, delta, out=new)
-        if out.dtype != dtype:
-            new.copy_(new.to(out.dtype))  # the values that will be stored, so that the report measures the rounding
-        written, flat = new - old, delta.view(-1)  # before the write: old may be a view of out
-        kept.append(torch.dot(written.reshape(-1), flat))
-        whole.append(torch.dot(flat, flat))
-        out[rows] = new
-    change = float(torch.stack(whole).double().sum())  # one synchronization for all blocks
-    share = float(torch.stack(kept).double().sum()) / change if change else 1.0
-    merged = DenseWeight(out) if plain is None else weight
-    return merged, SiteMerge(name, out.dtype, change**0.5, share)
-
-
 def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
     """Merged weights in the storage `into`, and their reports, by site; the model is not changed."""
     problems = [
@@ -283,19 +263,6 @@ def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool)
             f"a dense storage, use the adapter without merging, or {how}"
         )
     return found
-
-
-def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
-    """Raise ValueError unless a bound proves every entry of W' finite: |W'| <= gain |W| + |B| |A|."""
-    bound = factors.A.double().norm() * factors.B.double().norm()
-    if weight.dtype == torch.float16 or factors.gain is not None:  # weights never come near the range of wider dtypes
-        gain = 1.0 if factors.gain is None else factors.gain.double().abs().max()
-        bound = bound + gain * weight.dense().abs().max()
-    if not bound < torch.finfo(weight.dtype).max / 2:  # half: a margin for rounding; `not <` also refuses NaN
-        raise ValueError(
-            f"{name}: the merged weight may overflow {short(weight.dtype)} (bound on its entries: "
-            f"{float(bound):.3g}), so nothing was merged; check the adapter for NaN, or merge in float32"
-        )
 
 
 def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:

@@ -91,10 +91,10 @@ def compose(
     dtype: Dtype = "auto",
     format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
     search: Annotated[
-        Path | None, typer.Option(help="JSONL file of a few rows. LoraHub searches for the weights that fit them best.")
+        Path | None, typer.Option(help="File of a few rows. LoraHub searches for the weights that fit them best.")
     ] = None,
     valid: Annotated[
-        Path | None, typer.Option(help="With --search: JSONL file of held-out rows to score the result on.")
+        Path | None, typer.Option(help="With --search: File of held-out rows to score the result on.")
     ] = None,
     budget: Annotated[int, typer.Option(help="With --search: number of candidates to try.")] = 40,
     optimizer: Annotated[
@@ -182,7 +182,7 @@ def compress(
             "--bytes", help="Largest size of all tensors together; components with the most |ΔW|² per byte are kept."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL file of held-out rows to score before and after.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of held-out rows to score before and after.")] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", "-b", help="With --data: base of the adapter, if not the one that the adapter names."),
@@ -225,7 +225,7 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for plots of the figures, as PNG files.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="For a mixture: JSONL file of rows to run its routers on.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="For a mixture: File of rows to run its routers on.")] = None,
     deep: Annotated[
         bool,
         typer.Option("--deep", help="Show singular values of ΔW and, with --base, which directions of W it amplifies."),
@@ -246,7 +246,7 @@ def inspect(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score the suggestion on.")
+        Path | None, typer.Option(help="With --suggest: File of held-out rows to score the suggestion on.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

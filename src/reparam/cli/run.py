@@ -35,7 +35,7 @@ def generate(
 
 
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="JSONL file of held-out rows.")],
+    data: Annotated[Path, typer.Argument(help="File of held-out rows.")],
     base: Base = None,
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",

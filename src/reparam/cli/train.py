@@ -16,7 +16,7 @@ def train(
     config: ConfigFile = None,
     overrides: Any = None,
 ) -> None:
-    """Train an adapter on JSONL rows, check the saved adapter, and print held-out scores before and after.
+    """Train an adapter, check the saved adapter, and print held-out scores before and after.
 
     Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
     The loss counts answer tokens only. A second call with the same output folder continues from its newest checkpoint.

@@ -191,6 +191,7 @@ class _Comparison:
         """Make a trial of the contestant. Tuning runs hold out the tuning rows, and scored runs the test rows."""
         settings: dict[str, Any] = {
             "data.train": self.sides.train,
+            "data.columns": (),
             "data.valid": self.sides.valid if tuning else self.sides.test,
             "data.score_rows": self.plan.compare.rows,
             "optim.learning_rate": rate,

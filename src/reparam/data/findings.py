@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reparam.core.text import counted
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.errors import SHOWN, DataError
 
 if TYPE_CHECKING:

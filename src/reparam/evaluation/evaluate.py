@@ -15,7 +15,8 @@ from reparam.adapter.context import tasks_of
 from reparam.adapter.load import place
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import say, say_json
@@ -58,7 +59,7 @@ def evaluate(
     batch: int,
     storage: str | None = None,
 ) -> Evaluation:
-    """Score the base model and, if given, the adapter on the rows of the JSONL file `data`.
+    """Score the base model and, if given, the adapter on the rows of the file `data`.
 
     `max_length` is in tokens, `batch` in rows. Without `base`, the adapter's files name the base model; `dtype` and
     `storage` are those of `reparam.hf.open.open_model`. Raises ValueError if the data, the base model or the adapter

@@ -18,7 +18,7 @@ from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
 from reparam.data.messages import Messages
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
 from reparam.hf.prompts import is_prompted

@@ -37,7 +37,7 @@ class Closely:
     suggest: float | None = None
     """Share of |ΔW|² to keep, between 0 and 1, for which smaller ranks are suggested."""
     data: Path | None = None
-    """With `suggest`: JSONL file of held-out rows to score the suggestion on."""
+    """With `suggest`: File of held-out rows to score the suggestion on."""
 
     def __bool__(self) -> bool:
         return self.deep or self.survival or self.against is not None or self.suggest is not None

@@ -13,13 +13,15 @@ from reparam.data.chat import ChatTemplate
 from reparam.evaluation.score import complete
 from reparam.evaluation.terminal import say
 from reparam.hf.open import open_model
+from reparam.recipes.task import check_task
 
 
 class Chat:
     """A chat with a base model and, optionally, an adapter. Each answer is decoded greedily.
 
     With `raw`, the prompt is continued as plain text. `task` names the task for a mixture adapter whose gates depend on
-    it. Raises ValueError if the tokenizer has no chat template and `raw` is not set.
+    it. Raises ValueError if the tokenizer has no chat template and `raw` is not set, and for a task of an adapter that
+    has no tasks.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Chat:
         storage: str | None = None,
         task: str | None = None,
     ) -> None:
+        check_task(task, adapter)
         self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype, storage=storage)
         self.raw = raw
         self.tasks = None if task is None else [task]

@@ -17,6 +17,7 @@ from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_model_folder
+from reparam.recipes.task import check_task
 from reparam.sites.walk import storages_in
 
 ONTO = ("trained", "original")
@@ -62,6 +63,7 @@ def merge_to(
         raise ValueError(
             "--into needs the quantized weights that the adapter was trained on, so leave out --onto original"
         )
+    check_task(task, adapter)
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
