@@ -31,6 +31,7 @@ from reparam.core.text import counted
 from reparam.errors import ConfigError, Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
+from reparam.io.native import read_json
 from reparam.io.outputs import check_continued, clear
 from reparam.io.staged import digest, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
@@ -204,7 +205,7 @@ class Runs:
         folder = Path(config.run.output) / RESULTS[0] / f"{kind}-{rate:g}-{number}-{own}"
         file = folder / "result.json"
         if file.exists():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
         else:
             placed = dataclasses.replace(made, run=dataclasses.replace(run, output=str(folder)))
             found = self._trained(placed, keep_adapter=kind != "full")
