@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
+from reparam.adapter.fitted import with_biases
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
@@ -58,6 +59,7 @@ def place(
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
     have = dict(walk(model))
+    record = with_biases(model, have, record, folder)
     _check_model(model, have, record, folder)
     compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
     check_has_values(model, record, folder, everywhere=compared)

@@ -124,8 +124,6 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
         raise FormatError(f"{file}: " + "; ".join(problems))
     null = {key for key in SWITCHES if config.get(key, False) is None}
     found = decode(Honored, {key: value for key, value in config.items() if key in fields - null}, file)
-    if found.bias == "all":
-        raise FormatError(f"{file}: bias = 'all': not supported, only 'none' and 'lora_only' are")
     _check_patterns(found, file)
     return found
 
