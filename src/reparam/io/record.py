@@ -48,6 +48,9 @@ class Claims(Protocol):
     def whole(self, path: str) -> bool:
         """Whether the file must have a copy of the whole module at this path."""
 
+    def ignored(self, path: str) -> bool:
+        """Whether the update at this path does not count, although the file has one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
