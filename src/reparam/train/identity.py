@@ -20,6 +20,7 @@ from reparam.io.files import adapter_folder
 from reparam.io.output import check_writable
 from reparam.io.staged import digest
 from reparam.sites.fingerprint import all_tensors
+from reparam.train import processes
 from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found["number of steps"] = config.run.steps(len(job.train))
+    found["number of steps"] = config.run.steps(len(job.train), processes.count())
+    found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = _tokenizer(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
