@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from reparam.train import optimizer, processes
 from reparam.train.checkpoint import newest
 from reparam.train.conclude import conclude, history_of, scored
 from reparam.train.config import Config, dump
-from reparam.train.identity import RECORD, check_folder, check_same, clear, identity
+from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -65,9 +64,10 @@ def train(config: Config, *, show: Show) -> Result:
     trainer, rates = processes.together(lambda: _trainer(job, show))
     show.rates(rates)
     with contextlib.ExitStack() as held:
-        before = processes.first(lambda: _begun(job, own, trainer, held, show))
+        steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
-        show.found(found)
+        show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        before = processes.first(lambda: _scored_base(job, show))
         trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         if processes.rank() == 0 and history_of(trainer):
             plot_losses(history_of(trainer), folder / "loss.png")
@@ -85,22 +85,24 @@ def _prepared(config: Config) -> Job:
 def _identified(job: Job) -> dict[str, Any]:
     own = identity(job)
     if not job.config.run.fresh:
-        check_same(Path(job.config.run.output), own)
+        check_same(Path(job.config.run.output), own, longer=job.adapter.controller is None)
     return own
 
 
-def _begun(
-    job: Job, own: dict[str, Any], trainer: Trainer, held: contextlib.ExitStack, show: Show
-) -> tuple[tuple[Score, ...], list[Answer]]:
-    """Lock the run folder, record the run there, and score the base. Returns the scores and the answers."""
+def _begun(job: Job, own: dict[str, Any], trainer: Trainer, held: contextlib.ExitStack) -> int:
+    """Lock the run folder, and record the run there. Returns the number of steps in the call before."""
     config, folder = job.config, trainer.run_folder
     held.enter_context(trainer.lock)
     if config.run.fresh:
         clear(folder)
-    check_same(folder, own)
-    write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
+    check_same(folder, own, longer=job.adapter.controller is None)
+    before = write_record(folder, own)
     again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
     write_file(folder / "config.toml", dump(again, absolute=True).encode())
+    return before
+
+
+def _scored_base(job: Job, show: Show) -> tuple[tuple[Score, ...], list[Answer]]:
     show.step("scoring the base model on held-out rows")
     with select(job.model, None):
         return scored(job)

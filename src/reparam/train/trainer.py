@@ -38,7 +38,7 @@ from reparam.train import processes
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
 from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
-from reparam.train.state import TrainingState, load_state, random_state, restore_optimizer, save_state, set_random_state
+from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
 
@@ -248,10 +248,8 @@ class Trainer(transformers.Trainer):
         # Overridden because transformers reads pickles, and continues with a new state if a file is missing.
         if self._loaded is None:
             return
-        restore_optimizer(cast(torch.optim.Optimizer, self.optimizer), self._loaded.optimizer)
-        cast(LRScheduler, self.lr_scheduler).load_state_dict(self._loaded.scheduler)
-        if self.accelerator.scaler is not None and self._loaded.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self._loaded.scaler)
+        optimizer, scheduler = cast(torch.optim.Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
+        restore(self._loaded, optimizer, scheduler, self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Overridden as _load_optimizer_and_scheduler is. transformers calls this at the right time: after drawing the
