@@ -165,8 +165,8 @@ def merge(
     biases = _new_biases(adapter)
     quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
-
     beside = _changes_beside(adapter, biases)
+
     sites: list[SiteMerge] = []
     biased: list[str] = []
     for path, module in adapter.modules.items():

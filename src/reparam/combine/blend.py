@@ -119,7 +119,7 @@ class Blend:
 
 def read_operand(folder: str | Path) -> Operand:
     """Read the adapter in `folder`, in either format. Raises FormatError if there is none or a file is damaged."""
-    return Operand(str(folder), files.read(folder))
+    return Operand(str(folder), files.read(folder).without_beside(folder))
 
 
 @torch.no_grad()
