@@ -140,3 +140,15 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_train_finds_it_before_the_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("train", "--base.path", place / "base", "--data.train", "nothing", "-o", place / "file" / "x") == 1
     assert "nothing can be written there" in " ".join(capsys.readouterr().err.split())
+
+
+def test_nothing_is_written_into_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = place / "a0", place / "a1"
+    for command in (
+        ["merge", one / "x", "-a", one, "-b", place / "base"],
+        ["compose", two, one, "-o", one / "x"],
+        ["compress", one, one / "x", "--rank", 1],
+    ):
+        assert reparam(*command) == 2
+        assert "lies in the folder of" in " ".join(capsys.readouterr().err.split())
+    assert sorted(p.name for p in one.iterdir()) == ["adapter.json", "adapter.safetensors"]

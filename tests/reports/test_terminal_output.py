@@ -104,6 +104,20 @@ def test_a_failure_that_names_it(command: str, capfd: pytest.CaptureFixture[str]
     assert "\x9b" not in told.err
 
 
+def test_a_fault_of_the_package_has_a_traceback_without_control_characters(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **settings: object) -> None:
+        raise AttributeError(ODD)
+
+    monkeypatch.setattr("reparam.inspect.show.show", broken)
+    assert reparam("inspect", "x") == 1
+    told = capfd.readouterr().err
+    assert "Traceback" in told
+    assert f"AttributeError: {SHOWN}" in told
+    assert "\x1b" not in told
+
+
 def test_names_inside_an_adapter_with_a_console_of_the_user(run: Path, tmp_path: Path) -> None:
     """Site names with markup and control characters, on a console that has markup and emoji on."""
     record = files.read(files.adapter_folder(run / f"run{ODD}"))

@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -117,6 +118,11 @@ def _run() -> int:
     except ValueError as error:
         say(errors, note("error:", str(error), "bold red"))
         code = 2
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # a fault of the package: the traceback is for its report, but names in it stay text
+        say(errors, traceback.format_exc().rstrip("\n"))
+        code = 1
     return code if isinstance(code, int) else 0
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from reparam.errors import WriteFailed
@@ -91,6 +91,18 @@ def clear(folder: Path, names: Collection[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_apart(output: Path, folders: Iterable[Path], what: str) -> None:
+    """Raise ValueError if `output` is one of the folders or lies in one; `what` is the noun for them, with an article.
+
+    Nothing that is read may be replaced, and a model inside an adapter's folder would keep it from being saved again.
+    """
+    target = output.resolve()
+    for folder in (folder.resolve() for folder in folders):
+        if target == folder or folder in target.parents:
+            where = "is" if target == folder else "lies in"
+            raise ValueError(f"{output}: {where} the folder of {what}; give another folder as output")
 
 
 def check_writable(output: Path, *, inside: bool = False) -> None:

@@ -14,7 +14,7 @@ from reparam.core.text import counted
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_adapter_folder
+from reparam.io.outputs import check_adapter_folder, check_apart
 
 SHOWN = 8  # sites in the table: those with the largest errors
 
@@ -50,12 +50,11 @@ def compose_to(
 
 
 def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
-    """The folders of the adapters, where training runs may be given. Raises ValueError if `output` is one of them."""
+    """The folders of the adapters or of their training runs. Raises ValueError if `output` is or lies in one of them."""
     folders = [adapter_folder(adapter) for adapter in adapters]
     if not folders:
         raise ValueError("no adapters are given")
-    if output.resolve() in [folder.resolve() for folder in folders]:
-        raise ValueError(f"{output}: is the folder of an input adapter; give another folder as output")
+    check_apart(output, folders, "an input adapter")
     return folders
 
 

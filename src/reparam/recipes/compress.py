@@ -14,7 +14,7 @@ from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.evaluation.terminal import say
 from reparam.io import files
-from reparam.io.outputs import check_adapter_folder
+from reparam.io.outputs import check_adapter_folder, check_apart
 
 SHOWN = 12  # sites in the table: those with the largest absolute errors
 
@@ -41,8 +41,7 @@ def compress_to(
     if it is not empty, unless `overwrite` is set and it holds an adapter; and the errors of `compress`.
     """
     folder = files.adapter_folder(adapter)
-    if output.resolve() == folder.resolve():
-        raise ValueError(f"{output}: is the folder of the input adapter; give another folder as output")
+    check_apart(output, [folder], "the input adapter")
     check_adapter_folder(output, format, overwrite=overwrite)
     found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
     found.save(output, format=format)

@@ -16,7 +16,7 @@ from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_model_folder
+from reparam.io.outputs import check_apart, check_model_folder
 from reparam.recipes.task import check_task
 from reparam.sites.walk import storages_in
 
@@ -67,6 +67,7 @@ def merge_to(
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
+    check_apart(output, [folder], "the adapter")
     check_model_folder(output, overwrite=overwrite)
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = storages_in(model)
