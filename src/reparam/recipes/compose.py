@@ -50,7 +50,7 @@ def compose_to(
 
 
 def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
-    """The folders of the adapters or of their training runs. Raises ValueError if `output` is or lies in one of them."""
+    """The folders of the adapters or of their runs. Raises ValueError if `output` is or lies in one of them."""
     folders = [adapter_folder(adapter) for adapter in adapters]
     if not folders:
         raise ValueError("no adapters are given")
