@@ -60,6 +60,29 @@ def test_a_change_beside_the_sites_is_one() -> None:
     assert "into 2 sites (1 of them unchanged" in str(report)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25, 1e30])
+@pytest.mark.parametrize("storage", ["dense", "int8"])
+def test_an_update_of_any_size_is_measured(size: float, storage: str) -> None:
+    """Squares of such entries overflow or vanish in float32."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].weight[:, 0] = 1.0  # the update changes other columns, so no rounding hides it
+    if storage != "dense":
+        reparam.quantize(model, storage)
+    adapter = reparam.attach(model, reparam.LoRA(r=1, alpha=1), targets=["0"])
+    with torch.no_grad():
+        update = next(iter(adapter.updates.values()))
+        update.A.zero_()
+        update.A[0, 1:] = 1.0
+        update.B.fill_(size)
+    report = reparam.merge(model)
+    assert not report.idle
+    [site] = report.sites
+    assert site.change == pytest.approx(size * (64 * 63) ** 0.5, rel=1e-5)
+    assert site.survival == pytest.approx(1, abs=1e-5)
+
+
 def test_a_bias_that_overflows_is_refused_before_the_merge() -> None:
     model = nn.Sequential(nn.Linear(4, 4)).half()
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets=["0"], bias=True)

@@ -39,6 +39,7 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
     gain = None if factors.gain is None else factors.gain.to(dtype)
     size = max(1, BLOCK // out.shape[1]) if out.device.type == "cpu" else len(out)
     buffers = A.new_empty(2, size, out.shape[1])
+    exact = _dtype_of_squares(factors, dtype)
     kept, whole = [], []
     for start in range(0, len(out), size):
         rows = slice(start, start + size)
@@ -52,8 +53,8 @@ def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge
         if out.dtype != dtype:
             new.copy_(new.to(out.dtype))  # the values that will be stored, so that the report measures the rounding
         written, flat = new - old, delta.view(-1)  # before the write: old may be a view of out
-        kept.append(torch.dot(written.reshape(-1), flat))
-        whole.append(torch.dot(flat, flat))
+        kept.append(torch.dot(written.reshape(-1).to(exact), flat.to(exact)))
+        whole.append(torch.dot(flat.to(exact), flat.to(exact)))
         out[rows] = new
     change = float(torch.stack(whole).double().sum())  # one synchronization for all blocks
     share = float(torch.stack(kept).double().sum()) / change if change else 1.0
@@ -65,15 +66,23 @@ def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> Sit
     """Measure the survival and the noise of an update in a weight that was quantized again."""
     size = max(1, (1 << 20) // weight.in_features)  # rows per block: at most 2**20 entries are dequantized at once
     sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    exact = _dtype_of_squares(factors, torch.float32)
     for start in range(0, weight.out_features, size):
         rows = slice(start, start + size)
         old = weight.dense(rows)
-        delta, written = factors.change(old, rows), merged.dense(rows) - old
+        delta, written = factors.change(old, rows).to(exact), (merged.dense(rows) - old).to(exact)
         sums += torch.stack([(delta * written).sum(), delta.square().sum(), (written - delta).square().sum()])
     kept, change, noise = sums.tolist()
     if not change:
         return SiteMerge(name, weight.dtype, 0.0, 1.0, merged.storage.name, 0.0)
     return SiteMerge(name, weight.dtype, change**0.5, kept / change, merged.storage.name, (noise / change) ** 0.5)
+
+
+def _dtype_of_squares(factors: Factors, dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums of squares of the update: float64 where they could overflow or vanish in a narrower one."""
+    bound = float(factors.A.double().norm() * factors.B.double().norm())
+    most = 1.0 if factors.gain is None else max(1.0, float(factors.gain.double().abs().max()))
+    return dtype if bound > 1e-12 and bound + most < 1e15 else torch.float64
 
 
 def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:

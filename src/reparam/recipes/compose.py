@@ -69,7 +69,7 @@ def write(
         raise ValueError(f"{NOTHING}; nothing was written")
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
-        say(console, f"{weight:+.4f} x {folder}")
+        say(console, f"{_weight(weight)} x {folder}")
     if not found.sites:
         say(console, "one adapter with weight 1: copied bit for bit")
     elif not found.error:
@@ -85,6 +85,10 @@ def write(
             f"{found.survival:.4f} (1 is all)",
         )
     say(console, f"adapter        {output}")
+
+
+def _weight(value: float) -> str:
+    return f"{value:+.4f}" if not value or 1e-3 <= abs(value) < 1e6 else f"{value:+.4g}"
 
 
 def _table(found: Blend) -> Table:
