@@ -19,6 +19,7 @@ from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.module import Replaced
 from reparam.sites.walk import base_parameters, walk
+from reparam.sites.wrapped import bare, check_trainable
 
 
 def load(
@@ -41,6 +42,9 @@ def load(
     if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
     different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
+    if trainable:
+        check_trainable(model)
+    model = bare(model)
     check_name(model, name)
     folder = files.adapter_folder(folder)
     record = files.read(folder, name)
@@ -58,6 +62,7 @@ def place(
     check_base: bool = True,
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
+    model = bare(model)
     have = dict(walk(model))
     _check_model(model, have, record, folder)
     compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
