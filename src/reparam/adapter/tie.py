@@ -11,6 +11,7 @@ from reparam.core.method import Method
 from reparam.core.registry import METHODS
 from reparam.sites import targets as targets_
 from reparam.sites.walk import same_weight, tied, walk
+from reparam.sites.wrapped import at
 
 
 def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -65,6 +66,6 @@ def check_ties(model: nn.Module, names: Sequence[str], leaders: Mapping[str, str
                 f"{path} out of the targets"
             )
     for path, leader in leaders.items():
-        sizes = [targets_.sizes(model.get_submodule(name))[1:] for name in (path, leader)]
+        sizes = [targets_.sizes(at(model, name))[1:] for name in (path, leader)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{path} cannot use the update of {leader}: their weights are {sizes[0]} and {sizes[1]}")

@@ -15,6 +15,7 @@ from reparam.errors import FormatError, InputDependentError
 from reparam.io.record import Record
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
+from reparam.sites.wrapped import at
 from reparam.weights.dense import DenseWeight, zero_weight
 
 
@@ -157,7 +158,7 @@ def nothing(site: Site) -> Weight:
 def base_weight(model: nn.Module, site: Site) -> Weight:
     """The model's frozen matrix at this site in float64. Raises FormatError if it is missing or its shape differs."""
     try:
-        module = model.get_submodule(site.name)
+        module = at(model, site.name)
     except AttributeError:
         raise FormatError(f"the base has no module {site.name}, which the adapters change") from None
     matrix = module.frozen.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]

@@ -18,6 +18,7 @@ from torch import nn
 
 from reparam.sites.module import Adapted, Replaced
 from reparam.sites.walk import walk
+from reparam.sites.wrapped import at
 
 METADATA = {
     *("data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "is_meta", "layout"),
@@ -85,7 +86,7 @@ def announce(model: nn.Module, path: str, module: nn.Module) -> list[nn.Transfor
     A layer does that if one of its modules has a hook. The whole encoder packs padded batches into nested tensors,
     which updates cannot read: that is turned off. Returns the encoders for which it was.
     """
-    above = [model.get_submodule(path[:at]) for at, letter in enumerate(path) if letter == "."]
+    above = [at(model, path[:end]) for end, letter in enumerate(path) if letter == "."]
     if not any(isinstance(parent, nn.TransformerEncoderLayer) for parent in above):
         return []
     if _nothing not in module._forward_pre_hooks.values():

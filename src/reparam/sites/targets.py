@@ -16,6 +16,7 @@ from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
 from reparam.sites.reads import read_without_call
 from reparam.sites.walk import other_paths, tied, walk
+from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 KEYWORDS = ("all-linear", "attention", "mlp", "everything")
@@ -198,8 +199,8 @@ def _head(model: nn.Module) -> str | None:
     """Path of the output head: `model.get_output_embeddings()`, or else a top-level lm_head, score or classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    for name, module in model.named_modules():
-        if module is head or (head is None and name in ("lm_head", "score", "classifier")):
+    for name, module in walk(model):
+        if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
 
