@@ -15,6 +15,7 @@ from reparam.adapter.attach import check_name, install, select
 from reparam.adapter.fitted import fitted
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.core.checks import listed, nearest
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
@@ -139,8 +140,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter trains whole")
     if lost:
         raise FormatError(
-            f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
-            f"{nearest(lost[0], have)}; was it trained on another architecture?"
+            f"{folder}: this {type(model).__name__} lacks {counted(len(lost), 'module')} of the adapter (first: "
+            f"{lost[0]}){nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
     problems = [f"{name}: {odd[name]}" for name in sites if name in odd]

@@ -14,6 +14,7 @@ from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
+from reparam.core.text import counted
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced, is_quantized
 from reparam.sites.walk import put, storages_in, tied, walk
@@ -48,12 +49,13 @@ class QuantizeReport:
         """Bits per quantized entry, including statistics."""
         return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
 
+    def _matrices(self) -> str:
+        return counted(len(self.sites), "matrix", "matrices")
+
     def __repr__(self) -> str:
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
         sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry"
-        return (
-            f"QuantizeReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} not quantized)"
-        )
+        return f"QuantizeReport({self.storage.name}, {self._matrices()}, {sizes}, {len(self.left)} not quantized)"
 
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
@@ -62,7 +64,7 @@ class QuantizeReport:
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
         left = f"; not quantized: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
         return (
-            f"quantized {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
+            f"quantized {self._matrices()} into {self.storage.name}{f' ({settings})' if settings else ''}: "
             f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry{left if largest else ''}"
         )
 
@@ -81,7 +83,7 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     >>> str(quantize(model, "int8", targets="0"))
-    'quantized 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
+    'quantized 1 matrix into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     model = bare(model)

@@ -14,6 +14,7 @@ from reparam.adapter.mixed import Mixed
 from reparam.core import continuing
 from reparam.core.base import Update
 from reparam.core.checks import nearest
+from reparam.core.text import counted
 from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
 from reparam.io import whole
 from reparam.io.record import Record, Tied
@@ -224,7 +225,7 @@ def _named(choice: Choice) -> str:
     if isinstance(choice, str):
         return repr(choice)
     counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
-    return f"{len(choice)} rows: {counts}"
+    return f"{counted(len(choice), 'row')}: {counts}"
 
 
 def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -31,6 +31,7 @@ from reparam.adapter.quantize import size
 from reparam.combine.components import Part, bare, by_bytes, by_energy, held, parts_of
 from reparam.core.checks import finite, listed, whole
 from reparam.core.method import Method
+from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.record import Record
 
@@ -79,7 +80,7 @@ class Compression:
 
     def __repr__(self) -> str:
         sizes = f"{size(self.before)} -> {size(self.bytes)}"
-        return f"Compression({len(self.record.sites)} sites, {sizes}, error {self.error:.4g})"
+        return f"Compression({counted(len(self.record.sites), 'site')}, {sizes}, error {self.error:.4g})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
         """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`."""

@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
 from reparam.core.checks import listed
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of
 from reparam.hf.digest import KEY, digest_of, digest_of_all, digests_of, told_digests
@@ -145,7 +146,7 @@ class Quantizer(HfQuantizer):
             found = {path: model.get_submodule(path).frozen.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
             if wrong:
-                count = f"{len(wrong)} matrices (first: {wrong[0]})"
+                count = f"{counted(len(wrong), 'matrix', 'matrices')} (first: {wrong[0]})"
                 self.problems.append(f"{count} are quantized as {found[wrong[0]]}, but config.json says {told}")
         if not self.problems and self.told and self.told != {digest_of_all(self.digests)}:
             self.problems.append(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.updates import update_of
 from reparam.core.base import Site, Weight
+from reparam.core.text import counted
 from reparam.errors import InputDependentError
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
@@ -137,5 +138,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
 def _base(record: Record) -> str:
     if record.base is None:
         return "not stated"
-    quantizing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
+    quantizing = ", ".join(
+        f"{counted(len(p.modules), 'matrix', 'matrices')} in {p.storage}" for p in record.base.packing
+    )
     return (record.base.source or record.base.architecture) + (f", trained with {quantizing}" if quantizing else "")

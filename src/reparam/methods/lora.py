@@ -26,6 +26,7 @@ from reparam.core.checks import whole, wrong_words
 from reparam.core.dtypes import compute_dtype
 from reparam.core.method import Method
 from reparam.core.registry import method
+from reparam.core.text import counted
 from reparam.methods import patterns
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
@@ -141,8 +142,8 @@ class LoRA(Method):
         if not high:
             return []
         return [
-            f"LoRA: the rank exceeds min(out_features, in_features) at {len(high)} sites (first: {high[0].name}, "
-            f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
+            f"LoRA: the rank exceeds min(out_features, in_features) at {counted(len(high), 'site')} (first: "
+            f"{high[0].name}, {high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
         ]
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:
