@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from reparam import train as train
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
-    from reparam.adapter.attach import adapters, attach, remove, select, untie
+    from reparam.adapter.attach import adapters, attach, remove, select
     from reparam.adapter.context import context
     from reparam.adapter.load import load
     from reparam.adapter.merge import MergeReport, merge
     from reparam.adapter.quantize import QuantizeReport, quantize
     from reparam.adapter.selection import Selection
+    from reparam.adapter.untie import untie
     from reparam.combine.blend import Blend, blend
     from reparam.combine.compress import Compression, compress
     from reparam.combine.split import split
@@ -169,7 +170,7 @@ _HOMES = {  # the module that defines each name
     "attach": "reparam.adapter.attach",
     "remove": "reparam.adapter.attach",
     "select": "reparam.adapter.attach",
-    "untie": "reparam.adapter.attach",
+    "untie": "reparam.adapter.untie",
     "context": "reparam.adapter.context",
     "load": "reparam.adapter.load",
     "MergeReport": "reparam.adapter.merge",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -68,15 +69,16 @@ def place(
         check_base_of(model, record, folder)
         warn_of_other_base(model, record, folder)
     check_frozen(model, record, folder, values=check_base)
-    biased = any(f"{site}.bias" in record.tensors for site in record.sites)
+    biased = any(f"{site}.bias" in record.tensors for site in (*record.sites, *record.tied))
     try:
         adapter = install(
             model,
             record.method,
-            names=[path for path in have if path in record.sites],
+            names=[path for path in have if path in record.sites or path in record.tied],
             replaced=[path for path in have if path in record.replaced],
             name=name,
             bias=biased,
+            tied={path: tie.to for path, tie in record.tied.items()},
             check=lambda wanted: _check_fit(wanted, record, folder),
         )
     except FormatError:
@@ -122,7 +124,10 @@ def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> No
 
 def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
     """Raise FormatError unless the model has every site with the right shape, and no other adapter conflicts."""
-    lost = [name for name in (*record.sites, *record.replaced) if name not in have]
+    sites = record.sites | {
+        path: dataclasses.replace(record.sites[tie.to], name=path, kind=tie.kind) for path, tie in record.tied.items()
+    }
+    lost = [name for name in (*sites, *record.replaced) if name not in have]
     for name in lost:
         inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
         if inside:
@@ -133,10 +138,10 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
-    problems = [f"{name}: {odd[name]}" for name in record.sites if name in odd]
+    problems = [f"{name}: {odd[name]}" for name in sites if name in odd]
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
-    for name, site in record.sites.items():
+    for name, site in sites.items():
         found = targets.site_of(name, have[name])
         if (found.kind, found.out_features, found.in_features) != (site.kind, site.out_features, site.in_features):
             problems.append(
@@ -161,7 +166,12 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     apart: list[str] = []
     for path, module in have.items():
         inside = any(f"{path}.".startswith(f"{whole}.") for whole in record.replaced)
-        site = path not in record.sites and targets.is_matrix(module) and record.claims.site(path)
+        site = (
+            path not in record.sites
+            and path not in record.tied
+            and targets.is_matrix(module)
+            and record.claims.site(path)
+        )
         whole = record.claims.whole(path) and any(True for _ in module.parameters())
         if (site or whole) and not inside:
             (missing if whole or _part(path) in known else apart).append(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reparam.core.surface import advice
 from reparam.errors import FormatError
 from reparam.io.record import Record
 from reparam.sites.fingerprint import agree, base_tensors, fingerprint
@@ -38,17 +39,17 @@ def check_has_values(model: nn.Module, record: Record, folder: Path, *, everywhe
 def check_base_of(model: nn.Module, record: Record, folder: Path) -> None:
     """Raise FormatError if the file states another base: another model class, or other weights."""
     if record.base is not None and record.base.digests:
+        remedy = advice("load that base, or pass check_base=False to use this one", "give that base with --base")
         if record.base.architecture != type(model).__name__:
             raise FormatError(
-                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
-                f"that base, or pass check_base=False to use this one"
+                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; "
+                f"{remedy}"
             )
         found = fingerprint(model, without=record.replaced)
         # Earlier releases digested the modules that the adapter replaces, too.
         if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
             raise FormatError(
-                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
-                f"base, or pass check_base=False to use this one"
+                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); {remedy}"
             )
 
 
