@@ -134,7 +134,12 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
     sites = {}
     for name, kind in kinds.items() if not problems else ():
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
+        if a.ndim == b.ndim > 2:
+            problems.append(
+                f"{PREFIX}{name}: factors of a convolution, lora_A {list(a.shape)}, which is not supported; train the "
+                f"module whole instead (modules_to_save)"
+            )
+        elif a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
             problems.append(
                 f"{PREFIX}{name}: the shapes of lora_A {list(a.shape)} and lora_B {list(b.shape)} do not match"
             )
