@@ -24,7 +24,7 @@ import signal
 from collections.abc import Sequence
 
 SHOWN = 10  # the most problems that one error message lists
-LONGEST = 4000  # characters of an error message; files can hold names of any length
+_LONGEST = 4000  # characters of an error message; files can hold names of any length
 
 
 class ReparamError(Exception):
@@ -115,6 +115,6 @@ class Stopped(ReparamError):  # noqa: N818  (reads as what happened)
 
 def _line(text: str) -> str:
     """The text as one line of bounded length."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST - 1000]} ... {text[5 - 1000 :]}"
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 1000]} ... {text[5 - 1000 :]}"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

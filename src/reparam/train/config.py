@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ import reparam.weights  # noqa: F401  (these imports register methods and storag
 from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
-from reparam.errors import ConfigError
+from reparam.errors import ConfigError, FormatError
+from reparam.io.steady import opened
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
 from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
@@ -30,6 +32,7 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunCo
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
+LARGEST = 16 << 20  # bytes of a configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +121,23 @@ def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
 
 
 def read_tables(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the sections of a TOML file. Raises ConfigError for a missing or malformed file, or loose keys."""
+    """Read the sections of a TOML file (UTF-8, with or without a byte order mark).
+
+    Raises ConfigError for a file that is missing, cannot be read or is malformed, or has loose keys.
+    """
+    if not file.exists():
+        raise ConfigError(f"{file}: no such file")
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with opened(file) as found:
+            content = found.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ConfigError(f"{file}: more than {LARGEST:,} bytes, which no configuration has")
+        tables = tomllib.loads(content.decode("utf-8-sig"))
+    except ConfigError:
+        raise
+    except FormatError as error:  # not a regular file, or not readable
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     loose = [key for key, value in tables.items() if not isinstance(value, dict)]
     if loose:
@@ -156,6 +170,12 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
     if unknown:
         return None
     values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
+    switched = [
+        key for key, value in values.items() if _holds_bool(value) and not re.search("bool|Any", str(fields[key]))
+    ]
+    if switched:  # pydantic takes true for 1
+        problems += [f"{section}.{key}: expected no true or false (given: {values[key]!r})" for key in switched]
+        return None
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -165,6 +185,12 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
             text = detail["msg"].removeprefix("Value error, ")
             problems.append(text if text.startswith(f"{section}.") else f"{place}: {text}{given}")
         return None
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_bool, value.values()))
+    return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
