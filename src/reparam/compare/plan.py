@@ -25,7 +25,7 @@ from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method
 from reparam.errors import ConfigError
 from reparam.train.base import KEYS
-from reparam.train.config import LORA_PLUS, SECTIONS, Config, build, read_tables, resolve
+from reparam.train.config import LORA_PLUS, SECTIONS, Config, LoraPlusTaken, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")
@@ -259,5 +259,5 @@ def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyTy
     foreign = {key for keys in fields.values() for key in keys} - fields.get(name, set())
     fitting = {key: value for key, value in common.items() if key not in foreign}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="method.name .*LoRA")  # the report shows the settings
+        warnings.simplefilter("ignore", LoraPlusTaken)  # the report shows the settings
         return resolve(None, {**fitting, **own})

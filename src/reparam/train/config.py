@@ -35,6 +35,10 @@ USUAL_RATIO = 16
 LARGEST = 16 << 20  # bytes of a configuration
 
 
+class LoraPlusTaken(UserWarning):
+    """A method name is taken for LoRA+."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The configuration of a run, by section."""
@@ -155,11 +159,11 @@ def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
     tables["method"]["name"] = "lora"
     ratio = tables.setdefault("optim", {}).setdefault("lora_plus", USUAL_RATIO)
     doubled = ", the only known method with such a name" if name.endswith(("++", "plusplus")) else ""
-    warnings.warn(
+    text = (
         f"method.name {name!r} is taken for LoRA+ (Hayou, Ghosh & Yu 2024, arXiv 2402.12354){doubled}: LoRA with "
-        f"optim.lora_plus {ratio}",
-        stacklevel=3,
+        f"optim.lora_plus {ratio}"
     )
+    warnings.warn(LoraPlusTaken(text), stacklevel=3)
 
 
 def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
