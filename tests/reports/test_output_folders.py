@@ -11,7 +11,7 @@ import pytest
 from command import reparam, train
 
 from reparam.errors import WriteFailed
-from reparam.io.output import check_writable
+from reparam.io.outputs import check_writable
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -24,7 +24,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(
     file = tmp_path / "file"
     file.write_text("mine")
     assert train("no-such-model", rows, file / "out") == 1  # the model would be missed later
-    assert f"{file} is not a folder" in " ".join(capsys.readouterr().err.split())
+    assert f"{file}: Not a directory" in " ".join(capsys.readouterr().err.split())
     assert file.read_text() == "mine"
 
 
@@ -49,14 +49,14 @@ def test_a_folder_without_permission_is_not_writable(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     for folder in (tmp_path, tmp_path / "new" / "out"):
         with pytest.raises(WriteFailed, match="Permission denied"):
-            check_writable(folder)
+            check_writable(folder, inside=True)
 
 
 def test_nothing_is_left_by_the_check(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b", inside=True)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(WriteFailed, match="no file can be made in /proc"):
-        check_writable("/proc/out")
+    with pytest.raises(WriteFailed, match="no folder can be created in /proc"):
+        check_writable("/proc/out", inside=True)
 
 
 def test_a_base_is_named_by_its_full_path(

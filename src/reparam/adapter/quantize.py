@@ -16,7 +16,7 @@ from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced, is_quantized
-from reparam.sites.walk import storages_in, tied, walk
+from reparam.sites.walk import put, storages_in, tied, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,8 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     for path in names:
         module = _requantized(path, model.get_submodule(path), chosen)
         sites.append(_site(path, module.frozen))
-        if module.frozen.dense_or_none is not None and not module.updates:
-            model.set_submodule(path, module.restore())
-        else:
-            model.set_submodule(path, module)
+        bare = module.frozen.dense_or_none is not None and not module.updates
+        put(model, {path: module.restore() if bare else module})
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import untie
 from reparam.adapter.load import place
 from reparam.adapter.quantize import quantize
+from reparam.adapter.untie import untie
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
 from reparam.errors import FormatError

@@ -17,16 +17,19 @@ from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.output import check_writable
+from reparam.io.outputs import check_writable
 from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from reparam.data.batches import Encoded
     from reparam.train.job import Job
 
 RECORD, SETTINGS = "run.json", "config.toml"
@@ -57,8 +60,8 @@ def identity(job: Job) -> dict[str, Any]:
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = _tokenizer(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
-    found["content of data.train"] = digest(config.data.train)
-    found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
+    found["content of data.train"] = _rows(config.data.train, job.train)
+    found["content of data.valid"] = _rows(config.data.valid, job.valid) if config.data.valid is not None else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -84,7 +87,7 @@ def check_folder(config: Config) -> None:
             f"{folder} holds files ({listed(foreign, shown=3)}) but no {RECORD}, so it is not the folder of an earlier "
             f"run; choose another run.output"
         )
-    check_writable(folder)
+    check_writable(folder, inside=True)
 
 
 def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
@@ -166,12 +169,23 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _weights(model: nn.Module) -> str:
     """Digest of the base's tensors, computed before training. Adapters on the model are left out."""
+    return _tensors(sorted(all_tensors(model), key=lambda pair: pair[0]))
+
+
+def _tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
+    for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _rows(source: str, encoded: Encoded) -> str:
+    """Digest of a data file, or of the encoded rows of a folder, a data set or standard input."""
+    if Path(source).is_file():
+        return digest(source)
+    return _tensors([(str(i), part) for i, part in enumerate((encoded.ids, encoded.loss, encoded.starts))])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,9 +23,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import select
 from reparam.adapter.without_sites import fill_from
-from reparam.data.batches import Collator, counted, padding_id
+from reparam.core.text import counted
+from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
@@ -135,9 +137,9 @@ def prepare(config: Config) -> Job:
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out rows."""
-    rows = read_rows(config.data.train)
+    rows = read_rows(config.data.train, config.data.renamed())
     if config.data.valid is not None:
-        return rows, read_rows(config.data.valid)
+        return rows, read_rows(config.data.valid, config.data.renamed())
     if not 0 < config.data.holdout < 1:
         raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(len(rows) * config.data.holdout))
