@@ -9,6 +9,7 @@ from torch import nn
 
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
+from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.walk import same_weight, tied, walk
 from reparam.sites.wrapped import at
@@ -33,7 +34,7 @@ def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[li
         known = ", ".join(name for name, cls in METHODS.items() if cls.ties)
         raise ValueError(
             f"tie: {method.name} cannot act on several modules with one update; use one of {known}, or call "
-            f"reparam.untie(model) (base.untie)"
+            f"reparam.untie(model)"
         )
     modules = dict(walk(model))
     odd = targets_.unsupported(model, modules)
@@ -60,10 +61,13 @@ def check_ties(model: nn.Module, names: Sequence[str], leaders: Mapping[str, str
         own = leaders.get(path, path)
         left = [other for other in others if other not in names or leaders.get(other, other) != own]
         if left:
+            remedy = advice(
+                "call reparam.untie(model) first, attach with tie=True to let one update act on all of them,",
+                "pass --base.untie,",
+            )
             raise ValueError(
-                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; call "
-                f"reparam.untie(model) first, attach with tie=True to let one update act on all of them, or leave "
-                f"{path} out of the targets"
+                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; {remedy} or "
+                f"leave {path} out of the targets"
             )
     for path, leader in leaders.items():
         sizes = [targets_.sizes(at(model, name))[1:] for name in (path, leader)]
