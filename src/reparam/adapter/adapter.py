@@ -71,8 +71,8 @@ class Adapter:
                 yield f"{site}.{name}", parameter, updates[site].roles[name]
             if self.name in module.biases:
                 yield f"{site}.bias", module.biases[self.name], None
-        for path, module in self.replaced.items():
-            for name, parameter in module.updates[self.name].named_parameters():
+        for path, holder in self.replaced.items():
+            for name, parameter in holder.updates[self.name].named_parameters():
                 yield f"{path}.{name}", parameter, None
         for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
             yield f"{SHARED}.{name}", parameter, "core"
