@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from reparam.methods.full import Full
     from reparam.methods.intrinsic import Intrinsic
     from reparam.methods.lora import LoRA
+    from reparam.methods.lora_bias import LoRABias
     from reparam.methods.mixture import (
         HydraLoRA,
         LLaVAMoLE,
@@ -116,6 +117,7 @@ __all__ = [
     "Intrinsic",
     "LLaVAMoLE",
     "LoRA",
+    "LoRABias",
     "LoRAMoE",
     "MergeReport",
     "Method",
@@ -209,6 +211,7 @@ _HOMES = {  # the module that defines each name
     "Full": "reparam.methods.full",
     "Intrinsic": "reparam.methods.intrinsic",
     "LoRA": "reparam.methods.lora",
+    "LoRABias": "reparam.methods.lora_bias",
     "HydraLoRA": "reparam.methods.mixture",
     "LLaVAMoLE": "reparam.methods.mixture",
     "LoRAMoE": "reparam.methods.mixture",

@@ -194,12 +194,12 @@ def test_the_output_of_torchs_attention_is_refused() -> None:
 
 
 def test_embeddings_that_are_more_than_a_lookup_are_refused() -> None:
-    class Scaled(nn.Embedding):
+    class Shifted(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(ids)
+            return super().forward(ids + 2)
 
-    model = nn.ModuleDict({"a": Scaled(3, 4), "b": nn.Embedding(3, 4, max_norm=1.0), "c": nn.EmbeddingBag(3, 4)})
-    with pytest.raises(ValueError, match=r"a: Scaled overrides.*b: Embedding has max_norm.*c: EmbeddingBag is not"):
+    model = nn.ModuleDict({"a": Shifted(3, 4), "b": nn.Embedding(3, 4, max_norm=1.0), "c": nn.EmbeddingBag(3, 4)})
+    with pytest.raises(ValueError, match=r"a: Shifted overrides.*b: Embedding has max_norm.*c: EmbeddingBag is not"):
         resolve(model, "a", "b", "c")
 
 

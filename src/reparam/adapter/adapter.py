@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,6 +156,8 @@ class Adapter:
         """The adapter as plain data, as the file formats write it."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
+        if os.path.isdir(source):  # a relative path means nothing in another folder, and could be taken for a hub id
+            source = os.path.abspath(source)
         return Record(
             method=self.method.with_ranks_of(self.updates),
             sites=self.sites,
@@ -183,6 +186,12 @@ class Adapter:
                 f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and sharded "
                 f"parameters cannot be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and "
                 f"save that adapter"
+            )
+        empty = [name for name, p, _ in self.named_parameters() if p.is_meta]
+        if empty:
+            raise ValueError(
+                f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]}), which "
+                f"holds no values, so there is nothing to save; move the model to another device and set them first"
             )
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(

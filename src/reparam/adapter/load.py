@@ -7,17 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install, select
+from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
-from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 from reparam.sites.module import Replaced
 from reparam.sites.walk import base_parameters, walk
 
@@ -61,9 +60,12 @@ def place(
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
     have = dict(walk(model))
     _check_model(model, have, record, folder)
+    compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
+    check_has_values(model, record, folder, everywhere=compared)
     if check_base:
-        _check_base(model, record, folder)
-    _check_frozen(model, record, folder, values=check_base)
+        check_base_of(model, record, folder)
+        warn_of_other_base(model, record, folder)
+    check_frozen(model, record, folder, values=check_base)
     biased = any(f"{site}.bias" in record.tensors for site in (*record.sites, *record.tied))
     try:
         adapter = install(
@@ -169,45 +171,3 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
             f"{folder}: the settings name modules without tensors: {listed(missing)}; the file is incomplete, or was "
             f"made for another model"
         )
-
-
-def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
-    """Raise FormatError if the file states another base: another model class, or other weights."""
-    if record.base is not None and record.base.digests:
-        if record.base.architecture != type(model).__name__:
-            raise FormatError(
-                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
-                f"that base, or pass check_base=False to use this one"
-            )
-        found = fingerprint(model, without=record.replaced)
-        # Earlier releases digested the modules that the adapter replaces, too.
-        if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
-            raise FormatError(
-                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
-                f"base, or pass check_base=False to use this one"
-            )
-
-
-def _check_frozen(model: nn.Module, record: Record, folder: Path, *, values: bool) -> None:
-    """Raise FormatError unless the model has the base tensors that the file contains, of the same shapes.
-
-    With `values`, their values must be equal too.
-    """
-    own = dict(base_tensors(model)) if record.frozen else {}
-    for key, tensor in record.frozen.items():
-        if key not in own:
-            raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has such a parameter")
-        shape = list(own[key].shape)
-        if list(tensor.shape) != shape or (values and not _same(own[key].detach().cpu(), tensor)):
-            raise FormatError(
-                f"{folder}: contains a copy of {key} {list(tensor.shape)} that differs from the base's {shape}; load "
-                f"the base that it was trained on (was the vocabulary resized?)"
-            )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same shape are equal after a cast to the less precise of their dtypes."""
-    if not (one.is_floating_point() and other.is_floating_point()):
-        return torch.equal(one, other)
-    coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.equal(one.to(coarse), other.to(coarse))

@@ -13,7 +13,7 @@ from reparam.adapter.load import load
 from reparam.adapter.untie import untie
 from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.hf.models import load_base
