@@ -163,10 +163,12 @@ def test_an_untied_base_takes_the_update_at_both_matrices(tmp_path: Path) -> Non
         ("BertForMaskedLM", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
         ("GPT2LMHeadModel", "transformer.wte", "lm_head"),
         ("T5ForConditionalGeneration", "shared", "lm_head"),
+        ("BartForConditionalGeneration", "model.shared", "lm_head"),
+        ("Gemma3ForCausalLM", "model.embed_tokens", "lm_head"),
     ],
 )
 def test_other_layouts(name: str, embedding: str, head: str) -> None:
-    """BERT's decoder also shares its bias, and T5's embedding has four uses."""
+    """BERT's decoder also shares its bias, T5's and BART's embeddings have four uses, and some have a scale."""
     model = tiny(getattr(transformers, name))
     plain = copy.deepcopy(model)
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets=[head], tie=True)
@@ -192,7 +194,7 @@ def test_everything_includes_tied_weights() -> None:
 
 
 def test_what_cannot_be_is_refused_in_a_sentence() -> None:
-    for method in ("intrinsic", "bottleneck", "molora"):
+    for method in ("intrinsic", "bottleneck", "molora", "lora_bias"):
         model = tied_llama()
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=rf"tie: {method} cannot act on several modules .* lora, .*untie"):
