@@ -76,7 +76,7 @@ def test_full_trains_all_parameters_of_gpt2_as_plain_adamw_does() -> None:
 
 def test_full_leaves_tied_matrices_alone_and_says_so() -> None:
     with pytest.warns(
-        UserWarning, match=r"shares its weight with lm_head: call reparam\.untie\(model\) or set base\.untie"
+        UserWarning, match=r"shares its weight with lm_head: call reparam\.untie\(model\) or attach with tie"
     ):
         adapter = reparam.attach(models.tied_llama(), Full())
     assert not {"lm_head", "model.embed_tokens"} & set(adapter.sites)

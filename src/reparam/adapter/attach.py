@@ -24,6 +24,7 @@ from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
+from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Replaced, Shared
@@ -289,8 +290,8 @@ def _check_whole(model: nn.Module, names: list[str], replaced: list[str]) -> Non
     """Raise ValueError if a module cannot be trained whole: it is tied, or contains a site of an adapter."""
     for path, others in tied_(model, replaced).items():
         raise ValueError(
-            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; call "
-            f"reparam.untie(model) first, or leave {path} out of modules_to_save"
+            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; "
+            f"{advice('call reparam.untie(model) first', 'pass --base.untie')}, or leave {path} out of modules_to_save"
         )
     for path in replaced:
         module = _at(model, path)

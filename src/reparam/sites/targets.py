@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
+from reparam.core.surface import advice
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
 from reparam.sites.reads import read_without_call
@@ -119,7 +120,8 @@ def _everything(
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in () if tie else tied(model, names).items():
-        missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
+        remedy = advice("call reparam.untie(model) or attach with tie=True", "pass --base.untie or --adapter.tie")
+        missed[name] = f"it shares its weight with {', '.join(others)}: {remedy}"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
         if not isinstance(module, Adapted | Replaced) and path not in names:
