@@ -15,7 +15,7 @@ from reparam.core.checks import nearest
 from reparam.core.surface import advice
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.reads import read_without_call
+from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.walk import other_paths, tied, walk
 
 Targets = str | Iterable[str]
@@ -154,7 +154,7 @@ def ending(model: nn.Module, end: str) -> list[str]:
 def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The modules of a model that no update can be attached to: path -> reason."""
     found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
-    reads = read_without_call(model)
+    reads = read_without_call(model) | never_called(model)
     return found | {name: why for name, why in reads.items() if name in modules and name not in found}
 
 
