@@ -60,6 +60,8 @@ def _check(model: nn.Module, records: dict[str, Record], names: Sequence[str]) -
     digests = fingerprint(model)
     (one, first), *_ = records.items()
     for folder, record in records.items():
+        if record.tied:
+            raise FormatError(f"{folder}: one update of this adapter acts on tied weights, which a mixture cannot use")
         whole = [*record.replaced, *(key for key in record.tensors if key.endswith(".bias"))]
         if whole:
             raise FormatError(

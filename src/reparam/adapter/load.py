@@ -167,7 +167,7 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     language model, only give a warning: they stay unchanged, as in PEFT.
     """
     assert record.claims is not None
-    known = {_part(path) for path in (*record.sites, *record.replaced)}
+    known = {_part(path) for path in (*record.sites, *record.replaced, *record.tied)}
     missing: list[str] = []
     apart: list[str] = []
     for path, module in have.items():

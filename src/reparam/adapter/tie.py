@@ -32,9 +32,9 @@ def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[li
         return list(names), {}
     if not method.ties:
         known = ", ".join(name for name, cls in METHODS.items() if cls.ties)
+        remedy = advice("call reparam.untie(model)", "pass --base.untie")
         raise ValueError(
-            f"tie: {method.name} cannot act on several modules with one update; use one of {known}, or call "
-            f"reparam.untie(model)"
+            f"tie: {method.name} cannot act on several modules with one update; use one of {known}, or {remedy}"
         )
     modules = dict(walk(model))
     odd = targets_.unsupported(model, modules)
@@ -61,13 +61,12 @@ def check_ties(model: nn.Module, names: Sequence[str], leaders: Mapping[str, str
         own = leaders.get(path, path)
         left = [other for other in others if other not in names or leaders.get(other, other) != own]
         if left:
-            remedy = advice(
-                "call reparam.untie(model) first, attach with tie=True to let one update act on all of them,",
-                "pass --base.untie,",
-            )
+            untie = advice("call reparam.untie(model) first", "pass --base.untie")
+            tie = advice("attach with tie=True", "pass --adapter.tie")
             raise ValueError(
-                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; {remedy} or "
-                f"leave {path} out of the targets"
+                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; {untie} to "
+                f"give each its own copy, {tie} to let one update act on all of them, or leave {path} out of the "
+                f"targets"
             )
     for path, leader in leaders.items():
         sizes = [targets_.sizes(at(model, name))[1:] for name in (path, leader)]

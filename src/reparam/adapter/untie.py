@@ -105,7 +105,10 @@ def _can_turn_off(model: nn.Module) -> bool:
         return True
     trial = copy.deepcopy(config)
     _turn_off(trial)
-    on, off = _read_back(config), _read_back(trial)
+    try:
+        on, off = _read_back(config), _read_back(trial)
+    except Exception:  # transformers refuses to write or to read this configuration, so no file of it reads back
+        return True
     still_on = next(_configs(off), None)
     _turn_off(on)
     return still_on is None and bool(off.to_json_string(use_diff=False) == on.to_json_string(use_diff=False))

@@ -12,7 +12,7 @@ from reparam.adapter.updates import update_of
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.checks import listed
 from reparam.errors import FormatError, InputDependentError
-from reparam.io.record import Record
+from reparam.io.record import Record, Tied
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
 from reparam.sites.wrapped import at
@@ -45,6 +45,21 @@ def all_sites(operands: Sequence[Operand]) -> dict[str, Site]:
     return found
 
 
+def all_ties(operands: Sequence[Operand]) -> dict[str, Tied]:
+    """The modules that use the update of a site. Raises FormatError if the adapters disagree on them."""
+    found: dict[str, Tied] = {}
+    for _, record in operands:
+        found |= record.tied
+    for label, record in operands:
+        for path, tie in found.items():
+            if record.tied.get(path) != tie and (path in record.sites or tie.to in record.sites or path in record.tied):
+                raise FormatError(
+                    f"{label}: changes {path} or {tie.to} alone, and another adapter changes both with one update "
+                    f"(tie); such adapters cannot be summed"
+                )
+    return found
+
+
 def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
     """Raise FormatError if the adapters cannot be summed with any weights; `blend` lists the reasons."""
     first: Operand | None = None
@@ -55,6 +70,8 @@ def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
                 f"{label}: this adapter trains {listed(record.replaced)} whole, and whole modules cannot be summed"
             )
         biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
+        if extra := [f"{path}.bias" for path in record.tied if f"{path}.bias" in record.tensors]:
+            raise FormatError(f"{label}: this adapter trains {listed(extra)} of a tied module, which cannot be summed")
         if biases and base is None:
             raise FormatError(
                 f"{label}: this adapter trains {listed(biases)}, and their change can be computed only from the base; "
@@ -73,6 +90,7 @@ def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
             raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
         first = first or (Operand(label, record) if own else None)
     all_sites(operands)
+    all_ties(operands)
 
 
 def check_factors(operands: Sequence[Operand]) -> None:

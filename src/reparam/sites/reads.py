@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.walk import walk
+from reparam.sites.walk import base_parameters, walk
 from reparam.sites.wrapped import at
 
 METADATA = {
@@ -54,6 +54,36 @@ def read_without_call(model: nn.Module) -> dict[str, str]:
             if child not in found and all(_holds(test, parent) in (result, None) for test, result in read.conditions):
                 found[child] = f"{type(parent).__name__} reads its parameters without calling it ({read.place})"
     return found
+
+
+def never_called(model: nn.Module) -> dict[str, str]:
+    """Paths of modules that only lend their weight to tied ones, where nothing is tied, with the reason.
+
+    BART's `shared`, for instance: its encoder and decoder have embeddings of their own, tied to it.
+    """
+    found: dict[str, str] = {}
+    held = [id(parameter) for _, parameter in base_parameters(model)]
+    for path, parent in (("", model), *walk(model)):
+        for source in (getattr(type(parent), "_tied_weights_keys", None) or {}).values():
+            child = parent._modules.get(source.removesuffix(".weight"))
+            weight = None if child is None else child._parameters.get("weight")
+            name = source.removesuffix(".weight")
+            if weight is not None and held.count(id(weight)) == 1 and not _uses(type(parent), name):  # type: ignore[arg-type]
+                found[f"{path}.{name}".lstrip(".")] = (
+                    f"{type(parent).__name__} does not call it, and nothing is tied to it, so an update has no effect"
+                )
+    return found
+
+
+@functools.cache
+def _uses(cls: type[nn.Module], child: str) -> bool:
+    """Whether a method of the classes that define `forward` mentions `self.<child>`, or the embedding by its getter."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in _methods(base) if "forward" in vars(base) else ():
+            names = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+            if not method.name.startswith(SETUP) and names & {child, "get_input_embeddings"}:
+                return True
+    return False
 
 
 def reads_setting(model: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.reads import read_without_call
+from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.walk import other_paths, tied, walk
 from reparam.sites.wrapped import bare
 
@@ -132,7 +132,7 @@ def _everything(
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in () if tie else tied(model, names).items():
-        remedy = advice("call reparam.untie(model)", "pass --base.untie")
+        remedy = advice("call reparam.untie(model) or attach with tie=True", "pass --base.untie or --adapter.tie")
         missed[name] = f"it shares its weight with {', '.join(others)}: {remedy}"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
@@ -172,7 +172,7 @@ def ending(model: nn.Module, end: str) -> list[str]:
 def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The modules of a model that no update can be attached to: path -> reason."""
     found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
-    reads = read_without_call(model)
+    reads = read_without_call(model) | never_called(model)
     return found | {name: why for name, why in reads.items() if name in modules and name not in found}
 
 

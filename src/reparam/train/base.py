@@ -31,7 +31,7 @@ class BaseConfig:
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     untie: bool = False
-    """Give the output head its own copy of a tied embedding, so that each can be adapted separately."""
+    """Give each module that shares a weight its own copy, such as a tied output head, to adapt each separately."""
     storage: str = "dense"
     """Storage of the frozen matrices. All but dense quantize them while the model is read; QLoRA uses nf4."""
     quantized: tuple[str, ...] = ("all-linear",)

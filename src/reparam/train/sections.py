@@ -89,6 +89,8 @@ class AdapterConfig:
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full and save with the adapter, each given by the end of its path."""
+    tie: bool = False
+    """Let one update act on all modules that share a weight with a target, such as embedding and output head."""
     start: str | None = None
     """Folder of a finished adapter, reparam's or PEFT's, to train further. It gives the method and the modules."""
 
