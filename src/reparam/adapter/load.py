@@ -22,6 +22,7 @@ from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.module import Replaced
 from reparam.sites.walk import base_parameters, walk
+from reparam.sites.wrapped import bare, check_trainable
 
 
 def load(
@@ -44,6 +45,9 @@ def load(
     if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
     different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
+    if trainable:
+        check_trainable(model)
+    model = bare(model)
     check_name(model, name)
     folder = files.adapter_folder(folder)
     record = files.read(folder, name)
@@ -61,6 +65,7 @@ def place(
     check_base: bool = True,
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
+    model = bare(model)
     have = dict(walk(model))
     record = fitted(model, have, record, folder)
     _check_model(model, have, record, folder)
@@ -162,7 +167,7 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     language model, only give a warning: they stay unchanged, as in PEFT.
     """
     assert record.claims is not None
-    known = {_part(path) for path in (*record.sites, *record.replaced)}
+    known = {_part(path) for path in (*record.sites, *record.replaced, *record.tied)}
     missing: list[str] = []
     apart: list[str] = []
     for path, module in have.items():

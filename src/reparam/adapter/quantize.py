@@ -18,6 +18,7 @@ from reparam.core.text import counted
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, Replaced, is_quantized
 from reparam.sites.walk import put, storages_in, tied, walk
+from reparam.sites.wrapped import at, bare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +86,15 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     'quantized 1 matrix into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
+    model = bare(model)
     names = targets_.resolve(model, targets)
     _check(model, names, chosen)
     sites = []
     for path in names:
-        module = _requantized(path, model.get_submodule(path), chosen)
+        module = _requantized(path, at(model, path), chosen)
         sites.append(_site(path, module.frozen))
-        bare = module.frozen.dense_or_none is not None and not module.updates
-        put(model, {path: module.restore() if bare else module})
+        plain = module.frozen.dense_or_none is not None and not module.updates
+        put(model, {path: module.restore() if plain else module})
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)
@@ -145,7 +147,7 @@ def reports(model: nn.Module) -> list[QuantizeReport]:
     """Report the quantized matrices of a model, one report per storage; empty if all matrices are dense."""
     held: dict[Storage, list[QuantizedSite]] = {}
     for path, storage in storages_in(model).items():
-        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).frozen))  # type: ignore[arg-type]
+        held.setdefault(storage, []).append(_site(path, at(model, path).frozen))  # type: ignore[arg-type]
     left = dict(_left(model))
     return [QuantizeReport(storage, tuple(sites), left) for storage, sites in held.items()]
 
@@ -191,7 +193,7 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     for path, others in tied(model, names).items():
         remedy = advice("call reparam.untie(model) or leave it out", "leave it out")
         problems.append(f"{path} shares its weight with {', '.join(others)}; {remedy}")
-    vectors = [path for path in names if not targets_.is_matrix(model.get_submodule(path))]
+    vectors = [path for path in names if not targets_.is_matrix(at(model, path))]
     problems += [f"{path} is a vector, not a matrix" for path in vectors]
     held = storages_in(model)
     dense = STORAGES["dense"]

@@ -21,6 +21,7 @@ from reparam.io.record import Record, Tied
 from reparam.sites.bank import Bank
 from reparam.sites.module import SHARED, Adapted, Replaced
 from reparam.sites.routing import Routing
+from reparam.sites.wrapped import bare
 
 if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
@@ -249,7 +250,7 @@ def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: A
 
 def state_of(model: nn.Module) -> AdapterState:
     """The adapter state of the model. Raises ValueError if the model has no adapter."""
-    state = getattr(model, "reparam_state", None)
+    state = getattr(bare(model), "reparam_state", None)
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")
     return state

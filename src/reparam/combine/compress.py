@@ -156,7 +156,8 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
         change, lost = float(part.values.norm()), part.lost(rank) if rank != part.rank else 0.0
         found.append(SiteCompression(name, part.rank, rank, change, lost, part.cost * (part.rank - rank)))
     order = {key: tensors[key] for key in record.tensors if key in tensors}
-    small = dataclasses.replace(record, method=method, sites=stays, tensors=order, claims=None)
+    tied = {path: tie for path, tie in record.tied.items() if tie.to in stays}
+    small = dataclasses.replace(record, method=method, sites=stays, tensors=order, tied=tied, claims=None)
     return Compression(small, tuple(found), held(record))
 
 

@@ -85,7 +85,8 @@ class Quantizer(HfQuantizer):
         places = kwargs.get("device_map")
         if isinstance(places, dict) and "disk" in places.values():
             raise ValueError(
-                "device_map: quantized matrices cannot be offloaded to disk; remove 'disk' from the device map"
+                "device_map: quantized matrices cannot be offloaded to disk; remove 'disk' from the device map, or, for"
+                " a map that transformers makes, raise max_memory"
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

@@ -21,6 +21,7 @@ from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
 from reparam.sites.module import is_quantized
+from reparam.sites.wrapped import at
 from reparam.weights.dense import DenseWeight, zero_weight
 
 
@@ -127,7 +128,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
     """
     if model is None or f"{site.name}.weight" not in own:
         return None
-    module = model.get_submodule(site.name)
+    module = at(model, site.name)
     if is_quantized(module):
         return module.frozen
     matrix = own[f"{site.name}.weight"].detach()

@@ -78,6 +78,7 @@ class LoRA(Method):
     """Seed for A. The values depend on the seed and the site's name, not on the order in which sites are wrapped."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         problems = [
@@ -109,10 +110,15 @@ class LoRA(Method):
         return patterns.first(self.rank_pattern, name, self.r), patterns.first(self.alpha_pattern, name, self.alpha)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """A configuration with these ranks by site path; alphas stay the same. Sites of rank 0 are left out."""
+        """A configuration with these ranks by site path; alphas stay the same. Sites of rank 0 are left out.
+
+        Raises ValueError if every rank is 0.
+        """
         kept = {name: rank for name, rank in ranks.items() if rank}
         if all(self.at(name)[0] == rank for name, rank in ranks.items()):
             return self
+        if not kept:
+            raise ValueError(f"{self.name}: every site has rank 0, which leaves no update")
         most = max(kept.values())
         alphas = {name: self.at(name)[1] for name in kept}
         return dataclasses.replace(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
+from reparam.core.plain import wrong_types
 from reparam.core.registry import METHODS
 from reparam.core.text import counted
 from reparam.errors import ConfigError, Stopped
@@ -72,6 +74,12 @@ class SearchPlan:
     """The search stops once d90 is at most this many times the largest failing d; above 1."""
 
     def __post_init__(self) -> None:
+        if problems := wrong_types(self):
+            raise ValueError("; ".join(problems))
+        if not self.sizes or not all(low < high for low, high in itertools.pairwise((0, *self.sizes))):
+            raise ValueError(f"sizes {list(self.sizes)}: expected one or more ascending whole numbers of at least 1")
+        if not 1 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance {self.tolerance!r}: expected a finite number above 1")
         if self.metric not in METRICS:
             raise ValueError(f"--metric {self.metric!r}: expected one of {', '.join(METRICS)}")
         if not whole(self.maps, 1):

@@ -12,11 +12,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
+from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted, Replaced
-from reparam.sites.reads import read_without_call
+from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.walk import other_paths, tied, walk
+from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 SHOWN = 5  # paths or targets that a message lists for one problem
@@ -130,7 +132,8 @@ def _everything(
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in () if tie else tied(model, names).items():
-        missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
+        remedy = advice("call reparam.untie(model) or attach with tie=True", "pass --base.untie or --adapter.tie")
+        missed[name] = f"it shares its weight with {', '.join(others)}: {remedy}"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
         if not isinstance(module, Adapted | Replaced) and path not in names:
@@ -169,7 +172,7 @@ def ending(model: nn.Module, end: str) -> list[str]:
 def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The modules of a model that no update can be attached to: path -> reason."""
     found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
-    reads = read_without_call(model)
+    reads = read_without_call(model) | never_called(model)
     return found | {name: why for name, why in reads.items() if name in modules and name not in found}
 
 
@@ -215,8 +218,8 @@ def _head(model: nn.Module) -> str | None:
     """Path of the output head: `model.get_output_embeddings()`, or else a top-level lm_head, score or classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    for name, module in model.named_modules():
-        if module is head or (head is None and name in ("lm_head", "score", "classifier")):
+    for name, module in walk(model):
+        if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import stat
 import tomllib
 import warnings
@@ -138,10 +139,15 @@ def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
 
 
 def read_tables(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the sections of a TOML file. Raises ConfigError for a missing or malformed file, or loose keys."""
+    """Read the sections of a TOML file (UTF-8, with or without a byte order mark).
+
+    Raises ConfigError for a file that is missing, cannot be read or is malformed, or has loose keys.
+    """
     try:
         tables = tomllib.loads(_content(file))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     loose = [key for key, value in tables.items() if not isinstance(value, dict)]
     if loose:
@@ -190,6 +196,11 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
         return None
     try:
         values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
+        # pydantic takes true for 1
+        booleans = [k for k, v in values.items() if _holds_bool(v) and not re.search("bool|Any", str(fields[k]))]
+        if booleans:
+            problems += [f"{section}.{k}: expected no true or false (given: {values[k]!r})" for k in booleans]
+            return None
         return TypeAdapter(cls).validate_python(values)
     except DuplicateKey as error:
         problems.append(f"{section}: {error}")
@@ -214,6 +225,12 @@ def _unknown(cls: type, key: str, section: str) -> str:
         f"method.{key} is a setting of {', '.join(owners[:3])}{others}, and method.name is {cls.name}: leave it out, "  # type: ignore[attr-defined]
         f"or choose another method.name{near}"
     )
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_bool, value.values()))
+    return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
