@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -97,7 +98,7 @@ def test_no_such_folder(tmp_path):
 
 def test_a_folder(tmp_path):
     (found,) = problems(tmp_path)
-    assert "is a folder; name a JSONL file in it" in found
+    assert "the folder holds no data files" in found
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\n", b"\xef\xbb\xbf"])
@@ -155,17 +156,25 @@ def test_half_a_surrogate_pair(tmp_path):
     ("line", "expected"),
     [
         ({}, "the row has no keys"),
-        ({"instruction": "a", "output": "b"}, 'the row has "instruction", "output"'),
+        (
+            {"question": "a", "answer": "b"},
+            'the row has "question", "answer"; name the keys to read with --data.columns',
+        ),
+        ({"chosen": "a", "rejected": "b"}, "the row is a preference"),
         ({"Text": "a"}, 'did you mean "text" instead of "Text"?'),
         ({"message": []}, 'did you mean "messages" instead of "message"?'),
         ({"prompt": "a"}, '"prompt" without "completion"'),
         ({"completion": "a"}, '"completion" without "prompt"'),
         ({"prompt": "a", "completions": "b"}, 'did you mean "completion" instead of "completions"?'),
-        ({"text": "a", "prompt": "b"}, 'several formats in one row ("prompt", "text")'),
+        (
+            {"text": "a", "prompt": "b", "completion": "c"},
+            'several formats in one row ("prompt", "completion", "text")',
+        ),
         (CHAT | {"prompt": "p", "completion": "c"}, "several formats in one row"),
         ({"text": 1}, '"text" must be a string, got a number'),
         ({"text": ""}, '"text" is empty'),
-        ({"prompt": ["a"], "completion": None}, '"prompt" must be a string, got a list'),
+        ({"prompt": ["a"], "completion": None}, '"prompt" and "completion" must both be strings'),
+        ({"prompt": "a", "completion": None}, '"completion" must be a string, got null'),
         ({"messages": "hello"}, '"messages" must be a list, got a string'),
         ({"messages": []}, '"messages" is empty'),
         ({"messages": ["hello"]}, "message 1 must be an object, got a string"),
@@ -173,7 +182,23 @@ def test_half_a_surrogate_pair(tmp_path):
         ({"messages": [{"role": "user"}]}, 'message 1 has no "content"'),
         ({"messages": [{"role": "user", "content": None}]}, 'message 1 has no "content"'),
         ({"messages": [{"role": "user", "value": "a", "contents": "a"}]}, 'did you mean "content"'),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, '"content" must be a string, got a list'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "part 1 of the content is 'text'; only parts",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part 1 of the content is 'image'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "part 1 of the content is 'a string'"),
+        ({"messages": [{"role": "user", "content": 4}]}, '"content" must be a string, got a number'),
+        (CHAT | {"tools": 3}, '"tools" must be a list of objects'),
+        (CHAT | {"tools": ["f"]}, '"tools" must be a list of objects'),
+        (CHAT | {"chat_template_kwargs": {"messages": []}}, '"chat_template_kwargs" must be an object without'),
+        (CHAT | {"system": 3}, '"system" must be a string, got a number'),
+        (CHAT | {"images": ["a.png"]}, '"images": only text is supported'),
+        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "only answers of an assistant carry loss"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, '"weight" must be 0 or 1, got 0.5'),
+        ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, '"train" must be true or false'),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "only an assistant calls tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "tool call 1 must be an object with"),
         ({"messages": [{"role": "gpt", "content": "a"}]}, "unknown role 'gpt'; expected one of"),
         ({"messages": [{"role": "human", "content": "a"}]}, "did you mean 'user'?"),
         ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'?"),

@@ -98,7 +98,6 @@ def test_type_is_refused(folder: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_bias": True},
         {"trainable_token_indices": [1, 2]},
         {"target_parameters": ["experts.gate_up_proj"]},
         {"layer_replication": [(0, 1)]},
@@ -122,11 +121,6 @@ def test_setting_is_refused_as_peft_writes_it(folder: Path, changes: dict[str, A
 def test_loftq(folder: Path) -> None:
     edit(folder, init_lora_weights="loftq")  # PEFT itself writes it only where scipy is installed
     refused(folder, CONFIG, "init_lora_weights")
-
-
-def test_all_biases(folder: Path) -> None:
-    edit(folder, bias="all")
-    refused(folder, "bias = 'all'", "lora_only")
 
 
 def test_key_of_a_later_release(folder: Path) -> None:

@@ -50,6 +50,9 @@ class Method:
     has_components: ClassVar[bool] = False
     """Whether its weight changes are sums of rank-1 components that can be dropped one by one. If so, it implements
     `with_ranks`, and its updates implement `low_rank_part`."""
+    ties: ClassVar[bool] = False
+    """Whether one of its updates can act on several modules that share a weight, as `attach(..., tie=True)` asks for.
+    Such an update depends only on the weight and changes no bias."""
     drops_empty_sites: ClassVar[bool] = True
     """Whether a site with no components left is removed from the adapter; otherwise it stays with rank 0."""
 
@@ -95,6 +98,10 @@ class Method:
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """The configuration that rebuilds these updates, e.g. with ranks that training reduced; by default self."""
+        return self
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The configuration for sites with other paths (old -> new); by default self. Methods with patterns need it."""
         return self
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:

@@ -5,6 +5,7 @@ Shapes: E examples (an example is a row, or a piece of a long text row), T token
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,19 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from reparam.core.text import counted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross entropy ignores
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the singular or plural.
-
-    >>> counted(1, "row"), counted(1200, "row")
-    ('1 row', '1,200 rows')
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,9 @@ class Report:
     truncated: int
     """Number of chats and completions that lost loss tokens because they exceed `max_length`."""
     split: int
-    """Number of text rows that were split into pieces."""
+    """Number of text rows that were split into pieces, and of chats split into one example for each answer."""
+    unused: tuple[str, ...] = ()
+    """Keys of the rows and of their messages that change nothing in the examples."""
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -58,7 +54,9 @@ class Report:
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated")
         if self.split:
-            parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} pieces in all")
+            parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} examples in all")
+        if self.unused:
+            parts.append(f"not used: {', '.join(self.unused)}")
         return "; ".join(parts)
 
 
@@ -88,6 +86,14 @@ class Encoded(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def digest(self) -> str:
+        """SHA-256 of all examples: token ids, loss and tasks."""
+        found = hashlib.sha256()
+        for tensor in (self.ids, self.loss, self.starts, self.tasks):
+            if tensor is not None:
+                found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):

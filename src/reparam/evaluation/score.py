@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.adapter.context import context, tasks_of, told
+from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
-from reparam.data.rows import Row
+from reparam.data.messages import Messages
+from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
+from reparam.errors import DataError
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop
 
@@ -63,11 +66,17 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
     """Bits per byte for text rows; otherwise the mean loss, in nats, per token that carries loss.
 
     The score is a ratio of two sums over examples. Its 95 % interval is ±1.96 standard errors, estimated from the
-    residuals of the examples. `batch` is the number of examples per forward pass.
+    residuals of the examples. `batch` is the number of examples per forward pass. Raises ValueError if no token of the
+    examples carries loss.
     """
     nats, tokens = token_losses(model, encoded, tokenizer, batch=batch)
     texts = bool(encoded.text_bytes.sum())
     weights = encoded.text_bytes.double() if texts else tokens
+    if not weights.sum() > 0:
+        raise ValueError(
+            f"no token of the {counted(len(encoded), 'example')} carries loss, so there is no loss to score; give rows "
+            f"with an answer or a text"
+        )
     ratio = float(nats.sum() / weights.sum())
     spread = float((nats - ratio * weights).std()) * math.sqrt(len(nats)) / float(weights.sum()) if len(nats) > 1 else 0
     unit = math.log(2) if texts else 1.0
@@ -102,7 +111,9 @@ def token_losses(
 
 
 def score_answers(answers: Sequence[Answer]) -> Score:
-    """The share of exact matches (0 ... 1) with its Wilson score interval. `answers` must not be empty."""
+    """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
+    if not answers:
+        raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
     n, right = len(answers), sum(answer.right for answer in answers)
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -122,12 +133,18 @@ def answer(
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
     prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8.
-    Raises DataError if the selected adapter depends on the task and a row has no known task.
+    Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
+    tokens.
     """
     asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
     template = ChatTemplate(tokenizer) if any(row.kind == "chat" for row in asked) else None
-    prompts = [_prompt(tokenizer, template, question) for question, _ in pairs]
+    prompts = [
+        _prompt(tokenizer, template, question, row.variables) for row, (question, _) in zip(asked, pairs, strict=True)
+    ]
+    empty = [row.source for row, prompt in zip(asked, prompts, strict=True) if not prompt]
+    if empty:
+        raise DataError([f"{source}: the prompt is empty, so no answer can be generated" for source in empty])
     expected = [answer for _, answer in pairs]
     names = tasks_of(model)
     tasks = task_numbers(asked, names) if names else None
@@ -154,8 +171,11 @@ def complete(
 
     Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
     would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
-    are the names or numbers of the prompts' tasks, for an adapter that depends on them.
+    are the names or numbers of the prompts' tasks, for an adapter that depends on them. Raises ValueError for a prompt
+    without tokens.
     """
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens, so there is nothing to continue; give a prompt with text")
     device = next(model.parameters()).device
     pad, stops = padding_id(tokenizer), stop_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -191,18 +211,23 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded:
             yield group[start : start + size]
 
 
-def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
-    """The question and the expected answer of a row, or None for a chat that does not end with an answer."""
+def _split(row: Row) -> tuple[str | Messages, str] | None:
+    """The question and the expected answer of a row, or None for a chat that does not end with an answer in words."""
     if row.kind == "completion":
         return row.prompt, row.completion
     *before, last = row.messages
-    return ([dict(m) for m in before], str(last["content"])) if last["role"] == "assistant" and before else None
+    if last["role"] != "assistant" or last.get("tool_calls") or not before:
+        return None
+    return before, last["content"]
 
 
 def _prompt(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, question: str | list[dict[str, str]]
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    question: str | Messages,
+    variables: Mapping[str, Any],
 ) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer(question)["input_ids"])
     assert template is not None
-    return list(tokenizer(template.prompt(question), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(template.prompt(question, variables), add_special_tokens=False)["input_ids"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ def load_base(
     """
     _check_path(path)
     disable_progress_bar()
+    place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with from_files(path, "causal language model"), report_held() as reports:
-        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
         check_config(config)
         quantized = _storage_config(config)
         if quantized is not None:
@@ -66,7 +68,7 @@ def load_base(
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            place,
             config=config,
             dtype=wanted,
             revision=revision or "main",
@@ -100,21 +102,29 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    format: str = "reparam",
+    overwrite: bool = False,
 ) -> None:
     """Write a dense or quantized model and, optionally, its tokenizer into a new folder, atomically.
 
     Quantized matrices stay quantized. `format` is "reparam" (for `load_base`, and for transformers once
     `reparam.hf.models` is imported) or "bitsandbytes" (for transformers with bitsandbytes, and for `load_base`).
+    With `overwrite`, all that `folder` holds is deleted; by default, files that the model does not replace cause a
+    FileExistsError.
 
     Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
-    loaded from, and if the format cannot store the quantized matrices.
+    loaded from, if a parameter holds NaN or infinity, and if the format cannot store the quantized matrices.
     """
     target = Path(folder).resolve()
     check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
-    with staged_folder(target) as staging:
+    check_finite(model)
+    with staged_folder(target, owned=overwrite) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         order_metadata(staging)

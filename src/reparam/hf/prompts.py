@@ -106,6 +106,11 @@ class Prompts(Adapter):
         if value.shape != own.shape:
             sizes = f"{list(value.shape)}, expected {list(own.shape)} for this model"
             raise FormatError(f"{folder / WEIGHTS}: prompt_embeddings is {sizes}")
+        if own.is_meta:
+            raise FormatError(
+                f"{folder}: this model is on the device 'meta', which holds no values, so the adapter's values would "
+                f"be lost; load the base's weights first"
+            )
         own.copy_(value)
 
 

@@ -50,6 +50,7 @@ class LoRA(Method):
     """
 
     has_components: ClassVar[bool] = True
+    ties: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"r": 4, "alpha": 8},
         {"r": 1, "alpha": 2.0, "scaling": "alpha", "init": "gaussian"},
@@ -124,6 +125,15 @@ class LoRA(Method):
             r=most,
             rank_pattern=patterns.exactly({name: rank for name, rank in kept.items() if rank != most}),
             alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != self.alpha}),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """A configuration with the same ranks and alphas at sites with other paths (old -> new)."""
+        at = {new: self.at(old) for old, new in names.items()}
+        return dataclasses.replace(
+            self,
+            rank_pattern=patterns.exactly({new: r for new, (r, _) in at.items() if r != self.r}),
+            alpha_pattern=patterns.exactly({new: alpha for new, (_, alpha) in at.items() if alpha != self.alpha}),
         )
 
     def check(self, sites: list[Site]) -> None:

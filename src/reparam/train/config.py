@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 import warnings
@@ -33,10 +34,8 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunCo
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
 LARGEST = 16 << 20  # bytes of a configuration
-
-
-class LoraPlusTaken(UserWarning):
-    """A method name is taken for LoRA+."""
+PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
+"""Keys whose values are paths of inputs. A run with other paths is the same run if their content is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +96,23 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
-def dump(config: Config) -> str:
-    """The configuration as TOML; `resolve` reads an equal configuration from it."""
-    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()})
+def dump(config: Config, *, absolute: bool = False) -> str:
+    """The configuration as TOML; `resolve` reads an equal configuration from it.
+
+    With `absolute`, existing paths of `PATHS` are written as absolute paths, so that any folder can use the file.
+    """
+    found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
+    for key in PATHS if absolute else ():
+        section, _, name = key.partition(".")
+        if name in found[section]:
+            found[section][name] = _absolute(found[section][name])
+    return tomli_w.dumps(found)
+
+
+def _absolute(path: Any) -> Any:
+    if isinstance(path, str):
+        return os.path.abspath(path) if os.path.exists(path) else path
+    return [_absolute(part) for part in path]
 
 
 def tables(config: Config) -> dict[str, dict[str, Any]]:
@@ -163,14 +176,14 @@ def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
         f"method.name {name!r} is taken for LoRA+ (Hayou, Ghosh & Yu 2024, arXiv 2402.12354){doubled}: LoRA with "
         f"optim.lora_plus {ratio}"
     )
-    warnings.warn(LoraPlusTaken(text), stacklevel=3)
+    warnings.warn(text, stacklevel=3)
 
 
 def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
     """Build the dataclass of a section from its table. If that fails, append to `problems` and return None."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
-    problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]
+    problems += [_unknown(cls, key, section) for key in unknown]
     if unknown:
         return None
     values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
@@ -195,6 +208,19 @@ def _holds_bool(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_holds_bool, value.values()))
     return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _unknown(cls: type, key: str, section: str) -> str:
+    """The problem of a key that the section's class lacks; a setting of other methods is said to be theirs."""
+    near = nearest(key, [field.name for field in dataclasses.fields(cls)])
+    owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
+    if section != "method" or not owners:
+        return f"unknown key {section}.{key}{near}"
+    others = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    return (
+        f"method.{key} is a setting of {', '.join(owners[:3])}{others}, and method.name is {cls.name}: leave it out, "  # type: ignore[attr-defined]
+        f"or choose another method.name{near}"
+    )
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:

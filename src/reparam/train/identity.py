@@ -1,4 +1,4 @@
-"""What determines the result of a run: its settings, and the content of its data and its base.
+"""What determines the result of a run: its settings, and the content of its data, its base and the tokenizer.
 
 `run.json` in the run folder holds them. A run goes on in a folder only if they are the same as before.
 """
@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reparam.core.checks import listed
 from reparam.errors import ConfigError
+from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.staged import digest
+from reparam.io.outputs import check_writable
+from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
-from reparam.train.config import Config, tables
+from reparam.train import processes
+from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from reparam.train.job import Job
 
-RECORD = "run.json"
+RECORD, SETTINGS = "run.json", "config.toml"
+STEPS, EARLIER = "number of steps", "earlier numbers of steps"
 # Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
 FREE = {
     *(
@@ -38,7 +44,7 @@ FREE = {
         "run.loggers",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
-    *("base.path", "base.revision", "data.train", "data.valid", "adapter.start", "method.experts"),
+    *("base.revision", *PATHS),
 }
 
 
@@ -46,10 +52,14 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found["number of steps"] = config.run.steps(len(job.train))
+    found[STEPS] = config.run.steps(len(job.train), processes.count())
+    found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
-    found["content of data.train"] = digest(config.data.train)
-    found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
+    found["content of the tokenizer"] = _tokenizer(job.tokenizer)
+    found["content of the chat template"] = _text(job.tokenizer.chat_template)
+    for key, name, rows in (("train", config.data.train, job.train), ("valid", config.data.valid, job.valid)):
+        # A folder or a data set has no digest of its own; its examples depend on the tokenizer and on max_length, too.
+        found[f"content of data.{key}"] = name and (digest(name) if Path(name).is_file() else rows.digest())
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -57,16 +67,39 @@ def identity(job: Job) -> dict[str, Any]:
     return plain
 
 
-def check_same(folder: Path, now: dict[str, Any]) -> None:
-    """Raise ConfigError, with every difference by its key, if the folder holds a run with another identity."""
+def check_folder(config: Config) -> None:
+    """Raise if the run cannot use its output folder; this reads no data and no model.
+
+    Raises ValueError if it is the folder of the base, WriteFailed if it cannot be written, and ConfigError if it holds
+    files but no run; with `run.fresh`, only if the run would replace these files.
+    """
+    folder = Path(config.run.output)
+    check_not_base(folder, config.base.path)
+    file = folder / SETTINGS
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if file.is_file() and file.read_bytes() == dump(config).encode():
+        held.remove(SETTINGS)  # `reparam compare` writes it before a run
+    foreign = [name for name in held if not name.startswith(".") and (not config.run.fresh or _written(name))]
+    if foreign and RECORD not in held:
+        raise ConfigError(
+            f"{folder} holds files ({listed(foreign, shown=3)}) but no {RECORD}, so it is not the folder of an earlier "
+            f"run; choose another run.output"
+        )
+    check_writable(folder, inside=True)
+
+
+def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
+    """Raise ConfigError, with every difference by its key, if the folder holds a run with another identity.
+
+    If `longer` is true, the run may have more steps than before.
+    """
     file = folder / RECORD
     if not file.is_file():
         return
-    try:
-        then = json.loads(file.read_text(encoding="utf-8"))["identity"]
-        changed = [key for key in now if key in then and then[key] != now[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
+    then = _read(file)["identity"]
+    changed = [key for key in now if key in then and then[key] != now[key]]
+    if longer and STEPS in changed and now[STEPS] > then[STEPS]:
+        changed.remove(STEPS)
     if changed:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
@@ -75,14 +108,47 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
         )
 
 
+def write_record(folder: Path, now: dict[str, Any]) -> int:
+    """Write the identity of a run into its folder, with the numbers of steps that it had in earlier calls.
+
+    Returns the number of steps that the run had in the call before, or the present one.
+    """
+    file, before = folder / RECORD, now[STEPS]
+    earlier: list[int] = []
+    if file.is_file():
+        then = _read(file)
+        before = then["identity"].get(STEPS, before)
+        earlier = [*then.get(EARLIER, []), *([before] if before != now[STEPS] else [])]
+    found = {"format": 1, "identity": now, **({EARLIER: earlier} if earlier else {})}
+    write_file(file, (json.dumps(found, indent=1) + "\n").encode())
+    return int(before)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found["identity"].get(STEPS, 0), int) or not isinstance(found.get(EARLIER, []), list):
+            raise ValueError(f"{STEPS} is not a number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
+    return found
+
+
 def clear(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for name in (RECORD, "config.toml", "figures.json", "loss.png"):
-        (folder / name).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if not _written(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _written(name: str) -> bool:
+    """Whether a run writes a file or folder of this name into its folder."""
+    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 
 def _difference(key: str, then: Any, now: Any) -> str:
@@ -90,7 +156,9 @@ def _difference(key: str, then: Any, now: Any) -> str:
         return f"the {key} has changed"
     if key == "optim.lora_plus" and then and now:
         return f"{key}: the group out had {then:g} times the learning rate and now has {now:g} times"
-    return f"{key} was {then!r} and is now {now!r}"
+    fewer = ", but a run cannot have fewer steps than before" if key == STEPS and now < then else ""
+    planned = ", but the method has a schedule for its number of steps" if key == STEPS and now > then else ""
+    return f"{key} was {then!r} and is now {now!r}{fewer}{planned}"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -105,6 +173,16 @@ def _weights(model: nn.Module) -> str:
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into token ids. Truncation and padding are left out: callers set them at each call."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _text([{**state, "truncation": None, "padding": None}, tokenizer.special_tokens_map])
+
+
+def _text(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _folder(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from reparam.core.checks import finite, whole
 from reparam.core.plain import wrong_types
+from reparam.data.chat import LossOn
 from reparam.errors import ConfigError
 
 
@@ -42,15 +43,19 @@ class DataConfig:
     """The rows to train on, and the held-out rows."""
 
     train: str = ""
-    """JSONL file of training rows. Each has messages, prompt and completion, or text."""
+    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
+    or - for standard input."""
     valid: str | None = None
-    """JSONL file of held-out rows to score. By default, a share of the training rows is held out."""
+    """Held-out rows to score. By default, a share of the training rows is held out."""
+    columns: tuple[str, ...] = ()
+    """Under which keys the rows hold those of a format, such as prompt=question,completion=answer. By default, the keys
+    tell the format."""
     holdout: float = 0.05
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
-    loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of chats and completions count in the loss: answers, or all."""
+    loss_on: LossOn = "answers"
+    """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
@@ -63,6 +68,14 @@ class DataConfig:
             max_length=_count(1),
             score_rows=_count(0),
         )
+        self.renamed()
+
+    def renamed(self) -> dict[str, str]:
+        """`columns` as a dictionary from a format's key to the rows' key. Raises ConfigError for another form."""
+        pairs = [pair.partition("=") for pair in self.columns]
+        if wrong := [pair for pair, (key, _, name) in zip(self.columns, pairs, strict=True) if not key or not name]:
+            raise ConfigError(f"data.columns: {wrong[0]!r}: expected key=name, such as prompt=question")
+        return {key.strip(): name.strip() for key, _, name in pairs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +184,11 @@ class RunConfig:
             **dict.fromkeys(("eval_every", "save_every"), _count(0)),
         )
 
-    def steps(self, examples: int) -> int:
-        """Number of optimizer steps of a run over this many training examples."""
-        rows = self.batch_size * self.accumulation
-        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
+    def steps(self, examples: int, processes: int = 1) -> int:
+        """Number of optimizer steps of a run over this many training examples, as transformers counts them.
+
+        Each of the `processes` takes `batch_size` rows in a forward pass. The last step of an epoch may have fewer.
+        """
+        batches = math.ceil(examples / (self.batch_size * processes))
+        an_epoch = max(1, math.ceil(batches / self.accumulation))
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(an_epoch * self.epochs))
