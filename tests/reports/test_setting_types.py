@@ -42,7 +42,7 @@ def fields() -> list[tuple[str, str]]:
 def wrong(cls: Any, key: str) -> list[Any]:
     told = next(str(field.type) for field in dataclasses.fields(cls) if field.name == key)
     kinds = [kind for kind in WRONG if told.partition("[")[0].find(kind) >= 0 or f"| {kind}" in told]
-    if told.startswith("Literal"):
+    if told.startswith("Literal") or told == "LossOn":
         kinds = ["str"]
     assert kinds, told
     values = [value for value in WRONG[kinds[0]] if not ("None" in told and value is None)]

@@ -17,7 +17,7 @@ from reparam.combine.compress import compress
 from reparam.compare.plan import read_plan
 from reparam.compare.recommend import recommend
 from reparam.core.registry import STORAGES
-from reparam.errors import FormatError
+from reparam.errors import ConfigError, FormatError
 from reparam.hf.models import load_base
 from reparam.kernels.fastfood import fastfood, fastfood_adjoint
 from reparam.recipes import merge as recipe
@@ -155,3 +155,22 @@ def test_a_compression_to_nothing_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank|empty|zero|changes nothing") as caught:
         compress(tmp_path / "a", energy=0.9).save(tmp_path / "b")
     assert "max()" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"storages": "nf4"}, "entry 1: storages: expected a list of texts"),
+        ({"ranks": 5}, "entry 1: ranks: expected a list of whole numbers"),
+        ({"ranks": [True]}, "entry 1: ranks: expected a list of whole numbers"),
+        ({"label": [1]}, "entry 1: label: expected a text"),
+        ({"optim": 3}, "entry 1: optim: expected a table"),
+        ({"name": 3}, "entry 1: name: expected a text"),
+        ({"r": []}, "lora: r: the list is empty"),
+        ({"r": [*range(1, 101)], "alpha": [*range(1, 101)]}, "10,000 contestants, more than 1,000"),
+    ],
+)
+def test_entries_of_a_plan_are_checked_by_key(entry: dict[str, Any], message: str) -> None:
+    overrides = {"base.path": "model", "data.train": "rows.jsonl", "compare.methods": [{"name": "lora", **entry}]}
+    with pytest.raises(ConfigError, match=message):
+        read_plan(None, overrides)

@@ -26,6 +26,7 @@ from reparam.errors import ConfigError
 from reparam.train.base import KEYS
 from reparam.train.config import LORA_PLUS, SECTIONS, USUAL_RATIO, Config, build, read_tables, resolve
 
+MOST = 1000  # contestants of one method
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")
 # Settings that give a method rank r, by the name of its rank. AdaLoRA starts at mean rank 1.5 r per site and ends at r.
@@ -144,7 +145,31 @@ def _entries(table: dict[str, Any], problems: list[str]) -> list[dict[str, Any]]
     problems += [
         f"compare.methods: entry {i + 1} has no name; add one" for i, entry in enumerate(entries) if "name" not in entry
     ]
-    return [entry for entry in entries if "name" in entry]
+    fitting = []
+    for i, entry in enumerate(entries):
+        wrong = [
+            f"compare.methods: entry {i + 1}: {key}: expected {what}"
+            for key, (what, right) in _FORMS.items()
+            if key in entry and not right(entry[key])
+        ]
+        problems += wrong
+        if "name" in entry and not wrong:
+            fitting.append(entry)
+    return fitting
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and bool(value) and all(type(one) is kind for one in value)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text", lambda value: isinstance(value, str)),
+    "label": ("a text", lambda value: isinstance(value, str)),
+    "ranks": ("a list of whole numbers", _list_of(int)),
+    "storages": ("a list of texts", _list_of(str)),
+    **{section: ("a table", lambda value: isinstance(value, Mapping)) for section in SECTIONS_OF_A_METHOD},
+}
+"""What the keys of an entry hold that are no settings of its method."""
 
 
 def _contestants(
@@ -176,6 +201,9 @@ def _contestants(
     types = {field.name: str(field.type) for field in dataclasses.fields(method)}
     axes: list[list[tuple[str, dict[str, Any]]]] = []
     for key, value in rest.items():
+        if value == [] and not types.get(key, "").startswith(("tuple", "Mapping")):
+            problems.append(f"{name}: {key}: the list is empty; remove it, or name at least one value")
+            return []
         if isinstance(value, list) and not types.get(key, "").startswith(("tuple", "Mapping")):
             axes.append([(f" {key}={v}" if len(value) > 1 else "", {f"method.{key}": v}) for v in value])
         else:
@@ -184,6 +212,9 @@ def _contestants(
     own = list(entry.get("storages", storages))
     axes.append([(f" {s}" if len(own) > 1 else "", {"base.storage": s}) for s in own])
     label = str(entry.get("label", "lora+" if plus else name))
+    if (count := math.prod(map(len, axes))) > MOST:
+        problems.append(f"{label[:80]}: {count:,} contestants, more than {MOST:,}; shorten its lists")
+        return []
     return [
         Contestant(label + "".join(text for text, _ in chosen), {**settings, **_merged(part for _, part in chosen)})
         for chosen in itertools.product(*axes)

@@ -56,8 +56,13 @@ class Several(Method):
     """A regular expression that matches the end of a path -> name (`method`) and settings. The first match wins."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("default", "parts"):  # plain values, so that a method equals the one that is read from its file
-            object.__setattr__(self, field, json.loads(json.dumps(getattr(self, field))))
+            try:
+                plain = json.loads(json.dumps(getattr(self, field)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Several: {field}: expected plain values, as JSON has them: {error}") from None
+            object.__setattr__(self, field, plain)
         problems = patterns.broken("parts", self.parts)
         found: dict[str, Method | None] = {}
         for key, settings in {"": self.default, **self.parts}.items():

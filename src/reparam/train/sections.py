@@ -60,7 +60,6 @@ class DataConfig:
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
     def __post_init__(self) -> None:
-        self.renamed()
         idle = self.valid is not None and self.holdout == 0
         _check(
             self,
@@ -69,6 +68,7 @@ class DataConfig:
             max_length=_count(1),
             score_rows=_count(0),
         )
+        self.renamed()
 
     def renamed(self) -> dict[str, str]:
         """`columns` as a dictionary from a format's key to the rows' key. Raises ConfigError for another form."""
