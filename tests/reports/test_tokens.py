@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapters import assert_equal_but_for_rounding, trained
 from models import llama, logits, loss, tied_llama
+from safetensors.torch import load_file
 from torch import Tensor
 
 import reparam
@@ -91,3 +94,40 @@ def test_beside_lora_in_one_adapter(tmp_path: Path) -> None:
     reparam.load(again, tmp_path)
     assert_equal_but_for_rounding(logits(again), logits(model))
     assert (logits(again) - logits(llama())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("make", [llama, tied_llama])
+@pytest.mark.parametrize("ids", [[94, 72], {"embed_tokens": [72, 28, 94]}], ids=str)
+def test_peft_folders(make: Callable[[], Any], ids: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=ids)
+    model = peft.get_peft_model(make(), config)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.eval().save_pretrained(str(tmp_path / "theirs"))
+    found = make()
+    adapter = reparam.load(found, tmp_path / "theirs")
+    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+    assert adapter.tied == ({"lm_head": EMBEDDING} if make is tied_llama else {})
+    adapter.save(tmp_path / "ours", format="peft")
+    back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
+    assert_equal_but_for_rounding(logits(back), logits(found))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    reparam.merge(found)
+    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [([72], r"embed_tokens\.values has shape \[2, 32\]"), ([72, 99], "none for the token 99")],
+    ids=str,
+)
+def test_ids_of_a_peft_folder_that_do_not_fit(ids: list[int], words: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[72, 28])
+    peft.get_peft_model(llama(), config).save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "trainable_token_indices": ids}))
+    with pytest.raises(reparam.FormatError, match=words):
+        reparam.load(llama(), tmp_path)
