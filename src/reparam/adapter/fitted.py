@@ -56,7 +56,7 @@ class _Renamed(Claims):
 
 def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record: Record) -> Record:
     """The record with the model's present names, if it names modules that the model lacks and all can be renamed."""
-    owners = [*record.sites, *record.replaced]
+    owners = [*record.sites, *record.replaced, *record.tied]
     if all(path in have for path in owners):
         return record
     rename = _renaming(model)
@@ -79,6 +79,7 @@ def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record:
         sites={names[n]: dataclasses.replace(site, name=names[n]) for n, site in record.sites.items()},
         tensors=moved(record.tensors),
         replaced=tuple(names[path] for path in record.replaced),
+        tied={names[path]: dataclasses.replace(tie, to=names[tie.to]) for path, tie in record.tied.items()},
         frozen=moved(record.frozen),
         beside=moved(record.beside),
         parts={names.get(path, path): part for path, part in record.parts.items()},
@@ -127,6 +128,7 @@ def _with_named(record: Record, folder: Path) -> Record:
     return dataclasses.replace(
         record,
         sites={path: site for path, site in record.sites.items() if path not in out},
+        tied={path: tie for path, tie in record.tied.items() if tie.to not in out},
         tensors={key: tensor for key, tensor in record.tensors.items() if not key.startswith(gone)},
     )
 
@@ -152,7 +154,8 @@ def _with_beside(model: nn.Module, have: Mapping[str, nn.Module], record: Record
         elif path in odd or path not in have:
             problems.append(f"{key} was trained, but {odd.get(path, 'the model has no such module')}")
         else:
-            sites[path] = targets.site_of(path, have[path])
+            if path not in record.tied:
+                sites[path] = targets.site_of(path, have[path])
             tensors[key] = tensor
     for path in [path for path, part in record.parts.items() if part["method"] != NONE and path in sites]:
         for other in next((group for group in same_weight(model) if path in group), []):

@@ -32,7 +32,8 @@ def open_model(
 
     Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
     are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
-    storage of all linear maps. Tied embeddings are untied if the adapter changes the embedding or the output head.
+    storage of all linear maps. Tied weights are untied if the adapter changes one of them, unless it was attached with
+    `tie`.
 
     Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
     do not fit, and BaseError if the base model cannot be loaded.

@@ -45,6 +45,7 @@ def files(record: Record) -> dict[str, bytes]:
     method = record.method
     writer = writer_of(method)
     writer.check(method, record)
+    record = record.apart()
     config = writer.settings(method, record)
     tensors: dict[str, Tensor] = {}
     for name, site in record.sites.items():

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reparam.core.base import Site
@@ -108,6 +109,12 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
             parts[module] = {"method": "tokens", "ids": config.tokens(module)}
         else:  # PEFT's save_embedding_layers: a copy of the base's own matrix
             frozen[path.replace(".token_adapter.", ".").replace(".base_layer.", ".")] = tensor
+    if config.ensure_weight_tying:  # PEFT trains the embedding and writes it again under the names of its ties
+        trained = [tensors[f"{module}.weight"] for module in replaced if f"{module}.weight" in tensors]
+        for path, copy in list(frozen.items()):
+            if path.endswith(".weight") and any(torch.equal(copy, one) for one in trained):
+                replaced.append(path.removesuffix(".weight"))
+                tensors[path] = frozen.pop(path)
     strange += [f"{PREFIX}{site}{end}" for site, end in extra if site not in kinds]
     return Contents(tensors, kinds, frozen, beside, parts, replaced, [f"unknown tensor {key}" for key in strange])
 
