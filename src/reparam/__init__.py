@@ -91,6 +91,7 @@ if TYPE_CHECKING:
         XLoRA,
     )
     from reparam.methods.several import Several
+    from reparam.methods.tokens import Tokens
     from reparam.weights.int8 import Int8
     from reparam.weights.nf4 import NF4
 
@@ -141,6 +142,7 @@ __all__ = [
     "Stopped",
     "Storage",
     "TaskGated",
+    "Tokens",
     "Update",
     "Weight",
     "WriteFailed",
@@ -225,6 +227,7 @@ _HOMES = {  # the module that defines each name
     "Poly": "reparam.methods.mixture",
     "TaskGated": "reparam.methods.mixture",
     "XLoRA": "reparam.methods.mixture",
+    "Tokens": "reparam.methods.tokens",
     "Several": "reparam.methods.several",
     "Int8": "reparam.weights.int8",
     "NF4": "reparam.weights.nf4",

@@ -168,7 +168,8 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_masters(storage: str, metho
     assert low.dtype == torch.bfloat16
     assert 1e-5 < error(low, y) < 5e-2
     assert all(g.dtype == torch.float32 for g in found.values())
-    assert max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items()) < 0.15
+    moved = {name: g for name, g in expected.items() if g.any()}  # tokens of an embedding that the batch has not: 0
+    assert max(float((found[n] - g).norm() / g.norm()) for n, g in moved.items()) < 0.15
 
 
 @first

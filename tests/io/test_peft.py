@@ -87,6 +87,13 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "all biases and a head": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
     "all biases with dora": (bert, {"target_modules": ["query"], "bias": "all", "use_dora": True}),
     "all biases without any": (llama, {"target_modules": PROJECTIONS, "bias": "all"}),
+    "tokens": (llama, {"target_modules": PROJECTIONS, "trainable_token_indices": [72, 28, 94]}),
+    "tokens of two modules": (
+        llama,
+        {"target_modules": PROJECTIONS, "trainable_token_indices": {"embed_tokens": [72], "lm_head": [5, 3]}},
+    ),
+    "tokens and biases": (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": [72], "bias": "all"}),
+    "tokens with dora": (llama, {"target_modules": PROJECTIONS, "trainable_token_indices": [72], "use_dora": True}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding alone": (gpt2, {"target_modules": ["wte"]}),
     "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),

@@ -81,7 +81,9 @@ def test_all_biases_are_saved_loaded_and_merged(tmp_path: Path) -> None:
 def test_other_commands_refuse_what_they_cannot_use(tmp_path: Path) -> None:
     saved(gpt2(), tmp_path, target_modules=["c_attn"])
     for command in (lambda: reparam.blend([tmp_path], [1.0]), lambda: reparam.compress(tmp_path, rank=1)):
-        with pytest.raises(reparam.FormatError, match=r"also trains biases of modules without factors \(transformer\."):
+        with pytest.raises(
+            reparam.FormatError, match=r"also trains biases or tokens of modules without factors \(transformer\."
+        ):
             command()
 
 

@@ -5,6 +5,7 @@
 - Tensors of modules that the settings do not name are left out, as PEFT does, with a warning.
 - `bias="all"` saves the biases of all modules. Those without other tensors in the file become sites, whose bias alone
   trains.
+- Modules of which single tokens train become sites of the method `tokens`.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from torch import nn
 from reparam.adapter.same_base import same_values
 from reparam.core.checks import listed
 from reparam.errors import FormatError
-from reparam.io.record import Claims, Record
+from reparam.io.record import Claims, Record, Tied
 from reparam.methods import patterns
 from reparam.methods.several import NONE, Several
 from reparam.sites import targets
 from reparam.sites.fingerprint import base_tensors
+from reparam.sites.walk import same_weight
 
 
 def fitted(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> Record:
     """The record for this model, whose modules are `have`. Raises FormatError if it does not fit."""
     if record.claims is None:
         return record
-    return _with_biases(model, have, _with_named(_with_present_names(model, have, record), folder), folder)
+    return _with_beside(model, have, _with_named(_with_present_names(model, have, record), folder), folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record:
         tied={names[path]: dataclasses.replace(tie, to=names[tie.to]) for path, tie in record.tied.items()},
         frozen=moved(record.frozen),
         beside=moved(record.beside),
+        parts={names.get(path, path): part for path, part in record.parts.items()},
         claims=_Renamed(record.claims, {new: old for old, new in names.items()}),
     )
 
@@ -130,34 +133,41 @@ def _with_named(record: Record, folder: Path) -> Record:
     )
 
 
-def _with_biases(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> Record:
-    """The record with a site for each trained bias in `beside`; biases that equal the base's are left out.
+def _with_beside(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> Record:
+    """The record with a site for each module in `beside`; biases that equal the base's are left out.
 
-    Raises FormatError if the model lacks a bias, or if the bias of an unsupported module was trained.
+    Trained tokens act on all modules that share the embedding's weight, as in PEFT. Raises FormatError if the model
+    lacks a tensor, or if the bias of an unsupported module was trained.
     """
     if not record.beside:
         return record
     own = dict(base_tensors(model))
     odd = targets.unsupported(model, have)
-    sites, tensors, problems = dict(record.sites), dict(record.tensors), []
+    sites, tensors, tied, problems = dict(record.sites), dict(record.tensors), dict(record.tied), []
     for key, tensor in record.beside.items():
-        path = key.removesuffix(".bias")
-        if key not in own or own[key].shape != tensor.shape:
+        path, _, name = key.rpartition(".")
+        if name == "bias" and (key not in own or own[key].shape != tensor.shape):
             found = f"{list(own[key].shape)}" if key in own else "none"
             problems.append(f"the file has {key} {list(tensor.shape)}, the model {found}")
-        elif same_values(own[key].detach().cpu(), tensor):
+        elif name == "bias" and same_values(own[key].detach().cpu(), tensor):
             continue
         elif path in odd or path not in have:
-            problems.append(f"{key} was trained, but {odd.get(path, 'the model itself is no site')}")
+            problems.append(f"{key} was trained, but {odd.get(path, 'the model has no such module')}")
         else:
             if path not in record.tied:
                 sites[path] = targets.site_of(path, have[path])
             tensors[key] = tensor
+    for path in [path for path, part in record.parts.items() if part["method"] != NONE and path in sites]:
+        for other in next((group for group in same_weight(model) if path in group), []):
+            if other not in sites:
+                tied[other] = Tied(path, targets.site_of(other, have[other]).kind)
     if problems:
-        raise FormatError(f"{folder}: bias = 'all': {listed(problems)}")
-    new = [path for path in sites if path not in record.sites]
+        raise FormatError(f"{folder}: {listed(problems)}")
+    parts = {path: part for path, part in record.parts.items() if path in sites}
     method = record.method
-    if new:
-        default = {"method": method.name, **method.settings()}
-        method = Several(default, patterns.exactly({path: {"method": NONE} for path in new}))
-    return dataclasses.replace(record, method=method, sites=sites, tensors=tensors, beside={})
+    if parts:
+        try:
+            method = Several({"method": method.name, **method.settings()}, patterns.exactly(parts))
+        except ValueError as error:
+            raise FormatError(f"{folder}: {error}") from None
+    return dataclasses.replace(record, method=method, sites=sites, tensors=tensors, tied=tied, beside={}, parts={})

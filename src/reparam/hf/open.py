@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -49,9 +50,11 @@ def open_model(
     model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
     if record is None or folder is None:
         return model, tokenizer, None
-    record = fitted(model, dict(walk(model)), record, folder)
-    leaders = {tie.to for tie in record.tied.values()}
-    if tied(model, [*record.replaced, *(path for path in record.sites if path not in leaders)]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `place` gives these warnings
+        found_here = fitted(model, dict(walk(model)), record, folder)
+    leaders = {tie.to for tie in found_here.tied.values()}
+    if tied(model, [*found_here.replaced, *(path for path in found_here.sites if path not in leaders)]):
         untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")
 

@@ -52,7 +52,7 @@ def files(record: Record) -> dict[str, bytes]:
         found = writer.tensors(name, site, record)
         tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in found.items()}
         if f"{name}.bias" in record.tensors:
-            inside = ".base_layer" if found else ""  # PEFT wraps a module that has factors
+            inside = ".base_layer" if found or name in record.tied else ""  # PEFT wraps a module that has factors
             tensors[f"{PREFIX}{name}{inside}.bias"] = record.tensors[f"{name}.bias"]
     for module in record.replaced:
         tensors |= {PREFIX + key: t for key, t in record.tensors.items() if key.startswith(module + ".")}

@@ -28,7 +28,6 @@ NEUTRAL = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 REFUSED = {
-    "trainable_token_indices": "single trained tokens are not supported",
     "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "layer_replication": "replicated layers of the base are not supported",
     "alora_invocation_tokens": "Activated LoRA, which depends on the preceding tokens, is not supported",
@@ -72,6 +71,7 @@ class Honored:
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
 
     def site(self, path: str) -> bool:
@@ -93,6 +93,13 @@ class Honored:
         starts = [rf"(?:^|.*?\.){p}\." for p in named] if named else [r".*?\.[^.]*\."]
         found = next((index for start in starts if (index := _index(path, start)) is not None), None)
         return found is not None and found in indices
+
+    def tokens(self, path: str) -> list[int]:
+        """The ids of the tokens that train at this path."""
+        found = self.trainable_token_indices
+        if not isinstance(found, dict):
+            return found or []
+        return next((ids for name, ids in found.items() if path == name or path.endswith("." + name)), [])
 
     def ignored(self, path: str) -> bool:
         """Whether PEFT puts no factors on this path; False if that cannot be told from the path."""

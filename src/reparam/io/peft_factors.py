@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from reparam.io.native import FLOATS
 from reparam.io.peft_config import Honored
 from reparam.io.peft_formats import PREFIX
 from reparam.io.record import Base, Record
+from reparam.methods.several import NONE
 
 PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
     ".lora_A.weight": ("linear", "A", False),
@@ -29,6 +31,8 @@ PARTS = {  # end of a key -> (kind of site, our parameter, transposed)
     ".lora_embedding_A": ("embedding", "B", True),
     ".lora_embedding_B": ("embedding", "A", True),
 }
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""End of the key of trained tokens, [n, I]; despite its name, the tensor holds the rows, not their change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Contents:
     frozen: dict[str, Tensor]
     """Tensors of the base that the file contains, by name."""
     beside: dict[str, Tensor]
-    """Trained biases of modules without factors, by name."""
+    """Trained biases and tokens of modules without factors, by reparam's names."""
+    parts: dict[str, dict[str, Any]]
+    """The methods of these modules, by path."""
     replaced: list[str]
     """Paths of modules that train whole."""
     problems: list[str]
@@ -55,7 +61,7 @@ class Contents:
         """Build the adapter record with these tensors."""
         base = Base("", config.base_model_name_or_path, {}) if config.base_model_name_or_path else None
         replaced = tuple(self.replaced)
-        kept = {"frozen": self.frozen, "beside": self.beside, "claims": config}
+        kept = {"frozen": self.frozen, "beside": self.beside, "parts": self.parts, "claims": config}
         return Record(method, sites, tensors, replaced=replaced, base=base, **kept)  # type: ignore[arg-type]
 
 
@@ -67,6 +73,7 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
     tensors: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     beside: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Any]] = {}
     kinds: dict[str, str] = {}
     replaced: list[str] = []
     extra: list[tuple[str, str]] = []
@@ -95,8 +102,13 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
                 replaced.append(module)
         elif config.bias == "all" and path.endswith(".bias"):
             beside[path] = tensor
+            parts[path.removesuffix(".bias")] = {"method": NONE}
+        elif path.endswith(TOKENS):
+            module = path.removesuffix(TOKENS)
+            beside[f"{module}.values"] = tensor
+            parts[module] = {"method": "tokens", "ids": config.tokens(module)}
         else:  # PEFT's save_embedding_layers: a copy of the base's own matrix
-            frozen[path.replace(".base_layer.", ".")] = tensor
+            frozen[path.replace(".token_adapter.", ".").replace(".base_layer.", ".")] = tensor
     if config.ensure_weight_tying:  # PEFT trains the embedding and writes it again under the names of its ties
         trained = [tensors[f"{module}.weight"] for module in replaced if f"{module}.weight" in tensors]
         for path, copy in list(frozen.items()):
@@ -104,7 +116,7 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
                 replaced.append(path.removesuffix(".weight"))
                 tensors[path] = frozen.pop(path)
     strange += [f"{PREFIX}{site}{end}" for site, end in extra if site not in kinds]
-    return Contents(tensors, kinds, frozen, beside, replaced, [f"unknown tensor {key}" for key in strange])
+    return Contents(tensors, kinds, frozen, beside, parts, replaced, [f"unknown tensor {key}" for key in strange])
 
 
 def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ LARGEST_PICKLE = 2 << 30
 SAFE_TORCH = (2, 10)  # earlier releases have known ways to run code in spite of weights_only
 
 _NAMED = re.compile(  # the name of an adapter inside a key
-    r"^(?P<start>.*\.(?:lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|modules_to_save))"
+    r"^(?P<start>.*\.(?:lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|modules_to_save|trainable_tokens_delta))"
     r"\.(?P<name>(?!weight$|bias$)[^.]+)(?P<end>\..+)?$"
 )
 _KOHYA = re.compile(r"^lora_(?:unet|te\d?|transformer)_")

@@ -79,8 +79,10 @@ class Record:
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Copies of base tensors that the file contains; the base must hold the same values."""
     beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Trained biases of modules without other tensors in the file, by name. `adapter/fitted.py` makes them sites, which
-    needs the model; other code must refuse them (`without_beside`)."""
+    """Tensors, by name, of modules whose kind and sizes only the model tells. `adapter/fitted.py` makes them sites;
+    code without a model must refuse them (`without_beside`)."""
+    parts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Name and settings of the method of each module in `beside`, by path, as `Several` takes them."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
     claims: Claims | None = None
@@ -104,7 +106,8 @@ class Record:
         """This record. Raises FormatError if it has tensors in `beside`; `label` names the adapter in the message."""
         if self.beside:
             raise FormatError(
-                f"{label}: this adapter also trains biases of modules without factors ({listed(list(self.beside))}), "
-                f"which can be used only with the model; load it onto the model, and save it in reparam's format"
+                f"{label}: this adapter also trains biases or tokens of modules without factors "
+                f"({listed(list(self.beside))}), which can be used only with the model; load it onto the model, and "
+                f"save it in reparam's format"
             )
         return self

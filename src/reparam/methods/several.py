@@ -50,6 +50,8 @@ class Several(Method):
         {"default": {"method": "lora", "r": 4}, "parts": {"q_proj|c_attn|q": {"method": "lora", "r": 2, "alpha": 4}}},
     )
 
+    ties: ClassVar[bool] = True
+
     default: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"method": "lora"})
     """Name (`method`) and settings of the method on all sites that no pattern in `parts` matches."""
     parts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
