@@ -3,6 +3,9 @@
 A pre-hook runs before the model, and before those of its parts that generation calls on their own, such as an encoder.
 For each new kind of input it runs the base model three times (as it is, with another first row, with equal tokens); see
 `sites/routing.py`. In `generate`, a row of the batch becomes several of the decoder, one for each beam or sequence.
+
+Adapters that have changed are written to the banks again before a forward pass, except in the steps of a generation:
+those take one token for each row, or continue from a KV cache.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reparam.core.continuing import continues
 from reparam.sites.routing import SMALL, Routing, Trial, note_orders
 
 IDS = ("input_ids", "decoder_input_ids")
@@ -25,9 +29,11 @@ FIRST = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values
 class Mixed:
     """What a model does while one adapter for each row is selected."""
 
-    def __init__(self, model: nn.Module, routing: Routing) -> None:
+    def __init__(self, model: nn.Module, routing: Routing, renew: Callable[[list[str | None]], None]) -> None:
         self.model = model
         self.routing = routing
+        self.renew = renew
+        """Writes the slots of the adapters in a list that have changed."""
         self.sites: dict[str, nn.Module] = {}
         """The banks and the replaced modules by path."""
         self._slots = routing.slots
@@ -97,6 +103,8 @@ class Mixed:
             )
         assert batch is not None
         self._outermost = module
+        if not (continues(kwargs) or _is_step(batch)):
+            self.renew(self._names)
         self._expand(found // rows)
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == found]
         self.routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
@@ -141,6 +149,11 @@ class Mixed:
         finally:
             self.routing.trial = None
         return trial, output
+
+
+def _is_step(batch: Tensor) -> bool:
+    """Whether a batch holds one token for each row, as in a step of generation."""
+    return not batch.is_floating_point() and batch.ndim == 2 and batch.shape[1] == 1
 
 
 @contextlib.contextmanager

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam.adapter.mixed import Mixed
+from reparam.core import continuing
 from reparam.core.base import Update
 from reparam.core.checks import nearest
-from reparam.core.versions import Steps
+from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
 from reparam.io import whole
 from reparam.io.record import Record, Tied
 from reparam.sites.bank import Bank
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
 
 Choice = str | Sequence[str | None] | None
+Sums = tuple[int, ...] | None
+Frozen = tuple[Stamp | None, Sums, Sums]
+Written = tuple[Sums, tuple[Frozen, ...]]
+"""Checksums of an adapter's tensors, and what is compared of the frozen tensors at each of its sites."""
 BANK = "*"  # key of a site's bank among its updates; not a valid adapter name, so it cannot collide
 
 
@@ -55,10 +60,11 @@ class AdapterState:
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
-        self._mixed = Mixed(model, self._routing)
+        self._mixed = Mixed(model, self._routing, self._renew)
         self._slots: dict[str, int] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
-        self._hook: Any = None
+        self._written: dict[str, Written] = {}
+        """What the factors in the adapters' slots were computed from."""
+        self._hooks: list[Any] = []
         self.unnested: list[nn.TransformerEncoder] = []
         """Encoders in which nested tensors are turned off while adapters are on the model."""
         self._entry_hooks: tuple[Any, ...] = ()
@@ -96,7 +102,7 @@ class AdapterState:
         if adapter.shared is not None:
             del getattr(self.model, SHARED)[name]
         self._slots.pop(name, None)
-        self._versions.pop(name, None)
+        self._written.pop(name, None)
 
     def check(self, name: object) -> None:
         """Raise ValueError if no adapter has this name."""
@@ -116,11 +122,9 @@ class AdapterState:
         self._mixed.stop()
         if rows is not None:
             self._route(rows)
-        if self._hook is not None:
-            self._hook.remove()
-        shared = self.adapters[which].shared if isinstance(which, str) else None
-        before = getattr(shared, "before_forward", None)
-        self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = self._hook(self.adapters[which]) if isinstance(which, str) else []
         self.choice = which if rows is None else rows
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
@@ -128,6 +132,15 @@ class AdapterState:
         for holder in self.replaced.values():
             holder.active, holder.routing = single, None if rows is None else self._routing
         return selection
+
+    def _hook(self, adapter: Adapter) -> list[Any]:
+        """Put the hooks on the model that this adapter needs."""
+        before = getattr(adapter.shared, "before_forward", None)
+        hooks = [] if before is None else [self.model.register_forward_pre_hook(before, with_kwargs=True)]
+        if any(update.caches for update in adapter.updates.values()):
+            hooks.append(self.model.register_forward_pre_hook(continuing.begin, with_kwargs=True))
+            hooks.append(self.model.register_forward_hook(continuing.end, always_call=True))
+        return hooks
 
     def select_again(self, before: Choice) -> None:
         """Restore an earlier choice, or the base if one of its adapters was removed.
@@ -146,21 +159,27 @@ class AdapterState:
 
     def forget_factors(self) -> None:
         """Mark all bank slots as stale, so that the next selection by a list rewrites them."""
-        self._versions.clear()
+        self._written.clear()
 
     def _route(self, rows: list[str | None]) -> None:
         """Update the banks with the factors of these adapters, and assign each row [B] its slot (-1 for the base)."""
-        names = [name for name in dict.fromkeys(rows) if name is not None]
-        used = [self.adapters[name] for name in names]
-        for adapter in used:
-            version = Steps.count, sum(p._version for p in adapter.parameters())
-            if self._versions.get(adapter.name) != version:
-                self._write(adapter)
-                self._versions[adapter.name] = version
+        self._renew(rows)
         device = next(self.model.parameters()).device
         slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
         banks = {path: module.updates[BANK] for path, module in self.sites.items() if BANK in module.updates}
         self._mixed.start(slots, rows, banks | self.replaced)
+
+    def _renew(self, rows: Sequence[str | None]) -> None:
+        """Write the slots of these adapters that are not written, or whose factors may have changed."""
+        used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
+        paths = dict.fromkeys(path for adapter in used for path in adapter.modules)
+        frozen = {path: _frozen(self.sites[path]) for path in paths}
+        for adapter in used:
+            own = content(_tensors_of(adapter))
+            written = own, tuple(frozen[path] for path in adapter.modules)
+            if own is None or self._written.get(adapter.name) != written:
+                self._write(adapter)
+                self._written[adapter.name] = written
 
     def _write(self, adapter: Adapter) -> None:
         """Write one adapter's factors and bias offset into its slot at every site."""
@@ -175,6 +194,22 @@ class AdapterState:
             offset = None if update is None else update.bias_delta()
             added = own if offset is None else offset if own is None else own + offset
             bank.write(slot, None if update is None else update.factors(module.frozen), added)
+
+
+def _tensors_of(adapter: Adapter) -> Iterator[Tensor]:
+    """The tensors that the adapter's factors are computed from, without those of the base."""
+    for module in adapter.modules.values():
+        yield from tensors_of(module.updates[adapter.name])
+        if adapter.name in module.biased:
+            yield module.biases[adapter.name]
+    if adapter.shared is not None:
+        yield from tensors_of(adapter.shared)
+
+
+def _frozen(module: Adapted) -> Frozen:
+    """The stamp and the sample of the frozen matrix, and a checksum of the bias."""
+    held = module.frozen.held()
+    return stamp_of(held), sample(held), content([] if module.bias is None else [module.bias])
 
 
 def _named(choice: Choice) -> str:
