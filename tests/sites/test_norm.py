@@ -105,10 +105,13 @@ def test_everything_names_all_parameters_of_a_model(model: nn.Module) -> None:
 
 
 def test_what_everything_cannot_reach_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"embed_tokens \(it shares its weight with lm_head: call reparam.untie"):
+    with pytest.warns(
+        UserWarning, match=r"embed_tokens \(it shares its weight with lm_head: call reparam.untie"
+    ) as told:
         names = resolve(models.tied_llama(), "everything")
     assert "lm_head" not in names
     assert "model.embed_tokens" not in names
+    assert "tie=True" in str(told[0].message)
     with pytest.warns(UserWarning, match="fused weight"):
         resolve(models.mixtral(), "everything")
     model = models.tied_llama()

@@ -54,7 +54,7 @@ class _Renamed(Claims):
 
 def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record: Record) -> Record:
     """The record with the model's present names, if it names modules that the model lacks and all can be renamed."""
-    owners = [*record.sites, *record.replaced]
+    owners = [*record.sites, *record.replaced, *record.tied]
     if all(path in have for path in owners):
         return record
     rename = _renaming(model)
@@ -77,6 +77,7 @@ def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record:
         sites={names[n]: dataclasses.replace(site, name=names[n]) for n, site in record.sites.items()},
         tensors=moved(record.tensors),
         replaced=tuple(names[path] for path in record.replaced),
+        tied={names[path]: dataclasses.replace(tie, to=names[tie.to]) for path, tie in record.tied.items()},
         frozen=moved(record.frozen),
         beside=moved(record.beside),
         claims=_Renamed(record.claims, {new: old for old, new in names.items()}),
@@ -124,6 +125,7 @@ def _with_named(record: Record, folder: Path) -> Record:
     return dataclasses.replace(
         record,
         sites={path: site for path, site in record.sites.items() if path not in out},
+        tied={path: tie for path, tie in record.tied.items() if tie.to not in out},
         tensors={key: tensor for key, tensor in record.tensors.items() if not key.startswith(gone)},
     )
 
@@ -148,7 +150,8 @@ def _with_biases(model: nn.Module, have: Mapping[str, nn.Module], record: Record
         elif path in odd or path not in have:
             problems.append(f"{key} was trained, but {odd.get(path, 'the model itself is no site')}")
         else:
-            sites[path] = targets.site_of(path, have[path])
+            if path not in record.tied:
+                sites[path] = targets.site_of(path, have[path])
             tensors[key] = tensor
     if problems:
         raise FormatError(f"{folder}: bias = 'all': {listed(problems)}")

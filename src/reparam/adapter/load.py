@@ -15,12 +15,14 @@ from reparam.adapter.attach import check_name, install, select
 from reparam.adapter.fitted import fitted
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.core.checks import listed, nearest
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.module import Replaced
 from reparam.sites.walk import base_parameters, walk
+from reparam.sites.wrapped import bare, check_trainable
 
 
 def load(
@@ -43,6 +45,9 @@ def load(
     if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
     different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
+    if trainable:
+        check_trainable(model)
+    model = bare(model)
     check_name(model, name)
     folder = files.adapter_folder(folder)
     record = files.read(folder, name)
@@ -60,6 +65,7 @@ def place(
     check_base: bool = True,
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
+    model = bare(model)
     have = dict(walk(model))
     record = fitted(model, have, record, folder)
     _check_model(model, have, record, folder)
@@ -134,8 +140,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter trains whole")
     if lost:
         raise FormatError(
-            f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
-            f"{nearest(lost[0], have)}; was it trained on another architecture?"
+            f"{folder}: this {type(model).__name__} lacks {counted(len(lost), 'module')} of the adapter (first: "
+            f"{lost[0]}){nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
     problems = [f"{name}: {odd[name]}" for name in sites if name in odd]
@@ -161,7 +167,7 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     language model, only give a warning: they stay unchanged, as in PEFT.
     """
     assert record.claims is not None
-    known = {_part(path) for path in (*record.sites, *record.replaced)}
+    known = {_part(path) for path in (*record.sites, *record.replaced, *record.tied)}
     missing: list[str] = []
     apart: list[str] = []
     for path, module in have.items():

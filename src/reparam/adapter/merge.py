@@ -67,12 +67,14 @@ class MergeReport:
         return survival(self.sites)
 
     def __repr__(self) -> str:
-        if self.idle:
-            return f"MergeReport({self.adapter!r}, {len(self.sites)} sites, nothing changed)"
-        kept = [f"{share:.4f} survives in {short(kind)}" for kind, share in self.survival().items()]
-        whole = [f"{len(self.replaced)} modules whole"] if self.replaced else []
+        kept = (
+            ["nothing changed"]
+            if self.idle
+            else [f"{share:.4f} survives in {short(kind)}" for kind, share in self.survival().items()]
+        )
+        whole = [f"{counted(len(self.replaced), 'module')} whole"] if self.replaced else []
         base = [] if self.undo is None else ["base kept"]
-        return f"MergeReport({', '.join([repr(self.adapter), f'{len(self.sites)} sites', *whole, *kept, *base])})"
+        return f"MergeReport({', '.join([repr(self.adapter), counted(len(self.sites), 'site'), *whole, *kept, *base])})"
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class Mixed:
         if hasattr(self.model, "generate"):
             self._generate = vars(self.model).get("generate")
             # A bound method, so that a copy of the model has one of its own.
-            self.model.generate = MethodType(lambda mixed, *args, **named: mixed._generated(args, named), self)  # type: ignore[assignment]
+            self.model.generate = self._generated  # type: ignore[assignment]
 
     def stop(self) -> None:
         """End the mixed batch."""
@@ -71,7 +70,7 @@ class Mixed:
             handle.remove()
         self._handles, self._outermost = [], None
 
-    def _generated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`. With one name for each row of the input, the rows of beams have the names of it."""
         first = next((kwargs[name] for name in FIRST if isinstance(kwargs.get(name), Tensor)), None)
         batch = args[0] if args and isinstance(args[0], Tensor) else first

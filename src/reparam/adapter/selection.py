@@ -14,12 +14,14 @@ from reparam.adapter.mixed import Mixed
 from reparam.core import continuing
 from reparam.core.base import Update
 from reparam.core.checks import nearest
+from reparam.core.text import counted
 from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
 from reparam.io import whole
 from reparam.io.record import Record, Tied
 from reparam.sites.bank import Bank
 from reparam.sites.module import SHARED, Adapted, Replaced
 from reparam.sites.routing import Routing
+from reparam.sites.wrapped import bare
 
 if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
@@ -223,7 +225,7 @@ def _named(choice: Choice) -> str:
     if isinstance(choice, str):
         return repr(choice)
     counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
-    return f"{len(choice)} rows: {counts}"
+    return f"{counted(len(choice), 'row')}: {counts}"
 
 
 def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -248,7 +250,7 @@ def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: A
 
 def state_of(model: nn.Module) -> AdapterState:
     """The adapter state of the model. Raises ValueError if the model has no adapter."""
-    state = getattr(model, "reparam_state", None)
+    state = getattr(bare(model), "reparam_state", None)
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")
     return state

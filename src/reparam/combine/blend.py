@@ -32,6 +32,7 @@ from reparam.combine.lowrank import dare, factored, reduced, stacked, summed, ti
 from reparam.combine.operands import (
     Operand,
     all_sites,
+    all_ties,
     base_weight,
     check_factors,
     check_identity,
@@ -182,7 +183,8 @@ def blend(
     method = LoRA(r=most, alpha=float(most), scaling="none", rank_pattern=differing)
     bases = [record.base for _, record in operands if record.base is not None]
     told = max(bases, key=lambda b: bool(b.digests)) if bases else None
-    return Blend(Record(method, sites, tensors, base=told), tuple(found), space, idle)
+    summed = Record(method, sites, tensors, base=told, tied=all_ties(operands))
+    return Blend(summed, tuple(found), space, idle)
 
 
 @dataclasses.dataclass(frozen=True)

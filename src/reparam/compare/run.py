@@ -113,7 +113,9 @@ class _Comparison:
         limit = self.plan.compare.parameters
         for label, count in self.parameters.items():
             if limit is not None and count > limit:
-                self.stopped[label] = f"it trains {count:,} parameters, more than compare.parameters ({limit:,})"
+                self.stopped[label] = (
+                    f"it trains {counted(count, 'parameter')}, more than compare.parameters ({limit:,})"
+                )
         if not self.left():
             raise ValueError(f"compare.parameters={limit}: every contestant trains more parameters; raise the limit")
         planned = runs(self.plan.compare, len(self.left()), self.steps)
@@ -168,7 +170,7 @@ class _Comparison:
                 for contestant in self.left()
                 if rate in rates[contestant.label]
             ]
-            what = f"tuning, rung {number} of {len(compare.rungs)}, {steps} steps"
+            what = f"tuning, rung {number} of {len(compare.rungs)}, {counted(steps, 'step')}"
             found = self.perform(what, trials, functools.partial(self.late_for_tuning, steps))
             self.tuning += found
             losses: dict[str, dict[float, float]] = {}
@@ -187,7 +189,7 @@ class _Comparison:
             stopped = stopped_early(
                 best, self.parameters, reference=self.plan.reference, keep=compare.keep, least=compare.least
             )
-            self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}
+            self.stopped |= {label: f"after {counted(steps, 'step')}, {why}" for label, why in stopped.items()}
             for label, why in stopped.items():
                 say(self.console, f"  stopped {label}: {why}")
 
@@ -204,7 +206,7 @@ class _Comparison:
                 self.missing.append(f"Seeds {seed} to {self.seed + count - 1} were not run: not enough time was left.")
                 return
             began = time.monotonic()
-            found = self.perform(f"seed {seed}, {self.steps} steps", trials, self.late)
+            found = self.perform(f"seed {seed}, {counted(self.steps, 'step')}", trials, self.late)
             self.scored += found
             took = time.monotonic() - began if fresh else took
             if len(found) < len(trials):
@@ -238,7 +240,7 @@ class _Comparison:
         known = [outcome for one in trials if (outcome := done(one)) is not None]
         fresh = [one for one in trials if done(one) is None]
         there = f", {len(known)} already done" if known else ""
-        say(self.console, f"{what}: {len(trials)} runs{there}")
+        say(self.console, f"{what}: {counted(len(trials), 'run')}{there}")
         found = {outcome.folder: outcome for outcome in known}
         self.ended |= {outcome.label: outcome for outcome in known if outcome.failed is None}
         for number, outcome in enumerate(self.workers(fresh, late), 1):

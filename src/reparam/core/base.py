@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reparam.core.continuing import trusted
 from reparam.core.dtypes import wide
+from reparam.core.plain import wrong_types
 from reparam.core.versions import Stamp, sample, stamp_of, tensors_of
 
 Role = Literal["in", "out", "core", "gain", "route"]
@@ -155,6 +156,11 @@ class Storage:
 
     name: ClassVar[str]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings of a wrong type. A subclass with checks of its own calls this first."""
+        if problems := wrong_types(self):
+            raise ValueError(f"{self.name}: {'; '.join(problems)}")
 
     def quantize(self, w: Tensor) -> Weight:
         """Store `w` [O, I], of any floating-point dtype. Raises ValueError for values that the format cannot hold."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from reparam.core.base import Site, Update, Weight
 from reparam.core.controller import Controller
+from reparam.core.plain import wrong_types
 
 
 class Subspace(Protocol):
@@ -54,6 +55,11 @@ class Method:
     Such an update depends only on the weight and changes no bias."""
     drops_empty_sites: ClassVar[bool] = True
     """Whether a site with no components left is removed from the adapter; otherwise it stays with rank 0."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings of a wrong type. A subclass with checks of its own calls this first."""
+        if problems := wrong_types(self):
+            raise ValueError(f"{self.name}: {'; '.join(problems)}")
 
     @property
     def default_targets(self) -> tuple[str, ...]:

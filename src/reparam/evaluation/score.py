@@ -44,7 +44,8 @@ class Score:
     larger_is_better: bool
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, {self.rows} rows)"
+        interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"{self.name} {self.value:.3f} ({interval}, {counted(self.rows, 'row')})"
 
 
 @dataclasses.dataclass(frozen=True)

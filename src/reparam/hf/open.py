@@ -31,7 +31,8 @@ def open_model(
 
     Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
     are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
-    storage of all linear maps. Tied embeddings are untied if the adapter changes the embedding or the output head.
+    storage of all linear maps. Tied weights are untied if the adapter changes one of them, unless it was attached with
+    `tie`.
 
     Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
     do not fit, and BaseError if the base model cannot be loaded.
@@ -49,7 +50,8 @@ def open_model(
     if record is None or folder is None:
         return model, tokenizer, None
     record = fitted(model, dict(walk(model)), record, folder)
-    if tied(model, [*record.sites, *record.replaced]):
+    leaders = {tie.to for tie in record.tied.values()}
+    if tied(model, [*record.replaced, *(path for path in record.sites if path not in leaders)]):
         untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")
 

@@ -24,8 +24,6 @@ NEUTRAL = {
     "fan_in_fan_out",
     # initializations that do not change the base
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    # which of two tied weights trained: the file holds the factors of both
-    "ensure_weight_tying",
     # no effect unless a refused key is set
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
@@ -74,6 +72,7 @@ class Honored:
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
+    ensure_weight_tying: bool = False
 
     def site(self, path: str) -> bool:
         """Whether PEFT puts factors on this path, as `check_target_module_exists` decides; False for "all-linear"."""

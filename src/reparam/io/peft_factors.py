@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from reparam.core.base import Site
@@ -96,6 +97,12 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
             beside[path] = tensor
         else:  # PEFT's save_embedding_layers: a copy of the base's own matrix
             frozen[path.replace(".base_layer.", ".")] = tensor
+    if config.ensure_weight_tying:  # PEFT trains the embedding and writes it again under the names of its ties
+        trained = [tensors[f"{module}.weight"] for module in replaced if f"{module}.weight" in tensors]
+        for path, copy in list(frozen.items()):
+            if path.endswith(".weight") and any(torch.equal(copy, one) for one in trained):
+                replaced.append(path.removesuffix(".weight"))
+                tensors[path] = frozen.pop(path)
     strange += [f"{PREFIX}{site}{end}" for site, end in extra if site not in kinds]
     return Contents(tensors, kinds, frozen, beside, replaced, [f"unknown tensor {key}" for key in strange])
 
@@ -134,7 +141,12 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
     sites = {}
     for name, kind in kinds.items() if not problems else ():
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
+        if a.ndim == b.ndim > 2:
+            problems.append(
+                f"{PREFIX}{name}: factors of a convolution, lora_A {list(a.shape)}, which is not supported; train the "
+                f"module whole instead (modules_to_save)"
+            )
+        elif a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
             problems.append(
                 f"{PREFIX}{name}: the shapes of lora_A {list(a.shape)} and lora_B {list(b.shape)} do not match"
             )

@@ -86,6 +86,14 @@ class Record:
     claims: Claims | None = None
     """The modules for which the file states to hold tensors, if this can be checked only with the model."""
 
+    def apart(self) -> Record:
+        """The same adapter with a site and tensors of its own for each module that uses the update of a site."""
+        sites, tensors = dict(self.sites), dict(self.tensors)
+        for path, tie in self.tied.items():
+            sites[path] = dataclasses.replace(self.sites[tie.to], name=path, kind=tie.kind, transposed=False)
+            tensors |= {f"{path}.{name}": tensor for name, tensor in self.of(tie.to).items()}
+        return dataclasses.replace(self, sites=sites, tensors=tensors)
+
     def of(self, path: str) -> dict[str, Tensor]:
         """The tensors of the site, module or shared state at this path, by their names in it, without a site's bias."""
         start = f"{path}."

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from reparam.combine.blend import NOTHING, Blend, blend
 from reparam.core.checks import numbers
+from reparam.core.text import counted
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
@@ -73,9 +74,10 @@ def write(
     if not found.sites:
         say(console, "one adapter with weight 1: copied bit for bit")
     elif not found.error:
+        where = f"any of {len(found.sites):,} sites" if len(found.sites) > 1 else "the one site"
         ranks = sorted({site.rank for site in found.sites})
         told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        say(console, f"exact: no approximation error on any of {len(found.sites)} sites, {told}")
+        say(console, f"exact: no approximation error on {where}, {told}")
     else:
         say(console, _table(found))
         say(
@@ -89,7 +91,7 @@ def write(
 def _table(found: Blend) -> Table:
     worst = sorted(found.sites, key=lambda site: -site.error)
     more = len(worst) - SHOWN
-    table = Table(caption=f"and {more} more sites with smaller errors" if more > 0 else None)
+    table = Table(caption=f"and {counted(more, 'more site')} with smaller errors" if more > 0 else None)
     for name in ("site", "rank", "|ΔW|", "error"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for site in worst[:SHOWN]:

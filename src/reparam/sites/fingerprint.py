@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
+from reparam.sites.wrapped import bare
 
 SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
@@ -92,6 +93,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = bare(module)
     if isinstance(module, Replaced):
         yield from _base_modules(module.origin, path)
         return

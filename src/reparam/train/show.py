@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
+from reparam.core.text import counted
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
@@ -41,7 +42,7 @@ class Show:
         """Print what will be trained and a preview of the data."""
         trained = sum(p.numel() for p in job.adapter.parameters())
         total = entries(job.model) - trained
-        say(self.console, f"{job.adapter.method.name}: {trained:,} parameters will be trained, at these sites")
+        say(self.console, f"{job.adapter.method.name}: {counted(trained, 'parameter')} will be trained, at these sites")
         say(self.console, sites_table(job.adapter))
         say(
             self.console,
@@ -168,7 +169,8 @@ def paging_line(paging: Paging) -> str:
     )
     return (
         f"optimizer      at most {here} of {total} of states on the device; {read} read back, {written} written; "
-        f"{paging.faults:,} page faults, {paging.prefetched:,} pages prefetched, {paging.evictions:,} evicted"
+        f"{counted(paging.faults, 'page fault')}, {counted(paging.prefetched, 'page')} prefetched, "
+        f"{paging.evictions:,} evicted"
     )
 
 

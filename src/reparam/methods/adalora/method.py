@@ -100,6 +100,7 @@ class AdaLoRA(Method):
     """Seed for P and Q. The values depend on the seed and the site's name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = [
             f"{key}={value!r}: expected a whole number of at least {least}"
             for key, value, least in (
