@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,40 @@ def test_a_diverged_run_says_so(
     out = capsys.readouterr().out
     assert ("the run diverged" in out) == worse
     assert (f"{figures['after'][0]['value']:.4f} with the adapter" in out) == worse
+
+
+def test_an_interrupt_before_the_first_log_leaves_no_empty_plot(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **more: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("reparam.train.run._Bind.on_step_end", interrupted)
+    assert train(base, rows, tmp_path / "out", "--max_steps", 40) == 128 + signal.SIGTERM
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert not (tmp_path / "out" / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "value"),
+    [
+        ("run.batch_size", ("--run.batch_size", "--batch_size", "--per_device_train_batch_size"), "0"),
+        ("optim.learning_rate", ("--optim.learning_rate", "--lr", "--learning_rate"), "0"),
+        ("run.epochs", ("--run.epochs", "--epochs", "--num_train_epochs"), "nan"),
+        ("run.keep", ("--run.keep", "--save_total_limit"), "0"),
+        ("run.eval_every", ("--run.eval_every", "--eval_steps"), "-5"),
+        ("optim.weight_decay", ("--optim.weight_decay", "--weight_decay"), "-1"),
+        ("optim.max_grad_norm", ("--optim.max_grad_norm", "--max_grad_norm"), "nan"),
+        ("run.log_every", ("--run.log_every", "--logging_steps"), "-1"),
+    ],
+)
+def test_all_names_of_an_option_give_one_sentence(
+    key: str, names: tuple[str, ...], value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = set()
+    for name in names:
+        assert reparam("train", "-o", tmp_path / "out", name, value) == 2
+        said.add(" ".join(capsys.readouterr().err.split()))
+    assert len(said) == 1
+    assert f"error: {key}: " in said.pop()
+    assert not (tmp_path / "out").exists()

@@ -24,12 +24,9 @@ from reparam.train import processes
 from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from reparam.data.batches import Encoded
     from reparam.train.job import Job
 
 RECORD, SETTINGS = "run.json", "config.toml"
@@ -60,8 +57,9 @@ def identity(job: Job) -> dict[str, Any]:
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = _tokenizer(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
-    found["content of data.train"] = _rows(config.data.train, job.train)
-    found["content of data.valid"] = _rows(config.data.valid, job.valid) if config.data.valid is not None else None
+    for key, name, rows in (("train", config.data.train, job.train), ("valid", config.data.valid, job.valid)):
+        # A folder or a data set has no digest of its own; its examples depend on the tokenizer and on max_length, too.
+        found[f"content of data.{key}"] = name and (digest(name) if Path(name).is_file() else rows.digest())
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -169,23 +167,12 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _weights(model: nn.Module) -> str:
     """Digest of the base's tensors, computed before training. Adapters on the model are left out."""
-    return _tensors(sorted(all_tensors(model), key=lambda pair: pair[0]))
-
-
-def _tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
-    for name, tensor in tensors:
+    for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _rows(source: str, encoded: Encoded) -> str:
-    """Digest of a data file, or of the encoded rows of a folder, a data set or standard input."""
-    if Path(source).is_file():
-        return digest(source)
-    return _tensors([(str(i), part) for i, part in enumerate((encoded.ids, encoded.loss, encoded.starts))])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
