@@ -33,7 +33,7 @@ def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Me
     if not folders:
         return method, {}
     _check_apart(folders)
-    records = {folder: files.read(files.adapter_folder(folder)) for folder in folders}
+    records = {folder: files.read(files.adapter_folder(folder)).without_beside(folder) for folder in folders}
     _check(model, records, names)
     parts = {folder: _factors(folder, record) for folder, record in records.items()}
     first = next(iter(records.values()))

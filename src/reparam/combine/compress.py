@@ -122,7 +122,7 @@ def compress(
     ([(4, 2, 0.0), (4, 2, 0.0)], 448, 224)
     """
     _check_settings(energy, rank, bytes)
-    record = adapter if isinstance(adapter, Record) else files.read(adapter)
+    record = adapter if isinstance(adapter, Record) else files.read(adapter).without_beside(adapter)
     parts = parts_of(record, "the adapter" if isinstance(adapter, Record) else str(adapter))
     if energy is not None:
         ranks = by_energy(parts, energy)

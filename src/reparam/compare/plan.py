@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +23,7 @@ from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method
 from reparam.errors import ConfigError
 from reparam.train.base import KEYS
-from reparam.train.config import LORA_PLUS, SECTIONS, Config, build, read_tables, resolve
+from reparam.train.config import LORA_PLUS, SECTIONS, USUAL_RATIO, Config, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")
@@ -138,9 +137,12 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     known = compare or CompareConfig()  # defaults, so that the checks below also run if a key is wrong
     for entry in entries:
         storages = known.storages or (str(common.get("base.storage", "dense")),)
-        contestants += _contestants(entry, known.ranks, storages, problems, notes)
+        ratio = common.get("optim.lora_plus", USUAL_RATIO)
+        contestants += _contestants(entry, known.ranks, storages, ratio, problems, notes)
     problems += _faults(contestants, common)
-    reference = _reference(known.reference, contestants, problems)
+    if known.reference and known.reference not in (labels := [c.label for c in contestants]):
+        near = nearest(known.reference, labels)
+        problems.append(f"compare.reference: no contestant has the label {known.reference!r}{near}")
     if problems:
         where = f"{file}: " if file is not None else ""
         raise ConfigError(where + "; ".join(dict.fromkeys(problems)))
@@ -148,6 +150,7 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     resolved = _resolved(common)  # this converts values to their types; options give strings
     common = {key: value for key in common if (value := _at(resolved, key, common[key])) is not None}
     known = dataclasses.replace(known, methods=tuple(entries))
+    reference = known.reference or _plain_lora(contestants, common)
     return Plan(known, common, tuple(contestants), reference, tuple(dict.fromkeys(notes)), output)
 
 
@@ -204,10 +207,14 @@ def _contestants(
     entry: Mapping[str, Any],
     ranks: Sequence[int],
     storages: Sequence[str],
+    ratio: Any,
     problems: list[str],
     notes: list[str],
 ) -> list[Contestant]:
-    """The contestants of one entry: all combinations of its listed settings, its ranks and its storages."""
+    """The contestants of one entry: all combinations of its listed settings, its ranks and its storages.
+
+    `ratio` is the setting `optim.lora_plus` of an entry whose name means LoRA+, unless the entry sets it.
+    """
     rest = {key: value for key, value in entry.items() if key not in OWN}
     name = str(rest.pop("name"))
     plus = name.lower() in LORA_PLUS
@@ -216,7 +223,7 @@ def _contestants(
     except ValueError:
         problems.append(f"compare.methods: unknown method {name!r}{nearest(name, METHODS)}")
         return []
-    settings: dict[str, Any] = {"method.name": name}
+    settings: dict[str, Any] = {"method.name": "lora", "optim.lora_plus": ratio} if plus else {"method.name": name}
     for section in SECTIONS_OF_A_METHOD:
         changes = rest.pop(section, {})
         settings |= {f"{section}.{key}": value for key, value in changes.items()}
@@ -295,17 +302,13 @@ def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> lis
     return problems
 
 
-def _reference(wanted: str, contestants: Sequence[Contestant], problems: list[str]) -> str:
-    """Label of the reference: the wanted one, else the first plain LoRA, else the first contestant, else ""."""
-    labels = [contestant.label for contestant in contestants]
-    if wanted:
-        if wanted not in labels:
-            problems.append(f"compare.reference: no contestant has the label {wanted!r}{nearest(wanted, labels)}")
-        return wanted
-    plain = [
-        c.label for c in contestants if c.settings["method.name"] == "lora" and "optim.lora_plus" not in c.settings
-    ]
-    return next(iter([*plain, *labels]), "")
+def _plain_lora(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> str:
+    """Label of the first LoRA without LoRA+, else of the first contestant."""
+    for contestant in contestants:
+        config = _resolved(common, contestant.settings)
+        if config.method.name == "lora" and config.optim.lora_plus is None:
+            return contestant.label
+    return contestants[0].label
 
 
 def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> Config:
@@ -314,6 +317,4 @@ def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyTy
     fields = {storage: {f"base.{f.name}" for f in dataclasses.fields(cls)} for storage, cls in STORAGES.items()}
     foreign = {key for keys in fields.values() for key in keys} - fields.get(name, set())
     fitting = {key: value for key, value in common.items() if key not in foreign}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="method.name .*LoRA")  # the report shows the settings
-        return resolve(None, {**fitting, **own})
+    return resolve(None, {**fitting, **own})

@@ -94,6 +94,10 @@ class Method:
         """The configuration that rebuilds these updates, e.g. with ranks that training reduced; by default self."""
         return self
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The configuration for sites with other paths (old -> new); by default self. Methods with patterns need it."""
+        return self
+
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """The configuration that builds updates of these ranks (site path -> rank). Required if `has_components`."""
         raise NotImplementedError

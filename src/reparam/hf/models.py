@@ -117,12 +117,13 @@ def save_model(
     FileExistsError.
 
     Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
-    loaded from, and if the format cannot store the quantized matrices.
+    loaded from, if a parameter holds NaN or infinity, and if the format cannot store the quantized matrices.
     """
     target = Path(folder).resolve()
     check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
+    check_finite(model)
     with staged_folder(target, owned=overwrite) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
+from reparam.adapter.fitted import fitted
 from reparam.adapter.load import place
 from reparam.adapter.quantize import quantize
 from reparam.adapter.untie import untie
@@ -20,7 +21,7 @@ from reparam.hf.models import load_base, load_tokenizer
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.record import Packing, Record
-from reparam.sites.walk import storages_in, tied
+from reparam.sites.walk import storages_in, tied, walk
 
 
 def open_model(
@@ -47,6 +48,7 @@ def open_model(
     model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
     if record is None or folder is None:
         return model, tokenizer, None
+    record = fitted(model, dict(walk(model)), record, folder)
     if tied(model, [*record.sites, *record.replaced]):
         untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")

@@ -62,7 +62,11 @@ def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None
     sites = view(folder, model, survival=asked.survival) if asked.deep or asked.survival else ()
     other = None if asked.against is None else files.adapter_folder(asked.against)
     alike = {} if other is None else compared(folder, other, model)
-    found = None if asked.suggest is None else suggest(files.read(folder), asked.suggest, label=str(folder))
+    found = (
+        None
+        if asked.suggest is None
+        else suggest(files.read(folder).without_beside(folder), asked.suggest, label=str(folder))
+    )
     scores = None
     if found is not None and asked.data is not None:
         small = found.compression.record

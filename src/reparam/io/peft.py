@@ -44,9 +44,11 @@ def files(record: Record) -> dict[str, bytes]:
     config = writer.settings(method, record)
     tensors: dict[str, Tensor] = {}
     for name, site in record.sites.items():
-        tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in writer.tensors(name, site, record).items()}
+        found = writer.tensors(name, site, record)
+        tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in found.items()}
         if f"{name}.bias" in record.tensors:
-            tensors[f"{PREFIX}{name}.base_layer.bias"] = record.tensors[f"{name}.bias"]
+            inside = ".base_layer" if found else ""  # PEFT wraps a module that has factors
+            tensors[f"{PREFIX}{name}{inside}.bias"] = record.tensors[f"{name}.bias"]
     for module in record.replaced:
         tensors |= {PREFIX + key: t for key, t in record.tensors.items() if key.startswith(module + ".")}
     weights = pack_tensors(tensors, metadata={"format": "pt"})

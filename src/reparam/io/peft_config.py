@@ -95,6 +95,11 @@ class Honored:
         found = next((index for start in starts if (index := _index(path, start)) is not None), None)
         return found is not None and found in indices
 
+    def ignored(self, path: str) -> bool:
+        """Whether PEFT puts no factors on this path; False if that cannot be told from the path."""
+        told = self.target_modules not in (None, [], "") and str(self.target_modules).lower() != "all-linear"
+        return told and not self.site(path)
+
     def whole(self, path: str) -> bool:
         """Whether PEFT trains the module at this path whole: the path ends with one of `modules_to_save`.
 
@@ -124,8 +129,6 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
         raise FormatError(f"{file}: " + "; ".join(problems))
     null = {key for key in SWITCHES if config.get(key, False) is None}
     found = decode(Honored, {key: value for key, value in config.items() if key in fields - null}, file)
-    if found.bias == "all":
-        raise FormatError(f"{file}: bias = 'all': not supported, only 'none' and 'lora_only' are")
     _check_patterns(found, file)
     return found
 

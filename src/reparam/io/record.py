@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from reparam.core.base import Kind, Site
+from reparam.core.checks import listed
 from reparam.core.method import Method
+from reparam.errors import FormatError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Claims(Protocol):
     def whole(self, path: str) -> bool:
         """Whether the file must have a copy of the whole module at this path."""
 
+    def ignored(self, path: str) -> bool:
+        """Whether the update at this path does not count, although the file has one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
@@ -73,6 +78,9 @@ class Record:
     """The modules, by path, that use the update of a site because they share its weight."""
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Copies of base tensors that the file contains; the base must hold the same values."""
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Trained biases of modules without other tensors in the file, by name. `adapter/fitted.py` makes them sites, which
+    needs the model; other code must refuse them (`without_beside`)."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
     claims: Claims | None = None
@@ -83,3 +91,12 @@ class Record:
         start = f"{path}."
         own = {key.removeprefix(start): tensor for key, tensor in self.tensors.items() if key.startswith(start)}
         return {key: tensor for key, tensor in own.items() if path not in self.sites or key != "bias"}
+
+    def without_beside(self, label: object) -> Record:
+        """This record. Raises FormatError if it has tensors in `beside`; `label` names the adapter in the message."""
+        if self.beside:
+            raise FormatError(
+                f"{label}: this adapter also trains biases of modules without factors ({listed(list(self.beside))}), "
+                f"which can be used only with the model; load it onto the model, and save it in reparam's format"
+            )
+        return self

@@ -121,6 +121,15 @@ class LoRA(Method):
             alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != self.alpha}),
         )
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """A configuration with the same ranks and alphas at sites with other paths (old -> new)."""
+        at = {new: self.at(old) for old, new in names.items()}
+        return dataclasses.replace(
+            self,
+            rank_pattern=patterns.exactly({new: r for new, (r, _) in at.items() if r != self.r}),
+            alpha_pattern=patterns.exactly({new: alpha for new, (_, alpha) in at.items() if alpha != self.alpha}),
+        )
+
     def check(self, sites: list[Site]) -> None:
         """Raise ValueError for a pattern that matches no site."""
         for field in ("rank_pattern", "alpha_pattern"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.combine.blend import Blend, blend
+from reparam.combine.blend import NOTHING, Blend, blend
 from reparam.core.checks import numbers
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
@@ -37,7 +37,7 @@ def compose_to(
 
     `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
     if a weight is not a number, if `output` is one of the adapters, and if it is not empty, unless `overwrite` is set
-    and it holds an adapter; and the errors of `blend`.
+    and it holds an adapter; and the errors of `blend`. Also raises ValueError if the sum changes nothing.
     """
     folders = folders_of(adapters, output)
     check_adapter_folder(output, format, overwrite=overwrite)
@@ -61,7 +61,12 @@ def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
 def write(
     found: Blend, output: Path, folders: Sequence[Path], weights: Sequence[float], *, format: str, console: Console
 ) -> None:
-    """Save the sum, and print its adapters and weights, the error of each site, and the output folder."""
+    """Save the sum, and print its adapters and weights, the error of each site, and the output folder.
+
+    Raises ValueError if the sum changes nothing.
+    """
+    if found.idle:
+        raise ValueError(f"{NOTHING}; nothing was written")
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
         say(console, f"{weight:+.4f} x {folder}")

@@ -31,7 +31,7 @@ from reparam.errors import ConfigError, Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
 from reparam.io.outputs import check_continued, clear
-from reparam.io.staged import digest, write_file
+from reparam.io.staged import write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
@@ -273,10 +273,8 @@ def _metric(asked: str, job: Job) -> str:
 
 
 def _stamp(job: Job) -> str:
-    """Digests of the base's tensors and of the data files, as one JSON string."""
-    files = (job.config.data.train, job.config.data.valid)
-    content = [digest(file) for file in files if file]
-    return json.dumps([content, fingerprint(job.model)], sort_keys=True)
+    """Digests of the base's tensors and of the examples, as one JSON string."""
+    return json.dumps([[job.train.digest(), job.valid.digest()], fingerprint(job.model)], sort_keys=True)
 
 
 def _table(curve: Curve, metric: str) -> Table:

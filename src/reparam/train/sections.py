@@ -163,7 +163,11 @@ class RunConfig:
             **{key: (text, whole(getattr(self, key), least)) for key, (text, least) in counts.items()},
         )
 
-    def steps(self, examples: int) -> int:
-        """Number of optimizer steps of a run over this many training examples."""
-        rows = self.batch_size * self.accumulation
-        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
+    def steps(self, examples: int, processes: int = 1) -> int:
+        """Number of optimizer steps of a run over this many training examples, as transformers counts them.
+
+        Each of the `processes` takes `batch_size` rows in a forward pass. The last step of an epoch may have fewer.
+        """
+        batches = math.ceil(examples / (self.batch_size * processes))
+        an_epoch = max(1, math.ceil(batches / self.accumulation))
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(an_epoch * self.epochs))
