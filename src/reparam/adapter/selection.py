@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reparam.adapter import resizing
 from reparam.adapter.mixed import Mixed
 from reparam.core import continuing
 from reparam.core.base import Update
@@ -74,6 +75,7 @@ class AdapterState:
     def join(self) -> None:
         """Put this state on the model, which then describes its adapters in its state dict."""
         self.model.reparam_state = self  # type: ignore[assignment]
+        resizing.guard(self.model)
         self._entry_hooks = (
             self.model.register_state_dict_post_hook(_add_entry),
             self.model.register_load_state_dict_pre_hook(_drop_entry),
@@ -83,6 +85,7 @@ class AdapterState:
         """Take this state off the model."""
         for hook in self._entry_hooks:
             hook.remove()
+        resizing.release(self.model)
         del self.model.reparam_state
 
     def adopt(self, adapter: Adapter) -> None:
