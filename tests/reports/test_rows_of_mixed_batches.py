@@ -170,10 +170,31 @@ def test_a_transformer_that_gets_tokens_first(targets: list[str]) -> None:
         outside(x)
 
 
+WHOLE: list[tuple[Callable[[], Any], str]] = [
+    (opt, "final_layer_norm"),  # rows and tokens in one dimension; weight and bias
+    (opt, "self_attn_layer_norm"),
+    (opt, "fc1"),
+    (opt, "lm_head"),
+    (opt, "embed_tokens"),
+    (models.llama, "norm"),  # an RMSNorm
+    (models.llama, "mlp"),
+    (models.gpt2, "ln_f"),
+    (models.gpt2, "c_fc"),  # a Conv1D
+    (models.bert, "classifier"),
+    (models.bert, "pooler"),
+    (models.bert, "LayerNorm"),
+    (models.qwen_moe, "gate"),  # its output is a tuple
+    (models.qwen_moe, "shared_expert"),
+]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("whole", ["final_layer_norm", "fc1", "lm_head"])
-def test_modules_that_train_whole_use_the_same_rule(whole: str, shape: tuple[int, int]) -> None:
-    model = adapted(opt(), targets=["q_proj"], modules_to_save=[whole])
+@pytest.mark.parametrize(("make", "whole"), WHOLE)
+def test_modules_that_train_whole_use_the_same_rule(
+    make: Callable[[], Any], whole: str, shape: tuple[int, int]
+) -> None:
+    targets = {models.gpt2: "c_attn", models.bert: "query"}.get(make, "q_proj")
+    model = adapted(make(), targets=[targets], modules_to_save=[whole])
     assert rows_alone_or_refused(model, ids_of(*shape))
 
 

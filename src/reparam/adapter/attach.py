@@ -23,8 +23,9 @@ from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
-from reparam.sites.module import SHARED, Adapted, Replaced, Shared
+from reparam.sites.module import SHARED, Adapted, Shared
 from reparam.sites.reads import announce
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import newly_initialized, tied, walk
 
 

@@ -17,7 +17,7 @@ from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.fingerprint import agree, base_tensors, fingerprint
-from reparam.sites.module import Replaced
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
 
 

@@ -14,7 +14,8 @@ from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.sites import targets as targets_
-from reparam.sites.module import Adapted, Replaced, is_quantized
+from reparam.sites.module import Adapted, is_quantized
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import storages_in, tied, walk
 
 

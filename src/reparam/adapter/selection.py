@@ -17,7 +17,8 @@ from reparam.core.versions import Steps
 from reparam.io import whole
 from reparam.io.record import Record
 from reparam.sites.bank import Bank
-from reparam.sites.module import SHARED, Adapted, Replaced
+from reparam.sites.module import SHARED, Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
 
 if TYPE_CHECKING:

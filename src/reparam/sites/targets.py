@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from reparam.core.base import Site
 from reparam.core.checks import nearest
 from reparam.sites.kinds import KINDS, kind_of
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
 from reparam.sites.reads import read_without_call
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import tied, walk
 
 Targets = str | Iterable[str]

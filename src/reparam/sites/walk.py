@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from reparam.core.base import Storage
-from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
+from reparam.sites.module import Adapted, Shared, is_quantized
+from reparam.sites.replaced import Replaced
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
