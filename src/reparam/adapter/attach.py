@@ -137,17 +137,21 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
     return [name for name in found if name not in odd]
 
 
-def select(model: nn.Module, which: str | Sequence[str | None] | None) -> Selection:
+def select(model: nn.Module, which: str | Sequence[str | None] | None, *, budget: int | None = None) -> Selection:
     """Make the adapter with this name the active one; None selects the base model.
 
-    A list gives one name (or None) per row of the following batches, for inference with mixed batches. Raises
-    ValueError at once for an unknown name or an empty list, and at the start of the model's forward pass if the batch
-    has a different number of rows.
+    A list gives one name (or None) per row of the following batches, for inference with mixed batches. The factors of
+    their adapters are copied into banks, and stay there for later batches. `budget` is the most bytes that all banks of
+    the model may hold: other adapters leave the banks, least recently used first, and come back when they are selected
+    again. By default, adapters stay in the banks until they are removed.
+
+    Raises ValueError, without a change, for an unknown name, an empty list, and adapters that need more than the
+    budget; and at the start of the model's forward pass if the batch has a different number of rows.
 
     Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
     exception.
     """
-    return state_of(model).select(which)
+    return state_of(model).select(which, budget=budget)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

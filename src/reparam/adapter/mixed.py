@@ -32,6 +32,7 @@ class Mixed:
         """The banks and the replaced modules by path."""
         self._slots = routing.slots
         self._names: list[str | None] = []
+        self._times = 1
         self._handles: list[Any] = []
         self._outermost: nn.Module | None = None
         self._seen: set[tuple[Any, ...]] = set()
@@ -43,7 +44,7 @@ class Mixed:
         self.stop()
         if self.sites != sites:
             self.sites, self._seen = sites, set()
-        self._slots, self._names = slots, names
+        self._slots, self._names, self._times = slots, names, 0
         self.routing.tried = True
         self._expand(1)
         for module in self.model.modules():
@@ -77,8 +78,11 @@ class Mixed:
             self._generates = False
 
     def _expand(self, times: int) -> None:
-        self.routing.slots = self._slots if times == 1 else self._slots.repeat_interleave(times)
-        self.routing.names = [name for name in self._names for _ in range(times)]
+        """Use each slot for so many rows, one after the other."""
+        if times != self._times:
+            self._times = times
+            self.routing.route(self._slots.repeat_interleave(times))
+            self.routing.names = [name for name in self._names for _ in range(times)]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError unless the batch has as many rows as there are selected names."""

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from reparam.adapter.mixed import Mixed
-from reparam.core.base import Update
+from reparam.adapter.slots import BANK, Slots
 from reparam.core.checks import nearest
 from reparam.core.versions import Steps
 from reparam.io import whole
 from reparam.io.record import Record
-from reparam.sites.bank import Bank
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
@@ -25,13 +24,14 @@ if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
 
 Choice = str | Sequence[str | None] | None
-BANK = "*"  # key of a site's bank among its updates; not a valid adapter name, so it cannot collide
+Request = tuple[Choice, int | None]
+"""A choice, and the most bytes that the banks may hold for it."""
 
 
 class Selection:
     """The result of `select`: use it in a `with` statement to restore the previous choice afterwards."""
 
-    def __init__(self, state: AdapterState, before: Choice) -> None:
+    def __init__(self, state: AdapterState, before: Request) -> None:
         self._state = state
         self._before = before
 
@@ -43,7 +43,7 @@ class Selection:
 
     def __repr__(self) -> str:
         now, model = _named(self._state.choice), type(self._state.model).__name__
-        return f"Selection({now} on {model}, before: {_named(self._before)})"
+        return f"Selection({now} on {model}, before: {_named(self._before[0])})"
 
 
 class AdapterState:
@@ -52,17 +52,22 @@ class AdapterState:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
-        self.choice: Choice = None
+        self._request: Request = None, None
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
         self._mixed = Mixed(model, self._routing)
-        self._slots: dict[str, int] = {}
+        self._slots = Slots(self.sites, self._routing)
         self._versions: dict[str, tuple[int, int]] = {}
         self._hook: Any = None
         self.unnested: list[nn.TransformerEncoder] = []
         """Encoders in which nested tensors are turned off while adapters are on the model."""
         self._entry_hooks: tuple[Any, ...] = ()
+
+    @property
+    def choice(self) -> Choice:
+        """What is selected."""
+        return self._request[0]
 
     def join(self) -> None:
         """Put this state on the model, which then describes its adapters in its state dict."""
@@ -81,7 +86,7 @@ class AdapterState:
     def adopt(self, adapter: Adapter) -> None:
         """Register a new adapter, its sites and its replaced modules."""
         self.adapters[adapter.name] = adapter
-        self.sites |= adapter.modules
+        self.sites.update(adapter.modules)  # in place: the slots share it
         self.replaced |= adapter.replaced
 
     def forget(self, name: str) -> None:
@@ -96,7 +101,7 @@ class AdapterState:
             holder.drop(name)
         if adapter.shared is not None:
             del getattr(self.model, SHARED)[name]
-        self._slots.pop(name, None)
+        self._slots.remove(name)
         self._versions.pop(name, None)
 
     def check(self, name: object) -> None:
@@ -105,7 +110,7 @@ class AdapterState:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"no adapter is named {name!r}{nearest(str(name), self.adapters)}; the model has: {known}")
 
-    def select(self, which: Choice) -> Selection:
+    def select(self, which: Choice, *, budget: int | None = None) -> Selection:
         """Make one adapter, none, or one per row the current choice, as `reparam.select` describes."""
         rows = None if which is None or isinstance(which, str) else list(which)
         for name in {which} if rows is None else set(rows):
@@ -113,7 +118,9 @@ class AdapterState:
                 self.check(name)
         if rows is not None and not rows:
             raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
-        selection = Selection(self, self.choice)
+        if rows is not None:
+            self._fill(rows, budget)
+        selection = Selection(self, self._request)
         self._mixed.stop()
         if rows is not None:
             self._route(rows)
@@ -122,7 +129,7 @@ class AdapterState:
         shared = self.adapters[which].shared if isinstance(which, str) else None
         before = getattr(shared, "before_forward", None)
         self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
-        self.choice = which if rows is None else rows
+        self._request = which if rows is None else rows, budget
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
             module.active = single if single is not None and single in module.updates else None
@@ -130,52 +137,42 @@ class AdapterState:
             holder.active, holder.routing = single, None if rows is None else self._routing
         return selection
 
-    def select_again(self, before: Choice) -> None:
+    def select_again(self, before: Request) -> None:
         """Restore an earlier choice, or the base if one of its adapters was removed.
 
         Does nothing if the model has no adapters left.
         """
+        which, budget = before
         if getattr(self.model, "reparam_state", None) is self:
-            names = {before} if before is None or isinstance(before, str) else set(before)
-            self.select(before if names <= {None, *self.adapters} else None)
+            names = {which} if which is None or isinstance(which, str) else set(which)
+            if names <= {None, *self.adapters}:
+                self.select(which, budget=budget)
+            else:
+                self.select(None)
 
     def refresh(self) -> None:
         """Rewrite the banks because the inputs of the factors changed, such as the frozen weights."""
         self.forget_factors()
         if self.choice is not None and not isinstance(self.choice, str):
-            self.select(self.choice)
+            self.select_again(self._request)
 
     def forget_factors(self) -> None:
         """Mark all bank slots as stale, so that the next selection by a list rewrites them."""
         self._versions.clear()
 
-    def _route(self, rows: list[str | None]) -> None:
-        """Update the banks with the factors of these adapters, and assign each row [B] its slot (-1 for the base)."""
-        names = [name for name in dict.fromkeys(rows) if name is not None]
-        used = [self.adapters[name] for name in names]
-        for adapter in used:
-            version = Steps.count, sum(p._version for p in adapter.parameters())
-            if self._versions.get(adapter.name) != version:
-                self._write(adapter)
-                self._versions[adapter.name] = version
-        device = next(self.model.parameters()).device
-        slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
-        banks = {path: module.updates[BANK] for path, module in self.sites.items() if BANK in module.updates}
-        self._mixed.start(slots, rows, banks | self.replaced)
+    def _fill(self, rows: list[str | None], budget: int | None) -> None:
+        """Put the factors of these adapters into the banks, if they are not there or have changed."""
+        used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
+        versions = {a.name: (Steps.count, sum(p._version for p in a.parameters())) for a in used}
+        stale = [a for a in used if a.name not in self._slots or self._versions.get(a.name) != versions[a.name]]
+        self._slots.fill(used, stale, budget)
+        self._versions |= versions
 
-    def _write(self, adapter: Adapter) -> None:
-        """Write one adapter's factors and bias offset into its slot at every site."""
-        taken = set(self._slots.values())
-        slot = self._slots.setdefault(adapter.name, next(i for i in range(len(taken) + 1) if i not in taken))
-        for path, module in self.sites.items():
-            if BANK not in module.updates:
-                module.updates[BANK] = Bank(module.frozen, self._routing).train(module.training)
-            bank: Bank = module.updates[BANK]  # type: ignore[assignment]
-            update: Update | None = adapter.modules.get(path) and module.updates[adapter.name]  # type: ignore[assignment]
-            own = module.biases[adapter.name] - module.bias if adapter.name in module.biases else None
-            offset = None if update is None else update.bias_delta()
-            added = own if offset is None else offset if own is None else own + offset
-            bank.write(slot, None if update is None else update.factors(module.frozen), added)
+    def _route(self, rows: list[str | None]) -> None:
+        """Assign each row [B] its slot (-1 for the base)."""
+        device = next(self.model.parameters()).device
+        slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
+        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced})
 
 
 def _named(choice: Choice) -> str:

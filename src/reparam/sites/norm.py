@@ -88,16 +88,18 @@ class Norm(Adapted):
             routing.trial.see(bank, args[0])
             return self._computed(w, self.bias, *args)
         layout = routing.layout(bank, args[0].shape)
-        slots = routing.slots[: layout.rows]
+        slots = routing.slot_list[: layout.rows]
         y = self._computed(w, self.bias, *args)
         out = layout.by_row(y)  # a view
-        for slot in slots.unique().tolist():
+        for slot in dict.fromkeys(slots):
             if slot >= 0:
-                here = slots == slot
-                factors, offset = bank.read(slot)
+                here = [row for row, other in enumerate(slots) if other == slot]
+                offset = bank.bias_change(slot)
                 bias = self.bias if self.bias is None or offset is None else self.bias + offset
-                own = self._computed(factors.apply(w), bias, *(layout.joined(layout.by_row(arg)[here]) for arg in args))
-                out[here] = dataclasses.replace(layout, rows=int(here.sum())).by_row(own)
+                own = self._computed(
+                    bank.changed(slot, w), bias, *(layout.joined(layout.by_row(arg)[here]) for arg in args)
+                )
+                out[here] = dataclasses.replace(layout, rows=len(here)).by_row(own)
         return y
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.routing import Layout, Routing
+from reparam.sites.layout import Layout
+from reparam.sites.routing import Routing
 
 
 class Replaced(nn.Module):

@@ -10,59 +10,24 @@ Shapes: B rows of the batch, T tokens in a row.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-Order = Literal["rows", "tokens"]
-"""What comes first in an activation: rows, [B, T, ...] or [B·T, ...]; or tokens, [T, B, ...] or [T·B, ...]."""
+from reparam.sites.layout import Layout, Order
 
 SMALL = 0.01
 """Differences below this share of the largest one are rounding."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an activation holds the rows of the batch."""
-
-    order: Order
-    rows: int
-    flat: bool
-    """Whether its first dimension holds rows and tokens."""
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """A view [B, T, ...] of an activation, or of the output that a module has for it."""
-        if self.order == "rows":
-            return x.unflatten(0, (self.rows, -1))
-        return (x.unflatten(0, (-1, self.rows)) if self.flat else x).transpose(0, 1)
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """Some rows [K, T, ...] as an activation in this order."""
-        if self.order == "rows":
-            return rows.flatten(0, 1)
-        return rows.transpose(0, 1).flatten(0, 1) if self.flat else rows.transpose(0, 1)
-
-    def chunks(self, x: Tensor) -> Tensor:
-        """An activation as [N, T', I]: N parts in its own order, each of one row, without a copy if x is contiguous."""
-        count = self.rows
-        if self.order == "tokens":
-            count = x.shape[0] if self.flat else x.shape[0] * x.shape[1]
-        return x.reshape(count, x.shape[:-1].numel() // max(count, 1), x.shape[-1])
-
-    def of_chunks(self, values: Tensor, count: int) -> Tensor:
-        """Values of rows [B] as values of the `count` chunks."""
-        return values[: self.rows] if self.order == "rows" else values.repeat(count // self.rows)
 
 
 class Routing:
     """The slot of each row of the next batches. All banks and replaced modules of a model share one object."""
 
     def __init__(self, slots: Tensor) -> None:
-        self.slots = slots  # [B] int64, -1 for the base model
+        self.route(slots)
         self.names: list[str | None] = []  # [B], the adapter of each row
         self.tokens: int | None = None
         """Tokens per row in the model's current input, or None if unknown."""
@@ -72,6 +37,12 @@ class Routing:
         """What records the inputs of the sites, which then compute the base map."""
         self.tried = False
         """Whether a site needs an order that a trial has shown. Otherwise, rows come first."""
+
+    def route(self, slots: Tensor) -> None:
+        """Use these slots [B] for the rows of the next batches."""
+        self.slots = slots  # [B] int64, -1 for the base model
+        self.slot_list: tuple[int, ...] = tuple(slots.tolist())
+        """The same numbers, for code that must not wait for the device."""
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
