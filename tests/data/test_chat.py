@@ -231,12 +231,24 @@ def test_template_that_cuts_an_answer():
     assert found == "f.jsonl:1: the chat template changes or drops part of the answer in message 2"
 
 
-@pytest.mark.parametrize("template", [kit.THINKS_LAST, kit.OPENS_THOUGHT])
-def test_template_that_is_not_prefix_stable(template):
-    (found,) = problems([chat("u:q", "a:b", "u:c", "a:d", line=4)], kit.make(template))
-    assert found.startswith("f.jsonl:4: the chat template is not prefix stable: message 2 ")
-    assert "<think>" in found
-    encode([chat("u:q", "a:b", "u:c", "a:d")], kit.make(template), max_length=500, loss_on="all")
+def test_answers_that_change_when_others_follow_become_an_example_each():
+    tokenizer = kit.make(kit.THINKS_LAST)
+    encoded = encode([chat("u:q", "a:b", "u:c", "a:d", line=4)], tokenizer, max_length=500)
+    assert [with_loss(encoded, tokenizer, i) for i in range(len(encoded))] == ["<think>b<|end|>", "<think>d<|end|>"]
+    texts = [tokenizer.decode(encoded[i]["input_ids"]) for i in range(2)]
+    assert texts[0].endswith("<think>b<|end|>\n")
+    assert texts[1].startswith(texts[0].replace("<think>", ""))
+    assert list(encoded.sources) == ["f.jsonl:4", "f.jsonl:4"]
+    assert encoded.report.split == 1
+    assert "so the chat is split: one example for each answer" in encoded.report.warnings[0]
+    assert len(encode([chat("u:q", "a:b", "u:c", "a:d")], tokenizer, max_length=500, loss_on="all")) == 1
+
+
+def test_generation_prompt_that_the_answers_do_not_continue():
+    tokenizer = kit.make(kit.OPENS_THOUGHT)
+    encoded = encode([chat("u:q", "a:<b", "u:c", "a:d")], tokenizer, max_length=500)
+    assert with_loss(encoded, tokenizer) == "<b<|end|>d<|end|>"
+    assert "generation begins an answer with '<think>\\n', which the answers" in encoded.report.warnings[0]
 
 
 def test_rows_that_an_unstable_template_renders_stably():
@@ -246,8 +258,10 @@ def test_rows_that_an_unstable_template_renders_stably():
 
 
 def test_answers_forgotten_in_later_turns():
-    found = problems([chat("u:q", "a:hm</think>b", "u:c", "a:d")], kit.make(kit.FORGETS_THOUGHTS))
-    assert "changes or drops part of the answer in message 2" in found[0]
+    tokenizer = kit.make(kit.FORGETS_THOUGHTS)
+    encoded = encode([chat("u:q", "a:hm</think>b", "u:c", "a:d")], tokenizer, max_length=500)
+    assert [with_loss(encoded, tokenizer, i) for i in range(2)] == ["hm</think>b<|end|>", "d<|end|>"]
+    assert "hm" not in tokenizer.decode(encoded[1]["input_ids"])
 
 
 def test_no_answer_in_a_chat():

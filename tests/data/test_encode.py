@@ -231,7 +231,7 @@ def test_settings():
     found = problems([], kit.make(), max_length=2, loss_on="answer")
     assert len(found) == 3
     assert "the minimum is 3" in found[1]
-    assert "expected 'answers' or 'all'" in found[2]
+    assert "expected 'answers', 'last' or 'all'" in found[2]
 
 
 # --- the report ---
@@ -243,5 +243,16 @@ def test_report_reads_well():
     assert str(encoded.report) == "2 rows; 10 tokens, 6 of them with loss (60%); longest row 9; 1 row truncated"
     pieces = encode([text("abcdefghi")], tokenizer, max_length=4)
     assert str(pieces.report) == (
-        "1 row; 10 tokens, 7 of them with loss (70%); longest row 10; 1 row split, 3 pieces in all"
+        "1 row; 10 tokens, 7 of them with loss (70%); longest row 10; 1 row split, 3 examples in all"
     )
+
+
+def test_keys_that_change_nothing_are_listed():
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"})
+    row = Row("chat", "f:1", messages=messages, variables={"tools": [{"name": "f"}]}, columns={"id": 1, "task": "x"})
+    report = encode([row], kit.make(), max_length=50).report
+    assert str(report).endswith("; not used: id, task, reasoning_content, tools")
+    assert "not used: id, reasoning_content, tools" in str(encode([row], kit.make(), max_length=50, tasks=["x"]).report)
+    reads_tools = kit.make(kit.MARKED.replace("{% for m in", "{{ tools | tojson }}{% for m in"))
+    assert "not used: id, task, reasoning_content" in str(encode([row], reads_tools, max_length=50).report)
+    assert "tools" not in str(encode([row], reads_tools, max_length=50).report)

@@ -45,7 +45,9 @@ class Report:
     truncated: int
     """Number of chats and completions that lost loss tokens because they exceed `max_length`."""
     split: int
-    """Number of text rows that were split into pieces."""
+    """Number of text rows that were split into pieces, and of chats split into one example for each answer."""
+    unused: tuple[str, ...] = ()
+    """Keys of the rows and of their messages that change nothing in the examples."""
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -58,7 +60,9 @@ class Report:
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated")
         if self.split:
-            parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} pieces in all")
+            parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} examples in all")
+        if self.unused:
+            parts.append(f"not used: {', '.join(self.unused)}")
         return "; ".join(parts)
 
 

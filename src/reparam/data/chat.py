@@ -1,43 +1,25 @@
-"""Render a chat with its template, and find the characters that carry loss: each answer and its end-of-turn token.
+"""Render chats with the template of a tokenizer, with the characters that carry loss.
 
-A template with `{% generation %}` marks the answers itself. With any other template, the answer in message i is what
-
-    render(messages[:i + 1])    adds to    render(messages[:i], add_generation_prompt=True)
-
-including the special tokens after its content. The template must be *prefix stable*: a rendered answer must not change
-when messages follow, except for the token that ends it. A template that is not prefix stable (for example, one that
-drops the reasoning of earlier turns) is refused, because the model would learn answers in a wrong form.
-
-Some templates silently drop a message with an unknown role or part of a content. This file reports both as errors.
+`data/answers.py` finds the answers in the text, and `data/omissions.py` what the template leaves out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
+from reparam.data.answers import PROBE, Answers, Render, Rendered, Span
+from reparam.data.forms import Form
+from reparam.data.messages import Messages, learned
+from reparam.data.omissions import Omissions
 from reparam.data.rendering import render
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
-
-PROBE = "QZXJQ"  # a content that no template contains
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which messages hold it
-
-
-class Rendered(NamedTuple):
-    """A chat rendered as text."""
-
-    text: str
-    spans: list[Span]
-    """Character ranges [start, end) of `text` that carry loss, ascending."""
-    warning: str = ""
-    """A warning about this chat, or "". The text is the same for all chats that have the same problem."""
+LossOn = Literal["answers", "last", "all"]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -65,178 +47,101 @@ class ChatTemplate:
         self._specials = special_tokens(tokenizer)
         self._added = _any_of({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
-        self._ignored: dict[tuple[tuple[str, bool], ...], int | None] = {}  # cache of `_ignored_message`
+        self._form = Form()
+        self._form = self._accepted_form()
+        self._omissions = Omissions(self._renderer)
 
-    def render(self, messages: Messages, *, loss_on: Literal["answers", "all"]) -> Rendered:
-        """Render the chat as text, with the character ranges that carry loss.
+    def render(
+        self, messages: Messages, *, loss_on: LossOn, variables: Mapping[str, Any] | None = None
+    ) -> list[Rendered]:
+        """Render the chat, with the character ranges that carry loss: one text, or one for each answer.
 
-        `loss_on` is "answers" (messages with the role "assistant") or "all". Raises ValueError if the template refuses
-        the messages, ignores one of them, drops content, or is not prefix stable.
+        `loss_on` is "answers" (messages with the role "assistant"), "last" (only the last of them) or "all" (the whole
+        text). An answer whose flag says so (such as `weight: 0` or `train: false`) carries no loss.
+        `variables` are further variables of the template, such as `tools`.
+
+        Raises ValueError if the template refuses the messages, ignores one of them, or drops content or tool calls.
         """
-        text, spans = self._text(messages)
-        self._check_all_appear(messages, text)
+        rendered = self._renderer(variables or {})
         if loss_on == "all":
-            return Rendered(text, [(0, len(text))])
-        if self._marked:
-            return self._with_end_tokens(text, spans)
-        return self._by_prefix(messages, text)
+            text = rendered(messages)[0]
+            result = [Rendered(text, [(0, len(text))])]
+        else:
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            wanted = [i for i in (answers[-1:] if loss_on == "last" else answers) if learned(messages[i])]
+            result = Answers(rendered, self._specials, marked=self._marked).find(messages, wanted)
+        self._omissions.check(messages, result, rendered, variables or {})
+        return result
 
-    def prompt(self, messages: Messages) -> str:
+    def prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> str:
         """The chat as text, up to where the next answer begins. Raises ValueError if the template refuses it."""
-        return self._text(messages, generation_prompt=True)[0]
+        return self._renderer(variables or {})(messages, generation_prompt=True)[0]
 
     def end_of_answer(self) -> str:
         """The added token with which the template ends the last answer of a chat; "" if there is none.
 
         Raises ValueError if the template refuses a chat of one question and one answer.
         """
-        text = self._text([{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}])[0]
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        rendered = self._renderer({})
+        text = rendered(messages)[0]
         at = text.rfind(PROBE)
-        found = self._added.search(text, at + len(PROBE)) if at >= 0 else None
-        return found.group() if found else ""
+        if at >= 0 and (found := self._added.search(text, at + len(PROBE))):
+            return found.group()
+        return Answers(rendered, self._specials, marked=self._marked).closing(messages, text)
 
-    def _text(self, messages: Messages, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def unused(self) -> list[str]:
+        """The keys of messages and the variables that changed no text so far."""
+        return self._omissions.unused()
+
+    def _renderer(self, variables: Mapping[str, Any]) -> Render:
+        """The template with these variables. The texts of one chat are kept, because some are asked for twice."""
+        kept: dict[tuple[Any, ...], tuple[str, list[Span]]] = {}
+
+        def rendered(messages: Messages, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+            key = (generation_prompt, *map(id, messages))
+            if key not in kept:
+                kept[key] = self._text(messages, variables, generation_prompt)
+                alive.extend(messages)  # an id is not given again
+            return kept[key]
+
+        alive: list[Mapping[str, Any]] = []
+        return rendered
+
+    def _text(
+        self, messages: Messages, variables: Mapping[str, Any], generation_prompt: bool
+    ) -> tuple[str, list[Span]]:
         """The rendered text, and the character ranges inside `{% generation %}`."""
-        variables = {
-            **self._variables,
-            "messages": [_with_reasoning(message) for message in messages],
+        others = {
             "tools": None,
             "documents": None,
+            **variables,
+            **self._variables,
             "add_generation_prompt": generation_prompt,
         }
-        return render(self._template, variables)
+        return render(self._template, {**others, "messages": [self._form.of(message) for message in messages]})
 
-    # --- messages that the template ignores ---
+    def _accepted_form(self) -> Form:
+        """The form of messages that the template reads."""
+        question: dict[str, Any] = {"role": "user", "content": PROBE}
+        form = Form()
+        if not self._writes(form, [question]) and self._writes(form._replace(parts=True), [question]):
+            form = form._replace(parts=True)
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": PROBE}}}
+        called = [{**question, "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        forms = [
+            form._replace(null_content=null, json_arguments=as_json)
+            for null in (False, True)
+            for as_json in (False, True)
+        ]
+        return next((form for form in forms if self._writes(form, called)), form)
 
-    def _check_all_appear(self, messages: Messages, text: str) -> None:
-        """Raise ValueError if a message, or part of an answer, is missing from the rendered text."""
-        for number, message in enumerate(messages, start=1):
-            if message["content"].strip() in text:
-                continue
-            probe = [*messages[: number - 1], {**message, "content": PROBE}, *messages[number:]]
-            if PROBE not in self._text(probe)[0]:
-                raise ValueError(_ignored(number, message))
-            if message["role"] == "assistant":  # templates may change other contents, for example quote them as JSON
-                raise ValueError(f"the chat template changes or drops part of the answer in message {number}")
-        if (index := self._ignored_message(messages, text)) is not None:
-            raise ValueError(_ignored(index + 1, messages[index]))
-
-    def _ignored_message(self, messages: Messages, text: str) -> int | None:
-        """Index of a message that the rendered text does not depend on, or None; cached per sequence of roles."""
-        blank = [not message["content"].strip() for message in messages]  # a template may leave out empty messages
-        form = tuple(zip((message["role"] for message in messages), blank, strict=True))
-        if form not in self._ignored:
-            whole = range(len(messages)) if len(messages) > 1 else ()
-            self._ignored[form] = next(
-                (i for i in whole if not blank[i] and self._same_without(i, messages, text)), None
-            )
-        return self._ignored[form]
-
-    def _same_without(self, index: int, messages: Messages, text: str) -> bool:
+    def _writes(self, form: Form, messages: Messages) -> bool:
+        """Whether the template writes the probe in these messages in this form."""
+        self._form = form
         try:
-            return self._text([*messages[:index], *messages[index + 1 :]])[0] == text
+            return PROBE in self._text(messages, {}, False)[0]
         except DataError:
             raise
-        except ValueError:  # the template refuses the chat without this message
+        except ValueError:
             return False
-
-    # --- ranges of the answers ---
-
-    def _with_end_tokens(self, text: str, spans: Sequence[Span]) -> Rendered:
-        """The ranges that the template marks, each extended by the special token that ends the turn."""
-        result: list[Span] = []
-        warning = ""
-        for start, end in _joined(spans):
-            last = [match.end() for match in self._specials.finditer(text, start, end)][-1:]
-            if last and not text[last[0] : end].strip():
-                result.append((start, end))
-            elif following := self._specials.match(text, end):
-                result.append((start, following.end()))
-                warning = END_ADDED
-            else:
-                result.append((start, end))
-                warning = NO_END
-        return Rendered(text, result, warning)
-
-    def _by_prefix(self, messages: Messages, text: str) -> Rendered:
-        """Find the ranges by rendering the messages before each answer, and the messages up to and including it."""
-        spans: list[Span] = []
-        warning = ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._text(messages[:i], generation_prompt=True)[0]
-            upto = text if i == len(messages) - 1 else self._text(messages[: i + 1])[0]
-            body = message["content"].strip()
-            if not upto.startswith(before) or (at := upto.find(body, len(before))) < 0:
-                raise ValueError(_unstable(f"message {i + 1} does not continue its generation prompt", before, upto))
-            stop = at + len(body)
-            if not text.startswith(upto[:stop]):
-                raise ValueError(_unstable(f"message {i + 1} changes when others follow", upto, text))
-            end = self._end_of_turn(stop, upto, text)
-            spans.append((len(before), end or _common(upto, text)))
-            warning = warning if end else NO_END
-        return Rendered(text, spans, warning)
-
-    def _end_of_turn(self, stop: int, upto: str, text: str) -> int | None:
-        """End of the special tokens that follow the answer whose content ends at `stop`; None if there are none.
-
-        `upto` ends with this answer. `text` may continue, and may end this answer with another token than `upto` does.
-        """
-        first = self._specials.search(upto, stop)
-        if first is None or not text.startswith(upto[: first.start()]):
-            return None
-        end = first.end()
-        while following := self._specials.match(
-            upto, end
-        ):  # for example, the end of the answer, then the end of the turn
-            end = following.end()
-        if text.startswith(upto[:end]):
-            return end
-        other = self._specials.match(text, first.start())
-        return other.end() if other else None
-
-
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under each of the names that templates use, as transformers does."""
-    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-END_ADDED = (
-    "the {% generation %} part of the chat template leaves out the token that ends a turn; it carries loss anyway"
-)
-NO_END = "the chat template puts no special token after an answer, so the model does not learn where to stop"
-
-
-def _ignored(number: int, message: Mapping[str, Any]) -> str:
-    return (
-        f"the chat template ignores message {number} with the role {message['role']!r}; "
-        "use a role that the template knows, or move the content into another message"
-    )
-
-
-def _unstable(why: str, expected: str, actual: str) -> str:
-    """The error message for a template that is not prefix stable, with the first difference."""
-    at = _common(expected, actual)
-    return (
-        f"the chat template is not prefix stable: {why} ({actual[at : at + 20]!r} where {expected[at : at + 20]!r} was "
-        "expected). Write such rows as prompt and completion, one row per answer, use a template with "
-        "{% generation %} markers, or set loss_on='all'"
-    )
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common prefix in characters."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Merge ranges that follow each other without a gap."""
-    result: list[Span] = []
-    for start, end in spans:
-        if result and result[-1][1] == start:
-            start = result.pop()[0]
-        result.append((start, end))
-    return result

@@ -10,16 +10,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from reparam.data.answers import Span
 from reparam.data.batches import Encoded, Report, counted
-from reparam.data.chat import Span
+from reparam.data.chat import LossOn
 from reparam.data.findings import Findings
 from reparam.data.rows import Row
+from reparam.data.tasks import COLUMN as TASK
 from reparam.data.tasks import task_numbers
-from reparam.data.tokenize import LossOn, Tokenizer, Tokens
+from reparam.data.tokenize import Tokenizer, Tokens
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,9 +42,9 @@ def encode(
 ) -> Encoded:
     """Tokenize rows and mark the tokens that carry loss.
 
-    `max_length` is in tokens, at least 3. With `loss_on="all"`, prompts carry loss, too; text rows always carry loss on
-    all tokens. `vocab_size` is the number of rows of the model's input embedding. With `tasks`, the column "task" of
-    each row must name one of them, and each example gets its index.
+    `max_length` is in tokens, at least 3. With `loss_on="all"`, prompts carry loss, too, and with "last" only the last
+    answer of a chat does; text rows always carry loss on all tokens. `vocab_size` is the number of rows of the model's
+    input embedding. With `tasks`, the column "task" of each row must name one of them, and each example gets its index.
 
     Raises DataError with all problems: no rows; a slow tokenizer, or one without a chat template if there are chats; a
     chat that the template refuses, partly ignores, or renders so that the answers cannot be located; rows without loss
@@ -59,7 +61,11 @@ def encode(
         for row, tokens in tokenize(rows[start : start + BATCH]):
             store.add(row, tokens)
     findings.raise_problems()
-    return store.encoded(len(rows))
+    return store.encoded(len(rows), unused=(*_unused_columns(rows, tasks), *tokenize.unused()))
+
+
+def _unused_columns(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
+    return sorted({key for row in rows for key in row.columns} - ({TASK} if tasks else set()))
 
 
 def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, loss_on: str) -> list[str]:
@@ -69,8 +75,8 @@ def _obstacles(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_l
         problems.append("there are no rows to encode")
     if max_length < SHORTEST:
         problems.append(f"max_length={max_length} is too short; the minimum is {SHORTEST}")
-    if loss_on not in ("answers", "all"):
-        problems.append(f"loss_on={loss_on!r}; expected 'answers' or 'all'")
+    if loss_on not in get_args(LossOn):
+        problems.append(f"loss_on={loss_on!r}; expected 'answers', 'last' or 'all'")
     if not tokenizer.is_fast:
         problems.append(f"{type(tokenizer).__name__} returns no offsets; load the fast version of this tokenizer")
     chats = [row for row in rows if row.kind == "chat"]
@@ -97,9 +103,14 @@ class _Store:
         self._text_bytes = array("q")
         self._sources: list[str] = []
         self._longest = self._truncated = self._split = 0
+        self._row: Row | None = None  # the last one that was added
+        self._texts_of_row = 0
 
     def add(self, row: Row, tokens: Tokens) -> None:
-        """Add the examples of a row, or record why the row is refused."""
+        """Add the examples of a row, or record why the row is refused. A chat may come in several consecutive texts."""
+        self._texts_of_row = self._texts_of_row + 1 if row is self._row else 1
+        self._row = row
+        self._split += self._texts_of_row == 2
         ids, spans = tokens.ids, tokens.spans
         self._findings.check_vocabulary(row, ids)
         self._longest = max(self._longest, len(ids))
@@ -139,8 +150,8 @@ class _Store:
         if self._task_of:
             self._tasks.append(self._task_of[id(row)])
 
-    def encoded(self, rows: int) -> Encoded:
-        """The dataset of all examples."""
+    def encoded(self, rows: int, *, unused: Sequence[str]) -> Encoded:
+        """The dataset of all examples. `unused` are the keys of rows and messages that change nothing."""
         loss = torch.frombuffer(self._loss, dtype=torch.bool)
         report = Report(
             rows=rows,
@@ -151,6 +162,7 @@ class _Store:
             longest=self._longest,
             truncated=self._truncated,
             split=self._split,
+            unused=tuple(unused),
             warnings=self._findings.warnings(),
         )
         return Encoded(

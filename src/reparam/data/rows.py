@@ -13,6 +13,7 @@ All rows are checked, and all problems are reported together, each with its file
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,14 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from reparam.data.messages import checked_messages, kind_of, near_key, string_problem
 from reparam.errors import DataError
 
 RowKind = Literal["chat", "completion", "text"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = ("messages", "prompt", "completion", "text")
+MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+RESERVED = {"messages", "add_generation_prompt"}
 FORMATS = '"messages", or "prompt" and "completion", or "text"'
-OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,9 @@ class Row:
     """Where the row comes from, as "file:line"."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """Messages of a chat: dictionaries with a "role", a "content" and any other keys of the file."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, such as `tools`: from the row's keys "tools", "documents" and
+    "chat_template_kwargs"."""
     prompt: str = ""
     """Prompt of a completion row."""
     completion: str = ""
@@ -124,7 +129,7 @@ def _parse(line: bytes, source: str, *, offset: int, first: bool) -> dict[str, A
     except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deeply
         raise DataError([f"{source}: malformed JSON: {error}"]) from None
     if not isinstance(value, dict):
-        raise DataError([f"{source}: expected an object with {FORMATS}, got {_kind_of(value)}"])
+        raise DataError([f"{source}: expected an object with {FORMATS}, got {kind_of(value)}"])
     return value
 
 
@@ -132,9 +137,11 @@ def _row(value: dict[str, Any], source: str) -> Row:
     """Convert a JSON object to a row. Raises DataError with all its problems."""
     present = [key for key in KEYS if key in value]
     columns = {k: v for k, v in value.items() if k not in KEYS}
+    if found := [f'"{key}"' for key in MEDIA if value.get(key)]:
+        raise DataError([f"{source}: {found[0]}: only text is supported; remove the key from the row"])
     match present:
         case ["messages"]:
-            return Row("chat", source, messages=_messages(value["messages"], source), columns=columns)
+            return _chat(value["messages"], columns, source)
         case ["prompt", "completion"]:
             _strings(value, present, source)
             return Row("completion", source, prompt=value["prompt"], completion=value["completion"], columns=columns)
@@ -145,64 +152,54 @@ def _row(value: dict[str, Any], source: str) -> Row:
             return Row("text", source, text=value["text"], columns=columns)
         case ["prompt"] | ["completion"]:
             other = "completion" if present == ["prompt"] else "prompt"
-            raise DataError([f'{source}: "{present[0]}" without "{other}"{_nearest(value, [other])}'])
+            raise DataError([f'{source}: "{present[0]}" without "{other}"{near_key(value, [other])}'])
         case []:
             has = ", ".join(f'"{k}"' for k in list(value)[:6]) or "no keys"
-            raise DataError([f"{source}: expected {FORMATS}; the row has {has}{_nearest(value, KEYS)}"])
+            raise DataError([f"{source}: expected {FORMATS}; the row has {has}{near_key(value, KEYS)}"])
         case _:
             keys = ", ".join(f'"{k}"' for k in present)
             raise DataError([f"{source}: several formats in one row ({keys}); keep one of {FORMATS}"])
 
 
+def _chat(messages: object, columns: dict[str, Any], source: str) -> Row:
+    """A chat row. The keys that the chat template reads are taken out of the columns."""
+    variables = _variables(columns, source)
+    system = columns.pop("system", None)
+    if system is not None and isinstance(messages, list):
+        if problem := string_problem(system, f'{source}: "system"'):
+            raise DataError([problem])
+        if any(isinstance(message, dict) and message.get("role") == "system" for message in messages):
+            raise DataError([f'{source}: has "system" and a message with this role; keep one of them'])
+        messages = [{"role": "system", "content": system}, *messages]
+    return Row("chat", source, messages=checked_messages(messages, source), variables=variables, columns=columns)
+
+
+def _variables(columns: dict[str, Any], source: str) -> dict[str, Any]:
+    """The variables of the chat template, taken out of the columns."""
+    found: dict[str, Any] = {}
+    for key in ("chat_template_kwargs", "tools", "documents"):
+        value = columns.pop(key, None)
+        if isinstance(value, str):  # tables hold them as JSON in a string
+            with contextlib.suppress(ValueError):
+                value = json.loads(value) if value.strip() else None
+        if value is None:
+            continue
+        if key == "chat_template_kwargs":
+            if not isinstance(value, dict) or RESERVED & value.keys():
+                raise DataError([f'{source}: "{key}" must be an object without {" and ".join(sorted(RESERVED))}'])
+            found |= value
+        elif not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise DataError([f'{source}: "{key}" must be a list of objects'])
+        elif value:
+            found[key] = value
+    return found
+
+
 def _strings(value: dict[str, Any], keys: Sequence[str], source: str) -> None:
     """Raise DataError unless these keys hold strings that UTF-8 can encode."""
-    problems = [problem for key in keys if (problem := _string_problem(value[key], f'{source}: "{key}"'))]
+    problems = [problem for key in keys if (problem := string_problem(value[key], f'{source}: "{key}"'))]
     if problems:
         raise DataError(problems)
-
-
-def _string_problem(value: object, where: str) -> str | None:
-    if not isinstance(value, str):
-        return f"{where} must be a string, got {_kind_of(value)}"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer accepts
-        return f"{where} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}"
-    return None
-
-
-def _messages(value: object, source: str) -> tuple[Mapping[str, Any], ...]:
-    """The checked messages of a chat row."""
-    if not isinstance(value, list):
-        raise DataError([f'{source}: "messages" must be a list, got {_kind_of(value)}'])
-    if not value:
-        raise DataError([f'{source}: "messages" is empty'])
-    problems: list[str] = []
-    for number, message in enumerate(value, start=1):
-        where = f"{source}: message {number}"
-        if not isinstance(message, dict):
-            problems.append(f"{where} must be an object, got {_kind_of(message)}")
-            continue
-        problems.extend(_role_problems(message, where))
-        if message.get("content") is None:
-            problems.append(f'{where} has no "content"{_nearest(message, ["content"])}')
-        elif problem := _string_problem(message["content"], f'{where}: "content"'):
-            problems.append(problem)
-    if problems:
-        raise DataError(problems)
-    return tuple(value)
-
-
-def _role_problems(message: dict[str, Any], where: str) -> list[str]:
-    if "role" not in message:
-        return [f'{where} has no "role"{_nearest(message, ["role"])}']
-    role = message["role"]
-    if role in ROLES:
-        return []
-    close = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
-    name = OTHER_NAMES.get(str(role).lower()) or (close[0] if close else None)
-    hint = f"; did you mean {name!r}?" if name else ""
-    return [f"{where} has the unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}"]
 
 
 def _mixture(rows: Sequence[Row]) -> list[str]:
@@ -216,18 +213,3 @@ def _mixture(rows: Sequence[Row]) -> list[str]:
         f"{text.source}: a text row in a file that also has {other.kind} rows ({other.source}); the two are truncated "
         f"and scored differently, so move the {len(texts):,} text rows to a separate file"
     ]
-
-
-def _nearest(value: Mapping[str, Any], expected: Sequence[str]) -> str:
-    """A hint if a key resembles an expected one; otherwise ""."""
-    for key in value:
-        close = difflib.get_close_matches(key.lower(), expected, n=1, cutoff=0.75)
-        if close and key not in expected:
-            return f'; did you mean "{close[0]}" instead of "{key}"?'
-    return ""
-
-
-def _kind_of(value: object) -> str:
-    """The JSON name of a value's type, with an article."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -9,19 +9,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reparam.data.chat import ChatTemplate, Rendered, Span, special_tokens
+from reparam.data.answers import Rendered, Span
+from reparam.data.chat import ChatTemplate, LossOn, special_tokens
 from reparam.data.findings import Findings
 from reparam.data.rows import Row
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LossOn = Literal["answers", "all"]
 
 
 class Tokens(NamedTuple):
@@ -53,13 +52,20 @@ class Tokenizer:
         self._prefix: list[int] = probe["input_ids"][:leading]
 
     def __call__(self, rows: Sequence[Row]) -> list[tuple[Row, Tokens]]:
-        """Tokenize rows. Keeps their order, and leaves out rows that are refused and recorded in the findings."""
-        done: dict[int, Tokens] = {}  # by position in `rows`
+        """Tokenize rows. Keeps their order, and leaves out rows that are refused and recorded in the findings.
+
+        A chat comes several times if its template makes it one text for each answer.
+        """
+        done: list[tuple[int, Tokens]] = []  # (position in `rows`, tokens)
         for kind, tokenize in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
             chosen = [i for i, row in enumerate(rows) if row.kind == kind]
             if chosen:
-                done |= {chosen[i]: tokens for i, tokens in tokenize([rows[i] for i in chosen])}
-        return [(rows[i], done[i]) for i in sorted(done)]
+                done += [(chosen[i], tokens) for i, tokens in tokenize([rows[i] for i in chosen])]
+        return [(rows[i], tokens) for i, tokens in sorted(done, key=lambda pair: pair[0])]
+
+    def unused(self) -> list[str]:
+        """The keys of messages and of chats that changed nothing in the text of the rows so far."""
+        return self._template.unused() if self._template else []
 
     def _ids_and_offsets(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
         """The token ids of each text and the character range of each token; no special tokens are added."""
@@ -80,21 +86,23 @@ class Tokenizer:
 
     def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         assert self._template is not None
-        chats: dict[int, Rendered] = {}
+        chats: list[tuple[int, Rendered]] = []
         for i, row in enumerate(rows):
             self._look_at(row, *(message["content"] for message in row.messages))
-            if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages):
+            if any(_is_empty(message) for message in row.messages):
                 self._findings.warn(row, "an answer is empty, so only its end token is learned")
             try:
-                chats[i] = self._template.render(row.messages, loss_on=self._loss_on)
+                rendered = self._template.render(row.messages, loss_on=self._loss_on, variables=row.variables)
             except DataError as error:
                 raise DataError([f"{row.source}: {error}"]) from error
             except ValueError as error:
                 self._findings.refuse(row, str(error))
-        batch = self._ids_and_offsets([chat.text for chat in chats.values()])
-        for (i, chat), ids, offsets in zip(chats.items(), *batch, strict=True):
-            if chat.warning:
-                self._findings.warn(rows[i], chat.warning)
+                continue
+            chats += [(i, part) for part in rendered]
+            for warning in dict.fromkeys(warning for part in rendered for warning in part.warnings):
+                self._findings.warn(row, warning)
+        batch = self._ids_and_offsets([chat.text for _, chat in chats])
+        for (i, chat), ids, offsets in zip(chats, *batch, strict=True):
             yield i, Tokens(ids, self._token_spans(rows[i], chat.spans, ids=ids, offsets=offsets), [])
 
     def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
@@ -156,3 +164,7 @@ class Tokenizer:
                 self._findings.warn(row, "an answer begins inside a token that also ends its prompt")
             result.append((first, last))
         return result
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")

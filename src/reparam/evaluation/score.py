@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from reparam.adapter.context import context, tasks_of, told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
+from reparam.data.messages import Messages
 from reparam.data.rows import Row
 from reparam.data.tasks import task_numbers
 from reparam.hf.prompts import is_prompted
@@ -127,7 +128,9 @@ def answer(
     asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
     template = ChatTemplate(tokenizer) if any(row.kind == "chat" for row in asked) else None
-    prompts = [_prompt(tokenizer, template, question) for question, _ in pairs]
+    prompts = [
+        _prompt(tokenizer, template, question, row.variables) for row, (question, _) in zip(asked, pairs, strict=True)
+    ]
     expected = [answer for _, answer in pairs]
     names = tasks_of(model)
     tasks = task_numbers(asked, names) if names else None
@@ -191,18 +194,23 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded:
             yield group[start : start + size]
 
 
-def _split(row: Row) -> tuple[str | list[dict[str, str]], str] | None:
-    """The question and the expected answer of a row, or None for a chat that does not end with an answer."""
+def _split(row: Row) -> tuple[str | Messages, str] | None:
+    """The question and the expected answer of a row, or None for a chat that does not end with an answer in words."""
     if row.kind == "completion":
         return row.prompt, row.completion
     *before, last = row.messages
-    return ([dict(m) for m in before], str(last["content"])) if last["role"] == "assistant" and before else None
+    if last["role"] != "assistant" or last.get("tool_calls") or not before:
+        return None
+    return before, last["content"]
 
 
 def _prompt(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, question: str | list[dict[str, str]]
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    question: str | Messages,
+    variables: Mapping[str, Any],
 ) -> list[int]:
     if isinstance(question, str):
         return list(tokenizer(question)["input_ids"])
     assert template is not None
-    return list(tokenizer(template.prompt(question), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(template.prompt(question, variables), add_special_tokens=False)["input_ids"])

@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from reparam.core.checks import finite, whole
+from reparam.data.chat import LossOn
 from reparam.errors import ConfigError
 
 
@@ -33,8 +34,8 @@ class DataConfig:
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
-    loss_on: Literal["answers", "all"] = "answers"
-    """Which tokens of chats and completions count in the loss: answers, or all."""
+    loss_on: LossOn = "answers"
+    """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
