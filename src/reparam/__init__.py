@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from reparam import train as train
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
-    from reparam.adapter.attach import adapters, attach, remove, select, untie
+    from reparam.adapter.attach import adapters, attach, remove, untie
     from reparam.adapter.context import context
     from reparam.adapter.load import load
     from reparam.adapter.merge import MergeReport, merge
     from reparam.adapter.quantize import QuantizeReport, quantize
-    from reparam.adapter.selection import Selection
+    from reparam.adapter.selection import Selection, select
     from reparam.combine.blend import Blend, blend
     from reparam.combine.compress import Compression, compress
     from reparam.combine.split import split
@@ -164,7 +164,7 @@ _HOMES = {  # the module that defines each name
     "adapters": "reparam.adapter.attach",
     "attach": "reparam.adapter.attach",
     "remove": "reparam.adapter.attach",
-    "select": "reparam.adapter.attach",
+    "select": "reparam.adapter.selection",
     "untie": "reparam.adapter.attach",
     "context": "reparam.adapter.context",
     "load": "reparam.adapter.load",

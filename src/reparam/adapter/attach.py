@@ -1,4 +1,4 @@
-"""Attach adapters to a model, select the active one, and remove them."""
+"""Attach adapters to a model, and remove them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import reparam.weights  # noqa: F401  (importing both packages registers the met
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.quantize import describe
-from reparam.adapter.selection import AdapterState, Selection, state_of
+from reparam.adapter.selection import AdapterState, select, state_of
 from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
@@ -135,23 +135,6 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
         problems = [f"{listed(names, shown=3)}: {why}" for why, names in reasons.items()]
         raise ValueError(f"{method.name} cannot go on {'; '.join(problems)}")
     return [name for name in found if name not in odd]
-
-
-def select(model: nn.Module, which: str | Sequence[str | None] | None, *, budget: int | None = None) -> Selection:
-    """Make the adapter with this name the active one; None selects the base model.
-
-    A list gives one name (or None) per row of the following batches, for inference with mixed batches. The factors of
-    their adapters are copied into banks, and stay there for later batches. `budget` is the most bytes that all banks of
-    the model may hold: other adapters leave the banks, least recently used first, and come back when they are selected
-    again. By default, adapters stay in the banks until they are removed.
-
-    Raises ValueError, without a change, for an unknown name, an empty list, and adapters that need more than the
-    budget; and at the start of the model's forward pass if the batch has a different number of rows.
-
-    Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
-    exception.
-    """
-    return state_of(model).select(which, budget=budget)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import check_name, install, select
+from reparam.adapter.attach import check_name, install
+from reparam.adapter.selection import select
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
 from reparam.io import files

@@ -12,6 +12,7 @@ from torch import nn
 
 from reparam.adapter.mixed import Mixed
 from reparam.adapter.slots import BANK, Slots
+from reparam.adapter.spans import Spans, check
 from reparam.core.checks import nearest
 from reparam.core.versions import Steps
 from reparam.io import whole
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
 
 Choice = str | Sequence[str | None] | None
-Request = tuple[Choice, int | None]
-"""A choice, and the most bytes that the banks may hold for it."""
+Request = tuple[Choice, Spans | None, int | None]
+"""A choice, the spans of a packed batch, and the most bytes that the banks may hold for it."""
 
 
 class Selection:
@@ -52,7 +53,7 @@ class AdapterState:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
-        self._request: Request = None, None
+        self._request: Request = None, None, None
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
@@ -110,7 +111,7 @@ class AdapterState:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"no adapter is named {name!r}{nearest(str(name), self.adapters)}; the model has: {known}")
 
-    def select(self, which: Choice, *, budget: int | None = None) -> Selection:
+    def select(self, which: Choice, *, spans: Spans | None = None, budget: int | None = None) -> Selection:
         """Make one adapter, none, or one per row the current choice, as `reparam.select` describes."""
         rows = None if which is None or isinstance(which, str) else list(which)
         for name in {which} if rows is None else set(rows):
@@ -118,18 +119,20 @@ class AdapterState:
                 self.check(name)
         if rows is not None and not rows:
             raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
+        if spans is not None:
+            check(spans, len(rows or ()))
         if rows is not None:
             self._fill(rows, budget)
         selection = Selection(self, self._request)
         self._mixed.stop()
         if rows is not None:
-            self._route(rows)
+            self._route(rows, spans)
         if self._hook is not None:
             self._hook.remove()
         shared = self.adapters[which].shared if isinstance(which, str) else None
         before = getattr(shared, "before_forward", None)
         self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
-        self._request = which if rows is None else rows, budget
+        self._request = which if rows is None else rows, spans, budget
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
             module.active = single if single is not None and single in module.updates else None
@@ -142,11 +145,11 @@ class AdapterState:
 
         Does nothing if the model has no adapters left.
         """
-        which, budget = before
+        which, spans, budget = before
         if getattr(self.model, "reparam_state", None) is self:
             names = {which} if which is None or isinstance(which, str) else set(which)
             if names <= {None, *self.adapters}:
-                self.select(which, budget=budget)
+                self.select(which, spans=spans, budget=budget)
             else:
                 self.select(None)
 
@@ -168,11 +171,11 @@ class AdapterState:
         self._slots.fill(used, stale, budget)
         self._versions |= versions
 
-    def _route(self, rows: list[str | None]) -> None:
+    def _route(self, rows: list[str | None], spans: Spans | None) -> None:
         """Assign each row [B] its slot (-1 for the base)."""
         device = next(self.model.parameters()).device
         slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
-        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced})
+        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced}, spans)
 
 
 def _named(choice: Choice) -> str:
@@ -209,3 +212,31 @@ def state_of(model: nn.Module) -> AdapterState:
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")
     return state
+
+
+def select(
+    model: nn.Module,
+    which: str | Sequence[str | None] | None,
+    *,
+    spans: Spans | None = None,
+    budget: int | None = None,
+) -> Selection:
+    """Make the adapter with this name the active one; None selects the base model.
+
+    A list gives one name (or None) per row of the following batches, for inference with mixed batches. With `spans`,
+    the batch is packed: one row [1, N] that holds a sequence for each name, end to end. `spans` are their numbers of
+    tokens, or the argument of the model's forward that tells them in each batch: "position_ids", which start again at
+    each sequence, or "cu_seq_lens_q".
+
+    The factors of the adapters are copied into banks, and stay there for later batches. `budget` is the most bytes that
+    all banks of the model may hold: other adapters leave the banks, least recently used first, and come back when they
+    are selected again. By default, adapters stay in the banks until they are removed.
+
+    Raises ValueError, without a change, for an unknown name, an empty list, and adapters that need more than the
+    budget; and at the start of the model's forward pass if the batch has a different number of rows or tokens, or if
+    rows or sequences depend on each other.
+
+    Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
+    exception.
+    """
+    return state_of(model).select(which, spans=spans, budget=budget)

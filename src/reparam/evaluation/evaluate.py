@@ -11,9 +11,9 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reparam.adapter.attach import select
 from reparam.adapter.context import tasks_of
 from reparam.adapter.load import place
+from reparam.adapter.selection import select
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import Row, read_rows

@@ -9,12 +9,11 @@ A slot takes as much memory as its own factors: they are end to end in tables, a
 own. Factors that are larger than their product, such as those of a change of full rank, are kept as the matrix B·A
 instead, as O rows in the table A.
 
-Shapes: S slots, R rank of a slot, M rows of a table, B rows of the batch, T tokens in a row.
+Shapes: S slots, R rank of a slot, M rows of a table, B rows of the batch, T tokens in a row, C chunks of one row each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.rows import bank_update_
+from reparam.sites.layout import groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
 
@@ -123,20 +123,24 @@ class Bank(Update):
         layout = self.routing.layout(self, x.shape)
         use = self._in_use()
         y = weight(x, None if use.scaled else bias).contiguous()
-        out, h = layout.chunks(y), layout.chunks(x)  # `out` is a view
-        slots = layout.of_chunks(self.routing.slots, len(out))
-        if use.most or use.scaled:
-            bank_update_(out, h, slots, self.A, self.B_t, self.spans, use.most, self.gain)
-        for slot, rows in self._rows_of(use.dense, layout.of_chunks(self.routing.slot_list, len(out))):
-            a = self.places["A"].of(slot)
-            own = h.index_select(0, rows).to(self.A.dtype) @ self.A[a.start : a.stop].t()
-            out.index_copy_(0, rows, (out.index_select(0, rows) + own).to(out.dtype))
-        if use.scaled and bias is not None:
-            out += bias
-        if use.biased:
-            row = torch.where(slots >= 0, self.biased[slots.clamp(min=0)], -1)
-            out += torch.where(row[:, None] >= 0, self.bias[row.clamp(min=0)], 0)[:, None]
+        for out, h, slots, numbers in layout.parts(y, x, self.routing.slots, self.routing.slot_list):
+            self._update(use, out, h, slots, numbers)
+            if use.scaled and bias is not None:
+                out += bias
+            if use.biased:
+                row = torch.where(slots >= 0, self.biased[slots.clamp(min=0)], -1)
+                out += torch.where(row[:, None] >= 0, self.bias[row.clamp(min=0)], 0)[:, None]
         return y
+
+    def _update(self, use: InUse, y: Tensor, x: Tensor, slots: Tensor, numbers: tuple[int, ...]) -> None:
+        """Scale y [C, T, O] and add the products with x [C, T, I], in place."""
+        if use.most or use.scaled:
+            bank_update_(y, x, slots, self.A, self.B_t, self.spans, use.most, self.gain)
+        for slot, chunks in groups(numbers).items() if use.dense else ():
+            if slot in use.dense:
+                rows, a = torch.tensor(chunks, device=y.device), self.places["A"].of(slot)
+                own = x.index_select(0, rows).to(self.A.dtype) @ self.A[a.start : a.stop].t()
+                y.index_copy_(0, rows, (y.index_select(0, rows) + own).to(y.dtype))
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index rows of W."""
@@ -145,26 +149,21 @@ class Bank(Update):
             self.routing.trial.see(self, ids)
             return y
         layout = self.routing.layout(self, torch.Size((*ids.shape, 1)))
-        out = layout.chunks(y)
-        of_chunks = layout.chunks(ids.unsqueeze(-1)).squeeze(-1)
-        slots = layout.of_chunks(self.routing.slot_list, len(out))
-        for slot, chunks in self._rows_of(tuple(dict.fromkeys(slots)), slots):
-            a, b, scale = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
-            own, new = of_chunks.index_select(0, chunks), out.index_select(0, chunks)
-            if scale:
-                new = new * self.gain[scale.start][own].unsqueeze(-1)
-            if a and not b:
-                new = new + self.A[a.start + own]
-            elif a:
-                new = new + self.B_t[b.start : b.stop].t()[own] @ self.A[a.start : a.stop]
-            out.index_copy_(0, chunks, new.to(out.dtype))
+        for out, own, _, numbers in layout.parts(y, ids.unsqueeze(-1), self.routing.slots, self.routing.slot_list):
+            for slot, chunks in groups(numbers).items():
+                if slot >= 0:
+                    rows = torch.tensor(chunks, device=y.device)
+                    new = self._looked_up(slot, own.squeeze(-1).index_select(0, rows), out.index_select(0, rows))
+                    out.index_copy_(0, rows, new.to(out.dtype))
         return y
 
-    def _rows_of(self, wanted: tuple[int, ...], slots: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Each of these slots, and which of the `slots` are the same."""
-        for slot in wanted:
-            if slot >= 0:
-                yield slot, torch.tensor([i for i, s in enumerate(slots) if s == slot], device=self.A.device)
+    def _looked_up(self, slot: int, ids: Tensor, base: Tensor) -> Tensor:
+        """The embeddings of W' for these ids [C, T], given those of W [C, T, I]."""
+        a, b, scale = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
+        kept = base * self.gain[scale.start][ids].unsqueeze(-1) if scale else base
+        if not a:
+            return kept
+        return kept + (self.B_t[b.start : b.stop].t()[ids] @ self.A[a.start : a.stop] if b else self.A[a.start + ids])
 
     def _in_use(self) -> InUse:
         """What the slots of the batch need; computed again after a write and for other rows."""

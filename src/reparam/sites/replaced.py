@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.layout import Layout
+from reparam.sites.layout import groups
 from reparam.sites.routing import Routing
 
 
@@ -27,7 +25,7 @@ class Replaced(nn.Module):
         """The module that this adapter uses: its own copy, or the original if it has none."""
         return self.updates[name] if name is not None and name in self.updates else self.origin
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """The output of the active copy; in a mixed batch, each copy computes its own rows of x."""
         if self.routing is None:
             return self.copy_of(self.active)(x)
@@ -35,14 +33,12 @@ class Replaced(nn.Module):
             self.routing.trial.see(self, x)
             return self.origin(x)
         layout = self.routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
-        parts: dict[str | None, list[int]] = {}
-        for row, name in enumerate(self.routing.names[: layout.rows]):
-            parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
+        own = set(self.updates)
+        parts = groups([name if name in own else None for name in self.routing.names[: layout.rows]])
         if len(parts) == 1:
             return self.copy_of(next(iter(parts)))(x)
-        by_row = layout.by_row(x)
-        outputs = [self.copy_of(name)(layout.joined(by_row[rows])) for name, rows in parts.items()]
-        return _joined(outputs, list(parts.values()), layout)
+        outputs = [self.copy_of(name)(layout.pick(x, rows)) for name, rows in parts.items()]
+        return layout.merge(outputs, list(parts.values()))
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The original module's tensors under the names that they have without adapters, and the copies' tensors."""
@@ -65,12 +61,3 @@ class Replaced(nn.Module):
         """Remove the adapter's copy, if it has one."""
         if name in self.updates:
             del self.updates[name]
-
-
-def _joined(outputs: Sequence[Any], rows: Sequence[list[int]], layout: Layout) -> Any:
-    """One output for all rows, given one for each group of rows; each is a tensor, or a tuple of tensors."""
-    if isinstance(outputs[0], tuple):
-        return tuple(_joined(parts, rows, layout) for parts in zip(*outputs, strict=True))
-    by_row = [dataclasses.replace(layout, rows=len(own)).by_row(y) for own, y in zip(rows, outputs, strict=True)]
-    order = torch.tensor([row for own in rows for row in own], device=outputs[0].device)
-    return layout.joined(torch.cat(by_row)[order.argsort()])

@@ -21,8 +21,8 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import select
 from reparam.adapter.context import told
+from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from, read_back
 from reparam.data.batches import Collator, counted, padding_id
 from reparam.data.encode import encode
