@@ -35,7 +35,8 @@ from reparam.core.method import Method
 from reparam.core.registry import METHODS
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.hf.models import load_tokenizer
 
 TASKS = ("count", "defaults", "signatures")  # in the order of their task ids

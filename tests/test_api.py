@@ -17,7 +17,11 @@ from reparam import errors
 from reparam.core.registry import METHODS, STORAGES
 
 ROOT = Path(reparam.__file__).parent
-ERRORS = {name: value for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
+ERRORS = {
+    name: value
+    for name, value in vars(errors).items()
+    if inspect.isclass(value) and value.__module__ == errors.__name__
+}
 OTHERS = set(ERRORS) - {"ReparamError"}
 
 

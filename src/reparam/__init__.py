@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from reparam import train as train
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
-    from reparam.adapter.attach import adapters, attach, remove, untie
+    from reparam.adapter.attach import adapters, attach, remove
     from reparam.adapter.context import context
     from reparam.adapter.load import load
     from reparam.adapter.merge import MergeReport, merge
     from reparam.adapter.quantize import QuantizeReport, quantize
     from reparam.adapter.selection import Selection, select
+    from reparam.adapter.untie import untie
     from reparam.combine.blend import Blend, blend
     from reparam.combine.compress import Compression, compress
     from reparam.combine.split import split
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from reparam.methods.full import Full
     from reparam.methods.intrinsic import Intrinsic
     from reparam.methods.lora import LoRA
+    from reparam.methods.lora_bias import LoRABias
     from reparam.methods.mixture import (
         HydraLoRA,
         LLaVAMoLE,
@@ -115,6 +117,7 @@ __all__ = [
     "Intrinsic",
     "LLaVAMoLE",
     "LoRA",
+    "LoRABias",
     "LoRAMoE",
     "MergeReport",
     "Method",
@@ -165,7 +168,7 @@ _HOMES = {  # the module that defines each name
     "attach": "reparam.adapter.attach",
     "remove": "reparam.adapter.attach",
     "select": "reparam.adapter.selection",
-    "untie": "reparam.adapter.attach",
+    "untie": "reparam.adapter.untie",
     "context": "reparam.adapter.context",
     "load": "reparam.adapter.load",
     "MergeReport": "reparam.adapter.merge",
@@ -208,6 +211,7 @@ _HOMES = {  # the module that defines each name
     "Full": "reparam.methods.full",
     "Intrinsic": "reparam.methods.intrinsic",
     "LoRA": "reparam.methods.lora",
+    "LoRABias": "reparam.methods.lora_bias",
     "HydraLoRA": "reparam.methods.mixture",
     "LLaVAMoLE": "reparam.methods.mixture",
     "LoRAMoE": "reparam.methods.mixture",

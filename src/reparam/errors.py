@@ -24,10 +24,18 @@ import signal
 from collections.abc import Sequence
 
 SHOWN = 10  # the most problems that one error message lists
+LONGEST = 4000  # characters of an error message; files can hold names of any length
 
 
 class ReparamError(Exception):
-    """Base class of all errors that this package defines."""
+    """Base class of all errors that this package defines.
+
+    The message is one line of at most 4,000 characters, whatever names the files hold: a longer one loses its middle,
+    and control characters are written as escapes.
+    """
+
+    def __str__(self) -> str:
+        return _line(super().__str__())
 
 
 class FormatError(ReparamError, ValueError):
@@ -52,6 +60,10 @@ class DataError(ReparamError, ValueError):
         if len(self.problems) > SHOWN:
             lines.append(f"... and {len(self.problems) - SHOWN:,} more")
         super().__init__("\n".join(lines))
+        self._lines = lines
+
+    def __str__(self) -> str:
+        return "\n".join(map(_line, self._lines))
 
 
 class ConfigError(ReparamError, ValueError):
@@ -99,3 +111,10 @@ class Stopped(ReparamError):  # noqa: N818  (reads as what happened)
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}"
+
+
+def _line(text: str) -> str:
+    """The text as one line of bounded length."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 1000]} ... {text[5 - 1000 :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -15,7 +15,7 @@ from models import IDS, logits
 from torch import Tensor, nn
 
 import reparam
-from reparam.adapter.merge import fold
+from reparam.adapter.fold import fold
 from reparam.core.base import Factors
 from reparam.weights.dense import DenseWeight
 

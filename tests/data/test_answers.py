@@ -13,7 +13,7 @@ from chat_tokenizers import make
 from reparam.data.batches import IGNORED
 from reparam.data.chat import ChatTemplate
 from reparam.data.encode import encode
-from reparam.data.rows import Row
+from reparam.data.row import Row
 
 FOLDER = Path(trl.__file__).with_name("chat_templates")
 TWINS = sorted(path.stem.removesuffix("_training") for path in FOLDER.glob("*_training.jinja"))

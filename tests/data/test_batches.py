@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from reparam.data.batches import IGNORED, Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.preview import preview
-from reparam.data.rows import Row
+from reparam.data.row import Row
 
 
 def encoded(*answers: str, template: str = kit.MARKED) -> Encoded:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reparam.data.batches import IGNORED, Encoded
 from reparam.data.chat import special_tokens
 from reparam.data.encode import encode
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.errors import DataError
 
 ROLES = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reparam.data.batches import IGNORED, Encoded
 from reparam.data.encode import BATCH, encode
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.errors import DataError
 
 

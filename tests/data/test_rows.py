@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -97,7 +98,7 @@ def test_no_such_folder(tmp_path):
 
 def test_a_folder(tmp_path):
     (found,) = problems(tmp_path)
-    assert "is a folder; name a JSONL file in it" in found
+    assert "the folder holds no data files" in found
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\n", b"\xef\xbb\xbf"])
@@ -155,17 +156,25 @@ def test_half_a_surrogate_pair(tmp_path):
     ("line", "expected"),
     [
         ({}, "the row has no keys"),
-        ({"instruction": "a", "output": "b"}, 'the row has "instruction", "output"'),
+        (
+            {"question": "a", "answer": "b"},
+            'the row has "question", "answer"; name the keys to read with --data.columns',
+        ),
+        ({"chosen": "a", "rejected": "b"}, "the row is a preference"),
         ({"Text": "a"}, 'did you mean "text" instead of "Text"?'),
         ({"message": []}, 'did you mean "messages" instead of "message"?'),
         ({"prompt": "a"}, '"prompt" without "completion"'),
         ({"completion": "a"}, '"completion" without "prompt"'),
         ({"prompt": "a", "completions": "b"}, 'did you mean "completion" instead of "completions"?'),
-        ({"text": "a", "prompt": "b"}, 'several formats in one row ("prompt", "text")'),
+        (
+            {"text": "a", "prompt": "b", "completion": "c"},
+            'several formats in one row ("prompt", "completion", "text")',
+        ),
         (CHAT | {"prompt": "p", "completion": "c"}, "several formats in one row"),
         ({"text": 1}, '"text" must be a string, got a number'),
         ({"text": ""}, '"text" is empty'),
-        ({"prompt": ["a"], "completion": None}, '"prompt" must be a string, got a list'),
+        ({"prompt": ["a"], "completion": None}, '"prompt" and "completion" must both be strings'),
+        ({"prompt": "a", "completion": None}, '"completion" must be a string, got null'),
         ({"messages": "hello"}, '"messages" must be a list, got a string'),
         ({"messages": []}, '"messages" is empty'),
         ({"messages": ["hello"]}, "message 1 must be an object, got a string"),

@@ -129,7 +129,7 @@ def test_what_it_cannot_do_is_refused(kind: type[Prompting], tmp_path: Path) -> 
     adapter.save(tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 6}))
-    with pytest.raises(FormatError, match=r"prompt_embeddings': \[5, .*expected prompt_embeddings \[6"):
+    with pytest.raises(FormatError, match=r"prompt_embeddings \[5, .*expected \[6"):
         prompts.load(models.llama(), tmp_path / "a")
     with pytest.raises(FormatError, match="neither prefix nor prompt tuning"):
         prompts.load(models.llama(), tmp_path)

@@ -80,6 +80,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora on conv1d": (gpt2, {"target_modules": CONVS, "fan_in_fan_out": True, "use_dora": True}),
     "conv1d": (gpt2, {"target_modules": CONVS, "fan_in_fan_out": True}),
     "conv1d with biases": (gpt2, {"target_modules": CONVS, "fan_in_fan_out": True, "bias": "lora_only"}),
+    "biases of B": (gpt2, {"target_modules": CONVS, "fan_in_fan_out": True, "lora_bias": True, "use_rslora": True}),
+    "biases of B, without others": (llama, {"target_modules": PROJECTIONS, "lora_bias": True}),
+    "biases of B and others": (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "bias": "lora_only"}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding alone": (gpt2, {"target_modules": ["wte"]}),
     "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
@@ -167,6 +170,7 @@ def test_comes_back_to_peft_unchanged(saved: Saved, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        warnings.filterwarnings("ignore", message=".*merging LoRA weights won't be possible")  # by PEFT
         model = peft.PeftModel.from_pretrained(saved.make(), str(tmp_path / "ours"))
     assert torch.equal(logits(model.eval()), saved.logits)
 

@@ -98,7 +98,6 @@ def test_type_is_refused(folder: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_bias": True},
         {"trainable_token_indices": [1, 2]},
         {"target_parameters": ["experts.gate_up_proj"]},
         {"layer_replication": [(0, 1)]},

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reparam
-from reparam import DoRA, LoRA
+from reparam import DoRA, LoRA, LoRABias
 from reparam.io.peft import CONFIG, WEIGHTS
 
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -37,6 +37,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora": (llama, {"method": DoRA(r=3, alpha=7)}),
     "dora without scale, exact": (llama, {"method": DoRA(r=3, scaling="none", gradient="exact", dropout=0.1)}),
     "dora on conv1d, with biases": (gpt2, {"method": DoRA(r=2), "bias": True}),
+    "biases of B": (gpt2, {"method": LoRABias(r=3, alpha=7)}),
+    "biases of B without others": (llama, {"method": LoRABias(r=3, alpha=7), "targets": ["q_proj", "up_proj"]}),
     "attention": (llama, {"method": LoRA(r=2), "targets": "attention"}),
     "one site": (llama, {"method": LoRA(r=2), "targets": "model.layers.1.mlp.up_proj"}),
     "dropout": (llama, {"method": LoRA(r=2, dropout=0.5)}),
@@ -59,6 +61,7 @@ def in_peft(model: nn.Module, folder: Path) -> Any:
     """The adapter loaded by PEFT; warnings are errors, except transformers' own deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*merging LoRA weights won't be possible")  # by PEFT
         if (folder / CONFIG).read_text().count("lm_head") and hasattr(model, "transformer"):
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # nn.Linear beside Conv1D: one flag
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()

@@ -15,7 +15,7 @@ import torch
 from command import reparam
 from models import llama
 
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.evaluation.score import answer
 from reparam.hf.stops import stop_tokens
 

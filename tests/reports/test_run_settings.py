@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command import train
+from command import reparam, train
 
 from reparam import ConfigError
 from reparam.train.config import resolve
@@ -27,6 +27,37 @@ def test_a_value_out_of_range_is_named(key: str) -> None:
     for value in WRONG[key]:
         with pytest.raises(ConfigError, match=f"^{key}: .*expected"):
             resolve(None, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"method.norm_axis": "out"}, "method.norm_axis is a setting of dora, and method.name is lora"),
+        ({"method.name": "dora", "method.target_r": 4}, "method.target_r is a setting of adalora, .* is dora"),
+        ({"method.name": "adalora", "method.r": 4}, "method.r is a setting of lora, dora, .* is adalora"),
+        ({"method.name": "lora+", "method.tokens": 4}, "method.tokens is a setting of prefix, prompt, .* is lora"),
+        ({"base.block": 16}, "base.block is a setting of the storage nf4, and base.storage is dense"),
+        ({"method.rr": 4}, "unknown key method.rr"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:method.name")
+def test_a_setting_of_another_method_names_the_methods_that_have_it(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(None, given)
+
+
+def test_a_task_is_refused_where_nothing_depends_on_it(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "out") == 0
+    for call in (
+        ("generate", "def f(x):", "-a", tmp_path / "out", "--task", "foo"),
+        ("generate", "def f(x):", "-b", base, "--task", "foo"),
+        ("merge", tmp_path / "merged", "-a", tmp_path / "out", "--task", "foo"),
+    ):
+        assert reparam(*call) == 2
+        assert "leave --task out" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "merged").exists()
 
 
 def test_no_share_is_held_out_beside_a_file() -> None:

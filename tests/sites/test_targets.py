@@ -194,12 +194,12 @@ def test_the_output_of_torchs_attention_is_refused() -> None:
 
 
 def test_embeddings_that_are_more_than_a_lookup_are_refused() -> None:
-    class Scaled(nn.Embedding):
+    class Shifted(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(ids)
+            return super().forward(ids + 2)
 
-    model = nn.ModuleDict({"a": Scaled(3, 4), "b": nn.Embedding(3, 4, max_norm=1.0), "c": nn.EmbeddingBag(3, 4)})
-    with pytest.raises(ValueError, match=r"a: Scaled overrides.*b: Embedding has max_norm.*c: EmbeddingBag is not"):
+    model = nn.ModuleDict({"a": Shifted(3, 4), "b": nn.Embedding(3, 4, max_norm=1.0), "c": nn.EmbeddingBag(3, 4)})
+    with pytest.raises(ValueError, match=r"a: Shifted overrides.*b: Embedding has max_norm.*c: EmbeddingBag is not"):
         resolve(model, "a", "b", "c")
 
 
@@ -249,20 +249,12 @@ def test_untying_twice_or_without_ties_changes_nothing() -> None:
         state = models.frozen(model)
         reparam.untie(model)
         assert models.same(models.frozen(model), state)
-    with pytest.raises(ValueError, match="Sequential has no method get_output_embeddings"):
-        reparam.untie(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_an_embedding_that_two_stacks_read_is_refused() -> None:
     """T5's encoder and decoder."""
     with pytest.raises(ValueError, match=r"shared shares its weight with encoder\.embed_tokens, decoder\.embed_tokens"):
         reparam.attach(models.t5(), reparam.LoRA(), targets=["shared"])
-
-
-def test_one_module_at_two_places_is_refused() -> None:
-    layer = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="0 shares its weight with 2"):
-        reparam.attach(nn.Sequential(layer, nn.ReLU(), layer), reparam.LoRA(r=1))
 
 
 # ---- kinds of layers in place

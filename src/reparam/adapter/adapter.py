@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from reparam.core.base import Role, Site, Storage, Update
 from reparam.core.controller import Controller
 from reparam.core.method import Method
 from reparam.io import files
-from reparam.io.record import Base, Packing, Record
+from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
@@ -37,6 +38,9 @@ class Adapter:
         self.model = model
         self.sites: dict[str, Site] = {}
         self.modules: dict[str, Adapted] = {}
+        self.tied: dict[str, str] = {}
+        """The modules, by path, that use the update of a site because they share its weight: path -> path of the
+        site. `modules` has them, `sites` and `updates` do not."""
         self.replaced: dict[str, Replaced] = {}
         self.shared: nn.Module | None = None
         self.controller: Controller | None = None
@@ -55,20 +59,22 @@ class Adapter:
     @property
     def updates(self) -> dict[str, Update]:
         """The updates of all adapted modules, by the module's path."""
-        return {name: module.updates[self.name] for name, module in self.modules.items()}  # type: ignore[misc]
+        found = {name: module for name, module in self.modules.items() if name not in self.tied}
+        return {name: module.updates[self.name] for name, module in found.items()}  # type: ignore[misc]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
         """Yield (name in saved files, parameter, role) for each trained parameter.
 
         The role is None for biases and for parameters of modules that train whole.
         """
-        for site, update in self.updates.items():
-            for name, parameter in update.named_parameters():
-                yield f"{site}.{name}", parameter, update.roles[name]
-            if self.name in self.modules[site].biases:
-                yield f"{site}.bias", self.modules[site].biases[self.name], None
-        for path, module in self.replaced.items():
-            for name, parameter in module.updates[self.name].named_parameters():
+        updates = self.updates
+        for site, module in self.modules.items():
+            for name, parameter in updates[site].named_parameters() if site in updates else ():
+                yield f"{site}.{name}", parameter, updates[site].roles[name]
+            if self.name in module.biases:
+                yield f"{site}.bias", module.biases[self.name], None
+        for path, holder in self.replaced.items():
+            for name, parameter in holder.updates[self.name].named_parameters():
                 yield f"{path}.{name}", parameter, None
         for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
             yield f"{SHARED}.{name}", parameter, "core"
@@ -151,6 +157,8 @@ class Adapter:
         """The adapter as plain data, as the file formats write it."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
+        if os.path.isdir(source):  # a relative path means nothing in another folder, and could be taken for a hub id
+            source = os.path.abspath(source)
         return Record(
             method=self.method.with_ranks_of(self.updates),
             sites=self.sites,
@@ -162,6 +170,7 @@ class Adapter:
                 fingerprint(self.model, without=self.replaced),
                 _quantization(self.model),
             ),
+            tied={path: Tied(site, self.modules[path].kind) for path, site in self.tied.items()},
             modules=tuple(path for path, _ in walk(self.model)),
         )
 
@@ -178,6 +187,12 @@ class Adapter:
                 f"adapter {self.name!r}: {len(sharded)} parameters are sharded (first: {sharded[0]}), and sharded "
                 f"parameters cannot be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and "
                 f"save that adapter"
+            )
+        empty = [name for name, p, _ in self.named_parameters() if p.is_meta]
+        if empty:
+            raise ValueError(
+                f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]}), which "
+                f"holds no values, so there is nothing to save; move the model to another device and set them first"
             )
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, select, state_of
+from reparam.adapter.tie import check_ties, together
 from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
+from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Shared
 from reparam.sites.reads import announce
 from reparam.sites.replaced import Replaced
-from reparam.sites.walk import newly_initialized, tied, walk
+from reparam.sites.walk import newly_initialized, put, walk
+from reparam.sites.walk import tied as tied_
 
 
 def attach(
@@ -37,6 +41,7 @@ def attach(
     name: str = "default",
     bias: bool = False,
     modules_to_save: Iterable[str] = (),
+    tie: bool = False,
     **settings: Any,
 ) -> Adapter:
     """Put a new adapter on `model`, select it, and freeze all other parameters. The model's outputs do not change.
@@ -53,6 +58,9 @@ def attach(
             a method's own `bias` in a configuration: `Intrinsic(bias=False)`.
         modules_to_save: the last components of the paths of modules that train whole and are saved with the adapter,
             such as a newly initialized head.
+        tie: let one update act on all modules that share a weight with a targeted one, such as the embedding and the
+            output head: W' = W + s·B·A in both (PEFT: `ensure_weight_tying`). The weights stay tied, also when merged.
+            The methods lora, dora, adalora and full can do this. `reparam.untie` lets you adapt each alone instead.
         settings: settings of the method, if `method` is a name.
 
     Raises ValueError, before the model is changed, if the targets match nothing or a module that the method cannot
@@ -69,7 +77,8 @@ def attach(
     """
     method = _configured(method, settings)
     wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
-    names = _reached(model, method, wanted, targets_.resolve(model, wanted))
+    names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
+    names, leaders = together(model, method, names) if tie else (names, {})
     ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     whole = [path for end in ends for path in targets_.ending(model, end)]
     inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
@@ -77,7 +86,7 @@ def attach(
     method, experts = assemble(model, method, names)
     names = [n for n in names if f"{n}.A" in experts] if experts else names
     bias = bias or method.biases
-    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, warns=True)
+    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, tied=leaders, warns=True)
     tensors = adapter.tensors()
     for key, value in experts.items():
         tensors[key].copy_(value)
@@ -97,7 +106,7 @@ def attach(
 
 def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
     """Return the configuration itself, or build the one that the name and the settings describe."""
-    own = ("targets", "name", "bias", "modules_to_save")
+    own = ("targets", "name", "bias", "modules_to_save", "tie")
     if not isinstance(method, str | Method):
         name = method.__name__ if isinstance(method, type) else "LoRA"
         raise ValueError(
@@ -158,31 +167,15 @@ def unwrap(model: nn.Module) -> None:
     """Drop all adapters and restore the model's original modules, with the current values of the frozen weights."""
     state = state_of(model)
     state.select(None)
-    for path, module in list(walk(model)):
-        if isinstance(module, Adapted):
-            model.set_submodule(path, module.restore())
-        elif isinstance(module, Replaced):
-            model.set_submodule(path, module.origin)
+    found = dict(walk(model))
+    sites = {path: module.restore() for path, module in found.items() if isinstance(module, Adapted)}
+    put(model, sites | {path: module.origin for path, module in found.items() if isinstance(module, Replaced)})
     if hasattr(model, SHARED):
         delattr(model, SHARED)
     for encoder in state.unnested:
         encoder.use_nested_tensor = True
     state.leave()
     describe(model)
-
-
-def untie(model: nn.Module) -> None:
-    """Give the output head its own copy of the embedding matrix if the two are tied, so that each can be adapted.
-
-    Raises ValueError if the model has no `get_output_embeddings`.
-    """
-    if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"untie: {type(model).__name__} has no method get_output_embeddings, so nothing can be tied")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        head.weight._is_hf_initialized = True  # as transformers marks what it loads
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -203,30 +196,34 @@ def install(
     replaced: list[str],
     name: str,
     bias: bool,
+    tied: Mapping[str, str] = MappingProxyType({}),
     check: Callable[[dict[str, Tensor]], None] | None = None,
     warns: bool = False,
 ) -> Adapter:
     """Build all updates and then put them into the model. If building fails or `check` raises, the model is unchanged.
 
+    `tied` gives, for modules among `names`, the path of the site whose update they use, because they share its weight.
     `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the method's
     notes become warnings, which point at the line that called `attach`; a loaded adapter needs no notes.
     """
     check_name(model, name)
-    _check_shared(model, names, replaced)
+    check_ties(model, names, tied, bias=bias or not method.ties)
+    _check_whole(model, names, replaced)
     fresh = [path for path in names if not isinstance(_at(model, path), Adapted)]
     trains = {path: bool(_at(model, path).weight.requires_grad) for path in fresh}
     modules: dict[str, Adapted] = {}
     try:
         for path in names:
             modules[path] = targets_.wrap(_at(model, path))
-        sites = {path: module.site(path) for path, module in modules.items()}
+        sites = {path: module.site(path) for path, module in modules.items() if path not in tied}
         method.check(list(sites.values()))
         for note in method.notes(list(sites.values())) if warns else ():
             warnings.warn(note, stacklevel=3)
         shared = method.shared(list(sites.values()))
         if shared is not None:
             shared.to(modules[names[0]].frozen.device)
-        updates = {path: method.build(sites[path], module.frozen, shared) for path, module in modules.items()}
+        own = {path: method.build(site, modules[path].frozen, shared) for path, site in sites.items()}
+        updates: dict[str, Update] = own | {path: Follower(own[leader]) for path, leader in tied.items()}
         holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
         for path in names:
@@ -241,12 +238,12 @@ def install(
 
     adapter = Adapter(name, method, model)
     adapter.sites, adapter.modules, adapter.replaced, adapter.shared = sites, modules, holders, shared
+    adapter.tied = dict(tied)
     for path, module in modules.items():
         module.add(name, updates[path].train(module.training), bias=bias)
-        model.set_submodule(path, module)
     for path, holder in holders.items():
         holder.updates[name] = copies[path]
-        model.set_submodule(path, holder)
+    put(model, {**modules, **holders})
     if shared is not None:
         if not hasattr(model, SHARED):
             model.add_module(SHARED, Shared())
@@ -276,12 +273,12 @@ def _at(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-def _check_shared(model: nn.Module, names: list[str], replaced: list[str]) -> None:
-    """Raise ValueError if the adapter would change tied weights, or if whole-module training overlaps other updates."""
-    for path, others in tied(model, [*names, *replaced]).items():
+def _check_whole(model: nn.Module, names: list[str], replaced: list[str]) -> None:
+    """Raise ValueError if a module cannot be trained whole: it is tied, or contains a site of an adapter."""
+    for path, others in tied_(model, replaced).items():
         raise ValueError(
             f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; call "
-            f"reparam.untie(model) first, or leave {path} out of the targets"
+            f"reparam.untie(model) first, or leave {path} out of modules_to_save"
         )
     for path in replaced:
         module = _at(model, path)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install
+from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.adapter.selection import select
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
-from reparam.sites.fingerprint import agree, base_tensors, fingerprint
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
 
@@ -61,18 +61,22 @@ def place(
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
     have = dict(walk(model))
     _check_model(model, have, record, folder)
+    compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
+    check_has_values(model, record, folder, everywhere=compared)
     if check_base:
-        _check_base(model, record, folder)
-    _check_frozen(model, record, folder, values=check_base)
-    biased = any(f"{site}.bias" in record.tensors for site in record.sites)
+        check_base_of(model, record, folder)
+        warn_of_other_base(model, record, folder)
+    check_frozen(model, record, folder, values=check_base)
+    biased = any(f"{site}.bias" in record.tensors for site in (*record.sites, *record.tied))
     try:
         adapter = install(
             model,
             record.method,
-            names=[path for path in have if path in record.sites],
+            names=[path for path in have if path in record.sites or path in record.tied],
             replaced=[path for path in have if path in record.replaced],
             name=name,
             bias=biased,
+            tied={path: tie.to for path, tie in record.tied.items()},
             check=lambda wanted: _check_fit(wanted, record, folder),
         )
     except FormatError:
@@ -118,7 +122,10 @@ def _check_fit(wanted: Mapping[str, Tensor], record: Record, folder: Path) -> No
 
 def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
     """Raise FormatError unless the model has every site with the right shape, and no other adapter conflicts."""
-    lost = [name for name in (*record.sites, *record.replaced) if name not in have]
+    sites = record.sites | {
+        path: dataclasses.replace(record.sites[tie.to], name=path, kind=tie.kind) for path, tie in record.tied.items()
+    }
+    lost = [name for name in (*sites, *record.replaced) if name not in have]
     for name in lost:
         inside = [path for path, m in have.items() if isinstance(m, Replaced) and name.startswith(path + ".")]
         if inside:
@@ -129,10 +136,10 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             f"{nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
-    problems = [f"{name}: {odd[name]}" for name in record.sites if name in odd]
+    problems = [f"{name}: {odd[name]}" for name in sites if name in odd]
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
-    for name, site in record.sites.items():
+    for name, site in sites.items():
         found = targets.site_of(name, have[name])
         if (found.kind, found.out_features, found.in_features) != (site.kind, site.out_features, site.in_features):
             problems.append(
@@ -151,7 +158,12 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
     missing = []
     for path, module in have.items():
         inside = any(f"{path}.".startswith(f"{whole}.") for whole in record.replaced)
-        site = path not in record.sites and targets.is_matrix(module) and record.claims.site(path)
+        site = (
+            path not in record.sites
+            and path not in record.tied
+            and targets.is_matrix(module)
+            and record.claims.site(path)
+        )
         whole = record.claims.whole(path) and any(True for _ in module.parameters())
         if (site or whole) and not inside:
             missing.append(path)
@@ -160,45 +172,3 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
             f"{folder}: the settings name modules without tensors: {listed(missing)}; the file is incomplete, or was "
             f"made for another model"
         )
-
-
-def _check_base(model: nn.Module, record: Record, folder: Path) -> None:
-    """Raise FormatError if the file states another base: another model class, or other weights."""
-    if record.base is not None and record.base.digests:
-        if record.base.architecture != type(model).__name__:
-            raise FormatError(
-                f"{folder}: trained on a {record.base.architecture}, but this model is a {type(model).__name__}; load "
-                f"that base, or pass check_base=False to use this one"
-            )
-        found = fingerprint(model, without=record.replaced)
-        # Earlier releases digested the modules that the adapter replaces, too.
-        if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
-            raise FormatError(
-                f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); load that "
-                f"base, or pass check_base=False to use this one"
-            )
-
-
-def _check_frozen(model: nn.Module, record: Record, folder: Path, *, values: bool) -> None:
-    """Raise FormatError unless the model has the base tensors that the file contains, of the same shapes.
-
-    With `values`, their values must be equal too.
-    """
-    own = dict(base_tensors(model)) if record.frozen else {}
-    for key, tensor in record.frozen.items():
-        if key not in own:
-            raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has such a parameter")
-        shape = list(own[key].shape)
-        if list(tensor.shape) != shape or (values and not _same(own[key].detach().cpu(), tensor)):
-            raise FormatError(
-                f"{folder}: contains a copy of {key} {list(tensor.shape)} that differs from the base's {shape}; load "
-                f"the base that it was trained on (was the vocabulary resized?)"
-            )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same shape are equal after a cast to the less precise of their dtypes."""
-    if not (one.is_floating_point() and other.is_floating_point()):
-        return torch.equal(one, other)
-    coarse = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.equal(one.to(coarse), other.to(coarse))

@@ -15,41 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import unwrap
+from reparam.adapter.fold import SiteMerge, check_finite, fold, measured, short, survival
 from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, state_of
-from reparam.core.base import Factors, Weight
+from reparam.core.base import Weight
 from reparam.core.checks import listed
 from reparam.sites.module import SHARED, Adapted
-from reparam.weights.dense import DenseWeight
+from reparam.sites.walk import put
 
-BLOCK = 1 << 16  # elements of W per block on a CPU: 256 KiB in float32, so the buffers stay in a core's cache
 ENOUGH = 0.99
 """`merge` warns if a smaller share of the update survives."""
 LEAST = 0.9
 """`merge(into=...)` refuses to write if a smaller share of the update would survive, unless `force` is set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteMerge:
-    """The result of merging one site."""
-
-    name: str
-    dtype: torch.dtype
-    change: float
-    """Frobenius norm of ΔW."""
-    survival: float
-    """Share of ΔW that the written weight contains, 1 for all of it; 1 if ΔW is zero."""
-    storage: str = "dense"
-    """Name of the storage of the written weight."""
-    noise: float | None = None
-    """|written − W − ΔW| / |ΔW|, the relative error of a quantized weight; None for a dense one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +64,7 @@ class MergeReport:
         return survival(self.sites)
 
     def __repr__(self) -> str:
-        kept = [f"{share:.4f} survives in {_short(kind)}" for kind, share in self.survival().items()]
+        kept = [f"{share:.4f} survives in {short(kind)}" for kind, share in self.survival().items()]
         whole = [f"{len(self.replaced)} modules whole"] if self.replaced else []
         base = [] if self.undo is None else ["base kept"]
         return f"MergeReport({', '.join([repr(self.adapter), f'{len(self.sites)} sites', *whole, *kept, *base])})"
@@ -95,8 +78,10 @@ class MergeReport:
         if self.undo is None:
             raise ValueError("restore: the merge did not keep the base; merge with keep_base=True, or reload the base")
         undo = self.undo
+        put(undo.model, {path: module for path, module in undo.modules.items() if path != SHARED})
+        if SHARED in undo.modules:
+            undo.model.add_module(SHARED, undo.modules[SHARED])
         for path, module in undo.modules.items():
-            undo.model.set_submodule(path, module)
             if isinstance(module, Adapted) and path in undo.weights:
                 module.hold(undo.weights[path])
                 if path in undo.values:
@@ -112,7 +97,7 @@ class MergeReport:
         undo.state.select(undo.choice)
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{share:.4f} in {_short(kind)}" for kind, share in self.survival().items())
+        shares = ", ".join(f"{share:.4f} in {short(kind)}" for kind, share in self.survival().items())
         noise = sum((site.noise * site.change) ** 2 for site in self.sites if site.noise is not None)
         total = sum(site.change**2 for site in self.sites if site.noise is not None)
         beside = f", plus rounding noise of {(noise / total) ** 0.5:.2f} times its norm" if total else ""
@@ -159,12 +144,17 @@ def merge(
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
-        _check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
+        check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
     quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
 
-    sites, biased = [], []
+    sites: list[SiteMerge] = []
+    biased: list[str] = []
     for path, module in adapter.modules.items():
+        if _merge_bias(module, name):
+            biased.append(path)
+        if _shared(adapter, path):
+            continue  # a weight that modules share is merged once, at the site, and they still share it
         if path in quantized:
             merged, site = quantized[path]
         else:
@@ -172,8 +162,6 @@ def merge(
         sites.append(site)
         if merged is not module.frozen:
             module.hold(merged)
-        if _merge_bias(module, name):
-            biased.append(path)
     for holder in adapter.replaced.values():
         holder.origin = holder.copy_of(name)
     unwrap(model)
@@ -181,11 +169,19 @@ def merge(
     for dtype, share in report.survival().items():
         if share < ENOUGH:
             warnings.warn(
-                f"merging into {_short(dtype)} kept {share:.4f} of the update (1 is all); rounding removed the rest. "
+                f"merging into {short(dtype)} kept {share:.4f} of the update (1 is all); rounding removed the rest. "
                 f"Merge into {'a dense storage' if into else 'a base in float32'}, or use the adapter without merging",
                 stacklevel=3,  # past the decorator
             )
     return report
+
+
+def _shared(adapter: Adapter, path: str) -> bool:
+    """Whether this module uses the update of a site and also has the same weight in memory."""
+    if path not in adapter.tied:
+        return False
+    own, other = (adapter.modules[p].frozen.dense_or_none for p in (path, adapter.tied[path]))
+    return own is not None and other is not None and own.data_ptr() == other.data_ptr()
 
 
 def _merge_bias(module: Adapted, name: str) -> bool:
@@ -201,38 +197,6 @@ def _merge_bias(module: Adapted, name: str) -> bool:
         return False
     module.set_bias(nn.Parameter(own.detach().to(module.frozen.dtype), requires_grad=False))
     return True
-
-
-def fold(name: str, weight: Weight, factors: Factors) -> tuple[Weight, SiteMerge]:
-    """Merge one site: return the dense merged weight and its report. A dense `weight` is overwritten in place."""
-    plain = weight.dense_or_none
-    shape = weight.out_features, weight.in_features
-    out = torch.empty(shape, dtype=weight.dtype, device=weight.device) if plain is None else plain.detach()
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    A, B = factors.A.to(dtype), factors.B.to(dtype)
-    gain = None if factors.gain is None else factors.gain.to(dtype)
-    size = max(1, BLOCK // out.shape[1]) if out.device.type == "cpu" else len(out)
-    buffers = A.new_empty(2, size, out.shape[1])
-    kept, whole = [], []
-    for start in range(0, len(out), size):
-        rows = slice(start, start + size)
-        # `dense` returns float32, which would round a float64 base.
-        old = out[rows] if plain is not None and dtype != torch.float32 else weight.dense(rows).to(dtype)
-        delta, new = buffers[:, : len(old)]
-        torch.mm(B[rows], A, out=delta)
-        if gain is not None:
-            delta += (gain[rows, None] - 1) * old  # compute ΔW directly: W' − W would lose digits
-        torch.add(old, delta, out=new)
-        if out.dtype != dtype:
-            new.copy_(new.to(out.dtype))  # the values that will be stored, so that the report measures the rounding
-        written, flat = new - old, delta.view(-1)  # before the write: old may be a view of out
-        kept.append(torch.dot(written.reshape(-1), flat))
-        whole.append(torch.dot(flat, flat))
-        out[rows] = new
-    change = float(torch.stack(whole).double().sum())  # one synchronization for all blocks
-    share = float(torch.stack(kept).double().sum()) / change if change else 1.0
-    merged = DenseWeight(out) if plain is None else weight
-    return merged, SiteMerge(name, out.dtype, change**0.5, share)
 
 
 def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:
@@ -259,46 +223,6 @@ def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool)
     return found
 
 
-def measured(name: str, weight: Weight, merged: Weight, factors: Factors) -> SiteMerge:
-    """Measure the survival and the noise of an update in a weight that was quantized again."""
-    size = max(1, (1 << 20) // weight.in_features)  # rows per block: at most 2**20 entries are dequantized at once
-    sums = torch.zeros(3, dtype=torch.float64, device=weight.device)
-    for start in range(0, weight.out_features, size):
-        rows = slice(start, start + size)
-        old = weight.dense(rows)
-        delta, written = factors.change(old, rows), merged.dense(rows) - old
-        sums += torch.stack([(delta * written).sum(), delta.square().sum(), (written - delta).square().sum()])
-    kept, change, noise = sums.tolist()
-    if not change:
-        return SiteMerge(name, weight.dtype, 0.0, 1.0, merged.storage.name, 0.0)
-    return SiteMerge(name, weight.dtype, change**0.5, kept / change, merged.storage.name, (noise / change) ** 0.5)
-
-
-def survival(sites: Sequence[SiteMerge]) -> dict[torch.dtype | str, float]:
-    """Share of ΔW that survived over these sites: dense ones by dtype, quantized ones by storage name."""
-    groups: dict[torch.dtype | str, list[SiteMerge]] = {}
-    for site in sites:
-        groups.setdefault(site.dtype if site.storage == "dense" else site.storage, []).append(site)
-    found = {}
-    for kind, members in groups.items():
-        total = sum(site.change**2 for site in members)
-        found[kind] = sum(site.survival * site.change**2 for site in members) / total if total else 1.0
-    return found
-
-
-def _check_finite(name: str, weight: Weight, factors: Factors) -> None:
-    """Raise ValueError unless a bound proves every entry of W' finite: |W'| <= gain |W| + |B| |A|."""
-    bound = factors.A.double().norm() * factors.B.double().norm()
-    if weight.dtype == torch.float16 or factors.gain is not None:  # weights never come near the range of wider dtypes
-        gain = 1.0 if factors.gain is None else factors.gain.double().abs().max()
-        bound = bound + gain * weight.dense().abs().max()
-    if not bound < torch.finfo(weight.dtype).max / 2:  # half: a margin for rounding; `not <` also refuses NaN
-        raise ValueError(
-            f"{name}: the merged weight may overflow {_short(weight.dtype)} (bound on its entries: "
-            f"{float(bound):.3g}), so nothing was merged; check the adapter for NaN, or merge in float32"
-        )
-
-
 def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:
     adapter = state.adapters[name]
     return _Undo(
@@ -311,7 +235,3 @@ def _keep(model: nn.Module, state: AdapterState, name: str) -> _Undo:
         {path: module.bias.clone() for path, module in adapter.modules.items() if module.bias is not None},
         {path: holder.origin for path, holder in adapter.replaced.items()},
     )
-
-
-def _short(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,10 +13,11 @@ from torch import nn
 from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
+from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.replaced import Replaced
-from reparam.sites.walk import storages_in, tied, walk
+from reparam.sites.walk import put, storages_in, tied, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,8 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     for path in names:
         module = _requantized(path, model.get_submodule(path), chosen)
         sites.append(_site(path, module.frozen))
-        if module.frozen.dense_or_none is not None and not module.updates:
-            model.set_submodule(path, module.restore())
-        else:
-            model.set_submodule(path, module)
+        bare = module.frozen.dense_or_none is not None and not module.updates
+        put(model, {path: module.restore() if bare else module})
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)
@@ -189,7 +188,8 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     """Raise ValueError for tied weights, vectors, and matrices that are already quantized."""
     problems = []
     for path, others in tied(model, names).items():
-        problems.append(f"{path} shares its weight with {', '.join(others)}; call reparam.untie(model) or leave it out")
+        remedy = advice("call reparam.untie(model) or leave it out", "leave it out")
+        problems.append(f"{path} shares its weight with {', '.join(others)}; {remedy}")
     vectors = [path for path in names if not targets_.is_matrix(model.get_submodule(path))]
     problems += [f"{path} is a vector, not a matrix" for path in vectors]
     held = storages_in(model)

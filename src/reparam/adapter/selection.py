@@ -16,7 +16,7 @@ from reparam.adapter.spans import Spans, check
 from reparam.core.checks import nearest
 from reparam.core.versions import Steps
 from reparam.io import whole
-from reparam.io.record import Record
+from reparam.io.record import Record, Tied
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
@@ -195,7 +195,13 @@ def _named(choice: Choice) -> str:
 def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Describe the adapters beside their tensors, so that `load` finds them in the files of the model."""
     records = {
-        name: Record(adapter.method.with_ranks_of(adapter.updates), adapter.sites, {}, tuple(adapter.replaced))
+        name: Record(
+            adapter.method.with_ranks_of(adapter.updates),
+            adapter.sites,
+            {},
+            tuple(adapter.replaced),
+            tied={path: Tied(site, adapter.modules[path].kind) for path, site in adapter.tied.items()},
+        )
         for name, adapter in state_of(model).adapters.items()
     }
     tensors[prefix + whole.ENTRY] = whole.entry(records)

@@ -10,6 +10,8 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -58,39 +60,59 @@ def _no_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show each warning as one line, without its source line."""
-    shown = warnings.showwarning
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
+def _plain_messages() -> Iterator[None]:
+    """Show warnings without their source lines, and warnings and log entries without control characters.
+
+    Characters that the encoding of the terminal lacks are written as escape sequences.
+    """
+    from reparam.core.text import visible
+
+    def record(*args: Any, **settings: Any) -> logging.LogRecord:
+        made = record_of(*args, **settings)
+        made.msg, made.args = visible(made.getMessage()), ()
+        return made
+
+    shown, record_of = warnings.showwarning, logging.getLogRecordFactory()
+    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {visible(str(message))}", file=sys.stderr)
+    logging.setLogRecordFactory(record)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
         warnings.showwarning = shown
+        logging.setLogRecordFactory(record_of)
 
 
 def _run() -> int:
     import typer
     from rich.console import Console
-    from rich.markup import escape
 
     from reparam.cli.options import app
+    from reparam.evaluation.terminal import note, say
 
     usage_problem: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bundle click
     errors = Console(stderr=True)
     try:
-        with _plain_warnings():
+        with _plain_messages():
             code = app(prog_name="reparam", standalone_mode=False)
     except usage_problem as error:
-        error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help, in colors
+            error.show()
+        else:
+            told = io.StringIO()
+            error.show(told)
+            say(errors, told.getvalue().removesuffix("\n"))
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        errors.print("interrupted")
+        say(errors, "interrupted")
         code = 130
     except (OSError, RuntimeError, FloatingPointError, MemoryError) as error:
-        errors.print(f"[bold red]failed:[/bold red] {escape(_reason(error))}", highlight=False, soft_wrap=True)
+        say(errors, note("failed:", _reason(error), "bold red"))
         code = 1
     except ValueError as error:
-        errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say(errors, note("error:", str(error), "bold red"))
         code = 2
     return code if isinstance(code, int) else 0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import Base, Dtype, TaskName, console
+from reparam.cli.options import Base, Dtype, Overwrite, TaskName, console
 
 
 def merge(
@@ -37,6 +37,7 @@ def merge(
     ] = "aware",
     force: Annotated[bool, typer.Option(help="Merge even if less than 90 % of the update survives rounding.")] = False,
     task: TaskName = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge an adapter into its base and write a plain model that stock tools load.
 
@@ -54,6 +55,7 @@ def merge(
         rounding=rounding,
         force=force,
         task=task,
+        overwrite=overwrite,
         console=console,
     )
 
@@ -89,10 +91,10 @@ def compose(
     dtype: Dtype = "auto",
     format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
     search: Annotated[
-        Path | None, typer.Option(help="JSONL file of a few rows. LoraHub searches for the weights that fit them best.")
+        Path | None, typer.Option(help="File of a few rows. LoraHub searches for the weights that fit them best.")
     ] = None,
     valid: Annotated[
-        Path | None, typer.Option(help="With --search: JSONL file of held-out rows to score the result on.")
+        Path | None, typer.Option(help="With --search: File of held-out rows to score the result on.")
     ] = None,
     budget: Annotated[int, typer.Option(help="With --search: number of candidates to try.")] = 40,
     optimizer: Annotated[
@@ -108,6 +110,7 @@ def compose(
     ] = "mean",
     max_length: Annotated[int, typer.Option(min=3, help="With --search: maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="With --search: rows per forward pass.")] = 64,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine adapters into one ordinary adapter, as a weighted sum, and report the approximation error.
 
@@ -142,6 +145,7 @@ def compose(
             base=base,
             dtype=dtype,
             format=format,
+            overwrite=overwrite,
             console=console,
         )
         return
@@ -160,6 +164,7 @@ def compose(
         base=base,
         dtype=dtype,
         format=format,
+        overwrite=overwrite,
         console=console,
     )
 
@@ -177,7 +182,7 @@ def compress(
             "--bytes", help="Largest size of all tensors together; components with the most |ΔW|² per byte are kept."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL file of held-out rows to score before and after.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of held-out rows to score before and after.")] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", "-b", help="With --data: base of the adapter, if not the one that the adapter names."),
@@ -186,6 +191,7 @@ def compress(
     max_length: Annotated[int, typer.Option(min=3, help="With --data: maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: rows per forward pass.")] = 16,
     format: Annotated[str, typer.Option(help="Format of the adapter that is written: reparam or peft.")] = "reparam",
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a finished adapter smaller without its training data: reduce ranks with the least possible error.
 
@@ -207,6 +213,7 @@ def compress(
         max_length=max_length,
         batch=batch_size,
         format=format,
+        overwrite=overwrite,
         console=console,
     )
 
@@ -218,7 +225,7 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for plots of the figures, as PNG files.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="For a mixture: JSONL file of rows to run its routers on.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="For a mixture: File of rows to run its routers on.")] = None,
     deep: Annotated[
         bool,
         typer.Option("--deep", help="Show singular values of ΔW and, with --base, which directions of W it amplifies."),
@@ -239,8 +246,9 @@ def inspect(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="With --suggest: JSONL file of held-out rows to score the suggestion on.")
+        Path | None, typer.Option(help="With --suggest: File of held-out rows to score the suggestion on.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show an adapter's method, sites, ranks, size of the change, and bytes; or what is quantized in a model.
 
@@ -252,4 +260,4 @@ def inspect(
     from reparam.inspect.show import show
 
     asked = Closely(deep=deep, survival=survival, against=against, suggest=suggest, data=data)
-    show(folder, base, console, json=json, plot=plot, probe=probe, asked=asked)
+    show(folder, base, console, json=json, plot=plot, probe=probe, asked=asked, overwrite=overwrite)

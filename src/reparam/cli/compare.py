@@ -30,9 +30,7 @@ def compare(
     metric: Annotated[
         str | None, typer.Option(help="auto, exact (match of answers), loss, or bits (per byte).")
     ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="JSONL file of the rows that the reported scores are computed on.")
-    ] = None,
+    test: Annotated[str | None, typer.Option(help="File of the rows that the reported scores are computed on.")] = None,
     rows: Annotated[str | None, typer.Option(help="Maximum number of rows to score.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Label of the contestant that the others are compared with.")

@@ -11,6 +11,8 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.core.surface import on_command_line
+
 INDENT, DEEPER = (0, 0, 0, 2), (0, 0, 0, 8)
 
 
@@ -18,10 +20,14 @@ class Verb(TyperCommand):
     """A command whose help shows all option names in full at any terminal width."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command with the garbage collector on; objects from imports so far are never collected."""
+        """Run the command with the garbage collector on; objects from imports so far are never collected.
+
+        Errors advise options of the command line.
+        """
         gc.freeze()
         gc.enable()
-        return super().invoke(ctx)
+        with on_command_line():
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usage line, the description, and the options grouped by panel."""

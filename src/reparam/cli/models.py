@@ -9,7 +9,7 @@ import typer
 
 import reparam.weights  # noqa: F401  (fills its registry)
 from reparam.cli.config_options import with_storage_settings
-from reparam.cli.options import Dtype, console
+from reparam.cli.options import Dtype, Overwrite, console
 from reparam.core.registry import STORAGES
 
 
@@ -27,6 +27,7 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="reparam, or bitsandbytes, which stock transformers can load (nf4 only).")
     ] = "reparam",
+    overwrite: Overwrite = False,
     overrides: Any = None,
 ) -> None:
     """Quantize the frozen matrices of a model and write it, so that it loads in a quarter of the memory.
@@ -38,4 +39,4 @@ def quantize(
 
     own = {"path": model, "dtype": dtype, "storage": storage, "quantized": targets}
     config = resolve(None, {**{f"base.{key}": value for key, value in own.items()}, **overrides})
-    quantize_to(output, config.base, format=format, console=console)
+    quantize_to(output, config.base, format=format, console=console, overwrite=overwrite)

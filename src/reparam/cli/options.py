@@ -18,7 +18,7 @@ from reparam.cli.help import Verb, described, heading, row, write
 
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
-    "train": ("train.train", "Train an adapter on JSONL rows and score it."),
+    "train": ("train.train", "Train an adapter and score it."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
     "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
@@ -122,6 +122,15 @@ AdapterFolder = Annotated[
 TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite_output_dir",
+        "--overwrite-output-dir",
+        help="Replace what an earlier call wrote to the output folder. By default, a folder that is not empty is "
+        "refused.",
+    ),
+]
 StorageName = Annotated[
     str | None,
     typer.Option(

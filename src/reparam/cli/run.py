@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import AdapterFolder, Base, Dtype, StorageName, TaskName, console
+from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
 
 
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="JSONL file of held-out rows.")],
+    data: Annotated[Path, typer.Argument(help="File of held-out rows.")],
     base: Base = None,
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
@@ -59,8 +59,9 @@ def demo(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run every stage on the embedded model and data: train, compare, merge, load with plain transformers."""
     from reparam.recipes.demo import demo as run
 
-    run(output, seed=seed, console=console)
+    run(output, seed=seed, console=console, overwrite=overwrite)

@@ -10,6 +10,7 @@ from reparam.cli.config_options import with_options
 from reparam.cli.options import ConfigFile, console
 from reparam.core.checks import numbers
 from reparam.errors import ConfigError
+from reparam.evaluation.terminal import say
 from reparam.train.config import resolve
 
 
@@ -66,5 +67,5 @@ def intrinsic(
     )
     found = intrinsic_to(resolve(config, {"method.name": "intrinsic", **overrides}), plan, console=console)
     if found.signal is not None:
-        console.print("stopped by a signal; run the same command to continue")
+        say(console, "stopped by a signal; run the same command to continue")
         raise typer.Exit(128 + found.signal)

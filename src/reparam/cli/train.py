@@ -8,6 +8,7 @@ import typer
 
 from reparam.cli.config_options import with_options
 from reparam.cli.options import ConfigFile, console
+from reparam.evaluation.terminal import say
 
 
 @with_options
@@ -15,7 +16,7 @@ def train(
     config: ConfigFile = None,
     overrides: Any = None,
 ) -> None:
-    """Train an adapter on JSONL rows, check the saved adapter, and print held-out scores before and after.
+    """Train an adapter, check the saved adapter, and print held-out scores before and after.
 
     Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
     The loss counts answer tokens only. A second call with the same output folder continues from its newest checkpoint.
@@ -28,12 +29,12 @@ def train(
     base, rows = resolved.base.path, resolved.data.train
     if base and rows:
         line = f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     # These import transformers, which takes seconds.
     from reparam.train.run import train as run
     from reparam.train.show import Show
 
     result = run(resolved, show=Show(console))
     if result.signal is not None:
-        console.print(f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
+        say(console, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)

@@ -8,10 +8,13 @@ depends on the seed alone. Files made by splitting or cutting are kept with the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import ConfigError
 from reparam.io.staged import digest, write_file
 from reparam.train.sections import DataConfig
@@ -40,7 +43,8 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
     """
     notes: list[str] = []
     given = {"train": data.train, "valid": data.valid, "test": test}
-    lines = {side: _lines(file) for side, file in given.items() if file is not None}
+    lines = {side: _lines(file, data.renamed()) for side, file in given.items() if file is not None}
+    read = dict(lines)
     draw = random.Random(seed)
     if "valid" not in lines and "test" not in lines:
         lines["train"], held = _draw(lines["train"], round(2 * data.holdout * len(lines["train"])), draw, data.train)
@@ -61,14 +65,17 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
         if len(lines[side]) > rows:
             notes.append(f"{rows} of {len(lines[side])} {side} rows are scored (compare.rows; seed {seed}).")
             lines[side] = _draw(lines[side], rows, draw, side)[1]
-    files = {side: _file(side, given.get(side), lines[side], folder) for side in ("train", "valid", "test")}
+    files: dict[str, str] = {}
+    for side in ("train", "valid", "test"):
+        name = given[side]
+        as_it_is = name is not None and lines[side] == read[side] and name.endswith(".jsonl") and not data.columns
+        files[side] = name if as_it_is and name else _written(side, lines[side], folder)
     return Sides(files["train"], files["valid"], files["test"], _kind(read_rows(files["test"])), tuple(notes))
 
 
-def _lines(file: str) -> list[str]:
-    """Non-empty lines of a JSONL file, after all its rows are checked."""
-    read_rows(file)
-    return [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+def _lines(file: str, columns: Mapping[str, str]) -> list[str]:
+    """The rows of a file, each as a line of JSONL in a format that needs no `columns`."""
+    return [json.dumps(row.as_json(), ensure_ascii=False) for row in read_rows(file, columns)]
 
 
 def _draw(lines: list[str], count: int, draw: random.Random, source: str) -> tuple[list[str], list[str]]:
@@ -82,10 +89,8 @@ def _draw(lines: list[str], count: int, draw: random.Random, source: str) -> tup
     return [x for i, x in enumerate(lines) if i not in chosen], [x for i, x in enumerate(lines) if i in chosen]
 
 
-def _file(side: str, given: str | None, lines: list[str], folder: Path) -> str:
-    """Path of the given file if all its lines are used; otherwise, of a new file in `folder` with these lines."""
-    if given is not None and _lines(given) == lines:
-        return given
+def _written(side: str, lines: list[str], folder: Path) -> str:
+    """Path of a file in `folder` with these lines."""
     content = ("\n".join(lines) + "\n").encode()
     file = folder / f"{side}.jsonl"
     if not file.exists() or file.read_bytes() != content:

@@ -44,7 +44,7 @@ class CompareConfig:
     """Metric to compare: exact (exact match of answers), loss (per answer token) or bits (per byte of text). auto means
     exact for rows with answers and bits for rows of text."""
     test: str | None = None
-    """JSONL file of the rows for the reported scores. By default, half of data.valid; the other half is for tuning."""
+    """File of the rows for the reported scores. By default, half of data.valid; the other half is for tuning."""
     rows: int = 200
     """Maximum number of tuning rows and of test rows to score. They are drawn once, with run.seed."""
     methods: tuple[Mapping[str, Any], ...] = ()

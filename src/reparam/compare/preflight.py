@@ -56,10 +56,11 @@ def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
 
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
     """Number of optimizer steps of a full run, counted as `reparam train` does."""
-    config = plan.config(plan.contestants[0], {"data.train": sides.train, "data.valid": sides.valid})
+    files = {"data.train": sides.train, "data.columns": ()}
+    config = plan.config(plan.contestants[0], {**files, "data.valid": sides.valid})
     if config.run.max_steps > 0:
         return config.run.max_steps
-    job = prepare(plan.config(plan.contestants[0], {"data.train": sides.train, "run.output": str(place)}))
+    job = prepare(plan.config(plan.contestants[0], {**files, "run.output": str(place)}))
     return config.run.steps(len(job.train))
 
 

@@ -33,10 +33,13 @@ from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Workers
 from reparam.compare.write import write
 from reparam.errors import Stopped
+from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
+from reparam.io.outputs import check_continued, clear
 from reparam.io.staged import digest, write_file
 from reparam.train.checkpoint import RunLock
 
+RESULTS = ("plan.toml", "results.json", "report.html", "runs", "data")
 TUNING = 1000  # added to run.seed for the tuning runs
 
 
@@ -52,11 +55,20 @@ class Ended:
 def compare(plan: Plan, *, workers: Workers, console: Console) -> Ended:
     """Run the comparison in the folder `plan.output` and write its report, also after a signal.
 
+    With `run.fresh`, results of an earlier comparison in this folder are deleted first.
+
     Raises ValueError for a plan, data or a base that the user has to fix, and RuntimeError if a run cannot continue.
     """
     folder = Path(plan.output)
     check_not_base(folder, str(plan.common["base.path"]))
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    unplanned = ".lock" in held and held <= {".lock", "data"}  # a call that ended before it had a plan
+    fresh = bool(plan.common.get("run.fresh"))
+    check_continued(folder, RESULTS, "a comparison", ours="plan.toml" in held or unplanned, fresh=fresh)
+    plan = dataclasses.replace(plan, common={k: v for k, v in plan.common.items() if k != "run.fresh"})
     with RunLock(folder):
+        if fresh:
+            clear(folder, RESULTS)
         comparison = _Comparison(plan, folder, workers, console)
         write_file(folder / "plan.toml", _toml(plan).encode())
         number = None
@@ -142,7 +154,7 @@ class _Comparison:
             )
             self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}
             for label, why in stopped.items():
-                self.console.print(f"  stopped {label}: {why}", highlight=False, soft_wrap=True)
+                say(self.console, f"  stopped {label}: {why}")
 
     def score(self) -> None:
         """Run the scored runs, seed by seed; start no seed that would not finish in time, judging by the last one."""
@@ -169,13 +181,14 @@ class _Comparison:
         for contestant in self.left():
             runs = [o for o in self.scored if o.label == contestant.label and o.failed is None]
             if runs:
-                self.console.print(f"  measuring decoding with {contestant.label}", style="dim", highlight=False)
+                say(self.console, f"  measuring decoding with {contestant.label}", style="dim")
                 self.serving[contestant.label] = serving(Path(runs[0].folder), self.plan.config(contestant, {}).base)
 
     def trial(self, contestant: Contestant, rate: float, seed: int, steps: int, *, tuning: bool) -> Trial:
         """Make a trial of the contestant. Tuning runs hold out the tuning rows, and scored runs the test rows."""
         settings: dict[str, Any] = {
             "data.train": self.sides.train,
+            "data.columns": (),
             "data.valid": self.sides.valid if tuning else self.sides.test,
             "data.score_rows": self.plan.compare.rows,
             "optim.learning_rate": rate,
@@ -190,16 +203,14 @@ class _Comparison:
         known = [outcome for one in trials if (outcome := done(one)) is not None]
         fresh = [one for one in trials if done(one) is None]
         there = f", {len(known)} already done" if known else ""
-        self.console.print(f"{what}: {len(trials)} runs{there}", highlight=False, soft_wrap=True)
+        say(self.console, f"{what}: {len(trials)} runs{there}")
         found = {outcome.folder: outcome for outcome in known}
         for number, outcome in enumerate(self.workers(fresh, self.late), 1):
             found[outcome.folder] = outcome
             score = f"failed: {outcome.failed}" if outcome.failed else _scores(outcome)
-            self.console.print(
+            say(
+                self.console,
                 f"  {number}/{len(fresh)}  {outcome.label}, rate {outcome.rate:g}: {score}  ({outcome.seconds:.0f} s)",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
             )
         return [found[one.folder] for one in trials if one.folder in found]
 

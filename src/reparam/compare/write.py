@@ -11,6 +11,7 @@ from rich.table import Table
 
 from reparam.compare.report import render
 from reparam.compare.results import Findings, results
+from reparam.evaluation.terminal import note, say
 from reparam.io.staged import write_file
 
 
@@ -20,11 +21,11 @@ def write(findings: Findings, folder: Path, console: Console) -> Path:
     write_file(folder / "results.json", (json.dumps(found, indent=1) + "\n").encode())
     write_file(folder / "report.html", render(found).encode())
     if found["rows"]:
-        console.print(table(found))
+        say(console, table(found))
     for sentence in found["missing"]:
-        console.print(f"[yellow]note[/yellow] {sentence}", highlight=False, soft_wrap=True)
-    console.print(found["recommendation"], highlight=False, soft_wrap=True, markup=False)
-    console.print(f"report         {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        say(console, note("note", sentence))
+    say(console, found["recommendation"])
+    say(console, f"report         {folder / 'report.html'}")
     return folder / "report.html"
 
 

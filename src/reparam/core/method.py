@@ -49,6 +49,9 @@ class Method:
     has_components: ClassVar[bool] = False
     """Whether its weight changes are sums of rank-1 components that can be dropped one by one. If so, it implements
     `with_ranks`, and its updates implement `low_rank_part`."""
+    ties: ClassVar[bool] = False
+    """Whether one of its updates can act on several modules that share a weight, as `attach(..., tie=True)` asks for.
+    Such an update depends only on the weight and changes no bias."""
     drops_empty_sites: ClassVar[bool] = True
     """Whether a site with no components left is removed from the adapter; otherwise it stays with rank 0."""
 

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from reparam.core.text import counted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross entropy ignores
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the singular or plural.
-
-    >>> counted(1, "row"), counted(1200, "row")
-    ('1 row', '1,200 rows')
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 @dataclass(frozen=True)

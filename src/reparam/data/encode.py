@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from reparam.core.text import counted
 from reparam.data.answers import Span
-from reparam.data.batches import Encoded, Report, counted
+from reparam.data.batches import Encoded, Report
 from reparam.data.chat import LossOn
 from reparam.data.findings import Findings
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.data.tasks import COLUMN as TASK
 from reparam.data.tasks import task_numbers
 from reparam.data.tokenize import Tokenizer, Tokens

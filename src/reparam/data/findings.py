@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from reparam.data.batches import counted
-from reparam.data.rows import Row
+from reparam.core.text import counted
+from reparam.data.row import Row
 from reparam.errors import SHOWN, DataError
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from reparam.data.batches import Encoded, counted
+from reparam.core.text import counted, symbol
+from reparam.data.batches import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +48,8 @@ class Preview:
         for index in range(self._rows):
             runs = list(self._runs(index))
             loss = sum(count for carries, count, _ in runs if carries)
-            yield Text(
-                f"{self._encoded.sources[index]}: {counted(sum(r[1] for r in runs), 'token')}, {loss:,} with loss"
-            )
+            source, tokens = visible(self._encoded.sources[index]), counted(sum(r[1] for r in runs), "token")
+            yield Text(f"{source}: {tokens}, {loss:,} with loss")
             body = Text()
             for carries, _, content in runs:
                 shown = visible(_shortened(content), ascii_only=options.ascii_only)
@@ -82,10 +82,7 @@ def visible(text: str, *, ascii_only: bool = False) -> str:
 
 
 def _symbol(character: str) -> str:
-    named = {"\n": "↵\n", "\t": "⇥", "\x7f": "␡"}
-    if character in named:
-        return named[character]
-    return chr(0x2400 + ord(character)) if ord(character) < 0x20 else _escaped(character)
+    return {"\n": "↵\n", "\t": "⇥"}.get(character) or symbol(character)
 
 
 def _escaped(character: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reparam.core.checks import nearest
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.errors import DataError
 
 COLUMN = "task"

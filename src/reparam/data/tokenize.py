@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reparam.data.answers import Rendered, Span
 from reparam.data.chat import ChatTemplate, LossOn, special_tokens
 from reparam.data.findings import Findings
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.errors import DataError
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from reparam.adapter.load import place
 from reparam.adapter.selection import select
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.evaluation.tables import answers_table, scores_table
+from reparam.evaluation.terminal import say, say_json
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
 from reparam.io.record import Record
@@ -38,14 +39,14 @@ class Evaluation:
             found = {"base": [dataclasses.asdict(s) for s in self.base]}
             if self.adapter is not None:
                 found["adapter"] = [dataclasses.asdict(s) for s in self.adapter]
-            console.print_json(json_.dumps(found))
+            say_json(console, found)
         elif self.adapter is None:
             for score in self.base:
-                console.print(str(score))
+                say(console, str(score))
         else:
-            console.print(scores_table(self.base, self.adapter))
+            say(console, scores_table(self.base, self.adapter))
             if self.answers:
-                console.print(answers_table(self.answers[:5]))
+                say(console, answers_table(self.answers[:5]))
 
 
 def evaluate(
@@ -58,7 +59,7 @@ def evaluate(
     batch: int,
     storage: str | None = None,
 ) -> Evaluation:
-    """Score the base model and, if given, the adapter on the rows of the JSONL file `data`.
+    """Score the base model and, if given, the adapter on the rows of the file `data`.
 
     `max_length` is in tokens, `batch` in rows. Without `base`, the adapter's files name the base model; `dtype` and
     `storage` are those of `reparam.hf.open.open_model`. Raises ValueError if the data, the base model or the adapter

@@ -17,7 +17,7 @@ from reparam.adapter.context import context, tasks_of, told
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
 from reparam.data.messages import Messages
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop

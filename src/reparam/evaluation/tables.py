@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
+from reparam.core.text import visible
 from reparam.evaluation.score import Answer, Score
 
 
@@ -21,8 +23,8 @@ def scores_table(
         color = "green" if better else "red"
         table.add_row(
             f"{old.name} {'↑' if old.larger_is_better else '↓'}",
-            f"{old.value:.3f}  [dim]{old.low:.3f} to {old.high:.3f}[/dim]",
-            f"[{color}]{new.value:.3f}[/{color}]  [dim]{new.low:.3f} to {new.high:.3f}[/dim]",
+            _interval(old, ""),
+            _interval(new, color),
             str(new.rows),
         )
     return table
@@ -35,12 +37,15 @@ def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
         table.add_column(column, overflow="fold", max_width=44)
     for base, adapted in pairs:
         mark = "green" if adapted.right else "red"
-        table.add_row(
-            _cell(base.question), _cell(base.expected), _cell(base.given), f"[{mark}]{_cell(adapted.given)}[/{mark}]"
-        )
+        plain = (_cell(text) for text in (base.question, base.expected, base.given))
+        table.add_row(*plain, Text(visible(_cell(adapted.given)), mark))
     return table
 
 
 def _cell(text: str) -> str:
     short = text if len(text) <= 80 else text[:77] + "..."
-    return short.replace("[", r"\[").replace("\n", "⏎ ")
+    return short.replace("\n", "⏎ ")
+
+
+def _interval(score: Score, color: str) -> Text:
+    return Text.assemble((f"{score.value:.3f}", color), "  ", (f"{score.low:.3f} to {score.high:.3f}", "dim"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from reparam.hf.config import (
     to_bitsandbytes,
 )
 from reparam.hf.digest import order_metadata
-from reparam.hf.sound import check_complete, check_finite, from_files, report_held
+from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
+from reparam.weights.layouts import QUANTIZED
 
 
 def load_base(
@@ -55,16 +57,18 @@ def load_base(
     """
     _check_path(path)
     disable_progress_bar()
+    place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     with from_files(path, "causal language model"), report_held() as reports:
-        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+        check_config(config)
         quantized = _storage_config(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            place,
             config=config,
             dtype=wanted,
             revision=revision or "main",
@@ -76,6 +80,8 @@ def load_base(
         )
         model, info = found
         check_complete(info)
+        if getattr(model, "hf_quantizer", None) is None:
+            check_dense(info, QUANTIZED)
         check_finite(model)
         if quantized is not None and storage is not None:
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
@@ -90,16 +96,25 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
     _check_path(path)
     with from_files(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        found.decode(found("a b")["input_ids"])  # some values of a wrong type are used first here
+    return found
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, format: str = "reparam"
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    format: str = "reparam",
+    overwrite: bool = False,
 ) -> None:
     """Write a dense or quantized model and, optionally, its tokenizer into a new folder, atomically.
 
     Quantized matrices stay quantized. `format` is "reparam" (for `load_base`, and for transformers once
     `reparam.hf.models` is imported) or "bitsandbytes" (for transformers with bitsandbytes, and for `load_base`).
+    With `overwrite`, all that `folder` holds is deleted; by default, files that the model does not replace cause a
+    FileExistsError.
 
     Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
     loaded from, and if the format cannot store the quantized matrices.
@@ -108,7 +123,7 @@ def save_model(
     check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
-    with staged_folder(target) as staging:
+    with staged_folder(target, owned=overwrite) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         order_metadata(staging)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import untie
 from reparam.adapter.load import place
 from reparam.adapter.quantize import quantize
+from reparam.adapter.untie import untie
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
 from reparam.errors import FormatError
@@ -37,6 +38,8 @@ def open_model(
     folder = adapter_folder(adapter) if adapter is not None else None
     if folder is not None and prompts.prompting_of(folder) is not None:
         path = base or prompts.base_of(folder)
+        if base is None:
+            check_there(path, folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
         return found.model, load_tokenizer(path), found
     record = files.read(folder) if folder is not None else None
@@ -89,4 +92,13 @@ def base_of(record: Record | None, folder: Path | None) -> str:
             else "neither a base model nor an adapter is given"
         )
         raise FormatError(f"{what}; pass its folder or hub id with --base")
+    check_there(source, folder)
     return source
+
+
+def check_there(source: str, folder: Path | None) -> None:
+    """Raise FormatError if the base that an adapter names is a folder that does not exist."""
+    if os.path.isabs(source) and not os.path.isdir(source):
+        raise FormatError(
+            f"{folder}: was trained on the base {source}, which does not exist; pass its folder or hub id with --base"
+        )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,51 @@ from torch import Tensor, nn
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import AdapterState, Choice, Selection, state_of
 from reparam.adapter.without_sites import fill_from, put_on, read_back
+from reparam.core.checks import listed
 from reparam.core.method import Method
+from reparam.core.plain import decode
 from reparam.errors import FormatError
 from reparam.io.files import check_holds_only
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_formats import CONFIG
-from reparam.io.peft_weights import WEIGHTS
+from reparam.io.peft_weights import LARGEST, WEIGHTS
 from reparam.io.staged import staged_folder
 from reparam.methods.prompts import Prefix, Prompt, Prompting
 from reparam.sites.walk import storages_in
 
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 KINDS: dict[str, type[Prompting]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The keys of `adapter_config.json` that matter. What is None follows from the base model."""
+
+    num_virtual_tokens: int
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    task_type: TaskType | None = None
+    base_model_name_or_path: str | None = None
+
+    def check(self, kind: type[Prompting], embeddings: Tensor, file: Path) -> None:
+        """Raise FormatError for counts below 1, and unless the trained values have the shape that the counts give."""
+        counts = {key: value for key, value in dataclasses.asdict(self).items() if isinstance(value, int)}
+        for key, value in counts.items():
+            if value < 1:
+                raise FormatError(f"{file}: {key}: expected at least 1, found {value}")
+        rows, columns = self.num_virtual_tokens, self.token_dim
+        if kind is Prompt:
+            rows *= self.num_transformer_submodules or 1
+        elif columns is not None:
+            columns = None if self.num_layers is None else 2 * self.num_layers * columns
+        shape = list(embeddings.shape)
+        if len(shape) != 2 or shape[0] != rows or columns not in (None, shape[1]):
+            wanted = f"[{rows}, {'any number' if columns is None else columns}]"
+            raise FormatError(
+                f"{file}: the weights hold prompt_embeddings {shape}, expected {wanted} for these settings"
+            )
 
 
 class Prompts(Adapter):
@@ -66,12 +101,16 @@ class Prompts(Adapter):
     @torch.no_grad()
     def fill(self, folder: Path) -> None:
         """Copy the saved values into this adapter. Raises FormatError for a damaged file and for other shapes."""
-        found = parse_tensors(read_bytes(folder / WEIGHTS), folder / WEIGHTS)
         own: Tensor = self.shared.embedding.weight  # type: ignore[union-attr, assignment]
-        value = found.get("prompt_embeddings")
-        if value is None or len(found) > 1 or value.shape != own.shape:
-            shapes = {key: list(tensor.shape) for key, tensor in found.items()}
-            raise FormatError(f"{folder / WEIGHTS}: holds {shapes}, expected prompt_embeddings {list(own.shape)}")
+        value = _embeddings(folder)
+        if value.shape != own.shape:
+            sizes = f"{list(value.shape)}, expected {list(own.shape)} for this model"
+            raise FormatError(f"{folder / WEIGHTS}: prompt_embeddings is {sizes}")
+        if own.is_meta:
+            raise FormatError(
+                f"{folder}: this model is on the device 'meta', which holds no values, so the adapter's values would "
+                f"be lost; load the base's weights first"
+            )
         own.copy_(value)
 
 
@@ -133,14 +172,19 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", activat
     kind = prompting_of(folder)
     if kind is None:
         raise FormatError(f"{folder}: {CONFIG} describes neither prefix nor prompt tuning")
-    config = _peft(kind).PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    made = _with(model, _peft(kind), config, name)
+    held = held_by(folder)
+    held.check(type(kind), _embeddings(folder), folder / CONFIG)
+    peft = _peft(kind)
+    config = getattr(peft, kind.peft_config)(**dataclasses.asdict(held), inference_mode=True)
+    made = _with(model, peft, config, name)
     adapter = _known(made, kind, name)
     adapter.fill(folder)
     adapter.requires_grad_(False)
+    state = state_of(made)
+    with state.select(name):
+        _check_forward(made, folder)
     if activate:
-        state_of(made).select(name)
+        state.select(name)
     return adapter
 
 
@@ -165,7 +209,22 @@ def prompting_of(folder: Path) -> Prompting | None:
         return None
     values = read_json(folder / CONFIG)
     cls = KINDS.get(str(values.get("peft_type")))
-    return None if cls is None else cls(tokens=values.get("num_virtual_tokens"))  # type: ignore[arg-type]
+    if cls is None:
+        return None
+    try:
+        return cls(tokens=held_by(folder).num_virtual_tokens)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{folder / CONFIG}: num_virtual_tokens: {error}") from None
+
+
+def held_by(folder: Path) -> Held:
+    """What a PEFT folder of virtual tokens says. Raises FormatError for values of a wrong type."""
+    values, fields = read_json(folder / CONFIG), {field.name for field in dataclasses.fields(Held)}
+    if values.get("modules_to_save"):
+        raise FormatError(f"{folder / CONFIG}: modules_to_save: not supported beside virtual tokens")
+    return decode(Held, {key: value for key, value in values.items() if key in fields}, folder / CONFIG)
 
 
 def is_prompted(model: nn.Module) -> bool:
@@ -175,10 +234,10 @@ def is_prompted(model: nn.Module) -> bool:
 
 def base_of(folder: Path) -> str:
     """The base model that a PEFT folder names. Raises FormatError if it names none."""
-    source = read_json(folder / CONFIG).get("base_model_name_or_path")
+    source = held_by(folder).base_model_name_or_path
     if not source:
         raise FormatError(f"{folder} does not name its base model; pass its folder or hub id with --base")
-    return str(source)
+    return source
 
 
 def _with(model: nn.Module, peft: Any, config: Any, name: str) -> Any:
@@ -192,6 +251,26 @@ def _with(model: nn.Module, peft: Any, config: Any, name: str) -> Any:
     made.reparam_state = PromptState(made)
     made.register_forward_hook(_trim, with_kwargs=True)
     return made
+
+
+def _embeddings(folder: Path) -> Tensor:
+    """The trained values in the folder. Raises FormatError if the file is damaged or holds other tensors."""
+    found = parse_tensors(read_bytes(folder / WEIGHTS, most=LARGEST), folder / WEIGHTS)
+    if found.keys() != {"prompt_embeddings"}:
+        raise FormatError(f"{folder / WEIGHTS}: expected prompt_embeddings alone, found {listed(list(found))}")
+    return found["prompt_embeddings"]
+
+
+@torch.no_grad()
+def _check_forward(model: Any, folder: Path) -> None:
+    """Raise FormatError if the virtual tokens do not fit the model: the keys and values of a prefix have its sizes."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return  # needs inputs for both parts
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FormatError(f"{folder}: these virtual tokens do not fit this model: {first}") from error
 
 
 def _known(model: Any, method: Prompting, name: str) -> Prompts:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from reparam.core.checks import listed
 from reparam.core.memory import lacks_memory
 from reparam.errors import BaseError, ReparamError
 
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scales", "scales", "qzeros", "SCB")  # of other libraries
+MOST = 10_000  # modules of one kind
+_COUNTS = re.compile(r"(layers?|experts|blocks|depth)$")
 _LOADER = logging.getLogger("transformers.modeling_utils")
 
 
@@ -52,6 +58,25 @@ def report_held() -> Iterator[list[logging.LogRecord]]:
         _LOADER.removeFilter(hold)
 
 
+def check_config(config: Any) -> None:
+    """Raise ValueError for a configuration that transformers would load wrongly, or never finish to load.
+
+    That is a quantization that it does not know, which it would skip, and take the numbers of quantized matrices for
+    those of dense ones; and a number of layers or experts that would keep the constructor of the model busy for ever.
+    """
+    entry = getattr(config, "quantization_config", None)
+    told = entry.get("quant_method") if isinstance(entry, dict) else None
+    usual = isinstance(entry, dict) and (entry.get("load_in_4bit") is True or entry.get("load_in_8bit") is True)
+    if entry is not None and not usual and not (isinstance(told, str) and told in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise ValueError(
+            "config.json: quantization_config: expected an object with a quant_method that transformers knows, found "
+            f"{reprlib.repr(entry)}; get the file of the model again"
+        )
+    for key, value in config.to_dict().items():
+        if _COUNTS.search(key) and isinstance(value, int) and value > MOST:
+            raise ValueError(f"config.json: {key}: expected at most {MOST:,}, found {value:,}")
+
+
 def check_complete(info: Mapping[str, Any]) -> None:
     """Raise ValueError for parameters that the files lack, or hold in another shape; they would be random numbers.
 
@@ -67,6 +92,21 @@ def check_complete(info: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{listed(problems)}; transformers would fill this with random numbers, so use the folder of a complete "
             "causal language model"
+        )
+
+
+def check_dense(info: Mapping[str, Any], keys: Collection[str]) -> None:
+    """Raise ValueError if the files of a model that was loaded as a dense one hold the scales of quantized matrices.
+
+    `info` is what transformers returns beside the model; `keys` are those of the tensors that reparam's storages and
+    bitsandbytes write, without the path.
+    """
+    ends = tuple(f".{key}" for key in {*keys, *_SCALES} - {"weight"})
+    scales = sorted(key for key in info["unexpected_keys"] if key.endswith(ends))
+    if scales:
+        raise ValueError(
+            "config.json has no quantization_config, but the matrices are quantized, as these tensors show: "
+            f"{listed(scales)}; get the file of the model again"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from reparam.adapter.merge import SiteMerge
+from reparam.adapter.fold import SiteMerge
 from reparam.core.checks import listed
 from reparam.errors import FormatError, InputDependentError
 from reparam.inspect.amplification import Amplification, amplification

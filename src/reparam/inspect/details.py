@@ -14,6 +14,7 @@ from torch import nn
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.score import Score
 from reparam.evaluation.tables import scores_table
+from reparam.evaluation.terminal import say
 from reparam.inspect import figures, tables
 from reparam.inspect.deep import SiteView, compared, view
 from reparam.inspect.similarity import Similarity
@@ -35,7 +36,7 @@ class Closely:
     suggest: float | None = None
     """Share of |ΔW|² to keep, between 0 and 1, for which smaller ranks are suggested."""
     data: Path | None = None
-    """With `suggest`: JSONL file of held-out rows to score the suggestion on."""
+    """With `suggest`: File of held-out rows to score the suggestion on."""
 
     def __bool__(self) -> bool:
         return self.deep or self.survival or self.against is not None or self.suggest is not None
@@ -101,7 +102,7 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
     """Print the results as tables, with notes."""
     spectra = {site.name: site.spectrum for site in seen.sites if site.spectrum is not None}
     if asked.deep and spectra:
-        console.print(tables.spectra(spectra))
+        say(console, tables.spectra(spectra))
         kinds = {spectrum.kind for spectrum in spectra.values()}
         if "low-rank part" in kinds:
             _line(
@@ -118,7 +119,7 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
         _line(console, f"{count} sites have no spectrum: ΔW depends on the input, or on W (then pass --base)")
     against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
     if asked.deep and against:
-        console.print(tables.amplification(against))
+        say(console, tables.amplification(against))
         _line(
             console,
             "columns: norm of W in r leading directions of ΔW, in r random ones, and in W's own; factor: |ΔW| / \"in "
@@ -126,13 +127,16 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
         )
     if asked.survival:
         kept = {site.name: site.survival or {} for site in seen.sites}
-        console.print(tables.survival(kept, overall(list(kept.values()))))
+        say(console, tables.survival(kept, overall(list(kept.values()))))
     if asked.against is not None:
-        console.print(tables.similarity(seen.similarity))
+        say(console, tables.similarity(seen.similarity))
     if seen.suggestion is not None:
         _show_suggestion(asked, seen.suggestion, folder, console)
     if seen.scores is not None:
-        console.print(scores_table(*seen.scores, names=("original", "as suggested")))
+        say(console, scores_table(*seen.scores, names=("original", "as suggested")))
+
+
+PLOTS = ("spectra.png", "amplification.png", "survival.png", "similarity.png")
 
 
 def draw(seen: Seen, folder: Path) -> None:
@@ -154,7 +158,7 @@ def _show_suggestion(asked: Closely, found: Suggestion, folder: Path, console: C
     if not found.sites:
         _line(console, f"no rank can be reduced while keeping {asked.suggest:.6g} of |ΔW|²")
         return
-    console.print(tables.suggestion(found))
+    say(console, tables.suggestion(found))
     dropped = sum(not site.rank for site in found.sites)
     _line(
         console,
@@ -165,4 +169,4 @@ def _show_suggestion(asked: Closely, found: Suggestion, folder: Path, console: C
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    say(console, text)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reparam.adapter.merge import SiteMerge
+from reparam.adapter.fold import SiteMerge
 from reparam.evaluation.png import write_png
 from reparam.inspect.amplification import Amplification
 from reparam.inspect.ranks import layer_of, rank_map, short

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +12,16 @@ from reparam.adapter.context import tasks_of
 from reparam.adapter.quantize import QuantizeReport, entries, reports, size
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
+from reparam.evaluation.terminal import note, say, say_json
 from reparam.hf.models import load_base, vocabulary
 from reparam.hf.open import open_model
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_files
+
+PLOTS = ("ranks.png", "directions.png", "routing.png", *closely.PLOTS)
 
 
 def show(
@@ -30,6 +33,7 @@ def show(
     plot: Path | None = None,
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
+    overwrite: bool = False,
 ) -> None:
     """Print a summary of an adapter's folder or, for a model's folder, its quantized matrices and their bytes.
 
@@ -38,12 +42,12 @@ def show(
     mixture use its experts on these rows instead of the summary.
 
     Raises FormatError for a folder without a complete adapter or model. Raises ValueError if `plot`, `probe` or `asked`
-    does not apply to the folder, or if `plot` is a file.
+    does not apply to the folder, and if `plot` is a file or, without `overwrite`, has plots.
     """
     if plot is not None and _holds_model(folder):
         raise ValueError(f"--plot is for adapters, and {folder} is a model; leave --plot out")
-    if plot is not None and plot.exists() and not plot.is_dir():
-        raise ValueError(f"--plot {plot}: is a file; give a folder")
+    if plot is not None:
+        check_files(plot, PLOTS, overwrite=overwrite)
     if asked and (probe is not None or _holds_model(folder)):
         raise ValueError(
             "--deep, --survival, --against and --suggest are for adapters only, and not together with --probe"
@@ -65,38 +69,35 @@ def show(
         for site in told["sites"]:
             site["moved"] = site["moved"] and site["moved"]._asdict()
         told |= closely.as_json(asked, seen)
-        console.print_json(json_.dumps(told))
+        say_json(console, told)
         return
     settings = ", ".join(
         f"{key}={value if not isinstance(value, dict) or len(value) < 5 else f'{len(value)} entries'}"
         for key, value in summary.settings.items()
         if value not in (None, {})
     )
-    console.print(
-        f"[bold]{summary.method}[/bold] in {summary.format} format: {settings}", highlight=False, soft_wrap=True
-    )
-    console.print(f"base        {summary.base}", highlight=False, soft_wrap=True)
-    console.print(f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes", highlight=False, soft_wrap=True)
-    console.print(_table(summary))
+    say(console, note(summary.method, f"in {summary.format} format: {settings}", "bold"))
+    say(console, f"base        {summary.base}")
+    say(console, f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes")
+    say(console, _table(summary))
     found = _ranks(summary)
     if found is not None and len(set(found.ranks.values())) > 1:
-        console.print(ranks.table(found))
+        say(console, ranks.table(found))
     if summary.correlation is not None:
-        console.print(
+        say(
+            console,
             f"correlation of ΔM and ΔD over the sites: {summary.correlation:+.2f} (in DoRA's paper: full fine-tuning "
             f"-0.62, LoRA +0.83, DoRA -0.31)",
-            highlight=False,
-            soft_wrap=True,
         )
     if base is None and any(site.rank is not None and site.change is None for site in summary.sites):
-        console.print("|ΔW| depends on W for this method; to show it, pass --base", highlight=False)
+        say(console, "|ΔW| depends on W for this method; to show it, pass --base")
     closely.show(asked, seen, adapter_folder(folder), console)
     if plot is not None:
-        console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
+        say(console, f"plots are in {plot}")
     for module in summary.replaced:
-        console.print(f"replaces the whole module {module}", highlight=False, soft_wrap=True)
+        say(console, f"replaces the whole module {module}")
     if summary.idle:
-        console.print("[bold red]This adapter changes nothing: B·A is zero at every site.[/bold red]")
+        say(console, "This adapter changes nothing: B·A is zero at every site.", style="bold red")
 
 
 def _holds_model(folder: Path) -> bool:
@@ -128,7 +129,7 @@ def _show_routing(
         plot.mkdir(parents=True, exist_ok=True)
         routing.plot(found, plot / "routing.png")
     if json:
-        console.print_json(json_.dumps([dataclasses.asdict(use) for use in found]))
+        say_json(console, [dataclasses.asdict(use) for use in found])
         return
     table = Table()
     for column in ("router", "load", "mean weight", "entropy", "redundancy"):
@@ -137,9 +138,9 @@ def _show_routing(
         shares = (" ".join(f"{share:.2f}" for share in shares) for shares in (use.load, use.weight))
         likeness = "-" if use.redundancy is None else f"{use.redundancy:.2f}"
         table.add_row(use.scope, *shares, f"{use.entropy:.2f}", likeness)
-    console.print(table)
+    say(console, table)
     if plot is not None:
-        console.print(f"plots are in {plot}", highlight=False, soft_wrap=True)
+        say(console, f"plots are in {plot}")
 
 
 def _show_model(folder: Path, console: Console, *, json: bool) -> None:
@@ -151,17 +152,15 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
             | {"sites": [dataclasses.asdict(site) for site in r.sites], "dense": r.left}
             for r in found
         ]
-        console.print_json(json_.dumps(told))
+        say_json(console, told)
         return
     held = sum(p.nbytes for p in model.parameters())
-    console.print(
-        f"[bold]{type(model).__name__}[/bold]: {entries(model):,} parameters in {size(held)}", highlight=False
-    )
+    say(console, note(f"{type(model).__name__}:", f"{entries(model):,} parameters in {size(held)}", "bold"))
     for report in found:
-        console.print(str(report), highlight=False, soft_wrap=True)
-        console.print(_quantized_table(report))
+        say(console, str(report))
+        say(console, _quantized_table(report))
     if not found:
-        console.print("no matrix is quantized; reparam quantize makes a quantized copy", highlight=False)
+        say(console, "no matrix is quantized; reparam quantize makes a quantized copy")
 
 
 def _quantized_table(report: QuantizeReport) -> Table:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from reparam.adapter.merge import SiteMerge, fold, measured
+from reparam.adapter.fold import SiteMerge, fold, measured
 from reparam.adapter.updates import update_of
 from reparam.core.base import Weight
 from reparam.core.registry import STORAGES

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from reparam.adapter.merge import SiteMerge
+from reparam.adapter.fold import SiteMerge
 from reparam.inspect.amplification import Amplification
 from reparam.inspect.similarity import Similarity
 from reparam.inspect.spectrum import Spectrum

@@ -84,14 +84,6 @@ def check_holds_only(folder: Path, names: Collection[str]) -> None:
         )
 
 
-def check_new(output: Path, *, overwrite: bool, option: str = "--overwrite") -> None:
-    """Raise ValueError if `output` exists and is not an empty folder, unless it is to be replaced with this option."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: is a file; give a folder as output")
-    if not overwrite and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: exists and is not empty; give a new folder, or replace it with {option}")
-
-
 def format_of(folder: str | Path) -> str:
     """The format of the adapter in this folder, "reparam" or "peft"."""
     return next(name for name, module in FORMATS.items() if (Path(folder) / module.CONFIG).exists())

@@ -28,7 +28,7 @@ from reparam.core.method import Method
 from reparam.core.plain import decode
 from reparam.core.registry import find_method
 from reparam.errors import FormatError
-from reparam.io.record import Base, Record
+from reparam.io.record import Base, Record, Tied
 from reparam.io.steady import opened
 from reparam.sites.kinds import KINDS
 from reparam.sites.module import SHARED
@@ -69,6 +69,7 @@ class _Config:
     replaced: list[str]
     base: Base | None
     weights: _Weights
+    tied: dict[str, Tied] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
 
@@ -84,8 +85,11 @@ def files(record: Record) -> dict[str, bytes]:
         replaced=list(record.replaced),
         base=record.base,
         weights=_Weights(WEIGHTS, hashlib.sha256(weights).hexdigest()),
+        tied=record.tied,
     )
     values = dataclasses.asdict(config)
+    if not record.tied:  # earlier releases refuse this key
+        del values["tied"]
     if record.base is not None and not record.base.packing:  # earlier releases refuse this key, so dense bases omit it
         del values["base"]["packing"]
     values["digest"] = _digest(values)
@@ -122,6 +126,7 @@ def read(folder: Path) -> Record:
         tensors=parse_tensors(weights, folder / WEIGHTS),
         replaced=tuple(config.replaced),
         base=config.base,
+        tied=config.tied,
     )
     check_whole(record, folder)
     return record
@@ -155,9 +160,14 @@ def check_whole(record: Record, folder: Path) -> None:
         for name, site in record.sites.items()
         if min(site.out_features, site.in_features) < 1
     ]
-    owners = [*record.sites, *record.replaced]
+    owners = [*record.sites, *record.replaced, *record.tied]
     if len(set(owners)) < len(owners) or "" in owners:
-        problems.append(f"{CONFIG}: 'sites' and 'replaced' name a module twice, or the model itself")
+        problems.append(f"{CONFIG}: 'sites', 'replaced' and 'tied' name a module twice, or the model itself")
+    problems += [
+        f"{CONFIG}: tied[{name!r}].to: expected the path of a site, found {tie.to!r}"
+        for name, tie in record.tied.items()
+        if tie.to not in record.sites
+    ]
     owned = (*(f"{name}." for name in owners), f"{SHARED}.")
     problems += [
         f"{WEIGHTS}: unknown tensor {key}, which belongs to no site or module of {CONFIG}"

@@ -30,7 +30,6 @@ NEUTRAL = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 REFUSED = {
-    "lora_bias": "a bias on B is not supported",
     "trainable_token_indices": "single trained tokens are not supported",
     "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "layer_replication": "replicated layers of the base are not supported",
@@ -50,7 +49,7 @@ OTHERS = {  # what to do instead
     "XLORA": "; read its expert adapters instead and train a new router: --method xlora --method.experts",
     "POLY": "; train such an adapter here with --method poly, for one split",
 }
-SWITCHES = ("use_rslora", "use_dora")  # null means false
+SWITCHES = ("use_rslora", "use_dora", "lora_bias")  # null means false
 # Initializations that change only A and B. Others also change the base, and PEFT repeats that when it loads the file.
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _NUMBER = re.compile(r"(\d+)\.")
@@ -65,6 +64,7 @@ class Honored:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: Literal["none", "lora_only", "all"] = "none"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from reparam.core.base import Site
+from reparam.core.base import Kind, Site
 from reparam.core.method import Method
 
 
@@ -48,6 +48,16 @@ class Claims(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Tied:
+    """A module that shares its weight with a site, and uses the update there."""
+
+    to: str
+    """Path of the site."""
+    kind: Kind
+    """Kind of the module; its sizes are those of the site."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """An adapter as plain data, without its model."""
 
@@ -59,6 +69,8 @@ class Record:
     """Paths of the modules that train whole."""
     base: Base | None = None
     """The base model; None when unknown."""
+    tied: dict[str, Tied] = dataclasses.field(default_factory=dict)
+    """The modules, by path, that use the update of a site because they share its weight."""
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Copies of base tensors that the file contains; the base must hold the same values."""
     modules: tuple[str, ...] = ()

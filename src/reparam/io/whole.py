@@ -23,7 +23,7 @@ from reparam.core.base import Site
 from reparam.core.plain import decode
 from reparam.errors import FormatError
 from reparam.io import native
-from reparam.io.record import Record
+from reparam.io.record import Record, Tied
 
 ENTRY = "reparam.adapters"
 """The key of the JSON among the tensors of the model."""
@@ -41,12 +41,19 @@ class _Entry:
     settings: dict[str, Any]
     sites: dict[str, native.SiteEntry]
     replaced: list[str]
+    tied: dict[str, Tied] = dataclasses.field(default_factory=dict)
 
 
 def entry(records: Mapping[str, Record]) -> Tensor:
     """The tensor for `ENTRY`, uint8 [bytes of JSON]."""
     found = {
-        name: _Entry(record.method.name, record.method.settings(), native.site_entries(record), list(record.replaced))
+        name: _Entry(
+            record.method.name,
+            record.method.settings(),
+            native.site_entries(record),
+            list(record.replaced),
+            record.tied,
+        )
         for name, record in records.items()
     }
     text = json.dumps({name: dataclasses.asdict(values) for name, values in found.items()})
@@ -90,6 +97,7 @@ def read(folder: Path, name: str | None = None) -> Record:
         sites={path: Site(path, s.kind, *s.shape, transposed=s.transposed) for path, s in found.sites.items()},
         tensors=native.checked(tensors, place),
         replaced=tuple(found.replaced),
+        tied=found.tied,
     )
     native.check_whole(record, folder)
     return record
@@ -103,7 +111,7 @@ def _own(key: str, name: str, found: _Entry) -> str | None:
     if between and (path in found.sites or path in found.replaced):
         return f"{path}.{rest}"
     path, between, rest = key.rpartition(f".{BIASES}.{name}")
-    return f"{path}.bias" if between and not rest and path in found.sites else None
+    return f"{path}.bias" if between and not rest and (path in found.sites or path in found.tied) else None
 
 
 def _entries(tensor: Tensor, file: Path) -> dict[str, Any]:

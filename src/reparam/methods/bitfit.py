@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.method import Method
 from reparam.core.registry import method
+from reparam.core.surface import advice
 
 
 @method("bitfit")
@@ -50,7 +51,7 @@ class BitFit(Method):
         if site.bias or (self.create and site.kind == "linear"):
             return None
         if site.kind == "linear":
-            return "this layer has no bias; pass --method.create to add one"
+            return f"this layer has no bias; {advice('set create=True', 'pass --method.create')} to add one"
         return f"this {site.kind} has no bias"
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> BitFitUpdate:

@@ -43,6 +43,7 @@ class Full(Method):
     """
 
     biases: ClassVar[bool] = True
+    ties: ClassVar[bool] = True
 
     @property
     def default_targets(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class LoRA(Method):
     """
 
     has_components: ClassVar[bool] = True
+    ties: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"r": 4, "alpha": 8},
         {"r": 1, "alpha": 2.0, "scaling": "alpha", "init": "gaussian"},

@@ -8,16 +8,20 @@ from rich.panel import Panel
 from rich.text import Text
 
 from reparam.adapter.selection import select
+from reparam.core.text import visible
 from reparam.data.chat import ChatTemplate
 from reparam.evaluation.score import complete
+from reparam.evaluation.terminal import say
 from reparam.hf.open import open_model
+from reparam.recipes.task import check_task
 
 
 class Chat:
     """A chat with a base model and, optionally, an adapter. Each answer is decoded greedily.
 
     With `raw`, the prompt is continued as plain text. `task` names the task for a mixture adapter whose gates depend on
-    it. Raises ValueError if the tokenizer has no chat template and `raw` is not set.
+    it. Raises ValueError if the tokenizer has no chat template and `raw` is not set, and for a task of an adapter that
+    has no tasks.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Chat:
         storage: str | None = None,
         task: str | None = None,
     ) -> None:
+        check_task(task, adapter)
         self.model, self.tokenizer, self.adapter = open_model(base, adapter, dtype=dtype, storage=storage)
         self.raw = raw
         self.tasks = None if task is None else [task]
@@ -59,16 +64,19 @@ class Chat:
         text = self.reply(messages, adapter=True)
         if compare and self.adapter is not None:
             other = self.reply(messages, adapter=False)
-            panels = [Panel(Text(other), title="base"), Panel(Text(text), title="with adapter", style="green")]
-            console.print(Columns(panels, equal=True, expand=True))
+            panels = [
+                Panel(Text(visible(other)), title="base"),
+                Panel(Text(visible(text)), title="with adapter", style="green"),
+            ]
+            say(console, Columns(panels, equal=True, expand=True))
         else:
-            console.print(Text(text))
+            say(console, text)
         return text
 
     def loop(self, console: Console, *, compare: bool) -> None:
         """Read and answer prompts until an empty line or the end of input."""
         messages: list[dict[str, str]] = []
-        console.print("[dim]enter an empty line to quit[/dim]")
+        say(console, "enter an empty line to quit", style="dim")
         while prompt := _read(console):
             text = self.answer(prompt, console, compare=compare, before=messages)
             if not self.raw:
@@ -77,6 +85,6 @@ class Chat:
 
 def _read(console: Console) -> str:
     try:
-        return console.input("[bold]> [/bold]").strip()
+        return console.input(Text("> ", "bold")).strip()
     except EOFError:
         return ""

@@ -10,8 +10,10 @@ from rich.table import Table
 
 from reparam.combine.blend import Blend, blend
 from reparam.core.checks import numbers
+from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_adapter_folder
 
 SHOWN = 8  # sites in the table: those with the largest errors
 
@@ -28,14 +30,17 @@ def compose_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Blend:
     """Compute and write the weighted sum, and print the error of each site.
 
     `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
-    if a weight is not a number or `output` is one of the adapters, and the errors of `blend`.
+    if a weight is not a number, if `output` is one of the adapters, and if it is not empty, unless `overwrite` is set
+    and it holds an adapter; and the errors of `blend`.
     """
     folders = folders_of(adapters, output)
+    check_adapter_folder(output, format, overwrite=overwrite)
     shares = [1 / len(folders)] * len(folders) if weights is None else numbers(weights, "--weights")
     model = load_base(base, dtype=dtype) if base is not None else None
     found = blend(folders, shares, space=space, rank=rank, density=density, seed=seed, base=model)
@@ -59,22 +64,21 @@ def write(
     """Save the sum, and print its adapters and weights, the error of each site, and the output folder."""
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
-        console.print(f"{weight:+.4f} x {folder}", highlight=False, soft_wrap=True)
+        say(console, f"{weight:+.4f} x {folder}")
     if not found.sites:
-        console.print("one adapter with weight 1: copied bit for bit")
+        say(console, "one adapter with weight 1: copied bit for bit")
     elif not found.error:
         ranks = sorted({site.rank for site in found.sites})
         told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        console.print(f"exact: no approximation error on any of {len(found.sites)} sites, {told}", highlight=False)
+        say(console, f"exact: no approximation error on any of {len(found.sites)} sites, {told}")
     else:
-        console.print(_table(found))
-        console.print(
+        say(console, _table(found))
+        say(
+            console,
             f"error over all sites: {found.error:.4f} of the norm of the exact sum; share of the sum that survives: "
             f"{found.survival:.4f} (1 is all)",
-            highlight=False,
-            soft_wrap=True,
         )
-    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+    say(console, f"adapter        {output}")
 
 
 def _table(found: Blend) -> Table:

@@ -11,7 +11,9 @@ from reparam.adapter.quantize import size
 from reparam.combine.compress import Compression, compress
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
+from reparam.evaluation.terminal import say
 from reparam.io import files
+from reparam.io.outputs import check_adapter_folder
 
 SHOWN = 12  # sites in the table: those with the largest absolute errors
 
@@ -29,23 +31,25 @@ def compress_to(
     max_length: int = 1024,
     batch: int = 16,
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Compression:
     """Compress and write the adapter, and print the error of each site.
 
     With `data`, also print held-out scores before and after. Raises ValueError if `output` is the adapter's folder, and
-    the errors of `compress`.
+    if it is not empty, unless `overwrite` is set and it holds an adapter; and the errors of `compress`.
     """
     folder = files.adapter_folder(adapter)
     if output.resolve() == folder.resolve():
         raise ValueError(f"{output}: is the folder of the input adapter; give another folder as output")
+    check_adapter_folder(output, format, overwrite=overwrite)
     found = compress(files.read(folder), energy=energy, rank=rank, bytes=bytes)
     found.save(output, format=format)
     _print(found, console)
     if data is not None:
         before, after = shrunk(data, base, folder, found.record, dtype=dtype, max_length=max_length, batch=batch)
-        console.print(scores_table(before, after, names=("original", "compressed")))
-    console.print(f"adapter        {output}", highlight=False, soft_wrap=True)
+        say(console, scores_table(before, after, names=("original", "compressed")))
+    say(console, f"adapter        {output}")
     return found
 
 
@@ -54,18 +58,17 @@ def _print(found: Compression, console: Console) -> None:
     scaled = found.record.method.magnitude_axis is not None
     what = "B A, which the magnitudes scale," if scaled else "the change ΔW"
     if not changed:
-        console.print("every site keeps its rank: the adapter was copied bit for bit")
+        say(console, "every site keeps its rank: the adapter was copied bit for bit")
         return
-    console.print(_table(found))
+    say(console, _table(found))
     before, after = (sum(ranks) for ranks in zip(*((s.before, s.rank) for s in found.sites), strict=True))
     gone = sum(not site.rank for site in found.sites)
     left = f", {gone} of {len(found.sites)} sites dropped" if gone else f" on {len(found.sites)} sites"
-    console.print(
+    say(
+        console,
         f"components     {before:,} -> {after:,}{left}\n"
         f"tensors        {size(found.before)} -> {size(found.bytes)} ({found.bytes / found.before:.1%})\n"
         f"error          {found.error:.4f} of {what} over all sites; {1 - found.error**2:.4f} of its energy is kept",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

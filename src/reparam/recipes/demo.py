@@ -6,17 +6,23 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.rule import Rule
 
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import answer
+from reparam.evaluation.terminal import say
 from reparam.hf.models import load_tokenizer
+from reparam.io.outputs import check_continued, clear
 from reparam.methods.lora import LoRA
 from reparam.recipes.merge import merge_to
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
+from reparam.train.identity import RECORD
 from reparam.train.run import train
 from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 from reparam.train.show import Show
+
+RESULTS = ("run", "merged")
 
 
 def assets() -> Path:
@@ -25,18 +31,21 @@ def assets() -> Path:
     return here / "assets" if (here / "assets").is_dir() else here.parents[1] / "assets"
 
 
-def demo(output: Path, *, seed: int, console: Console) -> None:
+def demo(output: Path, *, seed: int, console: Console, overwrite: bool = False) -> None:
     """Run the demonstration and write its results into `output`.
 
-    Raises RuntimeError if the merged model gives other answers than base and adapter.
+    A second call goes on where the first one stopped; `overwrite` deletes its results first. Raises ValueError if
+    `output` holds anything else, and RuntimeError if the merged model gives other answers than base and adapter.
     """
+    check_continued(output, RESULTS, "a demonstration", ours=(output / "run" / RECORD).is_file(), fresh=overwrite)
+    if overwrite:
+        clear(output, RESULTS)
     base, task = assets() / "tiny-python", assets() / "tasks" / "signatures"
-    console.rule("1. train")
-    console.print(
+    say(console, Rule("1. train"))
+    say(
+        console,
         "Base: a small Llama trained on Python's standard library (a test model, not a language model).\n"
         "Task: list the argument names of a function, given its signature.",
-        highlight=False,
-        soft_wrap=True,
     )
     config = Config(
         base=BaseConfig(path=str(base), dtype="float32"),
@@ -49,15 +58,13 @@ def demo(output: Path, *, seed: int, console: Console) -> None:
     result = train(config, show=Show(console))
     if result.signal is not None:
         raise KeyboardInterrupt
-    console.rule("2. merge")
+    say(console, Rule("2. merge"))
     merged = output / "merged"
-    merge_to(merged, str(base), str(result.folder), dtype="float32", console=console)
-    console.rule("3. plain transformers")
+    merge_to(merged, str(base), str(result.folder), dtype="float32", overwrite=True, console=console)
+    say(console, Rule("3. plain transformers"))
     _prove(merged, [adapted.given for _, adapted in result.answers], task / "valid.jsonl", console)
-    console.print(f"\nloss curve     {result.folder / 'loss.png'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"try            reparam generate 'def scale(self, factor=2):' -a {result.folder} --compare", highlight=False
-    )
+    say(console, f"\nloss curve     {result.folder / 'loss.png'}")
+    say(console, f"try            reparam generate 'def scale(self, factor=2):' -a {result.folder} --compare")
 
 
 def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> None:
@@ -67,11 +74,10 @@ def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> N
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     given = [a.given for a in answer(model, load_tokenizer(str(merged)), read_rows(data)[: len(expected)])]
     same = sum(a == b for a, b in zip(given, expected, strict=True))
-    console.print(
+    say(
+        console,
         f"AutoModelForCausalLM.from_pretrained({str(merged)!r}) gives the same answer as base and adapter on {same} of "
         f"{len(given)} held-out rows.",
-        highlight=False,
-        soft_wrap=True,
     )
     if same != len(given):
         raise RuntimeError(

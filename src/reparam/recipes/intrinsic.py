@@ -28,6 +28,9 @@ from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
 from reparam.core.registry import METHODS
 from reparam.errors import ConfigError, Stopped
+from reparam.evaluation.terminal import say
+from reparam.hf.models import check_not_base
+from reparam.io.outputs import check_continued, clear
 from reparam.io.staged import digest, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
@@ -40,6 +43,7 @@ from reparam.train.run import prepare
 from reparam.train.show import Show
 
 METRICS = ("auto", "exact", "saved")
+RESULTS = ("runs", "intrinsic.json", "intrinsic.png")
 NEVER = 10**9  # steps between evaluations and checkpoints: no run reaches it
 
 
@@ -95,12 +99,21 @@ class SearchOutcome:
 def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> SearchOutcome:
     """Find d90, and write and print the curve. `config.method` provides the `subspace` whose dimension d varies.
 
-    Raises ValueError for settings, data or a reference metric that the user can fix, before the first subspace run, and
-    RuntimeError if all runs of full fine-tuning failed.
+    With `run.fresh`, results of an earlier call are deleted first. Raises ValueError for settings, data, a folder
+    with other content, or a reference metric that the user can fix, before the first subspace run, and RuntimeError if
+    all runs of full fine-tuning failed.
     """
     subspace = config.method.subspace()
     if subspace is None:
         raise ConfigError(f"method.name {config.method.name!r} has no dimension d; use --method intrinsic to find d90")
+    folder = Path(config.run.output)
+    check_not_base(folder, config.base.path)
+    earlier = (folder / RESULTS[0]).is_dir() and not (folder / "plan.toml").exists()  # reparam compare has a plan
+    ours = earlier or (folder / RESULTS[1]).is_file()
+    check_continued(folder, RESULTS, "results of reparam intrinsic", ours=ours, fresh=config.run.fresh)
+    if config.run.fresh:
+        clear(folder, RESULTS)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
     least = dataclasses.replace(config, method=subspace.with_dimensions(plan.sizes[0]))
     job = prepare(least)  # checks all settings that need the model, before any training
     metric = _metric(plan.metric, job)
@@ -110,10 +123,9 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     sites = job.adapter.sites
     linear = [sites[name] for name in targets.resolve(job.model, "all-linear") if name in sites]
     sides = sum(site.out_features + site.in_features for site in linear)
-    console.print(f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
+    say(console, f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
     runs = Runs(config, metric, _stamp(job), console)
     del job
-    folder = Path(config.run.output)
     try:
         base, full = runs.reference(plan)
         curve = search_dimension(
@@ -134,12 +146,12 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
         "method": {k: v for k, v in config.method.settings().items() if k != "d"},
         "points": [{**dataclasses.asdict(p), "passes": curve.passes(p)} for p in curve.points],
     }
-    write_file(folder / "intrinsic.json", (json.dumps(figures, indent=1) + "\n").encode())
-    plot(curve, metric, folder / "intrinsic.png")
-    console.print(_table(curve, metric))
+    write_file(folder / RESULTS[1], (json.dumps(figures, indent=1) + "\n").encode())
+    plot(curve, metric, folder / RESULTS[2])
+    say(console, _table(curve, metric))
     for line in conclusions(curve, sides=sides, rank=rank):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"curve: {folder / 'intrinsic.json'} and intrinsic.png", highlight=False, soft_wrap=True)
+        say(console, line)
+    say(console, f"curve: {folder / 'intrinsic.json'} and intrinsic.png")
     return SearchOutcome(curve, metric, rank)
 
 
@@ -186,7 +198,7 @@ class Runs:
         optim = dataclasses.replace(config.optim, learning_rate=rate)
         made = dataclasses.replace(config, method=method, run=run, data=data, optim=optim)
         own = hashlib.sha256(f"{dump(made)}\0{self.metric}\0{self.stamp}".encode()).hexdigest()[:8]
-        folder = Path(config.run.output) / "runs" / f"{kind}-{rate:g}-{number}-{own}"
+        folder = Path(config.run.output) / RESULTS[0] / f"{kind}-{rate:g}-{number}-{own}"
         file = folder / "result.json"
         if file.exists():
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -196,7 +208,7 @@ class Runs:
             folder.mkdir(parents=True, exist_ok=True)
             write_file(file, (json.dumps(found, indent=1) + "\n").encode())
         shown = found["failed"] or f"{found['value']:.4f} ({found['seconds']:.0f} s)"
-        self.console.print(f"{kind}, rate {rate:g}, map {number}: {shown}", highlight=False, soft_wrap=True)
+        say(self.console, f"{kind}, rate {rate:g}, map {number}: {shown}")
         return found
 
     def _trained(self, config: Config, *, keep_adapter: bool) -> dict[str, Any]:
@@ -238,7 +250,7 @@ def conclusions(curve: Curve, *, sides: int, rank: int | None) -> list[str]:
         )
     if curve.odd:
         sizes = ", ".join(map(str, curve.odd))
-        lines.append(f"[yellow]note[/yellow] not monotone: {sizes} failed, though above d90; try more --maps or rates")
+        lines.append(f"note: not monotone: {sizes} failed, though above d90; try more --maps or rates")
     if rank is not None:
         times = rank * sides / curve.d90
         lines.append(

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,8 +34,10 @@ from reparam.combine.search import BestPoint, check_search, search
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
+from reparam.evaluation.terminal import say
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
+from reparam.io.outputs import check_adapter_folder
 from reparam.recipes.compose import folders_of, write
 
 if TYPE_CHECKING:
@@ -147,15 +150,18 @@ def search_to(
     base: str | None = None,
     dtype: str = "auto",
     format: str = "reparam",
+    overwrite: bool = False,
     console: Console,
 ) -> Hub:
     """Search for weights on the rows of `few`, write the best sum as an adapter, and print its losses and baselines.
 
     `valid` adds losses on held-out rows. The default base is the one that the first adapter was trained on. `budget` is
     the number of candidates, each evaluated on all examples, without the baselines. `optimizer` is "cobyla" or "cma",
-    and `seed` is for "cma". Raises ValueError for invalid rows, settings or adapters.
+    and `seed` is for "cma". Raises ValueError for invalid rows, settings or
+    adapters, and if `output` is not empty, unless `overwrite` is set and it holds an adapter.
     """
     folders = folders_of(adapters, output)
+    check_adapter_folder(output, format, overwrite=overwrite)
     check_search(len(folders), bound=bound, budget=budget, optimizer=optimizer)
     operands = [read_operand(folder) for folder in folders]
     model, tokenizer, first = open_model(base, folders[0], dtype=dtype)
@@ -180,10 +186,8 @@ def search_to(
     made = blend([s.record for s in operands], found.weights, space=space, rank=rank, base=model)
     write(made, output, folders, found.weights, format=format, console=console)
     hub = Hub(found, lines, made, forwards)
-    console.print(_lines_table(hub))
-    console.print(
-        f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes", highlight=False
-    )
+    say(console, _lines_table(hub))
+    say(console, f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes")
     return hub
 
 
@@ -238,8 +242,8 @@ class _Progress:
             table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
         best = min((value for value, _ in self.tried), default=math.nan)
         for number, (value, weights) in list(enumerate(self.tried, 1))[-SHOWN:]:
-            mark = "[bold green]" if value == best else ""
-            table.add_row(str(number), f"{mark}{value:.4f}", " ".join(f"{w:+.2f}" for w in weights))
+            told = Text(f"{value:.4f}", "bold green" if value == best else "")
+            table.add_row(str(number), told, " ".join(f"{w:+.2f}" for w in weights))
         return table
 
 

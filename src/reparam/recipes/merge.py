@@ -11,10 +11,13 @@ from reparam.adapter.context import context
 from reparam.adapter.merge import MergeReport, merge
 from reparam.adapter.quantize import quantize, reports
 from reparam.core.checks import listed
+from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base, save_model
 from reparam.hf.open import base_of, open_model
 from reparam.io import files
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_model_folder
+from reparam.recipes.task import check_task
 from reparam.sites.walk import storages_in
 
 ONTO = ("trained", "original")
@@ -32,6 +35,7 @@ def merge_to(
     rounding: str = "aware",
     force: bool = False,
     task: str | None = None,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Merge the adapter, write the model, and print how much of the update survived rounding.
 
@@ -47,9 +51,11 @@ def merge_to(
         rounding: as in `reparam.merge`.
         force: as in `reparam.merge`.
         task: the task to merge, for a mixture adapter whose gates depend on it.
+        overwrite: replace a model in `output`.
 
-    Raises ValueError if `output` is the folder of the base, the settings exclude each other, or the adapter adds biases
-    that the model's class would not read from files, and the errors of `reparam.merge`.
+    Raises ValueError if `output` is not empty (unless `overwrite` is set and it holds a model) or the folder of the
+    base, the settings exclude each other, or the adapter adds biases that the model's class would not read from files,
+    and the errors of `reparam.merge`.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r}: expected one of {', '.join(ONTO)}")
@@ -57,9 +63,11 @@ def merge_to(
         raise ValueError(
             "--into needs the quantized weights that the adapter was trained on, so leave out --onto original"
         )
+    check_task(task, adapter)
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
+    check_model_folder(output, overwrite=overwrite)
     model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = storages_in(model)
     names = ", ".join(sorted({storage.name for storage in held.values()}))
@@ -74,12 +82,12 @@ def merge_to(
     rest = list(storages_in(model))
     if rest and into is None:
         quantize(model, "dense", targets=rest)
-    save_model(model, tokenizer, output)
-    console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"merged onto    {_said(path, names, onto, into)}", highlight=False, soft_wrap=True)
+    save_model(model, tokenizer, output, overwrite=overwrite)
+    say(console, str(report))
+    say(console, f"merged onto    {_said(path, names, onto, into)}")
     for quantized in reports(model):
-        console.print(str(quantized), highlight=False, soft_wrap=True)
-    console.print(f"merged model   {output}", highlight=False, soft_wrap=True)
+        say(console, str(quantized))
+    say(console, f"merged model   {output}")
     return report
 
 

@@ -56,6 +56,30 @@ def read_without_call(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def reads_setting(model: nn.Module, name: str) -> bool:
+    """Whether a forward of the model reads this setting of its configuration."""
+    kinds = {type(module) for module in model.modules()}
+    return any(_reads_setting(kind, name) for kind in kinds)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _reads_setting(cls: type[nn.Module], name: str) -> bool:
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in _methods(base) if _mentions(base, name) else ():
+            attributes = (node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute))
+            if not method.name.startswith(SETUP) and name in attributes:
+                return True
+    return False
+
+
+def _mentions(cls: type, name: str) -> bool:
+    """Whether the file of the class contains this name: quicker than parsing it."""
+    try:
+        return name in inspect.getsource(inspect.getmodule(cls) or cls)
+    except (OSError, TypeError):
+        return False
+
+
 def announce(model: nn.Module, path: str, module: nn.Module) -> list[nn.TransformerEncoder]:
     """Let torch's encoder call the module that will be at `path` in eval mode, too, instead of reading its parameters.
 

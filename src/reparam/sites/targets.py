@@ -16,18 +16,19 @@ from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
 from reparam.sites.reads import read_without_call
 from reparam.sites.replaced import Replaced
-from reparam.sites.walk import tied, walk
+from reparam.sites.walk import other_paths, tied, walk
 
 Targets = str | Iterable[str]
 KEYWORDS = ("all-linear", "attention", "mlp", "everything")
 
 
-def resolve(model: nn.Module, targets: Targets) -> list[str]:
+def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[str]:
     """The paths of the modules that `targets` selects, in the model's order. Several targets can be given:
 
     - "all-linear": all linear maps except the output head.
     - "attention" and "mlp": the linear maps of the repeated blocks inside and outside an attention module.
-    - "everything": all linear maps, embeddings and norms that do not share their weight with another module.
+    - "everything": all linear maps, embeddings and norms that do not share their weight with another module, or, with
+      `tie`, all of them.
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
     - anything else: a module's path or the end of one; it can also select a norm.
 
@@ -36,6 +37,7 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
+    paths = {path: path for path in modules} | other_paths(model)
     odd = unsupported(model, modules)
     linear = {name: odd.get(name) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
     linear |= fused(modules)
@@ -46,16 +48,16 @@ def resolve(model: nn.Module, targets: Targets) -> list[str]:
         problems.append("no targets were given; try 'all-linear'")
     for target in wanted:
         if target == "everything":
-            names, out = _everything(model, modules, odd)
+            names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
         elif target in KEYWORDS:
             asked = _keyword(target, list(linear), head=_head(model))
             names = [name for name in asked if linear[name] is None]
             missed |= {name: why for name in asked if (why := linear[name])}
         elif target.startswith("re:"):
-            names = [name for name in _matching(target[3:], modules, problems) if name not in odd]
+            names = [name for name in _matching(target[3:], paths, modules, problems) if name not in odd]
         else:
-            names = [name for name in modules if name == target or name.endswith("." + target)]
+            names = _ending(target, paths)
             problems += [f"{name}: {why}" for name in names if (why := odd.get(name))]
         if not names:
             problems.append(_nothing(target, modules))
@@ -86,14 +88,22 @@ def _held_by_site(module: nn.Module, name: str) -> bool:
     return cls is not None and name in cls.stands_for
 
 
-def _matching(pattern: str, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
-    """Paths that the regular expression fully matches, without norms; adds to `problems` if it is invalid."""
+def _matching(
+    pattern: str, paths: Mapping[str, str], modules: Mapping[str, nn.Module], problems: list[str]
+) -> list[str]:
+    """Modules whose path the regular expression fully matches, without norms; adds to `problems` if it is invalid."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         problems.append(f"{pattern!r} is not a valid regular expression: {error}")
         return []
-    return [name for name, module in modules.items() if compiled.fullmatch(name) and is_matrix(module)]
+    found = {name for path, name in paths.items() if compiled.fullmatch(path)}
+    return [name for name, module in modules.items() if name in found and is_matrix(module)]
+
+
+def _ending(target: str, paths: Mapping[str, str]) -> list[str]:
+    """Modules with a path that is `target` or ends with it; `paths` maps each path of a module to its first one."""
+    return list({name: None for path, name in paths.items() if path == target or path.endswith("." + target)})
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -103,13 +113,13 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def _everything(
-    model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str]
+    model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str], *, tie: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The paths of all sites of a model, and the skipped weights with the reason for each."""
     names = [name for name in modules if name not in odd]
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
-    for name, others in tied(model, names).items():
+    for name, others in () if tie else tied(model, names).items():
         missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
@@ -134,7 +144,7 @@ def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
 def ending(model: nn.Module, end: str) -> list[str]:
     """The paths of all modules, of any type, whose path is `end` or ends with it. Raises ValueError if none does."""
     modules = dict(walk(model))
-    found = [name for name in modules if name == end or name.endswith("." + end)]
+    found = _ending(end, {path: path for path in modules} | other_paths(model))
     if not found:
         raise ValueError(f"modules_to_save: {end!r} matches no module{nearest(end, modules)}")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -25,11 +25,31 @@ def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple
                 yield from _below(module, f"{path}{name}.", seen)
 
 
-def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules."""
+def other_paths(model: nn.Module) -> dict[str, str]:
+    """The further paths of modules that are at several, each with the path that `walk` gives."""
+    first = {module: path for path, module in walk(model)}
+    found: dict[str, str] = {}
+    places = [(name, child, {model}) for name, child in model._modules.items()]
+    while places:
+        path, module, above = places.pop()
+        if module is None or module not in first or module in above:
+            continue
+        if first[module] != path:
+            found[path] = first[module]
+        if not isinstance(module, Adapted | Replaced):
+            places += [(f"{path}.{name}", child, above | {module}) for name, child in module._modules.items()]
+    return found
+
+
+def tied(model: nn.Module, names: Iterable[str], *, bias: bool = True) -> dict[str, list[str]]:
+    """For each of the modules `names` that shares a parameter with modules outside it: the paths of those modules.
+
+    With `bias=False`, parameters with the name "bias" do not count.
+    """
     holders: dict[int, list[str]] = {}
-    for path, parameter in base_parameters(model):
-        holders.setdefault(id(parameter), []).append(path)
+    for path, name, parameter in _parameters_below(model, "", set()):
+        if bias or name != "bias":
+            holders.setdefault(id(parameter), []).append(path)
     shared = [paths for paths in holders.values() if len(paths) > 1]
     found: dict[str, list[str]] = {}
     for name in names if shared else ():
@@ -40,19 +60,52 @@ def tied(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def base_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """The base model's parameters; a shared parameter is listed once for each module that holds it."""
-    if isinstance(module, Replaced):
-        yield from base_parameters(module.origin, path)
-        return
-    own = [*module.parameters(recurse=False)]
-    if is_quantized(module):
-        own += module.frozen.parameters()
-    for parameter in own:
+def same_weight(model: nn.Module) -> list[list[str]]:
+    """The groups of modules that share their parameter `weight`: the paths of each, in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for path, name, parameter in _parameters_below(model, "", set()):
+        if name == "weight":
+            groups.setdefault(id(parameter), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's parameters, each with the path of the module that holds it.
+
+    A parameter that several modules share is listed once for each of them. A module at several paths is listed once,
+    under the first.
+    """
+    for path, _, parameter in _parameters_below(model, "", set()):
         yield path, parameter
+
+
+def _parameters_below(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, Replaced):
+        yield from _parameters_below(module.origin, path, seen)
+        return
+    own = [*module.named_parameters(recurse=False)]
+    if is_quantized(module):
+        own += module.frozen.named_parameters()
+    for name, parameter in own:
+        yield path, name, parameter
     for name, child in () if isinstance(module, Adapted) else module._modules.items():
         if child is not None and not isinstance(child, Shared):
-            yield from base_parameters(child, f"{path}.{name}".lstrip("."))
+            yield from _parameters_below(child, f"{path}.{name}".lstrip("."), seen)
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put these modules into the model: at their paths, and at all other paths of the modules that were there."""
+    there = {path: model.get_submodule(path) for path in modules}
+    new = {old: modules[path] for path, old in there.items() if old is not modules[path]}
+    parents = [model, *(module for _, module in walk(model))] if new else []
+    for parent in parents:
+        if not isinstance(parent, Adapted | Replaced):
+            for name, child in list(parent._modules.items()):
+                if child in new:
+                    setattr(parent, name, new[child])
 
 
 def newly_initialized(model: nn.Module) -> list[str]:

@@ -82,6 +82,7 @@ def split_keys(table: Mapping[str, Any], problems: list[str]) -> tuple[dict[str,
             problems.append(f"unknown key base.{key}{nearest(key, [*KEYS, *known])}")
         elif all(str(table[key]).lower() != str(field.default).lower() for field in owners.values()):
             problems.append(
-                f"base.{key} is a setting of the storage {' and '.join(owners)}, and base.storage is {name}"
+                f"base.{key} is a setting of the storage {' and '.join(owners)}, and base.storage is {name}: leave it "
+                f"out, or choose another base.storage"
             )
     return common, settings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunCo
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
+PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
+"""Keys whose values are paths of inputs. A run with other paths is the same run if their content is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +93,23 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
-def dump(config: Config) -> str:
-    """The configuration as TOML; `resolve` reads an equal configuration from it."""
-    return tomli_w.dumps({s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()})
+def dump(config: Config, *, absolute: bool = False) -> str:
+    """The configuration as TOML; `resolve` reads an equal configuration from it.
+
+    With `absolute`, existing paths of `PATHS` are written as absolute paths, so that any folder can use the file.
+    """
+    found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
+    for key in PATHS if absolute else ():
+        section, _, name = key.partition(".")
+        if name in found[section]:
+            found[section][name] = _absolute(found[section][name])
+    return tomli_w.dumps(found)
+
+
+def _absolute(path: Any) -> Any:
+    if isinstance(path, str):
+        return os.path.abspath(path) if os.path.exists(path) else path
+    return [_absolute(part) for part in path]
 
 
 def tables(config: Config) -> dict[str, dict[str, Any]]:
@@ -152,7 +169,7 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
     """Build the dataclass of a section from its table. If that fails, append to `problems` and return None."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     unknown = [key for key in table if key not in fields and not (key == "seed" and section == "method")]
-    problems += [f"unknown key {section}.{key}{nearest(key, fields)}" for key in unknown]
+    problems += [_unknown(cls, key, section) for key in unknown]
     if unknown:
         return None
     values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
@@ -165,6 +182,19 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
             text = detail["msg"].removeprefix("Value error, ")
             problems.append(text if text.startswith(f"{section}.") else f"{place}: {text}{given}")
         return None
+
+
+def _unknown(cls: type, key: str, section: str) -> str:
+    """The problem of a key that the section's class lacks; a setting of other methods is said to be theirs."""
+    near = nearest(key, [field.name for field in dataclasses.fields(cls)])
+    owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
+    if section != "method" or not owners:
+        return f"unknown key {section}.{key}{near}"
+    others = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    return (
+        f"method.{key} is a setting of {', '.join(owners[:3])}{others}, and method.name is {cls.name}: leave it out, "  # type: ignore[attr-defined]
+        f"or choose another method.name{near}"
+    )
 
 
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:

@@ -1,4 +1,4 @@
-"""What determines the result of a run: its settings, and the content of its data and its base.
+"""What determines the result of a run: its settings, and the content of its data, its base and the tokenizer.
 
 `run.json` in the run folder holds them. A run goes on in a folder only if they are the same as before.
 """
@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reparam.core.checks import listed
 from reparam.errors import ConfigError
+from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
+from reparam.io.outputs import check_writable
 from reparam.io.staged import digest
 from reparam.sites.fingerprint import all_tensors
-from reparam.train.config import Config, tables
+from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from reparam.train.job import Job
 
-RECORD = "run.json"
+RECORD, SETTINGS = "run.json", "config.toml"
 # Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
 FREE = {
     *(
@@ -38,7 +42,7 @@ FREE = {
         "run.loggers",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
-    *("base.path", "base.revision", "data.train", "data.valid", "adapter.start", "method.experts"),
+    *("base.revision", *PATHS),
 }
 
 
@@ -48,6 +52,8 @@ def identity(job: Job) -> dict[str, Any]:
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
     found["number of steps"] = config.run.steps(len(job.train))
     found["content of base.path"] = _weights(job.model)
+    found["content of the tokenizer"] = _tokenizer(job.tokenizer)
+    found["content of the chat template"] = _text(job.tokenizer.chat_template)
     found["content of data.train"] = digest(config.data.train)
     found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
     start = config.adapter.start
@@ -55,6 +61,27 @@ def identity(job: Job) -> dict[str, Any]:
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
+
+
+def check_folder(config: Config) -> None:
+    """Raise if the run cannot use its output folder; this reads no data and no model.
+
+    Raises ValueError if it is the folder of the base, WriteFailed if it cannot be written, and ConfigError if it holds
+    files but no run; with `run.fresh`, only if the run would replace these files.
+    """
+    folder = Path(config.run.output)
+    check_not_base(folder, config.base.path)
+    file = folder / SETTINGS
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if file.is_file() and file.read_bytes() == dump(config).encode():
+        held.remove(SETTINGS)  # `reparam compare` writes it before a run
+    foreign = [name for name in held if not name.startswith(".") and (not config.run.fresh or _written(name))]
+    if foreign and RECORD not in held:
+        raise ConfigError(
+            f"{folder} holds files ({listed(foreign, shown=3)}) but no {RECORD}, so it is not the folder of an earlier "
+            f"run; choose another run.output"
+        )
+    check_writable(folder, inside=True)
 
 
 def check_same(folder: Path, now: dict[str, Any]) -> None:
@@ -77,12 +104,19 @@ def check_same(folder: Path, now: dict[str, Any]) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for name in (RECORD, "config.toml", "figures.json", "loss.png"):
-        (folder / name).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if not _written(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _written(name: str) -> bool:
+    """Whether a run writes a file or folder of this name into its folder."""
+    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 
 def _difference(key: str, then: Any, now: Any) -> str:
@@ -105,6 +139,16 @@ def _weights(model: nn.Module) -> str:
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into token ids. Truncation and padding are left out: callers set them at each call."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _text([{**state, "truncation": None, "padding": None}, tokenizer.special_tokens_map])
+
+
+def _text(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _folder(folder: Path) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config

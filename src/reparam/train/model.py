@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import attach, untie
+from reparam.adapter.attach import attach
 from reparam.adapter.load import load
+from reparam.adapter.untie import untie
 from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
-from reparam.data.rows import Row
+from reparam.data.row import Row
 from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.hf.models import load_base

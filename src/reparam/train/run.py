@@ -24,9 +24,11 @@ from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import told
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from, read_back
-from reparam.data.batches import Collator, counted, padding_id
+from reparam.core.text import counted
+from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
-from reparam.data.rows import Row, read_rows
+from reparam.data.row import Row
+from reparam.data.rows import read_rows
 from reparam.errors import ConfigError, NothingLearned
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
@@ -34,7 +36,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.checkpoint import newest
 from reparam.train.config import Config, dump
-from reparam.train.identity import RECORD, check_same, clear, identity
+from reparam.train.identity import RECORD, check_folder, check_same, clear, identity
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
@@ -52,6 +54,7 @@ def train(config: Config, *, show: Show) -> Result:
     that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
     verification.
     """
+    check_folder(config)
     job = prepare(config)
     config = job.config
     show.job(job)
@@ -59,7 +62,6 @@ def train(config: Config, *, show: Show) -> Result:
     own = identity(job)
     if not config.run.fresh:
         check_same(folder, own)  # before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
     trainer, rates = _trainer(job, show)
     show.rates(rates)
     with trainer.lock:
@@ -68,7 +70,7 @@ def train(config: Config, *, show: Show) -> Result:
         check_same(folder, own)
         write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
         again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
-        write_file(folder / "config.toml", dump(again).encode())
+        write_file(folder / "config.toml", dump(again, absolute=True).encode())
         select(job.model, None)
         show.step("scoring the base model on held-out rows")
         before = _scores(job)
@@ -155,9 +157,9 @@ def prove(job: Job, folder: Path) -> float:
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out rows."""
-    rows = read_rows(config.data.train)
+    rows = read_rows(config.data.train, config.data.renamed())
     if config.data.valid is not None:
-        return rows, read_rows(config.data.valid)
+        return rows, read_rows(config.data.valid, config.data.renamed())
     if not 0 < config.data.holdout < 1:
         raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(len(rows) * config.data.holdout))

@@ -27,9 +27,13 @@ class DataConfig:
     """The rows to train on, and the held-out rows."""
 
     train: str = ""
-    """JSONL file of training rows. Each has messages, prompt and completion, or text."""
+    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
+    or - for standard input."""
     valid: str | None = None
-    """JSONL file of held-out rows to score. By default, a share of the training rows is held out."""
+    """Held-out rows to score. By default, a share of the training rows is held out."""
+    columns: tuple[str, ...] = ()
+    """Under which keys the rows hold those of a format, such as prompt=question,completion=answer. By default, the keys
+    tell the format."""
     holdout: float = 0.05
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
@@ -40,6 +44,7 @@ class DataConfig:
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
     def __post_init__(self) -> None:
+        self.renamed()
         idle = self.valid is not None and self.holdout == 0
         _check(
             self,
@@ -48,6 +53,13 @@ class DataConfig:
             max_length=("a whole number of at least 1", whole(self.max_length, 1)),
             score_rows=("a whole number of at least 0", whole(self.score_rows, 0)),
         )
+
+    def renamed(self) -> dict[str, str]:
+        """`columns` as a dictionary from a format's key to the rows' key. Raises ConfigError for another form."""
+        pairs = [pair.partition("=") for pair in self.columns]
+        if wrong := [pair for pair, (key, _, name) in zip(self.columns, pairs, strict=True) if not key or not name]:
+            raise ConfigError(f"data.columns: {wrong[0]!r}: expected key=name, such as prompt=question")
+        return {key.strip(): name.strip() for key, _, name in pairs}
 
 
 @dataclasses.dataclass(frozen=True)

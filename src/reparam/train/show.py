@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from reparam.adapter.quantize import entries, reports
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
+from reparam.evaluation.terminal import note, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,51 +40,54 @@ class Show:
         """Print what will be trained and a preview of the data."""
         trained = sum(p.numel() for p in job.adapter.parameters())
         total = entries(job.model) - trained
-        self.console.print(f"{job.adapter.method.name}: {trained:,} parameters will be trained, at these sites")
-        self.console.print(sites_table(job.adapter))
-        self.console.print(
-            f"that is {trained / total:.2%} of the base model's {total:,} parameters; everything else is frozen"
+        say(self.console, f"{job.adapter.method.name}: {trained:,} parameters will be trained, at these sites")
+        say(self.console, sites_table(job.adapter))
+        say(
+            self.console,
+            f"that is {trained / total:.2%} of the base model's {total:,} parameters; everything else is frozen",
         )
         if taken := job.adapter.positions:
-            self.console.print(f"virtual tokens take {taken} of {job.adapter.context or 'the'} positions of every text")
+            say(self.console, f"virtual tokens take {taken} of {job.adapter.context or 'the'} positions of every text")
         for report in reports(job.model):
-            self.console.print(str(report), highlight=False, soft_wrap=True)
-        self.console.print(f"training rows   {job.train.report}")
-        self.console.print(f"held-out rows   {job.valid.report}")
+            say(self.console, str(report))
+        say(self.console, f"training rows   {job.train.report}")
+        say(self.console, f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
-            self.console.print(f"[yellow]note[/yellow] {warning}", highlight=False, soft_wrap=True)
-        self.console.print(preview(job.train, job.tokenizer))
+            say(self.console, note("note", warning))
+        say(self.console, preview(job.train, job.tokenizer))
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""
         if rates:
-            self.console.print(rates_table(rates))
+            say(self.console, rates_table(rates))
 
     def ended(self, early: str | None) -> None:
         """Print the method's note about a run that ended before the method's schedule did, if there is one."""
         if early is not None:
-            self.console.print(f"[yellow]note[/yellow] {early}", highlight=False, soft_wrap=True)
+            say(self.console, note("note", early))
 
     def worse(self, before: Score, after: Score) -> None:
         """Print a warning if the held-out loss with the adapter is worse than that of the base."""
         if not after.value <= before.value:
-            self.console.print(
-                f"[yellow]warning[/yellow] the run diverged: the held-out {after.name} is {after.value:.4f} with "
-                f"the adapter and {before.value:.4f} without it; lower the learning rate, or train for fewer steps",
-                highlight=False,
-                soft_wrap=True,
+            say(
+                self.console,
+                note(
+                    "warning",
+                    f"the run diverged: the held-out {after.name} is {after.value:.4f} with the adapter and "
+                    f"{before.value:.4f} without it; lower the learning rate, or train for fewer steps",
+                ),
             )
 
     def step(self, text: str) -> None:
         """Print the current step of the run."""
-        self.console.print(f"[dim]{text} ...[/dim]", highlight=False, soft_wrap=True)
+        say(self.console, f"{text} ...", style="dim")
 
     def found(self, found: Found) -> None:
         """Print the checkpoint that the run resumes from, and those that were skipped."""
         for path, reason in found.skipped:
-            self.console.print(f"[yellow]skipped[/yellow] {path}: {reason}", highlight=False, soft_wrap=True)
+            say(self.console, note("skipped", f"{path}: {reason}"))
         if found.path is not None:
-            self.console.print(f"resuming from {found.path}", highlight=False, soft_wrap=True)
+            say(self.console, f"resuming from {found.path}")
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
@@ -91,21 +95,18 @@ class Show:
 
     def result(self, result: Result, difference: float) -> None:
         """Print the scores before and after training, up to five answers, and the paths of the results."""
-        self.console.print(scores_table(result.before, result.after))
+        say(self.console, scores_table(result.before, result.after))
         if result.answers:
-            self.console.print(answers_table(result.answers[:5]))
-        self.console.print(
+            say(self.console, answers_table(result.answers[:5]))
+        say(
+            self.console,
             f"The saved adapter was read back: its outputs equal those of the trained one bit for bit, and it changes "
             f"logits by up to {difference:.3g}.",
-            highlight=False,
-            soft_wrap=True,
         )
         if result.paging is not None:
-            self.console.print(paging_line(result.paging), highlight=False, soft_wrap=True)
-        self.console.print(f"adapter        {result.folder / 'adapter'}", highlight=False, soft_wrap=True)
-        self.console.print(
-            f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}", highlight=False
-        )
+            say(self.console, paging_line(result.paging))
+        say(self.console, f"adapter        {result.folder / 'adapter'}")
+        say(self.console, f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
 
 
 def sites_table(adapter: Adapter) -> Table:
@@ -199,7 +200,7 @@ class _Progress(TrainerCallback):
             self.tokens, self.since = seen, now
             self.bar.update(self.task, loss=f"{logs['loss']:.4f}", speed=speed)
         if not self.live and ("loss" in logs or "eval_loss" in logs):
-            self.console.print(self._line(state, logs), highlight=False, soft_wrap=True)
+            say(self.console, self._line(state, logs))
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         if "eval_loss" in logs:

@@ -20,6 +20,8 @@ from reparam.errors import FormatError
 from reparam.weights import bitsandbytes, int8_files
 
 _OWN: dict[str, Any] = {"nf4": bitsandbytes, "int8": int8_files}
+QUANTIZED = frozenset(key for module in _OWN.values() for key in module.KEYS)
+"""The keys that quantized matrices have in the files of reparam and bitsandbytes, without their path."""
 
 
 class Layout(Protocol):
@@ -73,8 +75,10 @@ class _Plain:
 
     def weight_from(self, state: Mapping[str, Tensor], path: str, shape: tuple[int, int]) -> Weight:
         start = f"{path}.weight"
-        found = {key.removeprefix(start + "."): value for key, value in state.items() if key.startswith(start)}
-        device = next(iter(found.values())).device
+        found = {key.removeprefix(f"{start}."): value for key, value in state.items() if key.startswith(f"{start}.")}
+        if start in state:  # a dense matrix beside the tensors, or in their place
+            found["weight"] = state[start]
+        device = next(iter(found.values())).device if found else torch.device("cpu")
         weight = self.storage.quantize(torch.zeros(shape, device=device))
         wanted = weight.state_dict()
         problems = [f"{start}.{name} is missing" for name in wanted if name not in found]

@@ -56,6 +56,7 @@ class AdaLoRA(Method):
     """
 
     has_components: ClassVar[bool] = True
+    ties: ClassVar[bool] = True
     drops_empty_sites: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"init_r": 4, "target_r": 2, "alpha": 64, "total_steps": 4, "tinit": 0, "tfinal": 2},

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.checks import nearest
+from reparam.core.surface import advice
 from reparam.methods.mixture.routers import Router
 from reparam.methods.mixture.select import Gating
 from reparam.methods.mixture.two_pass import FirstPass
@@ -288,10 +289,8 @@ class Common(nn.Module):
             device = next((p.device for p in self.parameters()), None)
             return torch.zeros((), dtype=torch.int64, device=device)
         told = "no task was given" if tasks is None else "several tasks were given"
-        raise ValueError(
-            f"{what} needs one task, and {told}; use reparam.context(model, tasks=...), or --task, with one of "
-            f"{self._known()}"
-        )
+        remedy = advice("use reparam.context(model, tasks=...) with", "pass --task with")
+        raise ValueError(f"{what} needs one task, and {told}; {remedy} one of {self._known()}")
 
 
 def key(scope: str) -> str:

@@ -1,0 +1,61 @@
+"""Data sets of the Hugging Face library `datasets`: folders that it wrote, and ids on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reparam.errors import DataError
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The rows of a folder that `datasets` wrote; of a data set with several splits, those of "train"."""
+    datasets = _library(str(folder))
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError([f"{folder}: cannot be read: {_reason(error)}"]) from error
+    yield from _rows(found, str(folder), "train")
+
+
+def read(name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The rows of a data set on the hub: "owner/name", with "@revision" and ":split" (by default, "train")."""
+    datasets = _library(name)
+    path, _, split = name.partition(":")
+    path, _, revision = path.partition("@")
+    try:
+        found = datasets.load_dataset(path, split=split or "train", revision=revision or None)
+    except Exception as error:  # network, authorization, unknown names and splits: each library has its own classes
+        raise DataError(
+            [f"{name}: no such file, and the data set cannot be read from the hub: {_reason(error)}"]
+        ) from error
+    yield from _rows(found, name, split or "train")
+
+
+def _rows(found: Any, name: str, split: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    if isinstance(found, dict):
+        if split not in found:
+            raise DataError([f"{name}: no split {split!r}; the data set has {', '.join(found)}"])
+        found = found[split]
+    for number, value in enumerate(found, start=1):
+        yield f"{name}:row {number}", value
+
+
+def _library(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            [f"{name}: reading data sets needs the library datasets: pip install 'reparam[data]'"]
+        ) from None
+    return datasets
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,96 @@
+"""JSON: one object per line (JSONL), or one list of objects. Errors name the file, the line and the column."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from reparam.data.files.opened import opened
+from reparam.data.messages import kind_of
+from reparam.errors import DataError
+
+LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole
+
+
+def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of a JSONL file (UTF-8, with or without a byte order mark); blank lines are skipped."""
+    with opened(path) as file:
+        yield from _lines(file, str(path))
+
+
+def read_standard_input() -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of JSONL on standard input."""
+    yield from _lines(sys.stdin.buffer, "standard input")
+
+
+def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of a file with one list of objects, or of a JSONL file under the suffix .json."""
+    with opened(path) as file:
+        start = file.read(2**16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if start != b"[":
+        yield from read(path)
+        return
+    with opened(path) as file:
+        content = file.read(LARGEST_LIST + 1)
+    if len(content) > LARGEST_LIST:
+        raise DataError([f"{path}: a list of more than {LARGEST_LIST:,} bytes; write one object per line (JSONL)"])
+    values = _parsed(content.decode("utf-8-sig", errors="strict"), path)
+    for number, value in enumerate(values, start=1):
+        where = f"{path}:row {number}"
+        yield where, value if isinstance(value, dict) else _not_an_object(where, value)
+
+
+def _parsed(text: str, path: Path) -> list[Any]:
+    try:
+        values: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError([f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}"]) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError([f"{path}: malformed JSON: {error}"]) from None
+    return values
+
+
+def _lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    offset = 0  # of the line's first byte
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        try:
+            value = _parse(line.removesuffix(b"\n"), where, offset=offset, first=number == 1)
+        except DataError as error:
+            yield where, error
+        else:
+            if value is not None:
+                yield where, value
+        offset += len(line)
+
+
+def _parse(line: bytes, where: str, *, offset: int, first: bool) -> dict[str, Any] | None:
+    """The object on a line, or None for a blank line. `offset` is the position of the line's first byte in the file."""
+    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError([f"{where}: the file is UTF-16; save it as UTF-8"])
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise DataError([f"{where}: byte 0x{line[error.start]:02x} at offset {at:,} is not UTF-8"]) from None
+    if first:
+        text = text.removeprefix("\ufeff")  # byte order mark
+    if not text.strip():
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; JSONL has one complete object per line" if first and text.strip() in ("[", "{", "[{") else ""
+        raise DataError([f"{where}:{error.colno}: malformed JSON: {error.msg}{hint}"]) from None
+    except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deeply
+        raise DataError([f"{where}: malformed JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise _not_an_object(where, value)
+    return value
+
+
+def _not_an_object(where: str, value: object) -> DataError:
+    return DataError([f"{where}: expected an object, got {kind_of(value)}"])

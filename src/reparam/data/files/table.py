@@ -1,0 +1,40 @@
+"""CSV and TSV with a header line. Errors name the file and the line on which the row ends."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reparam.data.files.opened import opened
+from reparam.errors import DataError
+
+LONGEST = 2**27  # characters of a field
+
+
+def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The rows of a table as objects of strings. The suffix .tsv means that tabs separate the fields."""
+    csv.field_size_limit(LONGEST)
+    delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
+    with opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise DataError([f"{path}:1: two columns of the header have the same name"])
+            for fields in lines:
+                where = f"{path}:{lines.line_num}"
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    yield where, DataError([f"{where}: {len(fields)} fields, and the header has {len(header)}"])
+                else:
+                    yield where, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise DataError([f"{path}:{lines.line_num}: malformed table: {error}"]) from None
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise DataError([f"{path}: byte 0x{byte:02x} after line {lines.line_num} is not UTF-8"]) from None

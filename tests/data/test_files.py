@@ -1,0 +1,160 @@
+"""Rows in every kind of file. The judge is the same rows in JSONL; files are written by pyarrow, datasets and csv."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.json
+import pyarrow.parquet
+import pytest
+
+from reparam.data.rows import read_rows
+from reparam.errors import DataError
+
+ROWS = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "note": 'a "b", c\nd'} for i in range(5)]
+
+
+def jsonl() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def table(delimiter: str) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ROWS[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return out.getvalue().encode()
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    arrow = pyarrow.Table.from_pylist(ROWS)
+    match name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]:
+        case "jsonl":
+            content = jsonl()
+        case "json":
+            content = json.dumps(ROWS, indent=1).encode()
+        case "csv":
+            content = table(",")
+        case "tsv":
+            content = table("\t")
+        case "parquet":
+            pyarrow.parquet.write_table(arrow, path, row_group_size=2)
+            return path
+        case "feather":
+            pyarrow.feather.write_feather(arrow, path)
+            return path
+        case "arrow":
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, arrow.schema) as stream:
+                stream.write_table(arrow)
+            return path
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    if name.endswith(".zst"):
+        content = bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    path.write_bytes(content)
+    return path
+
+
+def contents(rows) -> list[dict]:
+    return [row.as_json() for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.feather",
+        "a.arrow",
+        "a.jsonl.gz",
+        "a.csv.gz",
+        "a.json.zst",
+    ],
+)
+def test_every_kind_of_file_holds_the_same_rows(tmp_path, name):
+    path = write(tmp_path, name)
+    rows = read_rows(path)
+    assert contents(rows) == ROWS
+    assert all(row.source.startswith(f"{path}:") for row in rows)
+    assert len({row.source for row in rows}) == len(rows)
+
+
+def test_globs_and_folders_are_read_in_order(tmp_path):
+    for i, row in enumerate(ROWS):
+        (tmp_path / f"part-{i}.jsonl").write_text(json.dumps(row))
+    assert contents(read_rows(tmp_path)) == ROWS
+    assert contents(read_rows(f"{tmp_path}/part-[13].jsonl")) == [ROWS[1], ROWS[3]]
+    (tmp_path / "train-0.jsonl").write_text(json.dumps(ROWS[0]))
+    assert contents(read_rows(tmp_path)) == [ROWS[0]]
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(DataError, match="holds files of several kinds"):
+        read_rows(tmp_path)
+
+
+def test_folders_of_datasets(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert contents(read_rows(tmp_path / "one")) == ROWS
+    both = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "two")
+    assert contents(read_rows(tmp_path / "two")) == ROWS[:3]
+    datasets.DatasetDict({"test": both["test"]}).save_to_disk(tmp_path / "three")
+    with pytest.raises(DataError, match="no split 'train'; the data set has test"):
+        read_rows(tmp_path / "three")
+
+
+def test_standard_input(tmp_path):
+    code = "from reparam.data.rows import read_rows; print([row.as_json() for row in read_rows('-')])"
+    done = subprocess.run([sys.executable, "-c", code], input=jsonl(), capture_output=True, check=True)
+    assert eval(done.stdout) == ROWS
+
+
+def problem(path: Path | str) -> str:
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    return caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", b'[{"text": "a"}, 3]', "a.json:row 2: expected an object, got a number"),
+        ("a.json", b'[{"text": "a"},\n {"text": }]', "a.json:2:11: malformed JSON"),
+        ("a.csv", b"text,b\n1\n", "a.csv:2: 1 fields, and the header has 2"),
+        ("a.csv", b"text,text\n1,2\n", "a.csv:1: two columns of the header have the same name"),
+        ("a.csv", b"text\n\xff\n", "a.csv: byte 0xff after line 1 is not UTF-8"),
+        ("a.csv", b'text\n"a\n', "a.csv:2: malformed table: unexpected end of data"),
+        ("a.parquet", b"PAR1 and nothing else", "a.parquet: cannot be read after row 0: "),
+        ("a.arrow", b"nothing", "a.arrow: cannot be read after row 0: "),
+        ("a.jsonl.gz", b"not compressed", "a.jsonl.gz: cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:40], "a.jsonl.gz: cannot be read: "),
+        ("a.jsonl.zst", b"not compressed", "a.jsonl.zst: cannot be read: "),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert problem(path).startswith(f"{tmp_path}/{expected}")
+
+
+def test_missing_names(tmp_path, monkeypatch):
+    assert "its folder" in problem(tmp_path / "none" / "a.jsonl")
+    assert "the folder holds no data files; expected .jsonl" in problem(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    found = problem("nobody/nothing")
+    assert found.startswith("nobody/nothing: no such file, and the data set cannot be read from the hub: ")
+    assert "\n" not in found

@@ -1,0 +1,207 @@
+"""`attach(..., tie=True)`: one update acts on all modules that share a weight (PEFT's `ensure_weight_tying`)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import IDS, gpt2, llama, logits, loss, same, tied_llama
+from tiny_configs import tiny
+from torch import Tensor, nn
+
+import reparam
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 2, "alpha": 3},
+    "dora": {"r": 2, "alpha": 3},
+    "adalora": {"init_r": 3, "target_r": 2, "total_steps": 10},
+    "full": {},
+}
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def adapted(method: str = "lora", *, model: Any = None, targets: Any = ("embed_tokens", "q_proj"), **more: Any) -> Any:
+    """A tied model with an adapter that has random values, and the adapter."""
+    model = tied_llama() if model is None else model
+    adapter = reparam.attach(model, method, targets=targets, tie=True, **SETTINGS[method], **more)
+    scramble(adapter)
+    return model, adapter
+
+
+@torch.no_grad()
+def scramble(adapter: reparam.Adapter) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def by_hand(adapter: reparam.Adapter, plain: Any) -> Any:
+    """The plain model in float64 with W' = diag(gain) W + B A at each site; its tied head follows by itself."""
+    plain = plain.double()
+    for path, update in adapter.updates.items():
+        factors = update.factors(adapter.modules[path].frozen)
+        weight = plain.get_submodule(path).weight
+        weight.copy_(factors.apply(weight.detach()))
+    return plain
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_one_update_acts_on_both_uses(method: str, tmp_path: Path) -> None:
+    base = logits(tied_llama())
+    model = tied_llama()
+    adapter = reparam.attach(model, method, targets=["lm_head", "q_proj"], tie=True, **SETTINGS[method])
+    assert torch.equal(logits(model), base)
+    assert adapter.tied == {HEAD: EMBEDDING}
+    assert HEAD not in adapter.sites
+    assert len({id(p) for p in adapter.parameters()}) == len(adapter.parameters())
+    scramble(adapter)
+    expected = logits(by_hand(adapter, tied_llama()))
+    found = logits(model)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert not torch.allclose(found, base, atol=0.1)
+
+    with pytest.warns(UserWarning, match="bind") if method == "adalora" else contextlib.nullcontext():
+        adapter.save(tmp_path / "a")
+    other = tied_llama()
+    again = reparam.load(other, tmp_path / "a")
+    assert again.tied == {HEAD: EMBEDDING}
+    assert torch.equal(logits(other), found)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+
+    reparam.merge(model)
+    assert torch.allclose(logits(model).double(), expected, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "m").eval()), logits(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_is_that_of_a_tied_model(method: str) -> None:
+    """The gradients of both uses add up, as those of a tied matrix do."""
+    model, adapter = adapted(method, targets=["embed_tokens"])
+    plain = tied_llama().double()
+    update = adapter.updates[EMBEDDING]
+    own = {name: p.detach().double().requires_grad_() for name, p in update.named_parameters()}
+    with torch.no_grad():
+        start = plain.model.embed_tokens.weight.clone()
+    changed = start + 1.5 * own["B"] @ own["A"] if method == "lora" else own["matrix"]
+    tied = {f"{EMBEDDING}.weight": changed, "lm_head.weight": changed}
+    result = torch.func.functional_call(plain, tied, (), {"input_ids": IDS, "labels": IDS}, tie_weights=False)
+    result.loss.backward()
+    loss(model).backward()
+    for name, parameter in update.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad.double(), own[name].grad, atol=1e-5), name  # type: ignore[arg-type]
+
+
+def test_selection_mixed_batches_copies_and_removal() -> None:
+    model, _ = adapted("dora")
+    base, one = logits(tied_llama()), logits(model)
+    other = reparam.attach(model, reparam.LoRA(r=3), targets=["v_proj"], name="other")
+    scramble(other)
+    two = logits(model)
+    with reparam.select(model, ["default", "other", None]):
+        rows = logits(model)
+    for row, alone in enumerate((one, two, base)):
+        assert torch.allclose(rows[row], alone[row], atol=1e-5)
+    reparam.select(model, "default")
+    assert torch.equal(logits(copy.deepcopy(model)), one)
+    report = reparam.merge(model, keep_base=True)
+    assert [site.name for site in report.sites].count(EMBEDDING) == 1
+    report.restore()
+    assert torch.equal(logits(model), one)
+    reparam.remove(model, "default")
+    reparam.remove(model, "other")
+    assert torch.equal(logits(model), base)
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_files_of_a_whole_model_hold_the_update_once(tmp_path: Path) -> None:
+    model, _ = adapted()
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(stock), logits(tied_llama()))
+    reparam.load(stock, tmp_path)
+    assert torch.equal(logits(stock), logits(model))
+    fresh, adapter = adapted()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_an_untied_base_takes_the_update_at_both_matrices(tmp_path: Path) -> None:
+    _, adapter = adapted()
+    adapter.save(tmp_path / "a")
+    model = llama()
+    reparam.load(model, tmp_path / "a", check_base=False)
+    expected = by_hand(adapter, llama())
+    a, b, _ = adapter.updates[EMBEDDING].factors(adapter.modules[EMBEDDING].frozen)
+    with torch.no_grad():
+        expected.lm_head.weight += b.double() @ a.double()
+    assert torch.allclose(logits(model).double(), logits(expected), atol=1e-4)
+    reparam.merge(model)
+    assert torch.allclose(logits(model).double(), logits(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "head"),
+    [
+        ("BertForMaskedLM", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+        ("GPT2LMHeadModel", "transformer.wte", "lm_head"),
+        ("T5ForConditionalGeneration", "shared", "lm_head"),
+    ],
+)
+def test_other_layouts(name: str, embedding: str, head: str) -> None:
+    """BERT's decoder also shares its bias, and T5's embedding has four uses."""
+    model = tiny(getattr(transformers, name))
+    plain = copy.deepcopy(model)
+    adapter = reparam.attach(model, reparam.LoRA(r=2), targets=[head], tie=True)
+    assert list(adapter.sites) == [embedding]
+    assert head in adapter.tied
+    scramble(adapter)
+    assert torch.allclose(_outputs(model).double(), _outputs(by_hand(adapter, plain)), atol=1e-4)
+
+
+def _outputs(model: Any) -> Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, **more).logits
+    return found
+
+
+def test_everything_includes_tied_weights() -> None:
+    model = gpt2(tied=True)
+    adapter = reparam.attach(model, "full", tie=True)
+    assert adapter.tied == {"lm_head": "transformer.wte"}
+    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert held == sum(p.numel() for p in gpt2(tied=True).parameters())
+
+
+def test_what_cannot_be_is_refused_in_a_sentence() -> None:
+    for method in ("intrinsic", "bottleneck", "molora"):
+        model = tied_llama()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=rf"tie: {method} cannot act on several modules .* lora, .*untie"):
+            reparam.attach(model, method, targets=["lm_head"], tie=True)
+        assert same(dict(model.state_dict()), state)
+    bert = tiny(transformers.BertForMaskedLM)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder shares its weight with cls\.predictions, so"):
+        reparam.attach(bert, reparam.LoRA(), targets=["cls.predictions.decoder"], tie=True, bias=True)
+    model, _ = adapted()
+    with pytest.raises(ValueError, match=r"an adapter is on model\.embed_tokens, which shares its weight"):
+        reparam.untie(model)
+    with pytest.raises(ValueError, match=r"shares its weight with .*untie"):
+        reparam.attach(model, reparam.LoRA(), targets=["lm_head"], name="alone")
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens, so .* modules_to_save"):
+        reparam.attach(tied_llama(), reparam.LoRA(), modules_to_save=["lm_head"], tie=True)
+    with pytest.warns(UserWarning, match=r"tie has no effect: none of the modules .* shares its weight"):
+        reparam.attach(tied_llama(), reparam.LoRA(r=1), tie=True)
