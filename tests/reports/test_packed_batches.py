@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 from models import VOCABULARY
-from selecting import change, close, moved
+from selecting import adapted, change, close
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -51,12 +51,6 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.embed is None else self.embed(x)
         return self.head(self.up(self.norm(x)).relu())
-
-
-def adapted(model: Any, **settings: Any) -> Any:
-    moved(model, "a", 1, **settings)
-    moved(model, "b", 2, r=3, **settings)
-    return model
 
 
 def names_of(lengths: Sequence[int]) -> list[str | None]:

@@ -52,8 +52,10 @@ class Mixed:
         self._slots, self._names, self._times, self._spans = slots, names, 0, spans
         self.routing.tried = True
         self._expand(1)
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         for module in self.model.modules():
-            if module is self.model or hasattr(module, "get_input_embeddings"):
+            if module is self.model or module is encoder or hasattr(module, "get_input_embeddings"):
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._after, always_call=True))
         if hasattr(self.model, "generate"):
