@@ -48,13 +48,12 @@ class Layout:
                 yield out, h, slots[row : row + count], numbers[row : row + count]
                 at, row = at + count * length, row + count
             return
-        count, times = self.rows, 1
+        count, slots, numbers = self.rows, slots[: self.rows], numbers[: self.rows]
         if self.order == "tokens":
             count = x.shape[0] if self.flat else x.shape[0] * x.shape[1]
-            times = count // self.rows
+            slots, numbers = slots.repeat(count // self.rows), numbers * (count // self.rows)
         length = x.shape[:-1].numel() // max(count, 1)
-        out, h = (t.reshape(count, length, t.shape[-1]) for t in (y, x))
-        yield out, h, slots[: self.rows].repeat(times), numbers[: self.rows] * times
+        yield y.reshape(count, length, y.shape[-1]), x.reshape(count, length, x.shape[-1]), slots, numbers
 
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Some rows of an activation, in the same order of dimensions."""
