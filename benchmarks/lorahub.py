@@ -126,11 +126,19 @@ def _run(job: Job, output: Path, sizes: Sizes) -> dict[str, Any]:
         train = encoded(output / "lorahub-tasks" / job.task / "train.jsonl", 5000, sizes.length)
         trained(model, train, job.rate, sizes.steps, sizes.rows, job.seed).save(folder / "adapter")
     elif job.way == "mean":
-        compose_to(folder / "adapter", known, None, console=console)
+        compose_to(folder / "adapter", known, None, overwrite=True, console=console)
         reparam.load(model, folder / "adapter")
     elif job.way == "LoraHub":
         few = few_rows(output, job.task, job.seed, sizes)
-        hub = search_to(folder / "adapter", known, few, budget=sizes.budget, max_length=sizes.length, console=console)
+        hub = search_to(
+            folder / "adapter",
+            known,
+            few,
+            budget=sizes.budget,
+            max_length=sizes.length,
+            overwrite=True,
+            console=console,
+        )
         found |= {"weights": list(hub.found.weights), "forwards": hub.forwards, "candidates": len(hub.found.history)}
         found |= {"few": {line.name.split(" (")[0]: line.few for line in hub.lines}}
         single = hub.line("best single")

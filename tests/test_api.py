@@ -198,9 +198,9 @@ def test_what_is_returned_prints_as_one_line() -> None:
     reparam.select(model, "task")
     merged = reparam.merge(model, keep_base=True)
     sites = len(merged.sites)
-    assert repr(merged) == f"MergeReport('task', {sites} sites, 1.0000 survives in float32, base kept)"
+    assert repr(merged) == f"MergeReport('task', {sites} sites, nothing changed, base kept)"
     merged = reparam.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), "int8", targets="0")
-    assert repr(merged) == "QuantizeReport(int8, 1 matrices, 16 KiB -> 4.25 KiB, 8.5 bits per entry, 1 not quantized)"
+    assert repr(merged) == "QuantizeReport(int8, 1 matrix, 16 KiB -> 4.25 KiB, 8.5 bits per entry, 1 not quantized)"
 
 
 def test_an_adapter_that_was_removed_still_prints() -> None:

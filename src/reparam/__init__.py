@@ -90,6 +90,7 @@ if TYPE_CHECKING:
         TaskGated,
         XLoRA,
     )
+    from reparam.methods.several import Several
     from reparam.weights.int8 import Int8
     from reparam.weights.nf4 import NF4
 
@@ -134,6 +135,7 @@ __all__ = [
     "ReparamError",
     "RunLocked",
     "Selection",
+    "Several",
     "Site",
     "StateError",
     "Stopped",
@@ -223,6 +225,7 @@ _HOMES = {  # the module that defines each name
     "Poly": "reparam.methods.mixture",
     "TaskGated": "reparam.methods.mixture",
     "XLoRA": "reparam.methods.mixture",
+    "Several": "reparam.methods.several",
     "Int8": "reparam.weights.int8",
     "NF4": "reparam.weights.nf4",
 }

@@ -24,7 +24,7 @@ import signal
 from collections.abc import Sequence
 
 SHOWN = 10  # the most problems that one error message lists
-LONGEST = 4000  # characters of an error message; files can hold names of any length
+_LONGEST = 4000  # characters of an error message; files can hold names of any length
 
 
 class ReparamError(Exception):
@@ -35,7 +35,13 @@ class ReparamError(Exception):
     """
 
     def __str__(self) -> str:
-        return _line(super().__str__())
+        return self._line(super().__str__())
+
+    @staticmethod
+    def _line(text: str) -> str:
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST - 1000]} ... {text[5 - 1000 :]}"
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class FormatError(ReparamError, ValueError):
@@ -63,7 +69,7 @@ class DataError(ReparamError, ValueError):
         self._lines = lines
 
     def __str__(self) -> str:
-        return "\n".join(map(_line, self._lines))
+        return "\n".join(map(self._line, self._lines))
 
 
 class ConfigError(ReparamError, ValueError):
@@ -111,10 +117,3 @@ class Stopped(ReparamError):  # noqa: N818  (reads as what happened)
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}"
-
-
-def _line(text: str) -> str:
-    """The text as one line of bounded length."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST - 1000]} ... {text[5 - 1000 :]}"
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

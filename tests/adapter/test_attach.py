@@ -117,7 +117,7 @@ def test_an_optimizer_that_would_train_less_is_refused() -> None:
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1)
     assert adapter.bind(optimizer) is adapter
     adapter.parameters()[3].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"1 parameters are frozen .*layers\.0\.self_attn\.k_proj\.B"):
+    with pytest.raises(ValueError, match=r"1 parameter is frozen .*layers\.0\.self_attn\.k_proj\.B"):
         adapter.bind(optimizer)
 
 

@@ -132,7 +132,7 @@ def test_what_cannot_be_an_expert_is_refused(folders: tuple[str, ...], tmp_path:
         str(tmp_path / "none"): "no such folder",
         saved("dora", reparam.DoRA(r=2)): "changes .* by more than a low-rank matrix",
         saved("elsewhere", lora, targets=["q_proj"]): "adapt different modules",
-        saved("head", lora, modules_to_save=["lm_head"]): "also trains lm_head whole",
+        saved("head", lora, modules_to_save=["lm_head"]): "also trains lm_head, and the experts of a mixture",
         saved("other", lora, other): "trained on a base with different weights",
         saved("routed", METHODS["molora"](n=2, r=2)): "cannot be an expert: .*router 'token'",
     }

@@ -73,7 +73,7 @@ def test_a_check_refuses_and_says_nothing_else_and_notes_are_sentences() -> None
         method.check(sites)
         assert method.shared(sites) is None
         (note,) = method.notes(sites)
-    assert "exceeds min(out_features, in_features) at 1 sites (first: a, 4 x 4)" in note
+    assert "exceeds min(out_features, in_features) at 1 site (first: a, 4 x 4)" in note
     with pytest.raises(ValueError, match="matches none"):
         reparam.LoRA(rank_pattern={"b": 2}).check(sites)
     with pytest.raises(ValueError, match="raise d"):

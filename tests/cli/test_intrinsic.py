@@ -78,7 +78,7 @@ def test_a_run_is_an_ordinary_adapter(found: Path, base: str, capsys: pytest.Cap
         (("--lr", 0.1), "--optim.learning_rate: use --rates instead"),
         (("--method", "lora"), "use --method intrinsic to find d90"),
         (("--grid", "3:9", "--method.mode", "said"), "leaves none"),
-        (("--grid", "10:99999999"), "only .* parameters move"),
+        (("--grid", "10:99999999"), "only .* parameters can move"),
         (("--metric", "exact", "--data.score_rows", 0), "counts right answers"),
         (("--rates", "fast"), "comma-separated numbers"),
     ],

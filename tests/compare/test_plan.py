@@ -37,6 +37,19 @@ def test_methods_times_ranks_times_storages() -> None:
     assert labels(None, methods="lora") == ["lora"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_lora_plus_is_known_by_its_setting_not_by_its_name(tmp_path: Path) -> None:
+    entries = '[[compare.methods]]\nname = "lora"\nlabel = "first"\n[compare.methods.optim]\nlora_plus = 4\n'
+    entries += '[[compare.methods]]\nname = "LoRA+"\nlabel = "second"\n[[compare.methods]]\nname = "lora"\n'
+    file = toml(tmp_path, entries)
+    plan = read_plan(file, BARE)
+    assert plan.reference == "lora"
+    assert [plan.config(c, {}).optim.lora_plus for c in plan.contestants] == [4, 16, None]
+    plan = read_plan(file, {**BARE, "optim.lora_plus": 8})  # all of them are LoRA+
+    assert [plan.config(c, {}).optim.lora_plus for c in plan.contestants] == [4, 8, 8]
+    assert plan.reference == "first"
+
+
 def test_every_method_can_be_named_with_nothing_else_and_every_setting_that_is_listed_is_swept(tmp_path: Path) -> None:
     plain = [name for name, cls in METHODS.items() if _builds(cls)]
     assert labels(None, methods=",".join(plain)) == plain

@@ -218,7 +218,7 @@ SMALL = {"lora": 100, "dora": 120, "tiny": 10}
 
 def sentence(**values: list[float]) -> str:
     by_seed = {label: dict(enumerate(scores)) for label, scores in values.items()}
-    return recommend(by_seed, SMALL, "lora", "exact match", failed=set(), base=0.1)
+    return recommend(by_seed, SMALL, "lora", "exact match", failed=set(), base=0.1, larger=True)
 
 
 def test_the_recommendation_tells_a_difference_from_noise() -> None:
@@ -239,11 +239,11 @@ def test_of_those_within_noise_of_the_best_the_smallest_is_taken() -> None:
 
 def test_who_failed_once_is_not_recommended() -> None:
     values = {"lora": {0: 0.5, 1: 0.51}, "dora": {0: 0.9}}
-    assert "dora" not in recommend(values, SMALL, "lora", "exact match", failed={"dora"}, base=None)
+    assert "dora" not in recommend(values, SMALL, "lora", "exact match", failed={"dora"}, base=None, larger=True)
 
 
 def test_nobody_is_recommended_where_nothing_beats_the_base() -> None:
     assert sentence(lora=[0.1, 0.1], dora=[0.1, 0.0]).startswith("No contestant is better than the base")
     worse = {"lora": {0: 2.0, 1: 2.1}, "dora": {0: 2.5, 1: 2.4}}
-    found = recommend(worse, SMALL, "lora", "loss per token", failed=set(), base=1.9)
+    found = recommend(worse, SMALL, "lora", "loss per token", failed=set(), base=1.9, larger=False)
     assert "loss per token 1.900; the best is lora, 2.050" in found

@@ -68,7 +68,9 @@ def test_plots(tmp_path: Path) -> None:
     saved(tmp_path, reparam.AdaLoRA(init_r=4, target_r=2, rank_pattern={"up_proj": 0, **PATTERN}))
     told(tmp_path, plot=tmp_path / "plots")
     assert [file.name for file in (tmp_path / "plots").iterdir()] == ["ranks.png"]
-    assert f"plots are in {tmp_path}"[:12] in told(tmp_path, plot=tmp_path / "plots", base=str(tmp_path / "base"))
+    assert f"plots are in {tmp_path}"[:12] in told(
+        tmp_path, plot=tmp_path / "plots", overwrite=True, base=str(tmp_path / "base")
+    )
     for name in ("ranks.png", "directions.png"):
         image = matplotlib.image.imread(tmp_path / "plots" / name)
         assert image.std() > 0.05, name

@@ -83,6 +83,10 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "biases of B": (gpt2, {"target_modules": CONVS, "fan_in_fan_out": True, "lora_bias": True, "use_rslora": True}),
     "biases of B, without others": (llama, {"target_modules": PROJECTIONS, "lora_bias": True}),
     "biases of B and others": (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "bias": "lora_only"}),
+    "all biases": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    "all biases and a head": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "all biases with dora": (bert, {"target_modules": ["query"], "bias": "all", "use_dora": True}),
+    "all biases without any": (llama, {"target_modules": PROJECTIONS, "bias": "all"}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding alone": (gpt2, {"target_modules": ["wte"]}),
     "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
@@ -164,7 +168,11 @@ def test_comes_back_to_peft_unchanged(saved: Saved, tmp_path: Path) -> None:
     adapter = reparam.load(base_for(saved), saved.folder)
     adapter.save(tmp_path / "ours", format="peft")
     before, after = load_file(saved.folder / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
-    carried = {key for key in before if key.endswith("base_layer.weight")}
+    carried = {
+        key
+        for key in before
+        if key.endswith(("base_layer.weight", ".modules_to_save.bias")) or ".original_module." in key
+    }
     assert after.keys() == before.keys() - carried
     assert all(torch.equal(after[key], before[key]) for key in after)
     with warnings.catch_warnings():

@@ -123,11 +123,6 @@ def test_loftq(folder: Path) -> None:
     refused(folder, CONFIG, "init_lora_weights")
 
 
-def test_all_biases(folder: Path) -> None:
-    edit(folder, bias="all")
-    refused(folder, "bias = 'all'", "lora_only")
-
-
 def test_key_of_a_later_release(folder: Path) -> None:
     edit(folder, use_magic=True, peft_version="9.0.0")
     refused(folder, "use_magic = True", "9.0.0")

@@ -76,7 +76,7 @@ def test_full_trains_all_parameters_of_gpt2_as_plain_adamw_does() -> None:
 
 def test_full_leaves_tied_matrices_alone_and_says_so() -> None:
     with pytest.warns(
-        UserWarning, match=r"shares its weight with lm_head: call reparam\.untie\(model\) or set base\.untie"
+        UserWarning, match=r"shares its weight with lm_head: call reparam\.untie\(model\) or attach with tie"
     ):
         adapter = reparam.attach(models.tied_llama(), Full())
     assert not {"lm_head", "model.embed_tokens"} & set(adapter.sites)
@@ -160,9 +160,7 @@ def test_bitfit_gradients_are_those_of_the_biases() -> None:
 
 def test_bitfit_on_a_model_without_biases_names_the_setting() -> None:
     model = models.llama()
-    with pytest.raises(
-        ValueError, match=r"bitfit cannot go on .*this layer has no bias; pass --method\.create to add one"
-    ):
+    with pytest.raises(ValueError, match=r"bitfit cannot go on .*this layer has no bias; set create=True to add one"):
         reparam.attach(model, BitFit())
     assert not any(isinstance(module, Adapted) for module in model.modules())
     adapter = reparam.attach(model, BitFit(create=True))

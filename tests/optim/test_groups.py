@@ -153,7 +153,7 @@ def test_nothing_to_give_the_ratio_to_is_refused() -> None:
     with pytest.raises(ValueError, match="none has the role 'out' at a linear map"):
         lora_plus([("b.B", parameter(9, 2), "out")], SITES, lr=1e-3)
     frozen = parameter(4, 2).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"1 parameters are frozen \(first: a.B\); call adapter.requires_grad_"):
+    with pytest.raises(ValueError, match=r"1 parameter is frozen \(first: a.B\); call adapter.requires_grad_"):
         lora_plus([("a.B", frozen, "out"), ("a.C", parameter(4, 2), "out")], SITES, lr=1e-3)  # type: ignore[list-item]
 
 

@@ -36,3 +36,12 @@ def test_python_is_told_of_the_argument(tmp_path: Path) -> None:
     torch.nn.init.normal_(other.lm_head.weight)
     with pytest.raises(library.FormatError, match="pass check_base=False"):
         library.load(other, tmp_path / "a")
+
+
+def test_tied_weights(base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(base, rows, tmp_path / "out", "--target_modules", "lm_head") == 2
+    assert "pass --base.untie, or leave lm_head out of the targets" in " ".join(capsys.readouterr().err.split())
+    assert train(base, rows, tmp_path / "out", "--modules_to_save", "lm_head") == 2
+    assert "pass --base.untie, or leave lm_head out of modules_to_save" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ValueError, match=r"call reparam.untie\(model\) first, attach with tie=True"):
+        library.attach(llama(tie_word_embeddings=True), "lora", targets=["lm_head"])

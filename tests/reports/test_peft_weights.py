@@ -218,3 +218,16 @@ def test_kohyas_files_are_named(tmp_path: Path) -> None:
     saved(tmp_path)
     save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 3)}, tmp_path / WEIGHTS)
     refused(tmp_path, "kohya")
+
+
+def test_convolutions_are_named(tmp_path: Path) -> None:
+    net = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(4, 6, 3), "linear": torch.nn.Linear(4, 4)})
+    peft.get_peft_model(net, peft.LoraConfig(target_modules=["conv", "linear"])).save_pretrained(str(tmp_path))
+    refused(tmp_path, "base_model.model.conv: factors of a convolution, lora_A [8, 4, 3, 3]", "modules_to_save")
+
+
+def test_activated_lora_and_dora_on_embeddings_are_named(tmp_path: Path) -> None:
+    saved(tmp_path / "a", alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    refused(tmp_path / "a", "alora_invocation_tokens", "Activated LoRA")
+    saved(tmp_path / "d", target_modules=["embed_tokens"], use_dora=True)
+    refused(tmp_path / "d", "DoRA on an embedding")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import command
+import peft
 import pytest
 import torch
 import transformers
@@ -15,6 +18,8 @@ from tiny_configs import tiny
 from torch import Tensor, nn
 
 import reparam
+from reparam.hf.open import open_model
+from reparam.io import native
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "alpha": 3},
@@ -158,10 +163,12 @@ def test_an_untied_base_takes_the_update_at_both_matrices(tmp_path: Path) -> Non
         ("BertForMaskedLM", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
         ("GPT2LMHeadModel", "transformer.wte", "lm_head"),
         ("T5ForConditionalGeneration", "shared", "lm_head"),
+        ("BartForConditionalGeneration", "model.shared", "lm_head"),
+        ("Gemma3ForCausalLM", "model.embed_tokens", "lm_head"),
     ],
 )
 def test_other_layouts(name: str, embedding: str, head: str) -> None:
-    """BERT's decoder also shares its bias, and T5's embedding has four uses."""
+    """BERT's decoder also shares its bias, T5's and BART's embeddings have four uses, and some have a scale."""
     model = tiny(getattr(transformers, name))
     plain = copy.deepcopy(model)
     adapter = reparam.attach(model, reparam.LoRA(r=2), targets=[head], tie=True)
@@ -187,7 +194,7 @@ def test_everything_includes_tied_weights() -> None:
 
 
 def test_what_cannot_be_is_refused_in_a_sentence() -> None:
-    for method in ("intrinsic", "bottleneck", "molora"):
+    for method in ("intrinsic", "bottleneck", "molora", "lora_bias"):
         model = tied_llama()
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=rf"tie: {method} cannot act on several modules .* lora, .*untie"):
@@ -205,3 +212,148 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
         reparam.attach(tied_llama(), reparam.LoRA(), modules_to_save=["lm_head"], tie=True)
     with pytest.warns(UserWarning, match=r"tie has no effect: none of the modules .* shares its weight"):
         reparam.attach(tied_llama(), reparam.LoRA(r=1), tie=True)
+
+
+# ---- PEFT's files
+
+
+def in_peft(folder: Path, make: Any, **settings: Any) -> Tensor:
+    """Save PEFT's adapter with random values, tied, and return the logits of PEFT."""
+    config = peft.LoraConfig(r=2, lora_alpha=4, ensure_weight_tying=True, **settings)
+    model = peft.get_peft_model(make(), config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2, generator=generator)
+    model.save_pretrained(str(folder))
+    return logits(model)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ".*embed_tokens|.*v_proj"], ids=str)
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"embed_tokens|lm_head": 3}}], ids=str)
+def test_peft_reads_and_writes_the_same_update(targets: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    expected = in_peft(tmp_path / "a", tied_llama, target_modules=targets, **more)
+    model = tied_llama()
+    adapter = reparam.load(model, tmp_path / "a")
+    assert adapter.tied == {HEAD: EMBEDDING}
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    adapter.save(tmp_path / "b", format="peft")
+    back = peft.PeftModel.from_pretrained(tied_llama(), str(tmp_path / "b")).eval()
+    assert torch.allclose(logits(back), expected, atol=1e-5)
+    kept = back.peft_config["default"]
+    assert kept.ensure_weight_tying
+    again = tied_llama()
+    assert reparam.load(again, tmp_path / "b").tied == {HEAD: EMBEDDING}
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_adapter_of_ours_is_tied_in_peft(tmp_path: Path) -> None:
+    model, adapter = adapted(alpha_pattern={"wte": 5}, model=gpt2(tied=True), targets=["wte", "c_attn"])
+    adapter.save(tmp_path / "a", format="peft")
+    found = peft.PeftModel.from_pretrained(gpt2(tied=True), str(tmp_path / "a")).eval()
+    assert torch.allclose(logits(found), logits(model), rtol=1e-4, atol=1e-4)
+    head = found.base_model.model.lm_head.lora_B["default"].weight
+    embedding = found.base_model.model.transformer.wte.lora_embedding_A["default"]
+    assert head.data_ptr() == embedding.data_ptr()
+
+
+def test_where_nothing_is_tied_peft_trains_two_updates(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        expected = in_peft(tmp_path, llama, target_modules=["embed_tokens", "lm_head"])
+    model = llama()
+    assert reparam.load(model, tmp_path).tied == {}
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_a_whole_tied_module_is_read_at_both_places(part: str, tmp_path: Path) -> None:
+    expected = in_peft(tmp_path, tied_llama, target_modules=["q_proj"], modules_to_save=[part])
+    model = tied_llama()
+    with pytest.raises(reparam.FormatError, match=r"shares its weight with .*untie"):
+        reparam.load(model, tmp_path)
+    reparam.untie(model)
+    reparam.load(model, tmp_path)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_peft_has_no_other_ties(tmp_path: Path) -> None:
+    _, adapter = adapted("dora")
+    with pytest.raises(reparam.FormatError, match=r"PEFT ties only a LoRA on an output head .* format='reparam'"):
+        adapter.save(tmp_path / "a", format="peft")
+    assert not (tmp_path / "a").exists()
+
+
+# ---- sums, compression, the command line
+
+
+def test_sums_keep_the_tie(tmp_path: Path) -> None:
+    _, one = adapted(targets=["embed_tokens"])
+    two = reparam.attach(tied_llama(), reparam.LoRA(r=3), targets=["v_proj"])
+    scramble(two)
+    one.save(tmp_path / "one")
+    two.save(tmp_path / "two")
+    found = tied_llama()
+    placed = reparam.blend([tmp_path / "one", tmp_path / "two"], [1.0, 0.5]).put(found)
+    assert placed.tied == {HEAD: EMBEDDING}
+    plain = by_hand(one, tied_llama())
+    with torch.no_grad():
+        for path, update in two.updates.items():
+            a, b, _ = update.factors(two.modules[path].frozen)
+            plain.get_submodule(path).weight += 0.5 * b.double() @ a.double()
+    assert torch.allclose(logits(found).double(), logits(plain), atol=1e-4)
+    small = reparam.compress(tmp_path / "one", rank=2).record
+    assert set(small.tied) == {HEAD}
+
+    alone = tied_llama()
+    reparam.untie(alone)
+    apart = reparam.attach(alone, reparam.LoRA(r=2), targets=["lm_head"])
+    apart.save(tmp_path / "apart")
+    with pytest.raises(reparam.FormatError, match=r"changes lm_head or model\.embed_tokens alone"):
+        reparam.blend([tmp_path / "one", tmp_path / "apart"], [1.0, 1.0])
+
+
+def test_a_run_trains_and_opens_a_tied_adapter(base: str, rows: str, tmp_path: Path) -> None:
+    code = command.reparam(
+        *("train", "--base", base, "--data", rows, "-o", str(tmp_path / "out"), "--ensure_weight_tying"),
+        *(
+            "--target_modules",
+            "embed_tokens,q_proj",
+            "--max_steps",
+            "2",
+            "--data.score_rows",
+            "0",
+            "--max_length",
+            "64",
+        ),
+    )
+    assert code == 0
+    model, _, adapter = open_model(base, tmp_path / "out")
+    assert adapter is not None
+    assert adapter.tied == {HEAD: EMBEDDING}
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lm_head": {"to": "nowhere", "kind": "linear"}}, r"tied\['lm_head'\]\.to: expected the path of a site"),
+        (
+            {"lm_head": {"to": EMBEDDING, "kind": "vector"}},
+            "lm_head is linear, 97 x 32, in this model",
+        ),
+        ({"elsewhere": {"to": EMBEDDING, "kind": "linear"}}, "lacks 1 modules of the adapter .first: elsewhere"),
+        ({"lm_head": EMBEDDING}, "tied"),
+        ({EMBEDDING: {"to": EMBEDDING, "kind": "linear"}}, "name a module twice"),
+    ],
+)
+def test_damaged_ties_are_refused(change: Any, said: str, tmp_path: Path) -> None:
+    _, adapter = adapted()
+    adapter.save(tmp_path)
+    file = tmp_path / native.CONFIG
+    values = json.loads(file.read_text())
+    values["tied"] = change
+    values["digest"] = native._digest(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(reparam.FormatError, match=said):
+        reparam.load(tied_llama(), tmp_path)

@@ -14,6 +14,7 @@ from tiny_configs import TooLarge, scramble, tiny, tying_classes
 from torch import Tensor, nn
 
 import reparam
+from reparam.sites.targets import resolve
 
 SAMPLE = [
     "BartForConditionalGeneration",
@@ -122,6 +123,23 @@ def test_a_head_whose_bias_is_shared_too_is_adapted(name: str, head: str) -> Non
     assert not torch.allclose(expected, base, atol=1e-3)
     reparam.merge(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "path"), [("BartForConditionalGeneration", "model.shared"), ("T5Model", "shared")])
+def test_an_embedding_that_nothing_calls_is_refused(name: str, path: str) -> None:
+    """Once its weight is no longer tied, the module that lent it has no effect."""
+    model = tiny(getattr(transformers, name))
+    assert resolve(model, [path]) == [path]
+    reparam.untie(model)
+    before = outputs(model)
+    with pytest.raises(ValueError, match=rf"{path}: \w+ does not call it, and nothing is tied to it"):
+        reparam.attach(model, reparam.LoRA(r=1), targets=[path])
+    with pytest.warns(UserWarning, match=rf"{path} \(\w+ does not call it"):
+        assert path not in resolve(model, "everything")
+    with torch.no_grad():
+        model.get_submodule(path).weight += 1
+    after = outputs(model)
+    assert (before is None and after is None) or torch.equal(after, before)  # type: ignore[arg-type]
 
 
 def test_untying_without_ties_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from reparam.core.base import Role, Site, Storage, Update
 from reparam.core.controller import Controller
 from reparam.core.method import Method
+from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.fingerprint import fingerprint
@@ -121,17 +122,18 @@ class Adapter:
         frozen = [name for name, p, _ in self.named_parameters() if not p.requires_grad]
         if missing or frozen:
             what, names = ("not in the optimizer", missing) if missing else ("frozen", frozen)
+            are = "parameter is" if len(names) == 1 else "parameters are"
             raise ValueError(
-                f"adapter {self.name!r}: {len(names)} parameters are {what} (first: {names[0]}); make the optimizer "
+                f"adapter {self.name!r}: {len(names):,} {are} {what} (first: {names[0]}); make the optimizer "
                 f"from adapter.parameters() after adapter.requires_grad_()"
             )
         own = {id(p) for p in self.parameters()}
         base = [n for n, p in base_parameters(self.model) if p.requires_grad and id(p) in held - own]
         if base:
             raise ValueError(
-                f"adapter {self.name!r}: the optimizer would also train {len(base)} parameters of the base model "
-                f"(first: in {base[0]}); make it from adapter.parameters(), or train these modules with the adapter: "
-                f"modules_to_save"
+                f"adapter {self.name!r}: the optimizer would also train "
+                f"{counted(len(base), 'parameter')} of the base model (first: in {base[0]}); make it from "
+                f"adapter.parameters(), or train these modules with the adapter: modules_to_save"
             )
         controller = self.controller
         if controller is not None:
@@ -213,8 +215,8 @@ class Adapter:
         found = self.parameters()
         count = sum(p.numel() for p in found)
         frozen = "" if not found or any(p.requires_grad for p in found) else ", frozen"
-        sites = f"{len(self.sites)} sites, " if self.sites else ""
-        return f"{type(self).__name__}({self.name!r}, {self.method.name}, {sites}{count:,} parameters{frozen})"
+        sites = f"{counted(len(self.sites), 'site')}, " if self.sites else ""
+        return f"{type(self).__name__}({self.name!r}, {self.method.name}, {sites}{counted(count, 'parameter')}{frozen})"
 
 
 def _quantization(model: nn.Module) -> tuple[Packing, ...]:

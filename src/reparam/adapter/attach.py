@@ -24,6 +24,7 @@ from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
+from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Shared
@@ -31,6 +32,7 @@ from reparam.sites.reads import announce
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import newly_initialized, put, walk
 from reparam.sites.walk import tied as tied_
+from reparam.sites.wrapped import at, bare, check_trainable
 
 
 def attach(
@@ -75,6 +77,8 @@ def attach(
     >>> attach(model, "lora", r=2, targets=["2"], name="other")
     Adapter('other', lora, 1 sites, 12 parameters)
     """
+    check_trainable(model)
+    model = bare(model)
     method = _configured(method, settings)
     wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
     names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
@@ -148,7 +152,7 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on the model, by name; empty if there are none."""
-    return dict(state_of(model).adapters) if hasattr(model, "reparam_state") else {}
+    return dict(state_of(model).adapters) if hasattr(bare(model), "reparam_state") else {}
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -156,6 +160,7 @@ def remove(model: nn.Module, name: str) -> None:
 
     Raises ValueError if no adapter has this name.
     """
+    model = bare(model)
     state = state_of(model)
     state.check(name)
     state.forget(name)
@@ -165,6 +170,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 def unwrap(model: nn.Module) -> None:
     """Drop all adapters and restore the model's original modules, with the current values of the frozen weights."""
+    model = bare(model)
     state = state_of(model)
     state.select(None)
     found = dict(walk(model))
@@ -209,12 +215,12 @@ def install(
     check_name(model, name)
     check_ties(model, names, tied, bias=bias or not method.ties)
     _check_whole(model, names, replaced)
-    fresh = [path for path in names if not isinstance(_at(model, path), Adapted)]
-    trains = {path: bool(_at(model, path).weight.requires_grad) for path in fresh}
+    fresh = [path for path in names if not isinstance(at(model, path), Adapted)]
+    trains = {path: bool(at(model, path).weight.requires_grad) for path in fresh}
     modules: dict[str, Adapted] = {}
     try:
         for path in names:
-            modules[path] = targets_.wrap(_at(model, path))
+            modules[path] = targets_.wrap(at(model, path))
         sites = {path: module.site(path) for path, module in modules.items() if path not in tied}
         method.check(list(sites.values()))
         for note in method.notes(list(sites.values())) if warns else ():
@@ -224,7 +230,7 @@ def install(
             shared.to(modules[names[0]].frozen.device)
         own = {path: method.build(site, modules[path].frozen, shared) for path, site in sites.items()}
         updates: dict[str, Update] = own | {path: Follower(own[leader]) for path, leader in tied.items()}
-        holders = {path: h if isinstance(h := _at(model, path), Replaced) else Replaced(h) for path in replaced}
+        holders = {path: h if isinstance(h := at(model, path), Replaced) else Replaced(h) for path in replaced}
         copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
         for path in names:
             _check_form(path, updates[path], modules[path])
@@ -269,19 +275,16 @@ def _check_form(path: str, update: Update, module: Adapted) -> None:
         raise ValueError(f"{path}: the update changes the bias, but this {module.kind} module cannot have a bias")
 
 
-def _at(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path)
-
-
 def _check_whole(model: nn.Module, names: list[str], replaced: list[str]) -> None:
     """Raise ValueError if a module cannot be trained whole: it is tied, or contains a site of an adapter."""
     for path, others in tied_(model, replaced).items():
+        remedy = advice("call reparam.untie(model) first", "pass --base.untie")
         raise ValueError(
-            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; call "
-            f"reparam.untie(model) first, or leave {path} out of modules_to_save"
+            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; {remedy}, or "
+            f"leave {path} out of modules_to_save"
         )
     for path in replaced:
-        module = _at(model, path)
+        module = at(model, path)
         why = targets_.unsupported_whole(module)
         if why:
             raise ValueError(f"{path} cannot be trained whole: {why}; name those of its submodules that can")

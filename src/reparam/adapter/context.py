@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.selection import state_of
 from reparam.methods.mixture.common import Common, Given, Tasks
+from reparam.sites.wrapped import bare
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractCo
 
 def _selected(model: nn.Module) -> Common | None:
     """The shared state of the selected adapter if it is a mixture, else None."""
-    choice = state_of(model).choice if hasattr(model, "reparam_state") else None
+    choice = state_of(model).choice if hasattr(bare(model), "reparam_state") else None
     adapter = state_of(model).adapters[choice] if isinstance(choice, str) else None
     return cast(Common, adapter.shared) if adapter is not None and adapter.method.takes_context else None
 

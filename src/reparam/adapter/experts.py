@@ -33,7 +33,7 @@ def assemble(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[Me
     if not folders:
         return method, {}
     _check_apart(folders)
-    records = {folder: files.read(files.adapter_folder(folder)) for folder in folders}
+    records = {folder: files.read(files.adapter_folder(folder)).without_beside(folder) for folder in folders}
     _check(model, records, names)
     parts = {folder: _factors(folder, record) for folder, record in records.items()}
     first = next(iter(records.values()))
@@ -60,9 +60,14 @@ def _check(model: nn.Module, records: dict[str, Record], names: Sequence[str]) -
     digests = fingerprint(model)
     (one, first), *_ = records.items()
     for folder, record in records.items():
+        if record.tied:
+            raise FormatError(f"{folder}: one update of this adapter acts on tied weights, which a mixture cannot use")
         whole = [*record.replaced, *(key for key in record.tensors if key.endswith(".bias"))]
         if whole:
-            raise FormatError(f"{folder}: this adapter also trains {listed(whole)} whole, which a mixture cannot use")
+            raise FormatError(
+                f"{folder}: this adapter also trains {listed(whole)}, and the experts of a mixture are low-rank "
+                "changes alone; name an adapter that was trained without modules_to_save and biases"
+            )
         if record.base is not None and record.base.digests and not agree(record.base.digests, digests):
             raise FormatError(
                 f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}), so it cannot "

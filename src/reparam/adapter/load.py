@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.attach import check_name, install
+from reparam.adapter.fitted import fitted
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.adapter.selection import select
 from reparam.core.checks import listed, nearest
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
+from reparam.sites.wrapped import bare, check_trainable
 
 
 def load(
@@ -42,6 +46,9 @@ def load(
     if a tensor is missing, unexpected or of the wrong shape, a file is damaged or edited, the adapter was trained on a
     different base, weights are tied, or another adapter conflicts. The model is then unchanged.
     """
+    if trainable:
+        check_trainable(model)
+    model = bare(model)
     check_name(model, name)
     folder = files.adapter_folder(folder)
     record = files.read(folder, name)
@@ -59,7 +66,9 @@ def place(
     check_base: bool = True,
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
+    model = bare(model)
     have = dict(walk(model))
+    record = fitted(model, have, record, folder)
     _check_model(model, have, record, folder)
     compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
     check_has_values(model, record, folder, everywhere=compared)
@@ -132,8 +141,8 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             raise FormatError(f"{folder}: {name} is part of {inside[0]}, which another adapter trains whole")
     if lost:
         raise FormatError(
-            f"{folder}: this {type(model).__name__} lacks {len(lost)} modules of the adapter (first: {lost[0]})"
-            f"{nearest(lost[0], have)}; was it trained on another architecture?"
+            f"{folder}: this {type(model).__name__} lacks {counted(len(lost), 'module')} of the adapter (first: "
+            f"{lost[0]}){nearest(lost[0], have)}; was it trained on another architecture?"
         )
     odd = targets.unsupported(model, have)
     problems = [f"{name}: {odd[name]}" for name in sites if name in odd]
@@ -153,9 +162,15 @@ def _check_model(model: nn.Module, have: Mapping[str, nn.Module], record: Record
 
 
 def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -> None:
-    """Raise FormatError if the file's settings name modules for which it has no tensors."""
+    """Raise FormatError if the file's settings name modules for which it has no tensors.
+
+    Modules in a part of the model for which the file has nothing at all, such as the vision tower of an adapter for the
+    language model, only give a warning: they stay unchanged, as in PEFT.
+    """
     assert record.claims is not None
-    missing = []
+    known = {_part(path) for path in (*record.sites, *record.replaced, *record.tied)}
+    missing: list[str] = []
+    apart: list[str] = []
     for path, module in have.items():
         inside = any(f"{path}.".startswith(f"{whole}.") for whole in record.replaced)
         site = (
@@ -166,9 +181,22 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
         )
         whole = record.claims.whole(path) and any(True for _ in module.parameters())
         if (site or whole) and not inside:
-            missing.append(path)
+            (missing if whole or _part(path) in known else apart).append(path)
     if missing:
         raise FormatError(
             f"{folder}: the settings name modules without tensors: {listed(missing)}; the file is incomplete, or was "
             f"made for another model"
         )
+    if apart:
+        parts = list(dict.fromkeys(map(_part, apart)))
+        warnings.warn(
+            f"{folder}: the settings also name modules in {listed(parts)}, for which the file has no tensors; "
+            f"{len(apart)} modules stay unchanged (first: {apart[0]})",
+            stacklevel=4,
+        )
+
+
+def _part(path: str) -> str:
+    """The part of a model that holds this module: the list of layers that it is in, or else the module above it."""
+    layered = re.match(r"(.*?)\.\d+\.", path)
+    return layered[1] if layered else path.rpartition(".")[0]

@@ -26,6 +26,7 @@ from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Weight
 from reparam.core.checks import listed
+from reparam.core.text import counted
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.walk import put
 
@@ -57,6 +58,8 @@ class MergeReport:
     """Paths of the modules that were replaced by the adapter's trained copies."""
     biased: tuple[str, ...] = ()
     """Paths of the modules to which the merge added a bias."""
+    idle: bool = False
+    """Whether the merge changed nothing: every ΔW is exactly zero, and no bias and no whole module differs."""
     undo: _Undo | None = dataclasses.field(default=None, repr=False)
 
     def survival(self) -> dict[torch.dtype | str, float]:
@@ -64,10 +67,14 @@ class MergeReport:
         return survival(self.sites)
 
     def __repr__(self) -> str:
-        kept = [f"{share:.4f} survives in {short(kind)}" for kind, share in self.survival().items()]
-        whole = [f"{len(self.replaced)} modules whole"] if self.replaced else []
+        kept = (
+            ["nothing changed"]
+            if self.idle
+            else [f"{share:.4f} survives in {short(kind)}" for kind, share in self.survival().items()]
+        )
+        whole = [f"{counted(len(self.replaced), 'module')} whole"] if self.replaced else []
         base = [] if self.undo is None else ["base kept"]
-        return f"MergeReport({', '.join([repr(self.adapter), f'{len(self.sites)} sites', *whole, *kept, *base])})"
+        return f"MergeReport({', '.join([repr(self.adapter), counted(len(self.sites), 'site'), *whole, *kept, *base])})"
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -97,12 +104,22 @@ class MergeReport:
         undo.state.select(undo.choice)
 
     def __str__(self) -> str:
+        where = counted(len(self.sites), "site")
+        if self.idle:
+            return (
+                f"merged {self.adapter!r} into {where}, and nothing changed: every update is exactly zero, as in an "
+                f"adapter that was never trained"
+            )
+        still = sum(not site.change for site in self.sites)
+        unchanged = f" ({still:,} of them unchanged, because their updates are exactly zero)" if still else ""
+        if not self.sites:
+            return f"merged {self.adapter!r}: it replaces {counted(len(self.replaced), 'module')} whole"
         shares = ", ".join(f"{share:.4f} in {short(kind)}" for kind, share in self.survival().items())
         noise = sum((site.noise * site.change) ** 2 for site in self.sites if site.noise is not None)
         total = sum(site.change**2 for site in self.sites if site.noise is not None)
         beside = f", plus rounding noise of {(noise / total) ** 0.5:.2f} times its norm" if total else ""
         return (
-            f"merged {self.adapter!r} into {len(self.sites)} sites; share of the update that survives rounding: "
+            f"merged {self.adapter!r} into {where}{unchanged}; share of the update that survives rounding: "
             f"{shares}{beside}"
         )
 
@@ -128,8 +145,8 @@ def merge(
         force: with `into`: merge even if less than `LEAST` (0.9) of the update survives.
 
     Raises, before the model is changed, ValueError if no single adapter is selected, the method changes no weights, a
-    merged weight would not be finite, or too little of the update would survive, and `InputDependentError` if the
-    update depends on its input and therefore cannot be a matrix. Warns if less than 0.99 of the update survives.
+    merged weight or bias would not be finite, or too little of the update would survive, and `InputDependentError` if
+    the update depends on its input and therefore cannot be a matrix. Warns if less than 0.99 of the update survives.
     """
     state = state_of(model)
     name = state.choice
@@ -145,13 +162,18 @@ def merge(
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")
     for path, module in adapter.modules.items():
         check_finite(path, module.frozen, module.updates[name].factors(module.frozen))  # type: ignore[operator]
+    biases = _new_biases(adapter)
     quantized = {} if into is None else _quantized_again(adapter, into, rounding, force=force)
     undo = _keep(model, state, name) if keep_base else None
+    beside = _changes_beside(adapter, biases)
 
     sites: list[SiteMerge] = []
     biased: list[str] = []
     for path, module in adapter.modules.items():
-        if _merge_bias(module, name):
+        if path in biases and module.bias is not None:
+            module.bias.copy_(biases[path])
+        elif path in biases:
+            module.set_bias(nn.Parameter(biases[path], requires_grad=False))
             biased.append(path)
         if _shared(adapter, path):
             continue  # a weight that modules share is merged once, at the site, and they still share it
@@ -165,7 +187,8 @@ def merge(
     for holder in adapter.replaced.values():
         holder.origin = holder.copy_of(name)
     unwrap(model)
-    report = MergeReport(name, tuple(sites), tuple(adapter.replaced), tuple(biased), undo)
+    idle = not beside and not any(site.change for site in sites)
+    report = MergeReport(name, tuple(sites), tuple(adapter.replaced), tuple(biased), idle, undo)
     for dtype, share in report.survival().items():
         if share < ENOUGH:
             warnings.warn(
@@ -184,19 +207,38 @@ def _shared(adapter: Adapter, path: str) -> bool:
     return own is not None and other is not None and own.data_ptr() == other.data_ptr()
 
 
-def _merge_bias(module: Adapted, name: str) -> bool:
-    """Overwrite the frozen bias with the adapter's. Return whether the module had no bias before and has one now."""
-    own = module.biases.get(name, module.bias)
-    offset = module.updates[name].bias_delta()  # type: ignore[operator]
-    if offset is not None:
-        own = offset if own is None else own.to(torch.promote_types(own.dtype, offset.dtype)) + offset
-    if own is None or own is module.bias:
-        return False
-    if module.bias is not None:
-        module.bias.copy_(own)
-        return False
-    module.set_bias(nn.Parameter(own.detach().to(module.frozen.dtype), requires_grad=False))
-    return True
+def _new_biases(adapter: Adapter) -> dict[str, Tensor]:
+    """The bias of each site after the merge, in the dtype that the model stores, where the adapter has its own.
+
+    Raises ValueError if a bias overflows that dtype.
+    """
+    found = {}
+    for path, module in adapter.modules.items():
+        own = module.biases.get(adapter.name, module.bias)
+        offset = module.updates[adapter.name].bias_delta()  # type: ignore[operator]
+        if offset is not None:
+            own = offset if own is None else own.to(torch.promote_types(own.dtype, offset.dtype)) + offset
+        if own is None or own is module.bias:
+            continue
+        found[path] = own.detach().to(module.frozen.dtype if module.bias is None else module.bias.dtype)
+        if not torch.isfinite(found[path]).all():
+            raise ValueError(
+                f"{path}: the merged bias overflows {short(found[path].dtype)}, so nothing was merged; merge in float32"
+            )
+    return found
+
+
+def _changes_beside(adapter: Adapter, biases: dict[str, Tensor]) -> bool:
+    """Whether the adapter's biases or its copies of whole modules differ from the base's."""
+    for path, bias in biases.items():
+        before = adapter.modules[path].bias
+        if not torch.equal(bias, torch.zeros_like(bias) if before is None else before):
+            return True
+    for holder in adapter.replaced.values():
+        old, new = holder.origin.state_dict(), holder.copy_of(adapter.name).state_dict()
+        if old.keys() != new.keys() or not all(torch.equal(old[key], new[key]) for key in old):
+            return True
+    return False
 
 
 def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool) -> dict[str, tuple[Weight, SiteMerge]]:

@@ -4,14 +4,16 @@ A pre-hook runs before the model, and before those of its parts that generation 
 For each new kind of input it runs the base model three times (as it is, with another first row, with equal tokens); see
 `sites/routing.py`. In `generate`, a row of the batch becomes several of the decoder, one for each beam or sequence. The
 rows of a packed batch are sequences that are end to end (`adapter/spans.py`).
+
+Adapters that have changed are written to the banks again before a forward pass, except in the steps of a generation:
+those take one token for each row, or continue from a KV cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from types import MethodType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.spans import Spans, check_apart, lengths_of
 from reparam.adapter.trials import Inputs, special_ids
+from reparam.core.continuing import continues
 from reparam.sites.routing import SMALL, Routing, Trial, note_orders
 
 LEAK = 1e-4
@@ -29,9 +32,11 @@ FIRST = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values
 class Mixed:
     """What a model does while one adapter for each row is selected."""
 
-    def __init__(self, model: nn.Module, routing: Routing) -> None:
+    def __init__(self, model: nn.Module, routing: Routing, renew: Callable[[list[str | None]], None]) -> None:
         self.model = model
         self.routing = routing
+        self.renew = renew
+        """Writes the slots of the adapters in a list that have changed."""
         self.sites: dict[str, nn.Module] = {}
         """The banks and the replaced modules by path."""
         self._slots = routing.slots
@@ -61,7 +66,7 @@ class Mixed:
         if hasattr(self.model, "generate"):
             self._generate = vars(self.model).get("generate")
             # A bound method, so that a copy of the model has one of its own.
-            self.model.generate = MethodType(lambda mixed, *args, **named: mixed._generated(args, named), self)  # type: ignore[assignment]
+            self.model.generate = self._generated  # type: ignore[assignment]
 
     def stop(self) -> None:
         """End the mixed batch."""
@@ -73,7 +78,7 @@ class Mixed:
             handle.remove()
         self._handles, self._outermost = [], None
 
-    def _generated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`. With one name for each row of the input, the rows of beams have the names of it."""
         first = next((kwargs[name] for name in FIRST if isinstance(kwargs.get(name), Tensor)), None)
         batch = args[0] if args and isinstance(args[0], Tensor) else first
@@ -106,6 +111,8 @@ class Mixed:
             check_apart(lengths, kwargs)
         assert batch is not None
         self._outermost = module
+        if not (continues(kwargs) or _is_step(batch)):
+            self.renew(self._names)
         self._expand(times)
         routing = self.routing
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == len(batch)]
@@ -186,6 +193,11 @@ class Mixed:
         finally:
             self.routing.trial = None
         return trial, output
+
+
+def _is_step(batch: Tensor) -> bool:
+    """Whether a batch holds one token for each row, as in a step of generation."""
+    return not batch.is_floating_point() and batch.ndim == 2 and batch.shape[1] == 1
 
 
 @contextlib.contextmanager

@@ -14,10 +14,12 @@ from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
+from reparam.core.text import counted
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import put, storages_in, tied, walk
+from reparam.sites.wrapped import at, bare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +50,13 @@ class QuantizeReport:
         """Bits per quantized entry, including statistics."""
         return 8 * sum(site.bytes for site in self.sites) / max(1, sum(site.entries for site in self.sites))
 
+    def _matrices(self) -> str:
+        return counted(len(self.sites), "matrix", "matrices")
+
     def __repr__(self) -> str:
         before, after = sum(site.before for site in self.sites), sum(site.bytes for site in self.sites)
         sizes = f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry"
-        return (
-            f"QuantizeReport({self.storage.name}, {len(self.sites)} matrices, {sizes}, {len(self.left)} not quantized)"
-        )
+        return f"QuantizeReport({self.storage.name}, {self._matrices()}, {sizes}, {len(self.left)} not quantized)"
 
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.storage.settings().items())
@@ -62,7 +65,7 @@ class QuantizeReport:
         more = f" and {len(largest) - 4} more" if len(largest) > 4 else ""
         left = f"; not quantized: {', '.join(largest[:4])}{more} ({size(sum(self.left.values()))})" if largest else ""
         return (
-            f"quantized {len(self.sites)} matrices into {self.storage.name}{f' ({settings})' if settings else ''}: "
+            f"quantized {self._matrices()} into {self.storage.name}{f' ({settings})' if settings else ''}: "
             f"{size(before)} -> {size(after)}, {self.bits:.4g} bits per entry{left if largest else ''}"
         )
 
@@ -81,17 +84,18 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     >>> str(quantize(model, "int8", targets="0"))
-    'quantized 1 matrices into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
+    'quantized 1 matrix into int8: 16 KiB -> 4.25 KiB, 8.5 bits per entry; not quantized: 1.weight (512 B)'
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
+    model = bare(model)
     names = targets_.resolve(model, targets)
     _check(model, names, chosen)
     sites = []
     for path in names:
-        module = _requantized(path, model.get_submodule(path), chosen)
+        module = _requantized(path, at(model, path), chosen)
         sites.append(_site(path, module.frozen))
-        bare = module.frozen.dense_or_none is not None and not module.updates
-        put(model, {path: module.restore() if bare else module})
+        plain = module.frozen.dense_or_none is not None and not module.updates
+        put(model, {path: module.restore() if plain else module})
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)
@@ -144,7 +148,7 @@ def reports(model: nn.Module) -> list[QuantizeReport]:
     """Report the quantized matrices of a model, one report per storage; empty if all matrices are dense."""
     held: dict[Storage, list[QuantizedSite]] = {}
     for path, storage in storages_in(model).items():
-        held.setdefault(storage, []).append(_site(path, model.get_submodule(path).frozen))  # type: ignore[arg-type]
+        held.setdefault(storage, []).append(_site(path, at(model, path).frozen))  # type: ignore[arg-type]
     left = dict(_left(model))
     return [QuantizeReport(storage, tuple(sites), left) for storage, sites in held.items()]
 
@@ -190,7 +194,7 @@ def _check(model: nn.Module, names: list[str], storage: Storage) -> None:
     for path, others in tied(model, names).items():
         remedy = advice("call reparam.untie(model) or leave it out", "leave it out")
         problems.append(f"{path} shares its weight with {', '.join(others)}; {remedy}")
-    vectors = [path for path in names if not targets_.is_matrix(model.get_submodule(path))]
+    vectors = [path for path in names if not targets_.is_matrix(at(model, path))]
     problems += [f"{path} is a vector, not a matrix" for path in vectors]
     held = storages_in(model)
     dense = STORAGES["dense"]

@@ -99,14 +99,14 @@ def check_frozen(model: nn.Module, record: Record, folder: Path, *, values: bool
         if key not in own:
             raise FormatError(f"{folder}: unknown tensor {key}: neither the adapter nor the model has such a parameter")
         shape = list(own[key].shape)
-        if list(tensor.shape) != shape or (values and not _same(own[key].detach().cpu(), tensor)):
+        if list(tensor.shape) != shape or (values and not same_values(own[key].detach().cpu(), tensor)):
             raise FormatError(
                 f"{folder}: contains a copy of {key} {list(tensor.shape)} that differs from the base's {shape}; load "
                 f"the base that it was trained on (was the vocabulary resized?)"
             )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of the same shape are equal after a cast to the less precise of their dtypes."""
     if not (one.is_floating_point() and other.is_floating_point()):
         return torch.equal(one, other)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam.adapter.mixed import Mixed
 from reparam.adapter.slots import BANK, Slots
 from reparam.adapter.spans import Spans, check
+from reparam.core import continuing
 from reparam.core.checks import nearest
-from reparam.core.versions import Steps
+from reparam.core.text import counted
+from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
 from reparam.io import whole
 from reparam.io.record import Record, Tied
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
+from reparam.sites.wrapped import bare
 
 if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 Choice = str | Sequence[str | None] | None
 Request = tuple[Choice, Spans | None, int | None]
 """A choice, the spans of a packed batch, and the most bytes that the banks may hold for it."""
+Sums = tuple[int, ...] | None
+Frozen = tuple[Stamp | None, Sums, Sums]
+Written = tuple[Sums, tuple[Frozen, ...]]
+"""Checksums of an adapter's tensors, and what is compared of the frozen tensors at each of its sites."""
 
 
 class Selection:
@@ -57,10 +64,11 @@ class AdapterState:
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
-        self._mixed = Mixed(model, self._routing)
+        self._mixed = Mixed(model, self._routing, self._renew_before_forward)
         self._slots = Slots(self.sites, self._routing)
-        self._versions: dict[str, tuple[int, int]] = {}
-        self._hook: Any = None
+        self._written: dict[str, Written] = {}
+        """What the factors in the adapters' slots were computed from."""
+        self._hooks: list[Any] = []
         self.unnested: list[nn.TransformerEncoder] = []
         """Encoders in which nested tensors are turned off while adapters are on the model."""
         self._entry_hooks: tuple[Any, ...] = ()
@@ -103,7 +111,7 @@ class AdapterState:
         if adapter.shared is not None:
             del getattr(self.model, SHARED)[name]
         self._slots.remove(name)
-        self._versions.pop(name, None)
+        self._written.pop(name, None)
 
     def check(self, name: object) -> None:
         """Raise ValueError if no adapter has this name."""
@@ -122,16 +130,14 @@ class AdapterState:
         if spans is not None:
             check(spans, len(rows or ()))
         if rows is not None:
-            self._fill(rows, budget)
+            self._renew(rows, budget)
         selection = Selection(self, self._request)
         self._mixed.stop()
         if rows is not None:
             self._route(rows, spans)
-        if self._hook is not None:
-            self._hook.remove()
-        shared = self.adapters[which].shared if isinstance(which, str) else None
-        before = getattr(shared, "before_forward", None)
-        self._hook = None if before is None else self.model.register_forward_pre_hook(before, with_kwargs=True)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = self._hook(self.adapters[which]) if isinstance(which, str) else []
         self._request = which if rows is None else rows, spans, budget
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
@@ -139,6 +145,15 @@ class AdapterState:
         for holder in self.replaced.values():
             holder.active, holder.routing = single, None if rows is None else self._routing
         return selection
+
+    def _hook(self, adapter: Adapter) -> list[Any]:
+        """Put the hooks on the model that this adapter needs."""
+        before = getattr(adapter.shared, "before_forward", None)
+        hooks = [] if before is None else [self.model.register_forward_pre_hook(before, with_kwargs=True)]
+        if any(update.caches for update in adapter.updates.values()):
+            hooks.append(self.model.register_forward_pre_hook(continuing.begin, with_kwargs=True))
+            hooks.append(self.model.register_forward_hook(continuing.end, always_call=True))
+        return hooks
 
     def select_again(self, before: Request) -> None:
         """Restore an earlier choice, or the base if one of its adapters was removed.
@@ -161,21 +176,51 @@ class AdapterState:
 
     def forget_factors(self) -> None:
         """Mark all bank slots as stale, so that the next selection by a list rewrites them."""
-        self._versions.clear()
-
-    def _fill(self, rows: list[str | None], budget: int | None) -> None:
-        """Put the factors of these adapters into the banks, if they are not there or have changed."""
-        used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
-        versions = {a.name: (Steps.count, sum(p._version for p in a.parameters())) for a in used}
-        stale = [a for a in used if a.name not in self._slots or self._versions.get(a.name) != versions[a.name]]
-        self._slots.fill(used, stale, budget)
-        self._versions |= versions
+        self._written.clear()
 
     def _route(self, rows: list[str | None], spans: Spans | None) -> None:
         """Assign each row [B] its slot (-1 for the base)."""
         device = next(self.model.parameters()).device
         slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
         self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced}, spans)
+
+    def _renew_before_forward(self, rows: Sequence[str | None]) -> None:
+        self._renew(rows, self._request[2])
+
+    def _renew(self, rows: Sequence[str | None], budget: int | None) -> None:
+        """Write the slots of these adapters that are not written, or whose factors may have changed."""
+        used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
+        paths = dict.fromkeys(path for adapter in used for path in adapter.modules)
+        frozen = {path: _frozen(self.sites[path]) for path in paths}
+        written = {
+            adapter.name: (content(_tensors_of(adapter)), tuple(frozen[path] for path in adapter.modules))
+            for adapter in used
+        }
+        stale = [
+            adapter
+            for adapter in used
+            if adapter.name not in self._slots
+            or written[adapter.name][0] is None
+            or self._written.get(adapter.name) != written[adapter.name]
+        ]
+        self._slots.fill(used, stale, budget)
+        self._written |= written
+
+
+def _tensors_of(adapter: Adapter) -> Iterator[Tensor]:
+    """The tensors that the adapter's factors are computed from, without those of the base."""
+    for module in adapter.modules.values():
+        yield from tensors_of(module.updates[adapter.name])
+        if adapter.name in module.biased:
+            yield module.biases[adapter.name]
+    if adapter.shared is not None:
+        yield from tensors_of(adapter.shared)
+
+
+def _frozen(module: Adapted) -> Frozen:
+    """The stamp and the sample of the frozen matrix, and a checksum of the bias."""
+    held = module.frozen.held()
+    return stamp_of(held), sample(held), content([] if module.bias is None else [module.bias])
 
 
 def _named(choice: Choice) -> str:
@@ -189,7 +234,7 @@ def _named(choice: Choice) -> str:
     if isinstance(choice, str):
         return repr(choice)
     counts = ", ".join(f"{count} of {_named(name)}" for name, count in Counter(choice).items())
-    return f"{len(choice)} rows: {counts}"
+    return f"{counted(len(choice), 'row')}: {counts}"
 
 
 def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -214,7 +259,7 @@ def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: A
 
 def state_of(model: nn.Module) -> AdapterState:
     """The adapter state of the model. Raises ValueError if the model has no adapter."""
-    state = getattr(model, "reparam_state", None)
+    state = getattr(bare(model), "reparam_state", None)
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")
     return state

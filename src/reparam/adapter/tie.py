@@ -9,8 +9,10 @@ from torch import nn
 
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
+from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.walk import same_weight, tied, walk
+from reparam.sites.wrapped import at
 
 
 def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -30,9 +32,9 @@ def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[li
         return list(names), {}
     if not method.ties:
         known = ", ".join(name for name, cls in METHODS.items() if cls.ties)
+        remedy = advice("call reparam.untie(model)", "pass --base.untie")
         raise ValueError(
-            f"tie: {method.name} cannot act on several modules with one update; use one of {known}, or call "
-            f"reparam.untie(model) (base.untie)"
+            f"tie: {method.name} cannot act on several modules with one update; use one of {known}, or {remedy}"
         )
     modules = dict(walk(model))
     odd = targets_.unsupported(model, modules)
@@ -59,12 +61,14 @@ def check_ties(model: nn.Module, names: Sequence[str], leaders: Mapping[str, str
         own = leaders.get(path, path)
         left = [other for other in others if other not in names or leaders.get(other, other) != own]
         if left:
+            untie = advice("call reparam.untie(model) first", "pass --base.untie")
+            tie = advice("attach with tie=True", "pass --adapter.tie")
             raise ValueError(
-                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; call "
-                f"reparam.untie(model) first, attach with tie=True to let one update act on all of them, or leave "
-                f"{path} out of the targets"
+                f"{path} shares its weight with {', '.join(left)}, so changing one would change the other; {untie} to "
+                f"give each its own copy, {tie} to let one update act on all of them, or leave {path} out of the "
+                f"targets"
             )
     for path, leader in leaders.items():
-        sizes = [targets_.sizes(model.get_submodule(name))[1:] for name in (path, leader)]
+        sizes = [targets_.sizes(at(model, name))[1:] for name in (path, leader)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{path} cannot use the update of {leader}: their weights are {sizes[0]} and {sizes[1]}")

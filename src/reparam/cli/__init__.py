@@ -12,6 +12,7 @@ import gc
 import importlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ EXTRA = {"accelerate", "cma", "jinja2", "matplotlib", "pydantic", "rich", "scipy
 
 def main() -> None:
     """Run the command line and exit with its code; print a sentence for a failure."""
+    if "LOCAL_RANK" in os.environ:  # torchrun started this; DDP warns of every run in which all parameters are used
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     atexit.register(gc.freeze)  # so that the collections at exit do not visit all objects of torch
     try:
         with _no_collections():

@@ -36,6 +36,7 @@ ALIASES = {
     "data.max_length": ["--max_length", "--max_seq_length"],
     "adapter.targets": ["--target_modules", "--lora_target_modules"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save"],
+    "adapter.tie": ["--ensure_weight_tying", "--lora_ensure_weight_tying"],
     "method.name": ["--method", "--use_peft_method"],
     "method.r": ["--lora_r"],
     "method.alpha": ["--lora_alpha"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any
 
+import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
@@ -12,7 +15,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from reparam.core.surface import on_command_line
+from reparam.train import processes
 
+_USAGE: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bundle click
 INDENT, DEEPER = (0, 0, 0, 2), (0, 0, 0, 8)
 
 
@@ -26,8 +31,15 @@ class Verb(TyperCommand):
         """
         gc.freeze()
         gc.enable()
-        with on_command_line():
+        with on_command_line(), _told_by_the_first():
+            if processes.count() > 1 and self.name != "train":
+                raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
             return super().invoke(ctx)
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """Parse the arguments; of several processes, the first one alone reports wrong usage."""
+        with _told_by_the_first():
+            return super().make_context(*args, **more)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usage line, the description, and the options grouped by panel."""
@@ -40,6 +52,17 @@ class Verb(TyperCommand):
             rows = [line for parameter in parameters for line in _lines(parameter, ctx)]
             parts += [heading(title), *rows] if rows else []
         write(formatter, parts)
+
+
+@contextlib.contextmanager
+def _told_by_the_first() -> Iterator[None]:
+    """End a process that is not the first one without a message where all meet the same mistake of the user."""
+    try:
+        yield
+    except (ValueError, _USAGE):
+        if processes.rank() > 0:
+            raise SystemExit(2) from None
+        raise
 
 
 def described(command: Any, ctx: Any) -> list[RenderableType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import typer
@@ -23,8 +24,14 @@ def train(
 
     [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
     """
+    from reparam.train import processes
     from reparam.train.config import resolve
 
+    if processes.count() > 1:
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers sets it
+    if processes.rank() > 0:
+        warnings.simplefilter("ignore")
+        console.quiet = True
     resolved = resolve(config, overrides)
     base, rows = resolved.base.path, resolved.data.train
     if base and rows:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from reparam.combine.lowrank import dare, factored, reduced, stacked, summed, ti
 from reparam.combine.operands import (
     Operand,
     all_sites,
+    all_ties,
     base_weight,
     check_factors,
     check_identity,
@@ -38,13 +40,21 @@ from reparam.combine.operands import (
     factors_of,
 )
 from reparam.core.base import Factors, Site, Weight
-from reparam.core.checks import finite, whole
+from reparam.core.checks import finite, listed, whole
+from reparam.core.text import counted
+from reparam.errors import FormatError, InputDependentError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA, seeded
 from reparam.sites.fingerprint import base_tensors
 
+LARGEST = torch.finfo(torch.float32).max
+CANCELED = 1e-6
+"""A sum whose norm is at most this share of that of its parts is zero but for rounding."""
+NOTHING = (
+    "the sum of the adapters changes nothing, because their weighted changes cancel or are zero; give other weights"
+)
 DENSE = ("ties", "dare")
 SPACES = ("delta", "factor", *DENSE)
 
@@ -60,6 +70,8 @@ class SiteBlend:
     """Frobenius norm of the requested ΔW."""
     lost: float
     """Frobenius norm of the difference between the requested ΔW and the result."""
+    parts: float = 0.0
+    """Sum of the Frobenius norms of the weighted changes, Σ |w_i| |ΔW_i|."""
 
     @property
     def error(self) -> float:
@@ -74,6 +86,8 @@ class Blend:
     record: Record
     sites: tuple[SiteBlend, ...]
     space: str
+    idle: bool = False
+    """Whether the sum changes nothing: the weighted changes are zero, or cancel but for rounding."""
 
     @property
     def error(self) -> float:
@@ -87,10 +101,16 @@ class Blend:
         return 1 - self.error**2
 
     def __repr__(self) -> str:
-        return f"Blend({self.space}, {len(self.record.sites)} sites, error {self.error:.4g})"
+        told = "changes nothing" if self.idle else f"error {self.error:.4g}"
+        return f"Blend({self.space}, {counted(len(self.record.sites), 'site')}, {told})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
-        """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`."""
+        """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`.
+
+        Warns if the sum changes nothing.
+        """
+        if self.idle:
+            warnings.warn(f"{folder}: {NOTHING}", stacklevel=2)
         files.write(folder, self.record, format=format)
 
     def put(self, model: nn.Module, *, name: str = "default", activate: bool = True) -> Adapter:
@@ -100,7 +120,7 @@ class Blend:
 
 def read_operand(folder: str | Path) -> Operand:
     """Read the adapter in `folder`, in either format. Raises FormatError if there is none or a file is damaged."""
-    return Operand(str(folder), files.read(folder))
+    return Operand(str(folder), files.read(folder).without_beside(folder))
 
 
 @torch.no_grad()
@@ -125,9 +145,9 @@ def blend(
         seed: for dare: seed of the random choice of entries, which also depends on the site's name.
         base: the model that the adapters were trained on; needed if an adapter has a gain (DoRA) or trained biases.
 
-    Raises ValueError if a setting is out of range or there is not one weight per adapter, and FormatError (a
-    ValueError) if adapters cannot be summed: they have different bases or shapes, depend on the input, train whole
-    modules, or have a gain or biases while `base` is missing.
+    Raises ValueError if a setting is out of range, there is not one weight per adapter, or the sum overflows float32,
+    and FormatError (a ValueError) if adapters cannot be summed: they have different bases or shapes, depend on the
+    input, train whole modules, or have a gain or biases while `base` is missing.
     """
     _check_settings(len(adapters), weights, space=space, rank=rank, density=density)
     operands = [
@@ -139,7 +159,7 @@ def blend(
         check_factors(operands)
     used = [(operand, w) for operand, w in zip(operands, weights, strict=True) if w]
     if [w for _, w in used] == [1] and rank is None and space not in DENSE:
-        return Blend(used[0][0].record, (), space)
+        return Blend(used[0][0].record, (), space, _is_zero(used[0][0]))
     for operand, _ in used:
         check_identity(operand, base)
 
@@ -149,17 +169,22 @@ def blend(
         here = [(s, w) for s, w in used if name in s.record.sites]
         weight = None if base is None else base_weight(base, site)
         changes = [factors_of(label, record, name, weight) for (label, record), _ in here]
-        factors, size, lost = rule(changes, [w for _, w in here], site, weight)
-        found.append(SiteBlend(name, len(factors.A), size, lost))
+        factors, size, lost, parts = rule(changes, [w for _, w in here], site, weight)
+        found.append(SiteBlend(name, len(factors.A), size, lost, parts))
         tensors[f"{name}.A"], tensors[f"{name}.B"] = factors.A.float().contiguous(), factors.B.float().contiguous()
-    tensors |= _biases(used, sites, base)
+    biases, moved = _biases(used, sites, base)
+    tensors |= biases
+    _check_finite(tensors, found)
+    parts = math.hypot(*(site.parts for site in found))
+    idle = not moved and math.hypot(*(site.change for site in found)) <= CANCELED * parts
     ranks = {site.name: site.rank for site in found}
     most = max(ranks.values())
     differing = patterns.exactly({name: r for name, r in ranks.items() if r != most})
     method = LoRA(r=most, alpha=float(most), scaling="none", rank_pattern=differing)
     bases = [record.base for _, record in operands if record.base is not None]
     told = max(bases, key=lambda b: bool(b.digests)) if bases else None
-    return Blend(Record(method, sites, tensors, base=told), tuple(found), space)
+    summed = Record(method, sites, tensors, base=told, tied=all_ties(operands))
+    return Blend(summed, tuple(found), space, idle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,40 +198,75 @@ class _Rule:
 
     def __call__(
         self, changes: list[Factors], weights: list[float], site: Site, weight: Weight | None
-    ) -> tuple[Factors, float, float]:
-        """The factors of the sum, |ΔW|, and the norm of the approximation error."""
+    ) -> tuple[Factors, float, float, float]:
+        """The factors of the sum, |ΔW|, the norm of the approximation error, and Σ |w_i| |ΔW_i|."""
         high = any(f.gain is not None for f in changes)
         total = sum(len(f.A) for f in changes)
         if not total and not high:  # no adapter with a nonzero weight changes this site
-            return Factors(torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)), 0.0, 0.0
+            return Factors(torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)), 0.0, 0.0, 0.0
         most = min(site.out_features, site.in_features, self.rank or max(1, total))
+        if not high:
+            parts = _size(site.name, [abs(w) * f.low_rank_norm() for w, f in zip(weights, changes, strict=True)])
         if self.space == "factor":
-            return reduced(summed(changes, weights), most)
+            return *reduced(summed(changes, weights), most), parts
         if self.space == "delta" and not high:
-            return reduced(stacked(changes, weights), most)
+            return *reduced(stacked(changes, weights), most), parts
         w0 = torch.zeros(1, 1, dtype=torch.float64) if weight is None else weight.tensor()
         dense = [f.change(w0) if high else f.B @ f.A for f in changes]
+        parts = _size(site.name, [abs(w) * float(d.norm()) for w, d in zip(weights, dense, strict=True)])
         if self.space == "ties":
-            return factored(ties(dense, weights, self.density), most)
-        if self.space == "dare":
-            return factored(dare(dense, weights, self.density, seeded(self.seed, site)), most)
-        return factored(torch.stack([w * d for w, d in zip(weights, dense, strict=True)]).sum(0), most)
+            summed_up = ties(dense, weights, self.density)
+        elif self.space == "dare":
+            summed_up = dare(dense, weights, self.density, seeded(self.seed, site))
+        else:
+            summed_up = torch.stack([w * d for w, d in zip(weights, dense, strict=True)]).sum(0)
+        return *factored(summed_up, most), parts
+
+
+def _size(name: str, norms: Sequence[float]) -> float:
+    """The sum of the norms. Raises ValueError if it overflows float32."""
+    if not sum(norms) <= LARGEST:
+        raise ValueError(f"blend: the sum overflows float32 at {name}; give smaller weights")
+    return sum(norms)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], sites: Sequence[SiteBlend]) -> None:
+    """Raise ValueError if a tensor or the norm of a change overflows float32."""
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad += [site.name for site in sites if not site.change <= LARGEST]
+    if bad:
+        raise ValueError(f"blend: the sum overflows float32 at {listed(bad)}; give smaller weights")
+
+
+def _is_zero(operand: Operand) -> bool:
+    """Whether a single adapter changes nothing, as far as its factors tell."""
+    label, record = operand
+    try:
+        changes = [factors_of(label, record, name) for name in record.sites]
+    except (FormatError, InputDependentError):
+        return False
+    others = [key for key in record.tensors if key.endswith(".bias")]
+    return not record.replaced and not others and not any(f.low_rank_norm() for f in changes)
 
 
 def _biases(
     used: Sequence[tuple[Operand, float]], sites: Mapping[str, Site], base: nn.Module | None
-) -> dict[str, Tensor]:
-    """Summed biases b₀ + Σ w_i (b_i − b₀) [O] of all sites with a bias, by name; empty if no adapter trained biases."""
+) -> tuple[dict[str, Tensor], bool]:
+    """Summed biases b₀ + Σ w_i (b_i − b₀) [O] of all sites with a bias, by name, and whether one differs from b₀.
+
+    Empty if no adapter trained biases.
+    """
     keys = [f"{name}.bias" for name in sites]
     if base is None or not any(key in operand.record.tensors for operand, _ in used for key in keys):
-        return {}
-    found = {}
+        return {}, False
+    found, moved = {}, False
     for key, tensor in base_tensors(base):
         if key in keys:
             before = tensor.detach().double().cpu()
             trained = [(s.record.tensors[key].double(), w) for s, w in used if key in s.record.tensors]
             found[key] = torch.stack([before, *(w * (bias - before) for bias, w in trained)]).sum(0).float()
-    return found
+            moved |= not torch.equal(found[key], before.float())
+    return found, moved
 
 
 def _check_settings(n: int, weights: Sequence[float], *, space: str, rank: int | None, density: float) -> None:

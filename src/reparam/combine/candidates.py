@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,15 @@ from torch.nn import functional as F
 from reparam.adapter.attach import install, remove
 from reparam.adapter.selection import state_of
 from reparam.combine.lowrank import stacked
-from reparam.combine.operands import Operand, all_sites, check_factors, check_identity, check_operands, factors_of
+from reparam.combine.operands import (
+    Operand,
+    all_sites,
+    all_ties,
+    check_factors,
+    check_identity,
+    check_operands,
+    factors_of,
+)
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.method import Method
 from reparam.errors import FormatError
@@ -70,7 +79,9 @@ def candidates(model: nn.Module, operands: Sequence[Operand], *, space: str = "d
     _check_model(have, all_sites(operands))
     gates = Gates(len(operands))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    install(model, _Together(parts, gates, space), names=list(parts), replaced=[], name=NAME, bias=False)
+    tied = {path: tie.to for path, tie in all_ties(operands).items()}
+    names = [*parts, *tied]
+    install(model, _Together(parts, gates, space), names=names, replaced=[], name=NAME, bias=False, tied=tied)
     try:
         with state_of(model).select(NAME):
             yield gates
@@ -94,6 +105,7 @@ def _check_model(have: dict[str, nn.Module], sites: dict[str, Site]) -> None:
 class _Together(Method):
     """The method that builds the combined update of each site for `install`. It is not registered or saved."""
 
+    ties: ClassVar[bool] = True
     parts: dict[str, list[tuple[int, Factors]]]
     gates: Gates
     space: str

@@ -31,6 +31,7 @@ from reparam.adapter.quantize import size
 from reparam.combine.components import Part, bare, by_bytes, by_energy, held, parts_of
 from reparam.core.checks import finite, listed, whole
 from reparam.core.method import Method
+from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.record import Record
 
@@ -79,7 +80,7 @@ class Compression:
 
     def __repr__(self) -> str:
         sizes = f"{size(self.before)} -> {size(self.bytes)}"
-        return f"Compression({len(self.record.sites)} sites, {sizes}, error {self.error:.4g})"
+        return f"Compression({counted(len(self.record.sites), 'site')}, {sizes}, error {self.error:.4g})"
 
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
         """Write the result as an adapter; `format` is "reparam" or "peft". Raises the errors of `Adapter.save`."""
@@ -122,7 +123,7 @@ def compress(
     ([(4, 2, 0.0), (4, 2, 0.0)], 448, 224)
     """
     _check_settings(energy, rank, bytes)
-    record = adapter if isinstance(adapter, Record) else files.read(adapter)
+    record = adapter if isinstance(adapter, Record) else files.read(adapter).without_beside(adapter)
     parts = parts_of(record, "the adapter" if isinstance(adapter, Record) else str(adapter))
     if energy is not None:
         ranks = by_energy(parts, energy)
@@ -155,7 +156,8 @@ def cut(record: Record, parts: Mapping[str, Part], ranks: Mapping[str, int]) -> 
         change, lost = float(part.values.norm()), part.lost(rank) if rank != part.rank else 0.0
         found.append(SiteCompression(name, part.rank, rank, change, lost, part.cost * (part.rank - rank)))
     order = {key: tensors[key] for key in record.tensors if key in tensors}
-    small = dataclasses.replace(record, method=method, sites=stays, tensors=order, claims=None)
+    tied = {path: tie for path, tie in record.tied.items() if tie.to in stays}
+    small = dataclasses.replace(record, method=method, sites=stays, tensors=order, tied=tied, claims=None)
     return Compression(small, tuple(found), held(record))
 
 

@@ -12,9 +12,10 @@ from reparam.adapter.updates import update_of
 from reparam.core.base import Factors, Site, Update, Weight
 from reparam.core.checks import listed
 from reparam.errors import FormatError, InputDependentError
-from reparam.io.record import Record
+from reparam.io.record import Record, Tied
 from reparam.sites.fingerprint import agree, fingerprint
 from reparam.sites.module import Adapted, is_conv1d
+from reparam.sites.wrapped import at
 from reparam.weights.dense import DenseWeight, zero_weight
 
 
@@ -44,6 +45,21 @@ def all_sites(operands: Sequence[Operand]) -> dict[str, Site]:
     return found
 
 
+def all_ties(operands: Sequence[Operand]) -> dict[str, Tied]:
+    """The modules that use the update of a site. Raises FormatError if the adapters disagree on them."""
+    found: dict[str, Tied] = {}
+    for _, record in operands:
+        found |= record.tied
+    for label, record in operands:
+        for path, tie in found.items():
+            if record.tied.get(path) != tie and (path in record.sites or tie.to in record.sites or path in record.tied):
+                raise FormatError(
+                    f"{label}: changes {path} or {tie.to} alone, and another adapter changes both with one update "
+                    f"(tie); such adapters cannot be summed"
+                )
+    return found
+
+
 def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
     """Raise FormatError if the adapters cannot be summed with any weights; `blend` lists the reasons."""
     first: Operand | None = None
@@ -54,6 +70,8 @@ def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
                 f"{label}: this adapter trains {listed(record.replaced)} whole, and whole modules cannot be summed"
             )
         biases = [key for key in record.tensors if key.endswith(".bias") and key.removesuffix(".bias") in record.sites]
+        if extra := [f"{path}.bias" for path in record.tied if f"{path}.bias" in record.tensors]:
+            raise FormatError(f"{label}: this adapter trains {listed(extra)} of a tied module, which cannot be summed")
         if biases and base is None:
             raise FormatError(
                 f"{label}: this adapter trains {listed(biases)}, and their change can be computed only from the base; "
@@ -72,6 +90,7 @@ def check_operands(operands: Sequence[Operand], base: nn.Module | None) -> None:
             raise FormatError(f"{first.label} and {label} were trained on different bases and cannot be summed")
         first = first or (Operand(label, record) if own else None)
     all_sites(operands)
+    all_ties(operands)
 
 
 def check_factors(operands: Sequence[Operand]) -> None:
@@ -157,7 +176,7 @@ def nothing(site: Site) -> Weight:
 def base_weight(model: nn.Module, site: Site) -> Weight:
     """The model's frozen matrix at this site in float64. Raises FormatError if it is missing or its shape differs."""
     try:
-        module = model.get_submodule(site.name)
+        module = at(model, site.name)
     except AttributeError:
         raise FormatError(f"the base has no module {site.name}, which the adapters change") from None
     matrix = module.frozen.tensor() if isinstance(module, Adapted) else module.weight.detach()  # type: ignore[operator]

@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
+from reparam.compare.settings import CompareConfig
 from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method
 from reparam.errors import ConfigError
 from reparam.train.base import KEYS
-from reparam.train.config import LORA_PLUS, SECTIONS, Config, build, read_tables, resolve
+from reparam.train.config import LORA_PLUS, SECTIONS, USUAL_RATIO, Config, build, read_tables, resolve
 
 OWN = ("label", "ranks", "storages")
 SECTIONS_OF_A_METHOD = ("adapter", "optim", "base")
@@ -34,59 +34,6 @@ RANKS: dict[str, Callable[[int], dict[str, int]]] = {
     "target_r": lambda r: {"target_r": r, "init_r": math.ceil(1.5 * r)},
 }
 RANKLESS = ("intrinsic",)  # methods with a setting r that does not determine the number of trained parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """Settings of the section [compare]. Raises ValueError, with all problems at once, for values out of range."""
-
-    metric: Literal["auto", "exact", "loss", "bits"] = "auto"
-    """Metric to compare: exact (exact match of answers), loss (per answer token) or bits (per byte of text). auto means
-    exact for rows with answers and bits for rows of text."""
-    test: str | None = None
-    """File of the rows for the reported scores. By default, half of data.valid; the other half is for tuning."""
-    rows: int = 200
-    """Maximum number of tuning rows and of test rows to score. They are drawn once, with run.seed."""
-    methods: tuple[Mapping[str, Any], ...] = ()
-    """Methods to compare, each with its name and settings."""
-    ranks: tuple[int, ...] = ()
-    """Ranks for every method that has a rank. By default, the method's default rank."""
-    storages: tuple[str, ...] = ()
-    """Names of the storages of the base to compare. By default, base.storage alone."""
-    seeds: int = 3
-    """Number of scored runs of each contestant. Their seeds are run.seed, run.seed + 1, and so on."""
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates to try for every contestant."""
-    rungs: tuple[float, ...] = (0.25, 0.5)
-    """Lengths of the tuning runs as shares of the full number of steps, shortest first."""
-    keep: float = 0.5
-    """Share of the contestants that continue after each rung of tuning; 1 stops none."""
-    least: int = 8
-    """Minimum number of contestants that continue after each rung."""
-    reference: str = ""
-    """Label of the contestant that the others are compared with. By default, the first plain LoRA, if any."""
-    minutes: float | None = None
-    """Start no further run after this many minutes. Each call of the command has this much time."""
-    parameters: int | None = None
-    """Leave out contestants with more trained parameters than this."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{key}={value!r}: expected {what}"
-            for key, value, what, right in (
-                ("rows", self.rows, "at least 2", self.rows >= 2),
-                ("seeds", self.seeds, "at least 1", self.seeds >= 1),
-                ("rates", self.rates, "numbers above 0", self.rates and all(0 < r < math.inf for r in self.rates)),
-                ("rungs", self.rungs, "rising shares in (0, 1]", _rising(self.rungs)),
-                ("keep", self.keep, "a share in (0, 1]", 0 < self.keep <= 1),
-                ("least", self.least, "at least 1", self.least >= 1),
-                ("minutes", self.minutes, "above 0", self.minutes is None or self.minutes > 0),
-                ("parameters", self.parameters, "at least 1", self.parameters is None or self.parameters >= 1),
-            )
-            if not right
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +85,12 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     known = compare or CompareConfig()  # defaults, so that the checks below also run if a key is wrong
     for entry in entries:
         storages = known.storages or (str(common.get("base.storage", "dense")),)
-        contestants += _contestants(entry, known.ranks, storages, problems, notes)
+        ratio = common.get("optim.lora_plus", USUAL_RATIO)
+        contestants += _contestants(entry, known.ranks, storages, ratio, problems, notes)
     problems += _faults(contestants, common)
-    reference = _reference(known.reference, contestants, problems)
+    if known.reference and known.reference not in (labels := [c.label for c in contestants]):
+        near = nearest(known.reference, labels)
+        problems.append(f"compare.reference: no contestant has the label {known.reference!r}{near}")
     if problems:
         where = f"{file}: " if file is not None else ""
         raise ConfigError(where + "; ".join(dict.fromkeys(problems)))
@@ -148,6 +98,7 @@ def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
     resolved = _resolved(common)  # this converts values to their types; options give strings
     common = {key: value for key in common if (value := _at(resolved, key, common[key])) is not None}
     known = dataclasses.replace(known, methods=tuple(entries))
+    reference = known.reference or _plain_lora(contestants, common)
     return Plan(known, common, tuple(contestants), reference, tuple(dict.fromkeys(notes)), output)
 
 
@@ -156,10 +107,6 @@ def _at(config: Config, key: str, given: Any) -> Any:
     if section == "base" and name not in KEYS:  # a setting of a storage may not exist here; then keep the given value
         return config.base.settings.get(name, given)
     return getattr(getattr(config, section), name)
-
-
-def _rising(rungs: Sequence[float]) -> bool:
-    return bool(rungs) and all(a < b for a, b in itertools.pairwise((0.0, *rungs))) and rungs[-1] <= 1
 
 
 def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
@@ -204,10 +151,14 @@ def _contestants(
     entry: Mapping[str, Any],
     ranks: Sequence[int],
     storages: Sequence[str],
+    ratio: Any,
     problems: list[str],
     notes: list[str],
 ) -> list[Contestant]:
-    """The contestants of one entry: all combinations of its listed settings, its ranks and its storages."""
+    """The contestants of one entry: all combinations of its listed settings, its ranks and its storages.
+
+    `ratio` is the setting `optim.lora_plus` of an entry whose name means LoRA+, unless the entry sets it.
+    """
     rest = {key: value for key, value in entry.items() if key not in OWN}
     name = str(rest.pop("name"))
     plus = name.lower() in LORA_PLUS
@@ -216,7 +167,7 @@ def _contestants(
     except ValueError:
         problems.append(f"compare.methods: unknown method {name!r}{nearest(name, METHODS)}")
         return []
-    settings: dict[str, Any] = {"method.name": name}
+    settings: dict[str, Any] = {"method.name": "lora", "optim.lora_plus": ratio} if plus else {"method.name": name}
     for section in SECTIONS_OF_A_METHOD:
         changes = rest.pop(section, {})
         settings |= {f"{section}.{key}": value for key, value in changes.items()}
@@ -295,17 +246,13 @@ def _faults(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> lis
     return problems
 
 
-def _reference(wanted: str, contestants: Sequence[Contestant], problems: list[str]) -> str:
-    """Label of the reference: the wanted one, else the first plain LoRA, else the first contestant, else ""."""
-    labels = [contestant.label for contestant in contestants]
-    if wanted:
-        if wanted not in labels:
-            problems.append(f"compare.reference: no contestant has the label {wanted!r}{nearest(wanted, labels)}")
-        return wanted
-    plain = [
-        c.label for c in contestants if c.settings["method.name"] == "lora" and "optim.lora_plus" not in c.settings
-    ]
-    return next(iter([*plain, *labels]), "")
+def _plain_lora(contestants: Sequence[Contestant], common: Mapping[str, Any]) -> str:
+    """Label of the first LoRA without LoRA+, else of the first contestant."""
+    for contestant in contestants:
+        config = _resolved(common, contestant.settings)
+        if config.method.name == "lora" and config.optim.lora_plus is None:
+            return contestant.label
+    return contestants[0].label
 
 
 def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> Config:
@@ -314,6 +261,4 @@ def _resolved(common: Mapping[str, Any], own: Mapping[str, Any] = MappingProxyTy
     fields = {storage: {f"base.{f.name}" for f in dataclasses.fields(cls)} for storage, cls in STORAGES.items()}
     foreign = {key for keys in fields.values() for key in keys} - fields.get(name, set())
     fitting = {key: value for key, value in common.items() if key not in foreign}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="method.name .*LoRA")  # the report shows the settings
-        return resolve(None, {**fitting, **own})
+    return resolve(None, {**fitting, **own})

@@ -19,13 +19,15 @@ def recommend(
     metric: str,
     failed: Collection[str],
     base: float | None,
+    *,
+    larger: bool,
 ) -> str:
     """Return the recommendation.
 
     `values` has each contestant's score by seed and `parameters` its number of trained parameters. `failed` are the
     contestants with a failed run. `base` is the score of the base without an adapter, or None if it is not known.
+    `larger` tells whether larger scores are better.
     """
-    larger = metric == "exact match"
     means = {label: interval(list(v.values())).mean for label, v in values.items() if v and label not in failed}
     if not means:
         return "There is nothing to compare yet: every contestant has a failed run or no scored run."

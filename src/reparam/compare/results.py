@@ -52,7 +52,8 @@ def results(found: Findings) -> dict[str, Any]:
     values = {label: _values(runs, found.metric) for label, runs in by_label.items()}
     beside = values.get(found.plan.reference, {})
     rows = [_row(found, label, runs, beside) for label, runs in by_label.items() if runs]
-    larger = found.metric == "exact match"
+    told = (score for o in found.scored for score in o.before if score["name"] == found.metric)
+    larger = any(bool(score["larger_is_better"]) for score in told)
     fronts = {
         cost: front(
             {row["label"]: (row[cost], row["score"]["mean"]) for row in rows if row["score"] and row[cost] is not None},
@@ -68,7 +69,7 @@ def results(found: Findings) -> dict[str, Any]:
         "larger_is_better": larger,
         "reference": found.plan.reference,
         "recommendation": recommend(
-            values, found.parameters, found.plan.reference, found.metric, _failed(by_label), before
+            values, found.parameters, found.plan.reference, found.metric, _failed(by_label), before, larger=larger
         ),
         "steps": found.steps,
         "seeds": sorted({o.seed for o in whole}),

@@ -11,6 +11,7 @@ runs. After a change of the plan, only the runs that it affects are repeated, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -24,14 +25,16 @@ import torch
 from rich.console import Console
 
 from reparam.compare.data import Sides, sides
+from reparam.compare.forecast import rung_steps, runs, seconds, seed_seconds
 from reparam.compare.halving import better_half, stopped_early
 from reparam.compare.plan import Contestant, Plan
 from reparam.compare.preflight import metric_of, preflight, steps_of
 from reparam.compare.results import Findings
 from reparam.compare.serving import Serving, serving
 from reparam.compare.trial import Outcome, Trial, done, trial
-from reparam.compare.workers import Workers
+from reparam.compare.workers import Late, Workers
 from reparam.compare.write import write
+from reparam.core.text import counted
 from reparam.errors import Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
@@ -101,15 +104,24 @@ class _Comparison:
         self.serving: dict[str, Serving] = {}
         self.stopped: dict[str, str] = {}
         self.missing: list[str] = []
+        self.ended: dict[str, Outcome] = {}
+        """The last run of each contestant that did not fail."""
+        self.forecasted = False
 
     def run(self) -> None:
         """Tune, score and measure, until all is done or the time is up."""
         limit = self.plan.compare.parameters
         for label, count in self.parameters.items():
             if limit is not None and count > limit:
-                self.stopped[label] = f"it trains {count:,} parameters, more than compare.parameters ({limit:,})"
+                self.stopped[label] = (
+                    f"it trains {counted(count, 'parameter')}, more than compare.parameters ({limit:,})"
+                )
         if not self.left():
             raise ValueError(f"compare.parameters={limit}: every contestant trains more parameters; raise the limit")
+        planned = runs(self.plan.compare, len(self.left()), self.steps)
+        tuning, total = sum(count for count, _ in planned[:-1]), sum(count * steps for count, steps in planned)
+        most = f"at most {counted(tuning, 'tuning run')} and {counted(planned[-1][0], 'scored run')}, {total:,} steps"
+        say(self.console, f"the plan has {most} in all")
         self.tune()
         self.score()
         self.measure()
@@ -122,19 +134,44 @@ class _Comparison:
         """Whether compare.minutes have passed since the call began."""
         return time.monotonic() >= self.deadline
 
+    def late_for_tuning(self, steps: int) -> bool:
+        """Whether a tuning run of this many steps would take time that one scored run of each contestant needs.
+
+        If these need more than compare.minutes, no time is kept for them: later calls of the command go on.
+        """
+        if self.plan.compare.minutes is None or self.late():
+            return self.late()
+        kept = seed_seconds(self.ended, [contestant.label for contestant in self.left()], self.steps)
+        if kept >= 60 * self.plan.compare.minutes:
+            return False
+        run = max((seconds(outcome, steps) for outcome in self.ended.values()), default=0.0)
+        return time.monotonic() + run + kept > self.deadline
+
+    def forecast(self, outcome: Outcome) -> None:
+        """Print what the plan and its scored runs take, at the speed of a run."""
+        planned = runs(self.plan.compare, len(self.left()), self.steps)
+        whole = sum(count * seconds(outcome, steps) for count, steps in planned)
+        seed = seed_seconds({outcome.label: outcome}, [contestant.label for contestant in self.left()], self.steps)
+        text = f"  at this speed the whole plan takes about {_time(whole)}, and each of its seeds {_time(seed)}"
+        minutes = self.plan.compare.minutes
+        if minutes is not None and seed >= 60 * minutes:
+            text += f", more than --minutes {minutes:g}: call the same command again to continue, or plan fewer steps"
+        say(self.console, text)
+
     def tune(self) -> None:
         """Choose each contestant's learning rate by successive halving, one rung after the other."""
         compare = self.plan.compare
         rates = {contestant.label: list(compare.rates) for contestant in self.left()}
         for number, share in enumerate(compare.rungs, 1):
-            steps = min(self.steps, max(2, round(share * self.steps)))  # a single step would be warm-up only
+            steps = rung_steps(share, self.steps)
             trials = [
                 self.trial(contestant, rate, self.seed + TUNING, steps, tuning=True)
                 for rate in compare.rates
                 for contestant in self.left()
                 if rate in rates[contestant.label]
             ]
-            found = self.perform(f"tuning, rung {number} of {len(compare.rungs)}, {steps} steps", trials)
+            what = f"tuning, rung {number} of {len(compare.rungs)}, {counted(steps, 'step')}"
+            found = self.perform(what, trials, functools.partial(self.late_for_tuning, steps))
             self.tuning += found
             losses: dict[str, dict[float, float]] = {}
             for outcome in found:
@@ -145,14 +182,14 @@ class _Comparison:
             if len(found) < len(trials):
                 self.missing.append(
                     f"{len(trials) - len(found)} tuning runs of {steps} steps and all longer ones were not made: the "
-                    f"time was up."
+                    f"time was {'up' if self.late() else 'kept for the scored runs'}."
                 )
                 break
             best = {label: min(by_rate.values()) for label, by_rate in losses.items()}
             stopped = stopped_early(
                 best, self.parameters, reference=self.plan.reference, keep=compare.keep, least=compare.least
             )
-            self.stopped |= {label: f"after {steps} steps, {why}" for label, why in stopped.items()}
+            self.stopped |= {label: f"after {counted(steps, 'step')}, {why}" for label, why in stopped.items()}
             for label, why in stopped.items():
                 say(self.console, f"  stopped {label}: {why}")
 
@@ -169,7 +206,7 @@ class _Comparison:
                 self.missing.append(f"Seeds {seed} to {self.seed + count - 1} were not run: not enough time was left.")
                 return
             began = time.monotonic()
-            found = self.perform(f"seed {seed}, {self.steps} steps", trials)
+            found = self.perform(f"seed {seed}, {counted(self.steps, 'step')}", trials, self.late)
             self.scored += found
             took = time.monotonic() - began if fresh else took
             if len(found) < len(trials):
@@ -198,20 +235,26 @@ class _Comparison:
         config = self.plan.config(contestant, settings)
         return trial(contestant.label, config, self.folder / "runs", tuning=tuning, stamp=self.stamp)
 
-    def perform(self, what: str, trials: Sequence[Trial]) -> list[Outcome]:
+    def perform(self, what: str, trials: Sequence[Trial], late: Late) -> list[Outcome]:
         """Perform the trials that are not done yet, and print a line for each; return outcomes in order of `trials`."""
         known = [outcome for one in trials if (outcome := done(one)) is not None]
         fresh = [one for one in trials if done(one) is None]
         there = f", {len(known)} already done" if known else ""
-        say(self.console, f"{what}: {len(trials)} runs{there}")
+        say(self.console, f"{what}: {counted(len(trials), 'run')}{there}")
         found = {outcome.folder: outcome for outcome in known}
-        for number, outcome in enumerate(self.workers(fresh, self.late), 1):
+        self.ended |= {outcome.label: outcome for outcome in known if outcome.failed is None}
+        for number, outcome in enumerate(self.workers(fresh, late), 1):
             found[outcome.folder] = outcome
             score = f"failed: {outcome.failed}" if outcome.failed else _scores(outcome)
             say(
                 self.console,
                 f"  {number}/{len(fresh)}  {outcome.label}, rate {outcome.rate:g}: {score}  ({outcome.seconds:.0f} s)",
             )
+            if outcome.failed is None:
+                told, self.forecasted = self.forecasted, True
+                self.ended[outcome.label] = outcome
+                if not told:
+                    self.forecast(outcome)
         return [found[one.folder] for one in trials if one.folder in found]
 
     def findings(self) -> Findings:
@@ -230,6 +273,10 @@ class _Comparison:
             missing=self.missing,
             machine=_machine(),
         )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _scores(outcome: Outcome) -> str:

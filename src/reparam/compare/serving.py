@@ -13,6 +13,7 @@ from torch import nn
 
 from reparam.adapter.merge import merge
 from reparam.hf.open import open_model
+from reparam.io.native import read_json
 from reparam.io.staged import write_file
 from reparam.train.base import BaseConfig
 from reparam.train.model import loaded
@@ -39,7 +40,7 @@ def serving(run: Path, base: BaseConfig) -> Serving:
     """Measure the adapter in the folder of a run, or read the figures if `serving.json` already holds them."""
     file = run / FILE
     if file.exists():
-        return Serving(**json.loads(file.read_text(encoding="utf-8")))
+        return Serving(**read_json(file))
     folder = run / "adapter"
     size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
     plain = loaded(base)

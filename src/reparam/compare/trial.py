@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from reparam.compare.stopwatch import Quiet
+from reparam.io.native import read_json
 from reparam.io.staged import write_file
 from reparam.train.attempt import attempt
 from reparam.train.config import Config, dump, resolve
@@ -98,7 +99,7 @@ def done(trial: Trial) -> Outcome | None:
     file = Path(trial.folder) / RESULT
     if not file.exists():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     for key in ("before", "after"):
         found[key] = tuple(found[key])
     found["curve"] = tuple((int(step), float(loss)) for step, loss in found["curve"])
@@ -123,7 +124,7 @@ def perform(trial: Trial) -> Outcome:
     if isinstance(result, str):
         outcome = dataclasses.replace(outcome, failed=result)
     else:
-        figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        figures = read_json(folder / "figures.json")
         outcome = dataclasses.replace(
             outcome,
             before=tuple(figures["before"]),

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from reparam.core.continuing import trusted
 from reparam.core.dtypes import wide
-from reparam.core.versions import Stamp, stamp
+from reparam.core.plain import wrong_types
+from reparam.core.versions import Stamp, sample, stamp_of, tensors_of
 
 Role = Literal["in", "out", "core", "gain", "route"]
 Kind = str  # the name of a kind of site, such as "linear"; `sites.kinds` registers them
@@ -93,17 +95,21 @@ class Weight(nn.Module):
         """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
 
         Cached until W changes, except in a compiled graph, which cannot detect a change. W is read in blocks of rows.
+        A write that torch does not count is seen if it changes one of the elements in a sample (`core/versions.py`).
         """
-        kept: dict[int, tuple[Stamp, Tensor]] = self.__dict__.setdefault("_squared_norms", {})
+        kept: dict[int, tuple[Stamp, tuple[int, ...], Tensor]] = self.__dict__.setdefault("_squared_norms", {})
         eager = not torch.compiler.is_compiling()
-        now = self.stamp() if eager else None
-        if now is not None and dim in kept and kept[dim][0] == now:
-            return kept[dim][1]
+        held = self.held()
+        now = stamp_of(held) if eager else None
+        same = now is not None and dim in kept and kept[dim][0] == now
+        if same and (trusted() or kept[dim][1] == sample(held)):
+            return kept[dim][2]
+        some = None if now is None else sample(held)
         with torch.inference_mode(False) if eager else contextlib.nullcontext(), torch.no_grad():
             found = [block.double().square().sum(dim) for _, block in self.blocks()]
             total = torch.cat(found) if dim == 1 else torch.stack(found).sum(0)
-        if now is not None:
-            kept[dim] = now, total
+        if now is not None and some is not None:
+            kept[dim] = now, some, total
         return total
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -135,13 +141,9 @@ class Weight(nn.Module):
         """The device of the stored tensors."""
         return self.held()[0].device
 
-    def stamp(self) -> Stamp | None:
-        """A value that changes when the matrix is written or replaced; see `stamp` in `core/versions.py`."""
-        return stamp(self)
-
     def held(self) -> tuple[Tensor, ...]:
         """The tensors that store the matrix: by default all parameters and buffers."""
-        return (*self.parameters(), *self.buffers())
+        return tuple(tensors_of(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,11 @@ class Storage:
 
     name: ClassVar[str]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings of a wrong type. A subclass with checks of its own calls this first."""
+        if problems := wrong_types(self):
+            raise ValueError(f"{self.name}: {'; '.join(problems)}")
 
     def quantize(self, w: Tensor) -> Weight:
         """Store `w` [O, I], of any floating-point dtype. Raises ValueError for values that the format cannot hold."""
@@ -215,6 +222,8 @@ class Update(nn.Module):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    caches: ClassVar[bool] = False
+    """Whether `forward` uses values cached from earlier calls, and compares at each call what they depend on."""
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> x W'ᵀ + bias [..., O]. The bias is never scaled."""

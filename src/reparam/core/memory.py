@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 import torch
 
 _WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _AMOUNT = re.compile(r"(?:allocate|requested)\s+(\d[\d.,]*\s*(?:bytes|[kmgt]i?b)\b)", re.IGNORECASE)
+
+
+def physical_memory() -> int | None:
+    """The memory of the machine in bytes; None where the operating system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def lacks_memory(error: BaseException) -> bool:

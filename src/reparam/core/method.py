@@ -14,6 +14,7 @@ from torch import nn
 
 from reparam.core.base import Site, Update, Weight
 from reparam.core.controller import Controller
+from reparam.core.plain import wrong_types
 
 
 class Subspace(Protocol):
@@ -55,6 +56,11 @@ class Method:
     drops_empty_sites: ClassVar[bool] = True
     """Whether a site with no components left is removed from the adapter; otherwise it stays with rank 0."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings of a wrong type. A subclass with checks of its own calls this first."""
+        if problems := wrong_types(self):
+            raise ValueError(f"{self.name}: {'; '.join(problems)}")
+
     @property
     def default_targets(self) -> tuple[str, ...]:
         """The targets that are used if the user gives none."""
@@ -92,6 +98,10 @@ class Method:
 
     def with_ranks_of(self, updates: Mapping[str, Update]) -> Self:
         """The configuration that rebuilds these updates, e.g. with ranks that training reduced; by default self."""
+        return self
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The configuration for sites with other paths (old -> new); by default self. Methods with patterns need it."""
         return self
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:

@@ -1,8 +1,9 @@
-"""Decode plain JSON values into dataclasses, with a type check of every value before use."""
+"""Check the types of values against those of dataclasses: plain JSON values before they are decoded, and settings."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -44,25 +45,51 @@ def decode(cls: type[T], value: object, where: object) -> T:
     return _made(value, cls)
 
 
-def _problems(value: Any, hint: Any, key: str) -> list[str]:
+def wrong_types(settings: Any) -> list[str]:
+    """One message for each field of a dataclass whose value does not fit its declared type.
+
+    A bool is no number, an int is also a float, a list is also a tuple, and NaN is a number: ranges are not checked.
+
+    >>> from reparam.core.base import Site
+    >>> wrong_types(Site("a", "linear", True, 2.5))
+    ['out_features=True: expected a whole number', 'in_features=2.5: expected a whole number']
+    """
+    cls: Any = type(settings)
+    hints = _hints(cls)
+    names = [field.name for field in dataclasses.fields(settings)]
+    return [problem for name in names for problem in _problems(getattr(settings, name), hints[name], name, True)]
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _problems(value: Any, hint: Any, key: str, setting: bool = False) -> list[str]:
+    """The problems of a value of a file, or of a setting: these have other messages, and NaN is for their ranges."""
     kind = get_origin(hint) or hint
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _field_problems(value, kind, key)
     if kind in (Union, types.UnionType):
-        found = {choice: _problems(value, choice, key) for choice in get_args(hint)}
+        found = {choice: _problems(value, choice, key, setting) for choice in get_args(hint)}
         close = [choice for choice, problems in found.items() if not problems] or _alike(value, get_args(hint))
-        return found[close[0]] if close else [_unfit(key, " or ".join(_name(choice) for choice in found), value)]
-    if kind in (dict, Mapping) and isinstance(value, dict):
-        return [p for k, v in value.items() for p in _problems(v, get_args(hint)[1], f"{key}[{k!r}]")]
-    if kind in (list, tuple) and isinstance(value, list):
+        return (
+            found[close[0]] if close else [_unfit(setting, key, " or ".join(_name(choice) for choice in found), value)]
+        )
+    if kind in (dict, Mapping) and isinstance(value, Mapping):
+        names = [_unfit(setting, key, "names", k) for k in value if not isinstance(k, str)]
+        return names + [p for k, v in value.items() for p in _problems(v, get_args(hint)[1], f"{key}[{k!r}]", setting)]
+    if kind in (list, tuple) and isinstance(value, list | tuple):
         inner = get_args(hint)
         if kind is tuple and inner[-1] is not Ellipsis and len(inner) != len(value):
             return [f"{key}: expected {len(inner)} values, found {len(value)}"]
         each = inner if kind is tuple and inner[-1] is not Ellipsis else [inner[0]] * len(value)
-        return [p for i, (v, h) in enumerate(zip(value, each, strict=True)) for p in _problems(v, h, f"{key}[{i}]")]
-    if _fits(value, kind, hint):
+        return [
+            p for i, (v, h) in enumerate(zip(value, each, strict=True)) for p in _problems(v, h, f"{key}[{i}]", setting)
+        ]
+    if _fits(value, kind, hint) or (setting and kind is float and isinstance(value, float)):
         return []
-    return [_unfit(key, _name(hint), value)]
+    return [_unfit(setting, key, _name(hint), value)]
 
 
 def _alike(value: Any, choices: tuple[Any, ...]) -> list[Any]:
@@ -81,12 +108,12 @@ def _fits(value: Any, kind: Any, hint: Any) -> bool:
     if kind in (int, float) and type(value) is int:
         return -(2**63) <= value < 2**63  # the range of int64, which tensors and other JSON parsers use
     if kind is float:
-        return type(value) is float and math.isfinite(value)
+        return isinstance(value, float) and math.isfinite(value)
     return kind in (str, int, bool, types.NoneType) and type(value) is kind
 
 
 def _field_problems(value: dict[str, Any], cls: type, key: str) -> list[str]:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     problems = [f"{key}.{k}".lstrip(".") + f": unknown key{nearest(k, fields)}" for k in value if k not in fields]
     for name, field in fields.items():
@@ -101,7 +128,7 @@ def _field_problems(value: dict[str, Any], cls: type, key: str) -> list[str]:
 def _made(value: Any, hint: Any) -> Any:
     kind = get_origin(hint) or hint
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         return kind(**{name: _made(v, hints[name]) for name, v in value.items()})
     if kind in (Union, types.UnionType):
         return _made(value, next(choice for choice in get_args(hint) if not _problems(value, choice, "")))
@@ -114,7 +141,9 @@ def _made(value: Any, hint: Any) -> Any:
     return value
 
 
-def _unfit(key: str, expected: str, value: Any) -> str:
+def _unfit(setting: bool, key: str, expected: str, value: Any) -> str:
+    if setting:
+        return f"{key}={_short(value)}: expected {expected}"
     return f"{key or 'content'}: expected {expected}, found {_short(value)}"
 
 
@@ -128,5 +157,6 @@ def _name(hint: Any) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict | list):
         return f"{_NAMES[type(value)]} of {len(value)}"
-    text = repr(value)
+    large = type(value) is int and abs(value) >= 2**64  # Python refuses to write numbers of thousands of digits
+    text = f"a number of {value.bit_length()} bits" if large else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,46 +1,89 @@
-"""Detect, without reading them, whether tensors have changed since something was computed from them."""
+"""Detect whether tensors have changed since something was computed from them.
+
+Torch counts a tensor's in-place writes, but not all: writes through `.data`, through a numpy view and by fused kernels
+are not counted, and a freed address can be used again. So what is small is compared by its bytes (`content`), and a
+large frozen matrix by its address, its count of writes and a sample of its elements (`stamp_of` and `sample`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import zlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Stamp = tuple[tuple[int, int, torch.dtype], ...]
+SAMPLES = 1024
+"""Elements of a tensor in its sample."""
+_GOLDEN = 0.618  # successive places in a row are this share of its length apart, so that they cover all columns
 
 
-def stamp(module: nn.Module) -> Stamp | None:
-    """Address, version counter and dtype of each tensor of the module: they change when one is written or replaced.
-
-    None for tensors made under `torch.inference_mode`, which have no version. Writes through `.data` are not detected.
-    """
-    found = stamp_of(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module and its children. (`module.parameters()` takes several times as long.)"""
+    for group in (module._parameters, module._buffers):
+        for tensor in group.values():
+            if tensor is not None:
+                yield tensor
     for child in module._modules.values():
-        if found is None or (inner := () if child is None else stamp(child)) is None:
-            return None
-        found += inner
-    return found
+        if child is not None:
+            yield from tensors_of(child)
 
 
 def stamp_of(tensors: Iterable[Tensor]) -> Stamp | None:
-    """The same as `stamp`, for a group of tensors."""
+    """Address, count of writes and dtype of each tensor.
+
+    None for tensors made under `torch.inference_mode`, whose writes are not counted.
+    """
     try:
         return tuple([(t.data_ptr(), t._version, t.dtype) for t in tensors])
-    except RuntimeError:  # inference tensors have no version; checking each one first would be slower
+    except RuntimeError:  # checking each one first would be slower
         return None
 
 
-class Steps:
-    """Counts the optimizer steps of this process. Fused kernels do not increment parameters' versions."""
+def content(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """A checksum (CRC-32) of the bytes of each tensor; None if a tensor has no bytes that can be read.
 
-    count = 0
+    >>> content([torch.zeros(3)]) == content([torch.zeros(3)]), content([torch.zeros(3)]) == content([torch.ones(3)])
+    (True, False)
+    """
+    try:
+        return tuple([_checksum(_local(t)) for t in tensors])
+    except RuntimeError:
+        return None
 
-    @classmethod
-    def note(cls, *_: object) -> None:
-        """Add one to the count; torch calls it after each step of any optimizer."""
-        cls.count += 1
+
+def sample(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """The same of `SAMPLES` elements of each tensor, evenly spread over its rows and columns."""
+    try:
+        return tuple([_checksum(_some(_local(t))) for t in tensors])
+    except RuntimeError:
+        return None
 
 
-register_optimizer_step_post_hook(Steps.note)
+def _local(tensor: Tensor) -> Tensor:
+    """The tensor, or this process's part of a sharded one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's bytes. Raises RuntimeError for fake tensors, those of `torch.func`, and freed storage."""
+    own = tensor.detach().cpu().contiguous()
+    address, size = own.data_ptr(), own.nbytes
+    if size and not address and not own.is_meta:
+        raise RuntimeError("the tensor has no storage")
+    # `numpy()` would take as long, and torch would refuse to resize the storage afterwards, as FSDP does.
+    return zlib.crc32((ctypes.c_ubyte * size).from_address(address)) if address else 0
+
+
+def _some(tensor: Tensor) -> Tensor:
+    if tensor.numel() <= SAMPLES:
+        return tensor.reshape(-1)
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        each = max(1, int(SAMPLES ** (1 / tensor.ndim)))
+        return tensor[tuple(slice(None, None, -(-size // each)) for size in tensor.shape)].reshape(-1)
+    step, width = tensor.numel() // SAMPLES, tensor.shape[-1]
+    step += round(_GOLDEN * width) - step % width if step > width else 1 - step % 2
+    return tensor.view(-1)[::step]

@@ -5,6 +5,7 @@ Shapes: E examples (an example is a row, or a piece of a long text row), T token
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,6 +86,14 @@ class Encoded(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def digest(self) -> str:
+        """SHA-256 of all examples: token ids, loss and tasks."""
+        found = hashlib.sha256()
+        for tensor in (self.ids, self.loss, self.starts, self.tasks):
+            if tensor is not None:
+                found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):

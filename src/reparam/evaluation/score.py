@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.adapter.context import context, tasks_of, told
+from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
 from reparam.data.messages import Messages
 from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
+from reparam.errors import DataError
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop
 
@@ -42,7 +44,8 @@ class Score:
     larger_is_better: bool
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, {self.rows} rows)"
+        interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"{self.name} {self.value:.3f} ({interval}, {counted(self.rows, 'row')})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,17 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
     """Bits per byte for text rows; otherwise the mean loss, in nats, per token that carries loss.
 
     The score is a ratio of two sums over examples. Its 95 % interval is ±1.96 standard errors, estimated from the
-    residuals of the examples. `batch` is the number of examples per forward pass.
+    residuals of the examples. `batch` is the number of examples per forward pass. Raises ValueError if no token of the
+    examples carries loss.
     """
     nats, tokens = token_losses(model, encoded, tokenizer, batch=batch)
     texts = bool(encoded.text_bytes.sum())
     weights = encoded.text_bytes.double() if texts else tokens
+    if not weights.sum() > 0:
+        raise ValueError(
+            f"no token of the {counted(len(encoded), 'example')} carries loss, so there is no loss to score; give rows "
+            f"with an answer or a text"
+        )
     ratio = float(nats.sum() / weights.sum())
     spread = float((nats - ratio * weights).std()) * math.sqrt(len(nats)) / float(weights.sum()) if len(nats) > 1 else 0
     unit = math.log(2) if texts else 1.0
@@ -103,7 +112,9 @@ def token_losses(
 
 
 def score_answers(answers: Sequence[Answer]) -> Score:
-    """The share of exact matches (0 ... 1) with its Wilson score interval. `answers` must not be empty."""
+    """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
+    if not answers:
+        raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
     n, right = len(answers), sum(answer.right for answer in answers)
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -123,7 +134,8 @@ def answer(
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
     prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8.
-    Raises DataError if the selected adapter depends on the task and a row has no known task.
+    Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
+    tokens.
     """
     asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
@@ -131,6 +143,9 @@ def answer(
     prompts = [
         _prompt(tokenizer, template, question, row.variables) for row, (question, _) in zip(asked, pairs, strict=True)
     ]
+    empty = [row.source for row, prompt in zip(asked, prompts, strict=True) if not prompt]
+    if empty:
+        raise DataError([f"{source}: the prompt is empty, so no answer can be generated" for source in empty])
     expected = [answer for _, answer in pairs]
     names = tasks_of(model)
     tasks = task_numbers(asked, names) if names else None
@@ -157,8 +172,11 @@ def complete(
 
     Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
     would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
-    are the names or numbers of the prompts' tasks, for an adapter that depends on them.
+    are the names or numbers of the prompts' tasks, for an adapter that depends on them. Raises ValueError for a prompt
+    without tokens.
     """
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens, so there is nothing to continue; give a prompt with text")
     device = next(model.parameters()).device
     pad, stops = padding_id(tokenizer), stop_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -16,8 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from reparam.core.base import Storage
-from reparam.core.checks import nearest
-from reparam.errors import BaseError
 from reparam.hf import quantizer as hf_quantizer
 from reparam.hf.config import (
     METHOD,
@@ -29,6 +27,7 @@ from reparam.hf.config import (
     to_bitsandbytes,
 )
 from reparam.hf.digest import order_metadata
+from reparam.hf.folder import check_path
 from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
@@ -55,7 +54,7 @@ def load_base(
     infinity, if the model is already quantized in another way than `storage` and `targets` ask for, and if the hub
     cannot be reached.
     """
-    _check_path(path)
+    check_path(path)
     disable_progress_bar()
     place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -94,7 +93,7 @@ def load_base(
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
-    _check_path(path)
+    check_path(path)
     with from_files(path, "tokenizer"):
         found = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
         found.decode(found("a b")["input_ids"])  # some values of a wrong type are used first here
@@ -117,12 +116,13 @@ def save_model(
     FileExistsError.
 
     Raises ValueError if the model has adapters, if `folder` is, contains or lies in the folder that the model was
-    loaded from, and if the format cannot store the quantized matrices.
+    loaded from, if a parameter holds NaN or infinity, and if the format cannot store the quantized matrices.
     """
     target = Path(folder).resolve()
     check_without_adapters(model)
     check_not_base(target, str(model.config._name_or_path))  # type: ignore[union-attr]
     entry = _entry(model, format)
+    check_finite(model)
     with staged_folder(target, owned=overwrite) as staging:
         with _quantizer_of(model):
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
@@ -188,31 +188,3 @@ def _quantizer_of(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.hf_quantizer
-
-
-def _check_path(path: str) -> None:
-    if not path:
-        raise BaseError("no base model was given: set base.path to a folder or a hub id")
-    local = Path(path)
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            raise BaseError(f"{path}: is not a model folder, because it has no config.json{_adapter_hint(local)}")
-        odd = sorted(
-            entry.name for entry in local.iterdir() if entry.exists() and not (entry.is_file() or entry.is_dir())
-        )
-        if odd:  # reading a pipe would never end
-            raise BaseError(f"{path}: {odd[0]} is not a regular file; remove it")
-    elif local.exists():
-        raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        near = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
-        raise BaseError(f"{path}: no such folder{nearest(local.name, near)}")
-
-
-def _adapter_hint(folder: Path) -> str:
-    held = [name for name in ("adapter.json", "adapter_config.json") if (folder / name).exists()]
-    return (
-        f" ({held[0]} shows that it is an adapter: pass it as the adapter, and its base model as the base)"
-        if held
-        else ""
-    )

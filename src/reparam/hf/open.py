@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
+from reparam.adapter.fitted import fitted
 from reparam.adapter.load import place
 from reparam.adapter.quantize import quantize
 from reparam.adapter.untie import untie
@@ -20,7 +21,7 @@ from reparam.hf.models import load_base, load_tokenizer
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.record import Packing, Record
-from reparam.sites.walk import storages_in, tied
+from reparam.sites.walk import storages_in, tied, walk
 
 
 def open_model(
@@ -30,7 +31,8 @@ def open_model(
 
     Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
     are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
-    storage of all linear maps. Tied embeddings are untied if the adapter changes the embedding or the output head.
+    storage of all linear maps. Tied weights are untied if the adapter changes one of them, unless it was attached with
+    `tie`.
 
     Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
     do not fit, and BaseError if the base model cannot be loaded.
@@ -47,7 +49,9 @@ def open_model(
     model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
     if record is None or folder is None:
         return model, tokenizer, None
-    if tied(model, [*record.sites, *record.replaced]):
+    record = fitted(model, dict(walk(model)), record, folder)
+    leaders = {tie.to for tie in record.tied.values()}
+    if tied(model, [*record.replaced, *(path for path in record.sites if path not in leaders)]):
         untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")
 

@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from reparam.adapter.quantize import QuantizedSite, QuantizeReport, quantize
 from reparam.core.base import Weight
 from reparam.core.checks import listed
+from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, config_of
 from reparam.hf.digest import KEY, digest_of, digest_of_all, digests_of, told_digests
@@ -84,7 +85,8 @@ class Quantizer(HfQuantizer):
         places = kwargs.get("device_map")
         if isinstance(places, dict) and "disk" in places.values():
             raise ValueError(
-                "device_map: quantized matrices cannot be offloaded to disk; remove 'disk' from the device map"
+                "device_map: quantized matrices cannot be offloaded to disk; remove 'disk' from the device map, or, for"
+                " a map that transformers makes, raise max_memory"
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -145,7 +147,7 @@ class Quantizer(HfQuantizer):
             found = {path: model.get_submodule(path).frozen.storage for path in self.sites}
             wrong = [path for path, storage in found.items() if storage != told]
             if wrong:
-                count = f"{len(wrong)} matrices (first: {wrong[0]})"
+                count = f"{counted(len(wrong), 'matrix', 'matrices')} (first: {wrong[0]})"
                 self.problems.append(f"{count} are quantized as {found[wrong[0]]}, but config.json says {told}")
         if not self.problems and self.told and self.told != {digest_of_all(self.digests)}:
             self.problems.append(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from torch import nn
 
+from reparam.core.text import counted
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.score import Score
 from reparam.evaluation.tables import scores_table
@@ -62,7 +63,11 @@ def look(asked: Closely, folder: Path, base: str | None, model: nn.Module | None
     sites = view(folder, model, survival=asked.survival) if asked.deep or asked.survival else ()
     other = None if asked.against is None else files.adapter_folder(asked.against)
     alike = {} if other is None else compared(folder, other, model)
-    found = None if asked.suggest is None else suggest(files.read(folder), asked.suggest, label=str(folder))
+    found = (
+        None
+        if asked.suggest is None
+        else suggest(files.read(folder).without_beside(folder), asked.suggest, label=str(folder))
+    )
     scores = None
     if found is not None and asked.data is not None:
         small = found.compression.record
@@ -116,7 +121,7 @@ def show(asked: Closely, seen: Seen, folder: Path, console: Console) -> None:
             )
     if asked.deep and len(spectra) < len(seen.sites):
         count = len(seen.sites) - len(spectra)
-        _line(console, f"{count} sites have no spectrum: ΔW depends on the input, or on W (then pass --base)")
+        _line(console, f"no spectrum for {counted(count, 'site')}: ΔW depends on the input, or on W (then pass --base)")
     against = {site.name: site.amplification for site in seen.sites if site.amplification is not None}
     if asked.deep and against:
         say(console, tables.amplification(against))
@@ -162,8 +167,8 @@ def _show_suggestion(asked: Closely, found: Suggestion, folder: Path, console: C
     dropped = sum(not site.rank for site in found.sites)
     _line(
         console,
-        f"{dropped} sites dropped, {len(found.sites) - dropped} shrunk: {found.before:,} -> {found.bytes:,} bytes "
-        f"({found.bytes / found.before:.1%}), {found.kept:.4f} of |ΔW|² kept",
+        f"{counted(dropped, 'site')} dropped, {len(found.sites) - dropped} shrunk: {found.before:,} -> "
+        f"{found.bytes:,} bytes ({found.bytes / found.before:.1%}), {found.kept:.4f} of |ΔW|² kept",
     )
     _line(console, f"reparam compress {shlex.quote(str(folder))} OUTPUT --bytes {found.bytes}")
 

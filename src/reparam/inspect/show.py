@@ -10,6 +10,7 @@ from rich.table import Table
 
 from reparam.adapter.context import tasks_of
 from reparam.adapter.quantize import QuantizeReport, entries, reports, size
+from reparam.core.text import counted
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import note, say, say_json
@@ -78,7 +79,7 @@ def show(
     )
     say(console, note(summary.method, f"in {summary.format} format: {settings}", "bold"))
     say(console, f"base        {summary.base}")
-    say(console, f"parameters  {summary.parameters:,} in {summary.bytes:,} bytes")
+    say(console, f"parameters  {summary.parameters:,} in {counted(summary.bytes, 'byte')}")
     say(console, _table(summary))
     found = _ranks(summary)
     if found is not None and len(set(found.ranks.values())) > 1:
@@ -155,7 +156,7 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
         say_json(console, told)
         return
     held = sum(p.nbytes for p in model.parameters())
-    say(console, note(f"{type(model).__name__}:", f"{entries(model):,} parameters in {size(held)}", "bold"))
+    say(console, note(f"{type(model).__name__}:", f"{counted(entries(model), 'parameter')} in {size(held)}", "bold"))
     for report in found:
         say(console, str(report))
         say(console, _quantized_table(report))

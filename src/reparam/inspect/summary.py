@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from reparam.adapter.updates import update_of
 from reparam.core.base import Site, Weight
+from reparam.core.text import counted
 from reparam.errors import InputDependentError
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites.fingerprint import base_tensors
 from reparam.sites.module import is_quantized
+from reparam.sites.wrapped import at
 from reparam.weights.dense import DenseWeight, zero_weight
 
 
@@ -89,7 +91,7 @@ def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
         method=record.method.name,
         settings=record.method.settings(),
         base=_base(record),
-        parameters=sum(tensor.numel() for tensor in record.tensors.values()),
+        parameters=sum(tensor.numel() for tensor in [*record.tensors.values(), *record.beside.values()]),
         bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         sites=tuple(sites),
         replaced=record.replaced,
@@ -126,7 +128,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
     """
     if model is None or f"{site.name}.weight" not in own:
         return None
-    module = model.get_submodule(site.name)
+    module = at(model, site.name)
     if is_quantized(module):
         return module.frozen
     matrix = own[f"{site.name}.weight"].detach()
@@ -136,5 +138,7 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
 def _base(record: Record) -> str:
     if record.base is None:
         return "not stated"
-    quantizing = ", ".join(f"{len(p.modules)} matrices in {p.storage}" for p in record.base.packing)
+    quantizing = ", ".join(
+        f"{counted(len(p.modules), 'matrix', 'matrices')} in {p.storage}" for p in record.base.packing
+    )
     return (record.base.source or record.base.architecture) + (f", trained with {quantizing}" if quantizing else "")

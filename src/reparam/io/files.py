@@ -37,6 +37,10 @@ def _read(folder: Path, name: str | None) -> Record:
         raise FormatError(f"{folder}: holds both {native.CONFIG} and {peft.CONFIG}; move one of the two adapters away")
     if whole.has_adapters(folder):
         return whole.read(folder, name)
+    for file in (*folder.glob("pytorch_lora_weights.*"), *folder.glob("*.ckpt")):
+        raise FormatError(
+            f"{file}: in the format of diffusers or kohya's scripts, for diffusion models, which is not supported"
+        )
     below = sorted({file.parent.name for module in FORMATS.values() for file in folder.glob(f"*/{module.CONFIG}")})
     hint = f". Give one of its subfolders: {', '.join(below)}" if below else ""
     raise FormatError(f"{folder}: no adapter here: neither {native.CONFIG} nor {peft.CONFIG} was found{hint}")

@@ -24,9 +24,11 @@ from torch import Tensor
 import reparam.methods  # noqa: F401  (importing it registers the methods)
 from reparam.core.base import Kind, Site
 from reparam.core.checks import listed
+from reparam.core.memory import physical_memory
 from reparam.core.method import Method
 from reparam.core.plain import decode
 from reparam.core.registry import find_method
+from reparam.core.strict_json import DuplicateKey, loads
 from reparam.errors import FormatError
 from reparam.io.record import Base, Record, Tied
 from reparam.io.steady import opened
@@ -181,8 +183,9 @@ def check_whole(record: Record, folder: Path) -> None:
 def read_bytes(file: Path, *, most: int | None = None) -> bytes:
     """Read a file.
 
-    Raises FormatError if it is missing, unreadable, empty, larger than `most` bytes, not a regular file, or a pointer
-    of git-LFS; and if it is a safetensors file of another size than its header states. These are checked first.
+    Raises FormatError if it is missing, unreadable, empty, larger than `most` bytes or than the machine's memory, not a
+    regular file, or a pointer of git-LFS; and if it is a safetensors file of another size than its header states. These
+    are checked first.
     """
     with opened(file) as found:
         _check_size(file, found, most)
@@ -198,6 +201,9 @@ def _check_size(file: Path, found: BinaryIO, most: int | None) -> None:
         raise FormatError(f"{file}: a pointer of git-LFS, not the file itself; run git lfs pull in its folder")
     if most is not None and size > most:
         raise FormatError(f"{file}: {size:,} bytes, more than the {most:,} that such a file can have")
+    memory = physical_memory()
+    if memory is not None and size > memory:
+        raise FormatError(f"{file}: {size:,} bytes, more than the memory of this machine ({memory:,} bytes)")
     found.seek(0)
     if file.suffix != ".safetensors" or not size:
         return
@@ -205,7 +211,7 @@ def _check_size(file: Path, found: BinaryIO, most: int | None) -> None:
     try:
         if length > min(size - 8, LARGEST_JSON):
             raise ValueError(f"its header claims {length:,} bytes")
-        header = json.loads(found.read(length))
+        header = loads(found.read(length))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"its header states {8 + length + max(ends, default=0):,} bytes, the file has {size:,}")
@@ -217,28 +223,15 @@ def _check_size(file: Path, found: BinaryIO, most: int | None) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FormatError if the content is not one, or has a key twice."""
     try:
-        found = json.loads(read_bytes(file, most=LARGEST_JSON), object_pairs_hook=_unique)
+        found = loads(read_bytes(file, most=LARGEST_JSON))
     except FormatError:
         raise
-    except _Twice as error:
-        raise FormatError(f"{file}: the key {error.args[0]!r} occurs twice; remove the wrong one") from None
+    except DuplicateKey as error:
+        raise FormatError(f"{file}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{file}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-class _Twice(Exception):  # noqa: N818  (reads as what happened)
-    """A JSON object has this key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Twice(key)
-        found[key] = value
     return found
 
 

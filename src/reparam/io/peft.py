@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 import reparam.io
+from reparam.io import mlx
 from reparam.io.native import pack_tensors, read_json
 from reparam.io.peft_formats import CONFIG, PREFIX, Folder, reader_of, writer_of
 from reparam.io.peft_weights import WEIGHTS
@@ -31,8 +32,11 @@ for _file in pkgutil.iter_modules(reparam.io.__path__):
 
 
 def read(folder: Path) -> Record:
-    """Read the adapter that PEFT saved in `folder`. Raises FormatError that names each unsupported key."""
-    found = Folder(folder, read_json(folder / CONFIG))
+    """Read the adapter that PEFT or mlx-lm saved in `folder`. Raises FormatError that names each unsupported key."""
+    settings = read_json(folder / CONFIG)
+    if mlx.is_mlx(settings):
+        return mlx.read(folder, settings)
+    found = Folder(folder, settings)
     return reader_of(found).read(found)
 
 
@@ -41,12 +45,15 @@ def files(record: Record) -> dict[str, bytes]:
     method = record.method
     writer = writer_of(method)
     writer.check(method, record)
+    record = record.apart()
     config = writer.settings(method, record)
     tensors: dict[str, Tensor] = {}
     for name, site in record.sites.items():
-        tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in writer.tensors(name, site, record).items()}
+        found = writer.tensors(name, site, record)
+        tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in found.items()}
         if f"{name}.bias" in record.tensors:
-            tensors[f"{PREFIX}{name}.base_layer.bias"] = record.tensors[f"{name}.bias"]
+            inside = ".base_layer" if found else ""  # PEFT wraps a module that has factors
+            tensors[f"{PREFIX}{name}{inside}.bias"] = record.tensors[f"{name}.bias"]
     for module in record.replaced:
         tensors |= {PREFIX + key: t for key, t in record.tensors.items() if key.startswith(module + ".")}
     weights = pack_tensors(tensors, metadata={"format": "pt"})

@@ -24,8 +24,6 @@ NEUTRAL = {
     "fan_in_fan_out",
     # initializations that do not change the base
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    # which of two tied weights trained: the file holds the factors of both
-    "ensure_weight_tying",
     # no effect unless a refused key is set
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
@@ -74,6 +72,7 @@ class Honored:
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
+    ensure_weight_tying: bool = False
 
     def site(self, path: str) -> bool:
         """Whether PEFT puts factors on this path, as `check_target_module_exists` decides; False for "all-linear"."""
@@ -94,6 +93,11 @@ class Honored:
         starts = [rf"(?:^|.*?\.){p}\." for p in named] if named else [r".*?\.[^.]*\."]
         found = next((index for start in starts if (index := _index(path, start)) is not None), None)
         return found is not None and found in indices
+
+    def ignored(self, path: str) -> bool:
+        """Whether PEFT puts no factors on this path; False if that cannot be told from the path."""
+        told = self.target_modules not in (None, [], "") and str(self.target_modules).lower() != "all-linear"
+        return told and not self.site(path)
 
     def whole(self, path: str) -> bool:
         """Whether PEFT trains the module at this path whole: the path ends with one of `modules_to_save`.
@@ -124,8 +128,6 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
         raise FormatError(f"{file}: " + "; ".join(problems))
     null = {key for key in SWITCHES if config.get(key, False) is None}
     found = decode(Honored, {key: value for key, value in config.items() if key in fields - null}, file)
-    if found.bias == "all":
-        raise FormatError(f"{file}: bias = 'all': not supported, only 'none' and 'lora_only' are")
     _check_patterns(found, file)
     return found
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from reparam.core.base import Site
@@ -39,6 +40,8 @@ class Contents:
     """Kind of each site that has factors, by path."""
     frozen: dict[str, Tensor]
     """Tensors of the base that the file contains, by name."""
+    beside: dict[str, Tensor]
+    """Trained biases of modules without factors, by name."""
     replaced: list[str]
     """Paths of modules that train whole."""
     problems: list[str]
@@ -52,7 +55,8 @@ class Contents:
         """Build the adapter record with these tensors."""
         base = Base("", config.base_model_name_or_path, {}) if config.base_model_name_or_path else None
         replaced = tuple(self.replaced)
-        return Record(method, sites, tensors, replaced=replaced, base=base, frozen=self.frozen, claims=config)
+        kept = {"frozen": self.frozen, "beside": self.beside, "claims": config}
+        return Record(method, sites, tensors, replaced=replaced, base=base, **kept)  # type: ignore[arg-type]
 
 
 def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) -> Contents:
@@ -62,9 +66,10 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
     """
     tensors: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     replaced: list[str] = []
-    beside: list[tuple[str, str]] = []
+    extra: list[tuple[str, str]] = []
     strange: list[str] = []
     names = {**more, ".base_layer.bias": "bias"}
     for key, tensor in raw.items():
@@ -78,18 +83,28 @@ def sort(raw: Mapping[str, Tensor], config: Honored, more: Mapping[str, str]) ->
             tensors[f"{path.removesuffix(end)}.{parameter}"] = tensor.t() if transposed and tensor.ndim == 2 else tensor
         elif end is not None:
             site = path.removesuffix(end)
-            beside.append((site, end))
+            extra.append((site, end))
             tensors[f"{site}.{names[end]}"] = tensor
         elif ".lora_" in path:
             strange.append(key)
+        elif ".original_module." in path or path.endswith(".modules_to_save.bias"):
+            continue  # with bias="all": the base's own bias of a module that trains whole, and a second copy
         elif module := _saved_module(path, config):
             tensors[path] = tensor
             if module not in replaced:
                 replaced.append(module)
+        elif config.bias == "all" and path.endswith(".bias"):
+            beside[path] = tensor
         else:  # PEFT's save_embedding_layers: a copy of the base's own matrix
             frozen[path.replace(".base_layer.", ".")] = tensor
-    strange += [f"{PREFIX}{site}{end}" for site, end in beside if site not in kinds]
-    return Contents(tensors, kinds, frozen, replaced, [f"unknown tensor {key}" for key in strange])
+    if config.ensure_weight_tying:  # PEFT trains the embedding and writes it again under the names of its ties
+        trained = [tensors[f"{module}.weight"] for module in replaced if f"{module}.weight" in tensors]
+        for path, copy in list(frozen.items()):
+            if path.endswith(".weight") and any(torch.equal(copy, one) for one in trained):
+                replaced.append(path.removesuffix(".weight"))
+                tensors[path] = frozen.pop(path)
+    strange += [f"{PREFIX}{site}{end}" for site, end in extra if site not in kinds]
+    return Contents(tensors, kinds, frozen, beside, replaced, [f"unknown tensor {key}" for key in strange])
 
 
 def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> dict[str, Tensor]:
@@ -126,7 +141,12 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
     sites = {}
     for name, kind in kinds.items() if not problems else ():
         a, b = tensors[f"{name}.A"], tensors[f"{name}.B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
+        if a.ndim == b.ndim > 2:
+            problems.append(
+                f"{PREFIX}{name}: factors of a convolution, lora_A {list(a.shape)}, which is not supported; train the "
+                f"module whole instead (modules_to_save)"
+            )
+        elif a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (a.shape[1], len(b)) or len(a) < least:
             problems.append(
                 f"{PREFIX}{name}: the shapes of lora_A {list(a.shape)} and lora_B {list(b.shape)} do not match"
             )

@@ -54,6 +54,8 @@ class Folder:
 class PeftFormat(Generic[_M]):
     """PEFT's file format of one method. Subclasses are stateless."""
 
+    ties: ClassVar[bool] = False
+    """Whether the files can tie the update of an output head to that of the embedding (`ensure_weight_tying`)."""
     peft_type: ClassVar[str]
     """Value of `peft_type` in the settings."""
 
@@ -67,6 +69,12 @@ class PeftFormat(Generic[_M]):
 
     def check(self, method: _M, record: Record) -> None:
         """Raise FormatError if PEFT cannot express the adapter. The base class refuses sites such as vectors."""
+        for path, tie in record.tied.items():
+            if not self.ties or (record.sites[tie.to].kind, tie.kind) != ("embedding", "linear"):
+                raise FormatError(
+                    f"PEFT ties only a LoRA on an output head to one on the embedding, not {method.name} on {path} to "
+                    f"{tie.to}; save with format='reparam'"
+                )
         for kind in dict.fromkeys(site.kind for site in record.sites.values()):
             if kind not in ("linear", "embedding"):
                 names = [name for name, site in record.sites.items() if site.kind == kind]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from reparam.core.base import Site
@@ -16,7 +18,7 @@ from reparam.io.peft_config import Honored, parse
 from reparam.io.peft_factors import replaced_of, sites_of, sort, targets_of, tensors_of
 from reparam.io.peft_formats import Folder, PeftFormat, peft_format
 from reparam.io.peft_weights import WEIGHTS
-from reparam.io.record import Record
+from reparam.io.record import Record, Tied
 from reparam.methods import patterns
 from reparam.methods.lora import LoRA
 
@@ -28,6 +30,7 @@ class LoRAFormat(PeftFormat[LoRA]):
     """PEFT's file format of LoRA."""
 
     peft_type = "LORA"
+    ties = True
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         """Whether the settings describe a LoRA without `use_dora`."""
@@ -41,7 +44,14 @@ class LoRAFormat(PeftFormat[LoRA]):
         sites = sites_of(found, folder.weights)
         method = method_of(LoRA, config, sites, folder.config)
         check_ranks(method, found.tensors, sites, folder.config)
-        return found.record(method, sites, found.tensors, config)
+        tied = _tied(method, sites, found.tensors) if config.ensure_weight_tying else {}
+        if not tied:
+            return found.record(method, sites, found.tensors, config)
+        leaders = {name: site for name, site in sites.items() if name not in tied}
+        gone = {f"{path}.{factor}" for path in tied for factor in ("A", "B")}
+        tensors = {key: tensor for key, tensor in found.tensors.items() if key not in gone}
+        method = method_of(LoRA, config, leaders, folder.config)
+        return dataclasses.replace(found.record(method, leaders, tensors, config), tied=tied)
 
     def settings(self, method: LoRA, record: Record) -> dict[str, Any]:
         """The contents of `adapter_config.json`, as `settings_of` builds them."""
@@ -50,6 +60,20 @@ class LoRAFormat(PeftFormat[LoRA]):
     def tensors(self, name: str, site: Site, record: Record) -> dict[str, Tensor]:
         """The factors of one site, by the ends of their keys."""
         return tensors_of(name, site, record)
+
+
+def _tied(method: LoRA, sites: Mapping[str, Site], tensors: Mapping[str, Tensor]) -> dict[str, Tied]:
+    """The linear maps that have the factors and the scale of an embedding: PEFT wrote one update twice.
+
+    Where nothing is tied in the base, PEFT trains two updates in spite of `ensure_weight_tying`.
+    """
+    found: dict[str, Tied] = {}
+    for leader in [name for name, site in sites.items() if site.kind == "embedding"]:
+        for path in [name for name, site in sites.items() if site.kind == "linear" and name not in found]:
+            pairs = [(tensors[f"{path}.{factor}"], tensors[f"{leader}.{factor}"]) for factor in ("A", "B")]
+            if method.at(path) == method.at(leader) and all(torch.equal(one, other) for one, other in pairs):
+                found[path] = Tied(leader, "linear")
+    return found
 
 
 def method_of(cls: type[_L], config: Honored, sites: Iterable[str], file: Path) -> _L:
@@ -88,8 +112,9 @@ def check_ranks(method: LoRA, tensors: Mapping[str, Tensor], sites: Iterable[str
 
 def settings_of(method: LoRA, record: Record) -> dict[str, Any]:
     """The configuration of a LoRA, with only the keys that are needed: other releases of PEFT may not know the rest."""
-    ranks = {name: method.at(name)[0] for name in record.sites}
-    alphas = {name: method.at(name)[1] for name in record.sites}
+    at = {name: method.at(record.tied[name].to if name in record.tied else name) for name in record.sites}
+    ranks = {name: rank for name, (rank, _) in at.items()}
+    alphas = {name: alpha for name, (_, alpha) in at.items()}
     alpha = method.alpha
     if method.scaling in ("alpha", "none"):  # PEFT has only alpha / r (or √r): alpha = s · r gives the scale s
         alphas = {name: method.scale(r=r, alpha=alphas[name]) * r for name, r in ranks.items()}
@@ -111,6 +136,8 @@ def settings_of(method: LoRA, record: Record) -> dict[str, Any]:
         "bias": "lora_only" if any(f"{name}.bias" in record.tensors for name in record.sites) else "none",
         "inference_mode": True,
     }
+    if record.tied:
+        config["ensure_weight_tying"] = True
     if any(site.transposed for site in record.sites.values()):
         config["fan_in_fan_out"] = True  # avoids a warning of PEFT
     return config

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from reparam.core.base import Kind, Site
+from reparam.core.checks import listed
 from reparam.core.method import Method
+from reparam.errors import FormatError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Claims(Protocol):
     def whole(self, path: str) -> bool:
         """Whether the file must have a copy of the whole module at this path."""
 
+    def ignored(self, path: str) -> bool:
+        """Whether the update at this path does not count, although the file has one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
@@ -73,13 +78,33 @@ class Record:
     """The modules, by path, that use the update of a site because they share its weight."""
     frozen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Copies of base tensors that the file contains; the base must hold the same values."""
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Trained biases of modules without other tensors in the file, by name. `adapter/fitted.py` makes them sites, which
+    needs the model; other code must refuse them (`without_beside`)."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
     claims: Claims | None = None
     """The modules for which the file states to hold tensors, if this can be checked only with the model."""
+
+    def apart(self) -> Record:
+        """The same adapter with a site and tensors of its own for each module that uses the update of a site."""
+        sites, tensors = dict(self.sites), dict(self.tensors)
+        for path, tie in self.tied.items():
+            sites[path] = dataclasses.replace(self.sites[tie.to], name=path, kind=tie.kind, transposed=False)
+            tensors |= {f"{path}.{name}": tensor for name, tensor in self.of(tie.to).items()}
+        return dataclasses.replace(self, sites=sites, tensors=tensors)
 
     def of(self, path: str) -> dict[str, Tensor]:
         """The tensors of the site, module or shared state at this path, by their names in it, without a site's bias."""
         start = f"{path}."
         own = {key.removeprefix(start): tensor for key, tensor in self.tensors.items() if key.startswith(start)}
         return {key: tensor for key, tensor in own.items() if path not in self.sites or key != "bias"}
+
+    def without_beside(self, label: object) -> Record:
+        """This record. Raises FormatError if it has tensors in `beside`; `label` names the adapter in the message."""
+        if self.beside:
+            raise FormatError(
+                f"{label}: this adapter also trains biases of modules without factors ({listed(list(self.beside))}), "
+                f"which can be used only with the model; load it onto the model, and save it in reparam's format"
+            )
+        return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from reparam.core.base import Site
 from reparam.core.plain import decode
+from reparam.core.strict_json import loads
 from reparam.errors import FormatError
 from reparam.io import native
 from reparam.io.record import Record, Tied
@@ -77,7 +79,7 @@ def read(folder: Path, name: str | None = None) -> Record:
     place = next((file for file, keys in files.items() if ENTRY in keys), None)
     if place is None:
         raise FormatError(f"{folder}: the model in this folder was saved without adapters")
-    entries = _entries(_tensors(place, [ENTRY])[ENTRY], place)
+    entries = _entries(place)
     chosen = name if name in entries or len(entries) != 1 else next(iter(entries))
     if chosen is None or chosen not in entries:
         raise FormatError(
@@ -114,11 +116,17 @@ def _own(key: str, name: str, found: _Entry) -> str | None:
     return f"{path}.bias" if between and not rest and (path in found.sites or path in found.tied) else None
 
 
-def _entries(tensor: Tensor, file: Path) -> dict[str, Any]:
-    if tensor.dtype is not torch.uint8 or tensor.ndim != 1 or len(tensor) > LARGEST:
+def _entries(file: Path) -> dict[str, Any]:
+    """The JSON of the adapters in this file. Its size is checked before it is read."""
+    with _opened(file) as opened:
+        shape = opened.get_slice(ENTRY).get_shape()
+        if math.prod(shape) > LARGEST:
+            raise FormatError(f"{file}: {ENTRY} is {shape}, expected at most {LARGEST:,} bytes")
+        tensor = opened.get_tensor(ENTRY)
+    if tensor.dtype is not torch.uint8 or tensor.ndim != 1:
         raise FormatError(f"{file}: {ENTRY} is {tensor.dtype} {list(tensor.shape)}, expected a row of uint8")
     try:
-        found = json.loads(bytes(tensor.tolist()))
+        found = loads(bytes(tensor.tolist()))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: {ENTRY} is not valid JSON: {error}") from None
     if not isinstance(found, dict):

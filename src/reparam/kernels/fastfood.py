@@ -37,7 +37,8 @@ _PIECE = 1 << 20
 def fastfood(x: Tensor, key: int, n: int, rows: int) -> Tensor:
     """x [d] -> P x [rows], in the dtype of x. `key`: an integer from 0 to 2^63 - 1; `n`: a power of two, at least d.
 
-    Raises ValueError if x is not a floating-point vector, or n is not such a power, or rows is below 1.
+    Raises ValueError if x is not a floating-point vector, the key is negative, n is not such a power, or rows is below
+    1.
     """
     return torch.ops.reparam.fastfood.default(x, key, n, rows)
 
@@ -141,6 +142,8 @@ def _signed(value: int) -> int:
 def _check(x: Tensor, key: int, n: int, d: int, rows: int) -> None:
     if not x.is_floating_point() or x.ndim != 1:
         raise ValueError(f"fastfood: expected a vector of floating-point numbers, got {x.dtype} {list(x.shape)}")
+    if key < 0:
+        raise ValueError(f"fastfood: key={key}: expected an integer from 0 to 2^63 - 1")
     if n != power_of_two(n) or not 1 <= d <= n or rows < 1:
         raise ValueError(
             f"fastfood: d={d}, n={n}, D={rows}: expected n to be a power of two of at least d, and d and D to be at "

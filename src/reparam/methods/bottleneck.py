@@ -78,6 +78,7 @@ class Bottleneck(Method):
     """Seed for D. The values depend on the seed and the site's name, not on the order in which sites are wrapped."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = wrong_words(self, {"placement": PLACEMENTS, "activation": ACTIVATIONS})
         if not whole(self.r, 1):
             problems.append(f"r={self.r!r}: expected a whole number of at least 1")

@@ -6,7 +6,8 @@ DoRA is a gain on top of a low-rank update: W' = diag(g) (W₀ + ΔW) with g = m
 rows of W₀ + ΔW. `DoRAUpdate` holds any low-rank update, calls it and scales its output. The bias is not scaled.
 
 `dora_norm.py` computes n without building ΔW or a dense W₀. n is cached until A, B or W₀ changes, so that inference and
-gradient accumulation do not compute it again.
+gradient accumulation do not compute it again. At each forward the bytes of A, B and m are compared with those that n
+was computed from, and a sample of W₀ (`core/versions.py`); in the steps of a generation only torch's counts of writes.
 
 §4.3 of the paper treats n as a constant in the backward pass (`gradient="detached"`, the default, also of the paper's
 code and of PEFT); "exact" differentiates it. `norm_axis="output"` gives each row of W [O, I] a magnitude, as in the
@@ -30,8 +31,9 @@ from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import wrong_words
+from reparam.core.continuing import trusted
 from reparam.core.registry import method
-from reparam.core.versions import Stamp, Steps, stamp
+from reparam.core.versions import Stamp, content, stamp_of, tensors_of
 from reparam.methods.dora_norm import of_columns, of_rows
 from reparam.methods.full import of_matrix
 from reparam.methods.lora import LoRA
@@ -107,7 +109,7 @@ class _Norms(NamedTuple):
     """Norms and gains, cached until the parameters or W change."""
 
     stamp: Stamp
-    steps: int
+    content: tuple[int, ...]
     squares: Tensor  # [L], ‖W₀‖²; a different tensor object once W has changed
     norm: Tensor  # [L]
     dead: Tensor | None  # [L] bool, rows or columns without a direction; None if there are none
@@ -119,6 +121,8 @@ class _Norms(NamedTuple):
 
 class DoRAUpdate(Update):
     """Magnitudes on top of a low-rank update, or alone. Parameters are float32 master weights."""
+
+    caches = True
 
     def __init__(self, low_rank: Update | None, magnitude: Tensor, *, dim: int, exact: bool) -> None:
         super().__init__()
@@ -232,18 +236,21 @@ class DoRAUpdate(Update):
         return gain if kept.dead is None else torch.where(kept.dead, 1, gain), kept.invertible
 
     def _norms(self, weight: Weight) -> _Norms:
-        squares, now, kept = weight.squared_norms(self.dim), stamp(self), self._kept
-        if kept is not None and kept.squares is squares and kept.stamp == now and kept.steps == Steps.count:
+        squares, kept, own = weight.squared_norms(self.dim), self._kept, tuple(tensors_of(self))
+        now = stamp_of(own)
+        same = kept is not None and kept.squares is squares and kept.stamp == now
+        if kept is not None and same and (trusted() or kept.content == content(own)):
             return kept
+        held = content(own)
         with torch.inference_mode(False), torch.no_grad():  # as in `_applied`
             norm, dead = self._measured(weight, squares, grad=False)
             gain = torch.where(dead, 1, self.magnitude / norm)
             size = gain.abs()
             invertible = bool(((size >= _INVERTIBLE) & (size <= 1 / _INVERTIBLE)).all())
             found = _Norms(
-                now or (), Steps.count, squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
+                now or (), held or (), squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
             )
-        self._kept = None if now is None else found  # without a stamp, a later change could not be detected
+        self._kept = None if now is None or held is None else found  # otherwise a later change could not be detected
         return found
 
     def _measured(self, weight: Weight, squares: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:

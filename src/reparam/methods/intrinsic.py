@@ -97,6 +97,7 @@ class Intrinsic(Method):
     """Version of the random maps. Files with another version are refused; do not set it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = wrong_words(self, _CHOICES)
         problems += [
             f"{field}={value!r}: expected a whole number of at least 1"

@@ -26,6 +26,7 @@ from reparam.core.checks import whole, wrong_words
 from reparam.core.dtypes import compute_dtype
 from reparam.core.method import Method
 from reparam.core.registry import method
+from reparam.core.text import counted
 from reparam.methods import patterns
 
 SCALINGS = ("alpha_over_r", "alpha", "rslora", "none")
@@ -77,6 +78,7 @@ class LoRA(Method):
     """Seed for A. The values depend on the seed and the site's name, not on the order in which sites are wrapped."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         problems = [
@@ -108,10 +110,15 @@ class LoRA(Method):
         return patterns.first(self.rank_pattern, name, self.r), patterns.first(self.alpha_pattern, name, self.alpha)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """A configuration with these ranks by site path; alphas stay the same. Sites of rank 0 are left out."""
+        """A configuration with these ranks by site path; alphas stay the same. Sites of rank 0 are left out.
+
+        Raises ValueError if every rank is 0.
+        """
         kept = {name: rank for name, rank in ranks.items() if rank}
         if all(self.at(name)[0] == rank for name, rank in ranks.items()):
             return self
+        if not kept:
+            raise ValueError(f"{self.name}: every site has rank 0, which leaves no update")
         most = max(kept.values())
         alphas = {name: self.at(name)[1] for name in kept}
         return dataclasses.replace(
@@ -119,6 +126,15 @@ class LoRA(Method):
             r=most,
             rank_pattern=patterns.exactly({name: rank for name, rank in kept.items() if rank != most}),
             alpha_pattern=patterns.exactly({name: alpha for name, alpha in alphas.items() if alpha != self.alpha}),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """A configuration with the same ranks and alphas at sites with other paths (old -> new)."""
+        at = {new: self.at(old) for old, new in names.items()}
+        return dataclasses.replace(
+            self,
+            rank_pattern=patterns.exactly({new: r for new, (r, _) in at.items() if r != self.r}),
+            alpha_pattern=patterns.exactly({new: alpha for new, (_, alpha) in at.items() if alpha != self.alpha}),
         )
 
     def check(self, sites: list[Site]) -> None:
@@ -132,8 +148,8 @@ class LoRA(Method):
         if not high:
             return []
         return [
-            f"LoRA: the rank exceeds min(out_features, in_features) at {len(high)} sites (first: {high[0].name}, "
-            f"{high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
+            f"LoRA: the rank exceeds min(out_features, in_features) at {counted(len(high), 'site')} (first: "
+            f"{high[0].name}, {high[0].out_features} x {high[0].in_features}); set rank_pattern to lower it there"
         ]
 
     def build(self, site: Site, weight: Weight, shared: nn.Module | None) -> LoRAUpdate:

@@ -31,6 +31,7 @@ class LoRABias(LoRA):
     34
     """
 
+    ties: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"r": 4, "alpha": 8},)
 
     def unsupported_reason(self, site: Site) -> str | None:

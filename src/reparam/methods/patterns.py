@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from reparam.core.expressions import expression
+from reparam.core.text import counted
 
 _T = TypeVar("_T")
 
@@ -41,7 +42,7 @@ def check_used(field: str, patterns: Iterable[str], names: Iterable[str], *, met
     sites = list(names)
     for pattern in patterns:
         if not any(matches(pattern, name) for name in sites):
-            raise ValueError(f"{method}: {field} {pattern!r} matches none of the {len(sites)} sites")
+            raise ValueError(f"{method}: {field} {pattern!r} matches none of the {counted(len(sites), 'site')}")
 
 
 def exactly(values: Mapping[str, _T]) -> dict[str, _T]:

@@ -38,6 +38,7 @@ class Prompting(Method):
     """Seed of the initial values."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not whole(self.tokens, 1):
             raise ValueError(f"{self.name}: tokens={self.tokens!r}: expected a whole number of at least 1")
 

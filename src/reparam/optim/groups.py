@@ -80,7 +80,8 @@ def lora_plus(
         problems.append(f"vectors={vectors!r}: expected 'out' or 'in'")
     frozen = [name for name, parameter, _ in held if not parameter.requires_grad]
     if frozen:
-        problems.append(f"{len(frozen)} parameters are frozen (first: {frozen[0]}); call adapter.requires_grad_()")
+        what = "parameter is" if len(frozen) == 1 else "parameters are"
+        problems.append(f"{len(frozen):,} {what} frozen (first: {frozen[0]}); call adapter.requires_grad_()")
     kinds = [_kind(name, parameter, role, sites, vectors) for name, parameter, role in held]
     if not any(role == "out" and kind == "out" for (_, _, role), kind in zip(held, kinds, strict=True)):
         found = sorted({role or "none" for _, _, role in held})

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reparam.combine.blend import Blend, blend
+from reparam.combine.blend import NOTHING, Blend, blend
 from reparam.core.checks import numbers
+from reparam.core.text import counted
 from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base
 from reparam.io.files import adapter_folder
@@ -37,7 +38,7 @@ def compose_to(
 
     `weights` are numbers separated by commas; the default is the mean, 1 / number of adapters each. Raises ValueError
     if a weight is not a number, if `output` is one of the adapters, and if it is not empty, unless `overwrite` is set
-    and it holds an adapter; and the errors of `blend`.
+    and it holds an adapter; and the errors of `blend`. Also raises ValueError if the sum changes nothing.
     """
     folders = folders_of(adapters, output)
     check_adapter_folder(output, format, overwrite=overwrite)
@@ -61,16 +62,22 @@ def folders_of(adapters: Sequence[str], output: Path) -> list[Path]:
 def write(
     found: Blend, output: Path, folders: Sequence[Path], weights: Sequence[float], *, format: str, console: Console
 ) -> None:
-    """Save the sum, and print its adapters and weights, the error of each site, and the output folder."""
+    """Save the sum, and print its adapters and weights, the error of each site, and the output folder.
+
+    Raises ValueError if the sum changes nothing.
+    """
+    if found.idle:
+        raise ValueError(f"{NOTHING}; nothing was written")
     found.save(output, format=format)
     for folder, weight in zip(folders, weights, strict=True):
         say(console, f"{weight:+.4f} x {folder}")
     if not found.sites:
         say(console, "one adapter with weight 1: copied bit for bit")
     elif not found.error:
+        where = f"any of {len(found.sites):,} sites" if len(found.sites) > 1 else "the one site"
         ranks = sorted({site.rank for site in found.sites})
         told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        say(console, f"exact: no approximation error on any of {len(found.sites)} sites, {told}")
+        say(console, f"exact: no approximation error on {where}, {told}")
     else:
         say(console, _table(found))
         say(
@@ -84,7 +91,7 @@ def write(
 def _table(found: Blend) -> Table:
     worst = sorted(found.sites, key=lambda site: -site.error)
     more = len(worst) - SHOWN
-    table = Table(caption=f"and {more} more sites with smaller errors" if more > 0 else None)
+    table = Table(caption=f"and {counted(more, 'more site')} with smaller errors" if more > 0 else None)
     for name in ("site", "rank", "|ΔW|", "error"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for site in worst[:SHOWN]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from reparam.adapter.quantize import size
 from reparam.combine.compress import Compression, compress
+from reparam.core.text import counted
 from reparam.evaluation.evaluate import shrunk
 from reparam.evaluation.tables import scores_table
 from reparam.evaluation.terminal import say
@@ -63,7 +64,11 @@ def _print(found: Compression, console: Console) -> None:
     say(console, _table(found))
     before, after = (sum(ranks) for ranks in zip(*((s.before, s.rank) for s in found.sites), strict=True))
     gone = sum(not site.rank for site in found.sites)
-    left = f", {gone} of {len(found.sites)} sites dropped" if gone else f" on {len(found.sites)} sites"
+    left = (
+        f", {gone} of {counted(len(found.sites), 'site')} dropped"
+        if gone
+        else f" on {counted(len(found.sites), 'site')}"
+    )
     say(
         console,
         f"components     {before:,} -> {after:,}{left}\n"
@@ -75,7 +80,7 @@ def _print(found: Compression, console: Console) -> None:
 def _table(found: Compression) -> Table:
     worst = sorted((s for s in found.sites if s.rank != s.before), key=lambda site: -site.lost)
     more = len(worst) - SHOWN
-    table = Table(caption=f"and {more} more sites with smaller errors" if more > 0 else None)
+    table = Table(caption=f"and {counted(more, 'more site')} with smaller errors" if more > 0 else None)
     for name in ("site", "rank", "|B A|", "error", "bytes saved"):
         table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
     for site in worst[:SHOWN]:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.rule import Rule
 
+from reparam.core.text import counted
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import answer
 from reparam.evaluation.terminal import say
@@ -81,5 +82,5 @@ def _prove(merged: Path, expected: list[str], data: Path, console: Console) -> N
     )
     if same != len(given):
         raise RuntimeError(
-            f"{merged}: the merged model and the adapter give different answers on {len(given) - same} rows"
+            f"{merged}: the merged model and the adapter give different answers on {counted(len(given) - same, 'row')}"
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -26,12 +27,15 @@ from rich.table import Table
 
 from reparam.core.checks import finite, whole
 from reparam.core.method import Method, Subspace
+from reparam.core.plain import wrong_types
 from reparam.core.registry import METHODS
+from reparam.core.text import counted
 from reparam.errors import ConfigError, Stopped
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
+from reparam.io.native import read_json
 from reparam.io.outputs import check_continued, clear
-from reparam.io.staged import digest, write_file
+from reparam.io.staged import write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
@@ -70,6 +74,12 @@ class SearchPlan:
     """The search stops once d90 is at most this many times the largest failing d; above 1."""
 
     def __post_init__(self) -> None:
+        if problems := wrong_types(self):
+            raise ValueError("; ".join(problems))
+        if not self.sizes or not all(low < high for low, high in itertools.pairwise((0, *self.sizes))):
+            raise ValueError(f"sizes {list(self.sizes)}: expected one or more ascending whole numbers of at least 1")
+        if not 1 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance {self.tolerance!r}: expected a finite number above 1")
         if self.metric not in METRICS:
             raise ValueError(f"--metric {self.metric!r}: expected one of {', '.join(METRICS)}")
         if not whole(self.maps, 1):
@@ -119,11 +129,13 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     metric = _metric(plan.metric, job)
     total = sum(subspace.moved(site) for site in job.adapter.sites.values())
     if plan.sizes[-1] > total:
-        raise ValueError(f"--grid goes up to {plan.sizes[-1]}, but only {total} parameters move; lower its end")
+        raise ValueError(
+            f"--grid goes up to {plan.sizes[-1]}, but only {counted(total, 'parameter')} can move; lower its end"
+        )
     sites = job.adapter.sites
     linear = [sites[name] for name in targets.resolve(job.model, "all-linear") if name in sites]
     sides = sum(site.out_features + site.in_features for site in linear)
-    say(console, f"{len(sites)} sites, {total:,} parameters that move; metric: {metric}")
+    say(console, f"{counted(len(sites), 'site')}, {counted(total, 'parameter')} that can move; metric: {metric}")
     runs = Runs(config, metric, _stamp(job), console)
     del job
     try:
@@ -201,7 +213,7 @@ class Runs:
         folder = Path(config.run.output) / RESULTS[0] / f"{kind}-{rate:g}-{number}-{own}"
         file = folder / "result.json"
         if file.exists():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
         else:
             placed = dataclasses.replace(made, run=dataclasses.replace(run, output=str(folder)))
             found = self._trained(placed, keep_adapter=kind != "full")
@@ -273,10 +285,8 @@ def _metric(asked: str, job: Job) -> str:
 
 
 def _stamp(job: Job) -> str:
-    """Digests of the base's tensors and of the data files, as one JSON string."""
-    files = (job.config.data.train, job.config.data.valid)
-    content = [digest(file) for file in files if file]
-    return json.dumps([content, fingerprint(job.model)], sort_keys=True)
+    """Digests of the base's tensors and of the examples, as one JSON string."""
+    return json.dumps([[job.train.digest(), job.valid.digest()], fingerprint(job.model)], sort_keys=True)
 
 
 def _table(curve: Curve, metric: str) -> Table:

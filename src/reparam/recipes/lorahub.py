@@ -31,6 +31,7 @@ from reparam.adapter.attach import remove
 from reparam.combine.blend import Blend, blend, read_operand
 from reparam.combine.candidates import Gates, candidates
 from reparam.combine.search import BestPoint, check_search, search
+from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
@@ -187,7 +188,11 @@ def search_to(
     write(made, output, folders, found.weights, format=format, console=console)
     hub = Hub(found, lines, made, forwards)
     say(console, _lines_table(hub))
-    say(console, f"{len(found.history)} candidates on {len(encoded)} examples in {forwards} forward passes")
+    say(
+        console,
+        f"{counted(len(found.history), 'candidate')} on {counted(len(encoded), 'example')} in "
+        f"{counted(forwards, 'forward pass', 'forward passes')}",
+    )
     return hub
 
 
@@ -237,7 +242,10 @@ class _Progress:
         return values
 
     def table(self) -> Table:
-        table = Table(title=f"{len(self.tried)} of {self.budget} candidates, {self.losses.forwards} forward passes")
+        table = Table(
+            title=f"{len(self.tried)} of {counted(self.budget, 'candidate')}, "
+            f"{counted(self.losses.forwards, 'forward pass', 'forward passes')}"
+        )
         for name in ("", "loss + penalty", "weights"):
             table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
         best = min((value for value, _ in self.tried), default=math.nan)

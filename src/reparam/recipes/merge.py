@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import context
 from reparam.adapter.merge import MergeReport, merge
 from reparam.adapter.quantize import quantize, reports
@@ -68,17 +69,16 @@ def merge_to(
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
     check_model_folder(output, overwrite=overwrite)
-    model, tokenizer, _ = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
+    model, tokenizer, opened = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
     held = storages_in(model)
     names = ", ".join(sorted({storage.name for storage in held.values()}))
+    if opened is not None and (new := _new_biases(opened)):
+        raise ValueError(
+            f"{path}: a {type(model).__name__} cannot load {listed(new)} from files; use the adapter without merging "
+            f"it, or call reparam.merge in Python"
+        )
     with context(model, tasks=task) if task is not None else nullcontext():
         report = merge(model, into=into, rounding=rounding, force=force)
-    if report.biased:
-        new = listed([f"{site}.bias" for site in report.biased])
-        raise ValueError(
-            f"{path}: a {type(model).__name__} cannot load {new} from files; use the adapter without merging it, or "
-            f"call reparam.merge in Python"
-        )
     rest = list(storages_in(model))
     if rest and into is None:
         quantize(model, "dense", targets=rest)
@@ -89,6 +89,16 @@ def merge_to(
         say(console, str(quantized))
     say(console, f"merged model   {output}")
     return report
+
+
+def _new_biases(adapter: Adapter) -> list[str]:
+    """The biases that the merged model would have and the base has not."""
+    return [
+        f"{path}.bias"
+        for path, module in adapter.modules.items()
+        if module.bias is None
+        and (adapter.name in module.biases or module.updates[adapter.name].bias_delta() is not None)  # type: ignore[operator]
+    ]
 
 
 def _said(path: str, storages: str, onto: str, into: str | None) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from reparam.sites.module import Adapted, Shared, is_quantized
 from reparam.sites.replaced import Replaced
+from reparam.sites.wrapped import bare
 
 SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
@@ -93,6 +94,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = bare(module)
     if isinstance(module, Replaced):
         yield from _base_modules(module.origin, path)
         return

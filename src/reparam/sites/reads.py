@@ -18,7 +18,8 @@ from torch import nn
 
 from reparam.sites.module import Adapted
 from reparam.sites.replaced import Replaced
-from reparam.sites.walk import walk
+from reparam.sites.walk import base_parameters, walk
+from reparam.sites.wrapped import at
 
 METADATA = {
     *("data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "is_meta", "layout"),
@@ -56,6 +57,36 @@ def read_without_call(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def never_called(model: nn.Module) -> dict[str, str]:
+    """Paths of modules that only lend their weight to tied ones, where nothing is tied, with the reason.
+
+    BART's `shared`, for instance: its encoder and decoder have embeddings of their own, tied to it.
+    """
+    found: dict[str, str] = {}
+    held = [id(parameter) for _, parameter in base_parameters(model)]
+    for path, parent in (("", model), *walk(model)):
+        for source in (getattr(type(parent), "_tied_weights_keys", None) or {}).values():
+            child = parent._modules.get(source.removesuffix(".weight"))
+            weight = None if child is None else child._parameters.get("weight")
+            name = source.removesuffix(".weight")
+            if weight is not None and held.count(id(weight)) == 1 and not _uses(type(parent), name):  # type: ignore[arg-type]
+                found[f"{path}.{name}".lstrip(".")] = (
+                    f"{type(parent).__name__} does not call it, and nothing is tied to it, so an update has no effect"
+                )
+    return found
+
+
+@functools.cache
+def _uses(cls: type[nn.Module], child: str) -> bool:
+    """Whether a method of the classes that define `forward` mentions `self.<child>`, or the embedding by its getter."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in _methods(base) if "forward" in vars(base) else ():
+            names = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+            if not method.name.startswith(SETUP) and names & {child, "get_input_embeddings"}:
+                return True
+    return False
+
+
 def reads_setting(model: nn.Module, name: str) -> bool:
     """Whether a forward of the model reads this setting of its configuration."""
     kinds = {type(module) for module in model.modules()}
@@ -86,7 +117,7 @@ def announce(model: nn.Module, path: str, module: nn.Module) -> list[nn.Transfor
     A layer does that if one of its modules has a hook. The whole encoder packs padded batches into nested tensors,
     which updates cannot read: that is turned off. Returns the encoders for which it was.
     """
-    above = [model.get_submodule(path[:at]) for at, letter in enumerate(path) if letter == "."]
+    above = [at(model, path[:end]) for end, letter in enumerate(path) if letter == "."]
     if not any(isinstance(parent, nn.TransformerEncoderLayer) for parent in above):
         return []
     if _nothing not in module._forward_pre_hooks.values():

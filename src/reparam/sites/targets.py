@@ -5,20 +5,24 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
+from reparam.core.surface import advice
+from reparam.core.text import counted
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
-from reparam.sites.reads import read_without_call
+from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import other_paths, tied, walk
+from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
+SHOWN = 5  # paths or targets that a message lists for one problem
 KEYWORDS = ("all-linear", "attention", "mlp", "everything")
 
 
@@ -32,8 +36,8 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
     - anything else: a module's path or the end of one; it can also select a norm.
 
-    Raises ValueError, listing up to ten problems, if a target matches nothing or a module that cannot be adapted. Warns
-    if one of the four keywords skips weights that cannot be adapted, such as fused experts.
+    Raises ValueError, with up to five names for each problem, if a target matches nothing or a module that cannot be
+    adapted. Warns if one of the four keywords skips weights that cannot be adapted, such as fused experts.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     modules = dict(walk(model))
@@ -42,6 +46,8 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
     linear = {name: odd.get(name) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
     linear |= fused(modules)
     problems: list[str] = []
+    absent: list[str] = []  # targets that match nothing
+    refused: dict[str, list[str]] = {}  # the paths of modules that cannot be adapted, by reason
     found: set[str] = set()
     missed: dict[str, str] = {}
     if not wanted:
@@ -55,17 +61,24 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
             names = [name for name in asked if linear[name] is None]
             missed |= {name: why for name in asked if (why := linear[name])}
         elif target.startswith("re:"):
-            names = [name for name in _matching(target[3:], paths, modules, problems) if name not in odd]
+            matching = _matching(target[3:], paths, modules, problems)
+            if matching is None:
+                continue
+            names = [name for name in matching if name not in odd]
         else:
             names = _ending(target, paths)
-            problems += [f"{name}: {why}" for name in names if (why := odd.get(name))]
+            for name in names:
+                if name in odd:
+                    refused.setdefault(odd[name], []).append(name)
         if not names:
-            problems.append(_nothing(target, modules))
+            absent.append(target)
         found |= set(names)
     left = "; ".join(f"{name} ({why})" for name, why in list(missed.items())[:3])
     left += f"; and {len(missed) - 3} more" if len(missed) > 3 else ""
+    nothing, usable = _nothing(absent, modules) if absent else ([], [])
+    problems += [*nothing, *(f"{_shown(names)}: {why}" for why, names in refused.items()), *usable]
     if problems:
-        raise ValueError("targets: " + "; ".join(problems[:10]) + (f"; unsupported: {left}" if left else ""))
+        raise ValueError("targets: " + "; ".join(problems) + (f"; unsupported: {left}" if left else ""))
     if left:
         warnings.warn(f"targets: skipped {left}; these weights stay unchanged", stacklevel=3)
     return [name for name in modules if name in found]
@@ -90,13 +103,13 @@ def _held_by_site(module: nn.Module, name: str) -> bool:
 
 def _matching(
     pattern: str, paths: Mapping[str, str], modules: Mapping[str, nn.Module], problems: list[str]
-) -> list[str]:
-    """Modules whose path the regular expression fully matches, without norms; adds to `problems` if it is invalid."""
+) -> list[str] | None:
+    """Modules whose path the regular expression fully matches, without norms; None, and a new problem, if invalid."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         problems.append(f"{pattern!r} is not a valid regular expression: {error}")
-        return []
+        return None
     found = {name for path, name in paths.items() if compiled.fullmatch(path)}
     return [name for name, module in modules.items() if name in found and is_matrix(module)]
 
@@ -120,7 +133,8 @@ def _everything(
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in () if tie else tied(model, names).items():
-        missed[name] = f"it shares its weight with {', '.join(others)}: call reparam.untie(model) or set base.untie"
+        remedy = advice("call reparam.untie(model) or attach with tie=True", "pass --base.untie or --adapter.tie")
+        missed[name] = f"it shares its weight with {', '.join(others)}: {remedy}"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
         if not isinstance(module, Adapted | Replaced) and path not in names:
@@ -133,12 +147,18 @@ def _everything(
     return [name for name in names if name not in missed], missed
 
 
-def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
-    usable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)}
-    return (
-        f"{target!r} matches no module{nearest(target, [*usable, *modules])}; possible path "
-        f"endings are {', '.join(sorted(usable)) or 'none'}"
-    )
+def _nothing(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
+    """The problems of targets that match nothing: the first ones with the names that are close; and what there is."""
+    usable = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)})
+    found = [f"{target!r} matches no module{nearest(target, [*usable, *modules])}" for target in targets[:SHOWN]]
+    more = len(targets) - SHOWN
+    found += [f"{counted(more, 'more target')} without a match"] if more > 0 else []
+    return found, [f"possible path endings are {_shown(usable, 4 * SHOWN) or 'none'}"]
+
+
+def _shown(names: Sequence[str], most: int = SHOWN) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def ending(model: nn.Module, end: str) -> list[str]:
@@ -153,7 +173,7 @@ def ending(model: nn.Module, end: str) -> list[str]:
 def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The modules of a model that no update can be attached to: path -> reason."""
     found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
-    reads = read_without_call(model)
+    reads = read_without_call(model) | never_called(model)
     return found | {name: why for name, why in reads.items() if name in modules and name not in found}
 
 
@@ -199,8 +219,8 @@ def _head(model: nn.Module) -> str | None:
     """Path of the output head: `model.get_output_embeddings()`, or else a top-level lm_head, score or classifier."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    for name, module in model.named_modules():
-        if module is head or (head is None and name in ("lm_head", "score", "classifier")):
+    for name, module in walk(model):
+        if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
 

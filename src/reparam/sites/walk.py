@@ -9,15 +9,18 @@ from torch import nn
 from reparam.core.base import Storage
 from reparam.sites.module import Adapted, Shared, is_quantized
 from reparam.sites.replaced import Replaced
+from reparam.sites.wrapped import at, bare
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by path, except those inside sites or `Replaced`: the cost does not grow with the adapters."""
+    model = bare(model)
     yield from _below(model, "", {model})
 
 
 def _below(parent: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in parent.named_children():
+    for name, child in parent.named_children():
+        module = bare(child)
         if module not in seen and not isinstance(module, Shared):
             seen.add(module)
             yield path + name, module
@@ -29,9 +32,11 @@ def other_paths(model: nn.Module) -> dict[str, str]:
     """The further paths of modules that are at several, each with the path that `walk` gives."""
     first = {module: path for path, module in walk(model)}
     found: dict[str, str] = {}
+    model = bare(model)
     places = [(name, child, {model}) for name, child in model._modules.items()]
     while places:
-        path, module, above = places.pop()
+        path, child, above = places.pop()
+        module = None if child is None else bare(child)
         if module is None or module not in first or module in above:
             continue
         if first[module] != path:
@@ -80,6 +85,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _parameters_below(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    module = bare(module)
     if module in seen:
         return
     seen.add(module)
@@ -97,15 +103,19 @@ def _parameters_below(module: nn.Module, path: str, seen: set[nn.Module]) -> Ite
 
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put these modules into the model: at their paths, and at all other paths of the modules that were there."""
-    there = {path: model.get_submodule(path) for path in modules}
+    """Put these modules into the model: at their paths, and at all other paths of the modules that were there.
+
+    A wrapper of a module that is replaced (see `wrapped.py`) is replaced with it, because it calls what it has got.
+    """
+    model = bare(model)
+    there = {path: at(model, path) for path in modules}
     new = {old: modules[path] for path, old in there.items() if old is not modules[path]}
     parents = [model, *(module for _, module in walk(model))] if new else []
     for parent in parents:
         if not isinstance(parent, Adapted | Replaced):
             for name, child in list(parent._modules.items()):
-                if child in new:
-                    setattr(parent, name, new[child])
+                if child is not None and bare(child) in new:
+                    setattr(parent, name, new[bare(child)])
 
 
 def newly_initialized(model: nn.Module) -> list[str]:

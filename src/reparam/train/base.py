@@ -14,7 +14,9 @@ from typing import Any, Literal
 import reparam.weights  # noqa: F401  (registers the storages)
 from reparam.core.base import Storage
 from reparam.core.checks import nearest
+from reparam.core.plain import wrong_types
 from reparam.core.registry import STORAGES, find_storage
+from reparam.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class BaseConfig:
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     untie: bool = False
-    """Give the output head its own copy of a tied embedding, so that each can be adapted separately."""
+    """Give each module that shares a weight its own copy, such as a tied output head, to adapt each separately."""
     storage: str = "dense"
     """Storage of the frozen matrices. All but dense quantize them while the model is read; QLoRA uses nf4."""
     quantized: tuple[str, ...] = ("all-linear",)
@@ -39,7 +41,15 @@ class BaseConfig:
     """The settings of the storage; each is a key of [base] in files and options."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", find_storage(self.storage)(**self.settings).settings())
+        if problems := wrong_types(self):
+            raise ConfigError("; ".join(f"base.{problem}" for problem in problems))
+        cls = find_storage(self.storage)
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [key for key in self.settings if key not in known]:
+            raise ConfigError(
+                f"base.settings: {self.storage} has no setting {unknown[0]!r}{nearest(unknown[0], known)}"
+            )
+        object.__setattr__(self, "settings", cls(**self.settings).settings())
 
     def quantization(self) -> Storage | None:
         """The storage with its settings; None for dense. Raises ValueError for an unknown storage or setting."""

@@ -140,7 +140,7 @@ def prune(run_folder: str | os.PathLike[str], keep: int, *, protect: Collection[
     good = newest(run_folder).path
     if good is None:
         return []
-    older = [path for path in _checkpoints(run_folder) if _step(path) < _step(good)]
+    older = [path for path in _checkpoints(run_folder) if step_of(path) < step_of(good)]
     committed = [path for path in older if (path / MANIFEST).is_file()]
     kept = {path.resolve() for path in [*committed[: keep - 1], *protect]}
     doomed = [path for path in older if path.resolve() not in kept]
@@ -204,7 +204,8 @@ class RunLock:
             self._handle = None
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The number of completed steps in the name of a checkpoint's folder."""
     match = _NAME.match(path.name)
     assert match is not None, path
     return int(match[1])
@@ -214,7 +215,7 @@ def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
     """All `checkpoint-<step>` folders, newest first."""
     root = Path(run_folder)
     found = [path for path in (root.iterdir() if root.is_dir() else ()) if _NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _manifest(folder: Path, step: int) -> dict[str, Any]:

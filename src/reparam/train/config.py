@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import stat
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -23,12 +25,14 @@ import reparam.weights  # noqa: F401  (these imports register methods and storag
 from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
+from reparam.core.strict_json import DuplicateKey, loads
 from reparam.errors import ConfigError
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
 from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
 
 # Names that users give to LoRA+, which is an optimization rule, not a method.
+LARGEST = 1 << 20  # bytes of a TOML file
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
 PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
@@ -135,12 +139,15 @@ def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
 
 
 def read_tables(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the sections of a TOML file. Raises ConfigError for a missing or malformed file, or loose keys."""
+    """Read the sections of a TOML file (UTF-8, with or without a byte order mark).
+
+    Raises ConfigError for a file that is missing, cannot be read or is malformed, or has loose keys.
+    """
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(_content(file))
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     loose = [key for key, value in tables.items() if not isinstance(value, dict)]
     if loose:
@@ -148,6 +155,21 @@ def read_tables(file: Path) -> dict[str, dict[str, Any]]:
             f"{file}: keys outside a section: {', '.join(loose)}; put them under one of [base], [data], ..."
         )
     return tables
+
+
+def _content(file: Path) -> str:
+    """The text of a TOML file, with or without a byte order mark. Raises ConfigError for anything but a small file."""
+    try:
+        found = os.stat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{file}: is {'a folder' if file.is_dir() else 'not a regular file'}; give a TOML file")
+        if found.st_size > LARGEST:
+            raise ConfigError(f"{file}: {found.st_size:,} bytes, more than the {LARGEST:,} that a TOML file can have")
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
@@ -172,9 +194,17 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
     problems += [_unknown(cls, key, section) for key in unknown]
     if unknown:
         return None
-    values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
     try:
+        values = {key: _plain(value, str(fields[key])) for key, value in table.items() if key in fields}
+        # pydantic takes true for 1
+        booleans = [k for k, v in values.items() if _holds_bool(v) and not re.search("bool|Any", str(fields[k]))]
+        if booleans:
+            problems += [f"{section}.{k}: expected no true or false (given: {values[k]!r})" for k in booleans]
+            return None
         return TypeAdapter(cls).validate_python(values)
+    except DuplicateKey as error:
+        problems.append(f"{section}: {error}")
+        return None
     except ValidationError as error:
         for detail in error.errors():
             place = ".".join(str(part) for part in (section, *detail["loc"]))
@@ -197,6 +227,12 @@ def _unknown(cls: type, key: str, section: str) -> str:
     )
 
 
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_bool, value.values()))
+    return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
 def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
     """Build the section [base] with the settings of its storage. If that fails, append to `problems`, return None."""
     before = len(problems)
@@ -217,7 +253,7 @@ def _plain(value: Any, annotation: str) -> Any:
         return tuple(part for part in value.split(",") if part)
     if isinstance(value, str) and annotation.startswith("Mapping"):
         try:
-            return json.loads(value)
+            return loads(value)
         except json.JSONDecodeError:
             return value
     return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reparam.errors import NotFinite
+from reparam.train import processes
 from reparam.train.checkpoint import newest
 
 
@@ -69,7 +70,7 @@ class Finite:
         """Row indices, [B] int64, of each micro-batch of the current step so far."""
 
     def check(self, what: str, value: Tensor, *, step: int, of: int, whole_step: bool = False) -> None:
-        """Raise NotFinite unless all of `value` is finite.
+        """Raise NotFinite unless all of `value` is finite; of several processes, the first one raises it for all.
 
         Args:
             what: "loss", "penalty" or "gradient"; used in the message.
@@ -84,15 +85,17 @@ class Finite:
         batches = self.batches if whole_step else self.batches[-1:]
         rows = [self._name(index) for batch in batches if batch is not None for index in batch.tolist()]
         part = "" if whole_step or of == 1 else f" (micro-batch {len(self.batches)} of {of})"
+        rows = [row for own in processes.all_of(rows) for row in own]
         where = f", in the rows {', '.join(rows)}" if rows else ""
         kept = newest(self.run_folder).path
-        raise NotFinite(
+        error = NotFinite(
             f"the {what} is {float(value.mean())} at step {step}{part}{where}. This step did not change the weights; "
             + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
             + "Check these rows, or lower the learning rate",
             step,
             rows,
         )
+        raise processes.for_user(error)
 
     def _name(self, index: int) -> str:
         if self.row_names is None:

@@ -18,17 +18,22 @@ from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_writable
-from reparam.io.staged import digest
+from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
+from reparam.train import processes
 from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from reparam.data.batches import Encoded
     from reparam.train.job import Job
 
 RECORD, SETTINGS = "run.json", "config.toml"
+STEPS, EARLIER = "number of steps", "earlier numbers of steps"
 # Keys that may change when a run goes on: they do not change the adapter. Paths are compared by their content.
 FREE = {
     *(
@@ -50,12 +55,13 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found["number of steps"] = config.run.steps(len(job.train))
+    found[STEPS] = config.run.steps(len(job.train), processes.count())
+    found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = _tokenizer(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
-    found["content of data.train"] = digest(config.data.train)
-    found["content of data.valid"] = digest(config.data.valid) if config.data.valid is not None else None
+    found["content of data.train"] = _rows(config.data.train, job.train)
+    found["content of data.valid"] = _rows(config.data.valid, job.valid) if config.data.valid is not None else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -84,22 +90,50 @@ def check_folder(config: Config) -> None:
     check_writable(folder, inside=True)
 
 
-def check_same(folder: Path, now: dict[str, Any]) -> None:
-    """Raise ConfigError, with every difference by its key, if the folder holds a run with another identity."""
+def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
+    """Raise ConfigError, with every difference by its key, if the folder holds a run with another identity.
+
+    If `longer` is true, the run may have more steps than before.
+    """
     file = folder / RECORD
     if not file.is_file():
         return
-    try:
-        then = json.loads(file.read_text(encoding="utf-8"))["identity"]
-        changed = [key for key in now if key in then and then[key] != now[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
+    then = _read(file)["identity"]
+    changed = [key for key in now if key in then and then[key] != now[key]]
+    if longer and STEPS in changed and now[STEPS] > then[STEPS]:
+        changed.remove(STEPS)
     if changed:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
             f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
         )
+
+
+def write_record(folder: Path, now: dict[str, Any]) -> int:
+    """Write the identity of a run into its folder, with the numbers of steps that it had in earlier calls.
+
+    Returns the number of steps that the run had in the call before, or the present one.
+    """
+    file, before = folder / RECORD, now[STEPS]
+    earlier: list[int] = []
+    if file.is_file():
+        then = _read(file)
+        before = then["identity"].get(STEPS, before)
+        earlier = [*then.get(EARLIER, []), *([before] if before != now[STEPS] else [])]
+    found = {"format": 1, "identity": now, **({EARLIER: earlier} if earlier else {})}
+    write_file(file, (json.dumps(found, indent=1) + "\n").encode())
+    return int(before)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found["identity"].get(STEPS, 0), int) or not isinstance(found.get(EARLIER, []), list):
+            raise ValueError(f"{STEPS} is not a number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
+    return found
 
 
 def clear(folder: Path) -> None:
@@ -124,7 +158,9 @@ def _difference(key: str, then: Any, now: Any) -> str:
         return f"the {key} has changed"
     if key == "optim.lora_plus" and then and now:
         return f"{key}: the group out had {then:g} times the learning rate and now has {now:g} times"
-    return f"{key} was {then!r} and is now {now!r}"
+    fewer = ", but a run cannot have fewer steps than before" if key == STEPS and now < then else ""
+    planned = ", but the method has a schedule for its number of steps" if key == STEPS and now > then else ""
+    return f"{key} was {then!r} and is now {now!r}{fewer}{planned}"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -133,12 +169,23 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _weights(model: nn.Module) -> str:
     """Digest of the base's tensors, computed before training. Adapters on the model are left out."""
+    return _tensors(sorted(all_tensors(model), key=lambda pair: pair[0]))
+
+
+def _tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
+    for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _rows(source: str, encoded: Encoded) -> str:
+    """Digest of a data file, or of the encoded rows of a folder, a data set or standard input."""
+    if Path(source).is_file():
+        return digest(source)
+    return _tensors([(str(i), part) for i, part in enumerate((encoded.ids, encoded.loss, encoded.starts))])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -46,7 +46,14 @@ def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     if where.start is not None:
         return load(model, adapter_folder(where.start), trainable=True)
     if method.changes_weights:
-        return attach(model, method, targets=where.targets, bias=where.bias, modules_to_save=where.modules_to_save)
+        return attach(
+            model,
+            method,
+            targets=where.targets,
+            bias=where.bias,
+            modules_to_save=where.modules_to_save,
+            tie=where.tie,
+        )
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} does not change modules: leave out [adapter] and run.gradient_checkpointing")
     return put_on(method, model)

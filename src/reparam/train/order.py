@@ -1,10 +1,12 @@
 """The order of the training rows, which must be the same in a resumed run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, cast
 
 import torch
-from torch.utils.data import Sampler
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig, LengthGroupedSampler
 
@@ -30,6 +32,48 @@ class ByEpoch(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+class Filled(Sampler[int]):
+    """A random order that several processes share, filled up so that all of them get equally many full batches.
+
+    The indices that fill it up are the number of rows; `WithEmpty` holds an example without loss there. accelerate
+    would take rows from the beginning again, which would count twice. The order of the rows is that of one process.
+    """
+
+    def __init__(self, sampler: Sampler[int], rows: Sized, *, multiple: int, seed: int) -> None:
+        if isinstance(sampler, RandomSampler):
+            sampler = SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=seed)
+        self.sampler, self.rows, self.multiple = sampler, rows, multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; accelerate's data loader calls this at the start of each epoch."""
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from [len(self.rows)] * (len(self) - len(self.rows))
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.multiple) * self.multiple
+
+
+class WithEmpty(Dataset[Any]):
+    """A dataset whose index after the last one is an example without loss: the first example, with other labels."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self.rows):
+            return self.rows[index]
+        first = self.rows[0]
+        labels = first["labels"]
+        none = torch.full_like(labels, -100) if isinstance(labels, Tensor) else [-100] * len(labels)
+        return {**first, "labels": none}
 
 
 def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:

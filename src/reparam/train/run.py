@@ -10,41 +10,39 @@ files go into one folder:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.context import told
 from reparam.adapter.selection import select
-from reparam.adapter.without_sites import fill_from, read_back
+from reparam.adapter.without_sites import fill_from
 from reparam.core.text import counted
 from reparam.data.batches import Collator, padding_id
 from reparam.data.encode import encode
 from reparam.data.row import Row
 from reparam.data.rows import read_rows
-from reparam.errors import ConfigError, NothingLearned
-from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.errors import ConfigError
+from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
 from reparam.io.staged import write_file
-from reparam.train import optimizer
+from reparam.train import optimizer, processes
 from reparam.train.checkpoint import newest
+from reparam.train.conclude import conclude, history_of, scored
 from reparam.train.config import Config, dump
-from reparam.train.identity import RECORD, check_folder, check_same, clear, identity
+from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
-
-CHECK = "__proof"  # name under which the saved adapter is loaded for verification
 
 
 def train(config: Config, *, show: Show) -> Result:
@@ -53,51 +51,63 @@ def train(config: Config, *, show: Show) -> Result:
     After SIGINT or SIGTERM, saves a checkpoint and returns a result with that `signal`. Raises ValueError for errors
     that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
     verification.
+
+    If torchrun started several processes, all of them call this: each trains on its own rows, and the first one does
+    all the rest (see `train/processes.py`).
     """
-    check_folder(config)
-    job = prepare(config)
+    processes.connect()
+    if processes.rank() > 0:
+        show = Show(Console(quiet=True))
+    job = processes.together(lambda: _prepared(config))
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
-    own = identity(job)
-    if not config.run.fresh:
-        check_same(folder, own)  # before anything is written
-    trainer, rates = _trainer(job, show)
+    own = processes.first(lambda: _identified(job))  # before anything is written
+    trainer, rates = processes.together(lambda: _trainer(job, show))
     show.rates(rates)
-    with trainer.lock:
-        if config.run.fresh:
-            clear(folder)
-        check_same(folder, own)
-        write_file(folder / RECORD, (json.dumps({"format": 1, "identity": own}, indent=1) + "\n").encode())
-        again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
-        write_file(folder / "config.toml", dump(again, absolute=True).encode())
-        select(job.model, None)
-        show.step("scoring the base model on held-out rows")
-        before = _scores(job)
-        select(job.model, job.adapter.name)
-        found = newest(folder)
-        show.found(found)
+    with contextlib.ExitStack() as held:
+        steps_before = processes.first(lambda: _begun(job, own, trainer, held))
+        found = processes.first(lambda: newest(folder))
+        show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        before = processes.first(lambda: _scored_base(job, show))
         trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
-        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        if history:
-            plot_losses(history, folder / "loss.png")
+        if processes.rank() == 0 and history_of(trainer):
+            plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
         show.ended(job.adapter.finish())
-        job.adapter.save(folder / "adapter")
-        show.step("reading the saved adapter back and scoring it on held-out rows")
-        try:
-            difference = prove(job, folder / "adapter")
-        except NothingLearned:
-            shutil.rmtree(folder / "adapter")
-            raise
-        after = _scores(job)
-        pairs = tuple(zip(before[1], after[1], strict=True))
-        show.worse(before[0][0], after[0][0])
-        result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
-        write_file(folder / "figures.json", _figures(job, result, difference, history, rates))
-    show.result(result, difference)
-    return result
+        return processes.first(lambda: conclude(job, trainer, rates, before, show))
+
+
+def _prepared(config: Config) -> Job:
+    check_folder(config)
+    return prepare(config)
+
+
+def _identified(job: Job) -> dict[str, Any]:
+    own = identity(job)
+    if not job.config.run.fresh:
+        check_same(Path(job.config.run.output), own, longer=job.adapter.controller is None)
+    return own
+
+
+def _begun(job: Job, own: dict[str, Any], trainer: Trainer, held: contextlib.ExitStack) -> int:
+    """Lock the run folder, and record the run there. Returns the number of steps in the call before."""
+    config, folder = job.config, trainer.run_folder
+    held.enter_context(trainer.lock)
+    if config.run.fresh:
+        clear(folder)
+    check_same(folder, own, longer=job.adapter.controller is None)
+    before = write_record(folder, own)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False))
+    write_file(folder / "config.toml", dump(again, absolute=True).encode())
+    return before
+
+
+def _scored_base(job: Job, show: Show) -> tuple[tuple[Score, ...], list[Answer]]:
+    show.step("scoring the base model on held-out rows")
+    with select(job.model, None):
+        return scored(job)
 
 
 def prepare(config: Config) -> Job:
@@ -125,36 +135,6 @@ def prepare(config: Config) -> Job:
     return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
 
 
-def prove(job: Job, folder: Path) -> float:
-    """Verify the saved adapter. Returns the largest absolute change of a logit on up to four held-out rows.
-
-    Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
-    for bit.
-    """
-    examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
-    batch = Collator(padding_id(job.tokenizer))(examples)
-    device = next(job.model.parameters()).device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    read_back(job.adapter, folder, name=CHECK)
-    job.model.eval()
-    logits = {}
-    with torch.no_grad():
-        for name in (None, job.adapter.name, CHECK):
-            with select(job.model, name), told(job.model, batch):
-                logits[name] = job.model(**inputs).logits.float()
-    difference = float((logits[CHECK] - logits[None]).abs().max())
-    if not torch.equal(logits[CHECK], logits[job.adapter.name]):
-        raise NothingLearned(
-            f"{folder}: the saved adapter, when read back, computes different outputs from the trained one"
-        )
-    if difference == 0:
-        raise NothingLearned(
-            f"{folder}: the trained adapter does not change any output on held-out rows; train longer, raise the "
-            f"learning rate, or check that the model uses the target modules"
-        )
-    return difference
-
-
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out rows."""
     rows = read_rows(config.data.train, config.data.renamed())
@@ -174,7 +154,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
 def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
     config = job.config
     run, optim = config.run, config.optim
-    steps = run.steps(len(job.train))
+    steps = run.steps(len(job.train), processes.count())
     tenth = max(1, steps // 10)
     if job.adapter.controller is not None:
         job.adapter.controller.plan(steps)  # raises ValueError now if the schedule does not fit
@@ -206,6 +186,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_broadcast_buffers=False,  # all processes hold the same ones, quantized matrices among them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(
@@ -253,35 +234,3 @@ def _load(adapter: Adapter, folder: Path) -> None:
     fill_from(adapter, folder / "adapter")
     if adapter.controller is not None:
         adapter.controller.load_state_dict(read_tree(folder, "controller"))
-
-
-def _scores(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
-    """Score the model, with the selected adapter, on the held-out rows. Returns the scores and the answers."""
-    scores = [score_loss(job.model, job.valid, job.tokenizer, batch=job.config.run.batch_size)]
-    answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
-    if answers:
-        scores.append(score_answers(answers))
-    return tuple(scores), answers
-
-
-def _figures(
-    job: Job, result: Result, difference: float, history: list[dict[str, Any]], rates: tuple[optimizer.Rates, ...]
-) -> bytes:
-    parameters = sum(p.numel() for p in job.adapter.parameters())
-    figures = {
-        "base": job.config.base.path,
-        "method": job.config.method.name,
-        "trained parameters": parameters,
-        "positions taken": job.adapter.positions,
-        "training rows": job.train.report.rows,
-        "held-out rows": job.valid.report.rows,
-        "before": [dataclasses.asdict(score) for score in result.before],
-        "after": [dataclasses.asdict(score) for score in result.after],
-        "worse than the base": not result.after[0].value <= result.before[0].value,
-        "largest change of a logit": difference,
-        "LoRA+ ratio": job.config.optim.lora_plus,
-        "LoRA+ groups": [dataclasses.asdict(group) for group in rates],
-        "paging": dataclasses.asdict(result.paging) if result.paging is not None else None,
-        "history": history,
-    }
-    return (json.dumps(figures, indent=1) + "\n").encode()

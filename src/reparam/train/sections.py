@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from reparam.core.checks import finite, whole
+from reparam.core.plain import wrong_types
 from reparam.data.chat import LossOn
 from reparam.errors import ConfigError
 
 
-def _check(settings: object, section: str, **rules: tuple[str, bool]) -> None:
-    """Raise ConfigError that names every key whose rule, a pair of the expected range and a result, is not met."""
+def _check(settings: object, section: str, **rules: tuple[str, Callable[[Any], bool]]) -> None:
+    """Raise ConfigError that names every key of a wrong type, and every key whose rule is not met.
+
+    A rule is the expected range and a function that tells whether the value is in it.
+    """
+    if problems := wrong_types(settings):
+        raise ConfigError("; ".join(f"{section}.{problem}" for problem in problems))
     wrong = [
         f"{section}.{key}: {getattr(settings, key)!r}: expected {text}"
         for key, (text, right) in rules.items()
-        if not right
+        if not right(getattr(settings, key))
     ]
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_ABOVE: _Rule = ("a finite number above 0", lambda value: finite(value) and value > 0)
+_LEAST: _Rule = ("a finite number of at least 0", lambda value: finite(value) and value >= 0)
+
+
+def _count(least: int) -> _Rule:
+    return f"a whole number of at least {least}", lambda value: whole(value, least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +65,9 @@ class DataConfig:
         _check(
             self,
             "data",
-            holdout=("a share above 0 and below 1", idle or 0 < self.holdout < 1),
-            max_length=("a whole number of at least 1", whole(self.max_length, 1)),
-            score_rows=("a whole number of at least 0", whole(self.score_rows, 0)),
+            holdout=("a share above 0 and below 1", lambda share: idle or 0 < share < 1),
+            max_length=_count(1),
+            score_rows=_count(0),
         )
 
     def renamed(self) -> dict[str, str]:
@@ -73,8 +89,13 @@ class AdapterConfig:
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full and save with the adapter, each given by the end of its path."""
+    tie: bool = False
+    """Let one update act on all modules that share a weight with a target, such as embedding and output head."""
     start: str | None = None
     """Folder of a finished adapter, reparam's or PEFT's, to train further. It gives the method and the modules."""
+
+    def __post_init__(self) -> None:
+        _check(self, "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +131,12 @@ class OptimConfig:
         _check(
             self,
             "optim",
-            learning_rate=("a number above 0", finite(self.learning_rate) and self.learning_rate > 0),
-            warmup=("a number of at least 0", finite(self.warmup) and self.warmup >= 0),
-            weight_decay=("a number of at least 0", finite(self.weight_decay) and self.weight_decay >= 0),
-            max_grad_norm=("a number of at least 0", self.max_grad_norm >= 0),
+            learning_rate=_ABOVE,
+            warmup=_LEAST,
+            weight_decay=_LEAST,
+            max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
+            lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
+            lora_plus_embedding=_LEAST,
         )
 
 
@@ -153,17 +176,21 @@ class RunConfig:
     """Seed of all random numbers: order of rows, dropout, initial values."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), ("a whole number of at least 1", 1))
-        counts |= dict.fromkeys(("eval_every", "save_every"), ("a whole number of at least 0", 0))
         _check(
             self,
             "run",
-            epochs=("a number above 0", finite(self.epochs) and self.epochs > 0),
-            max_steps=("-1 or a whole number of at least 1", self.max_steps == -1 or whole(self.max_steps, 1)),
-            **{key: (text, whole(getattr(self, key), least)) for key, (text, least) in counts.items()},
+            epochs=_ABOVE,
+            max_steps=("-1 or a whole number of at least 1", lambda steps: steps == -1 or whole(steps, 1)),
+            seed=("a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32),
+            **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), _count(1)),
+            **dict.fromkeys(("eval_every", "save_every"), _count(0)),
         )
 
-    def steps(self, examples: int) -> int:
-        """Number of optimizer steps of a run over this many training examples."""
-        rows = self.batch_size * self.accumulation
-        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(examples / rows * self.epochs))
+    def steps(self, examples: int, processes: int = 1) -> int:
+        """Number of optimizer steps of a run over this many training examples, as transformers counts them.
+
+        Each of the `processes` takes `batch_size` rows in a forward pass. The last step of an epoch may have fewer.
+        """
+        batches = math.ceil(examples / (self.batch_size * processes))
+        an_epoch = max(1, math.ceil(batches / self.accumulation))
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(an_epoch * self.epochs))

@@ -13,9 +13,11 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
+from reparam.core.text import counted
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
+from reparam.train.checkpoint import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +42,7 @@ class Show:
         """Print what will be trained and a preview of the data."""
         trained = sum(p.numel() for p in job.adapter.parameters())
         total = entries(job.model) - trained
-        say(self.console, f"{job.adapter.method.name}: {trained:,} parameters will be trained, at these sites")
+        say(self.console, f"{job.adapter.method.name}: {counted(trained, 'parameter')} will be trained, at these sites")
         say(self.console, sites_table(job.adapter))
         say(
             self.console,
@@ -82,12 +84,17 @@ class Show:
         """Print the current step of the run."""
         say(self.console, f"{text} ...", style="dim")
 
-    def found(self, found: Found) -> None:
-        """Print the checkpoint that the run resumes from, and those that were skipped."""
+    def found(self, found: Found, *, steps: int, before: int, schedule: str) -> None:
+        """Print the checkpoint that the run resumes from, those that were skipped, and what remains to be done.
+
+        `steps` is the number of steps of the run, `before` that of the call before, and `schedule` that of the rate.
+        """
         for path, reason in found.skipped:
             say(self.console, note("skipped", f"{path}: {reason}"))
         if found.path is not None:
             say(self.console, f"resuming from {found.path}")
+            for line in _remaining(step_of(found.path), steps, before, schedule):
+                say(self.console, line)
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
@@ -107,6 +114,20 @@ class Show:
             say(self.console, paging_line(result.paging))
         say(self.console, f"adapter        {result.folder / 'adapter'}")
         say(self.console, f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
+
+
+def _remaining(done: int, steps: int, before: int, schedule: str) -> list[str]:
+    """Sentences about a run that has done some steps, and had `before` steps in the call before."""
+    if done >= steps:
+        return [
+            f"the run is finished ({done} of {steps} steps), so nothing is trained; raise run.max_steps or run.epochs "
+            f"to train further, or pass --run.fresh to start anew"
+        ]
+    if steps == before:
+        return []
+    rates = "" if schedule == "constant" else f", at the rates of the {schedule} schedule of {steps} steps"
+    other = "" if schedule == "constant" else f"; a run that had {steps} steps from its start would have other rates"
+    return [f"the run had {before} steps and goes on from step {done} to step {steps}{rates}{other}"]
 
 
 def sites_table(adapter: Adapter) -> Table:
@@ -148,7 +169,8 @@ def paging_line(paging: Paging) -> str:
     )
     return (
         f"optimizer      at most {here} of {total} of states on the device; {read} read back, {written} written; "
-        f"{paging.faults:,} page faults, {paging.prefetched:,} pages prefetched, {paging.evictions:,} evicted"
+        f"{counted(paging.faults, 'page fault')}, {counted(paging.prefetched, 'page')} prefetched, "
+        f"{paging.evictions:,} evicted"
     )
 
 

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from reparam.errors import StateError
 from reparam.io.staged import inside
@@ -127,6 +128,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
             # parameter and quantized moments.
             if isinstance(value, Tensor) and isinstance(held.get(key), Tensor) and held[key].dtype != value.dtype:
                 held[key] = value.to(parameter.device)
+
+
+def restore(
+    state: TrainingState, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, scaler: Stateful | None
+) -> None:
+    """Restore optimizer, scheduler and gradient scaler.
+
+    The learning rates are those of the scheduler's own rule at the saved step: a run may continue with more steps.
+
+    Raises:
+        StateError: the state belongs to an optimizer with other parameters or settings.
+    """
+    restore_optimizer(optimizer, state.optimizer)
+    scheduler.load_state_dict(state.scheduler)
+    if isinstance(scheduler, LambdaLR):
+        for group, peak, rule in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = peak * rule(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if scaler is not None and state.scaler is not None:
+        scaler.load_state_dict(state.scaler)
 
 
 def random_state() -> dict[str, Any]:

@@ -25,7 +25,7 @@ import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -34,10 +34,11 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from reparam.errors import StateError
 from reparam.io.staged import staged_folder
+from reparam.train import processes
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
-from reparam.train.order import ByEpoch, row_order, unsupported
-from reparam.train.state import TrainingState, load_state, random_state, restore_optimizer, save_state, set_random_state
+from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
+from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Trainer(transformers.Trainer):
             model,
             args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_dataset=WithEmpty(train_dataset) if args.world_size > 1 else train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -221,13 +222,14 @@ class Trainer(transformers.Trainer):
             )
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-        if self.is_world_process_zero():
+        def save() -> None:
             path = commit(self.run_folder, step, write)
             if self.args.save_total_limit:
                 best = Path(self.state.best_model_checkpoint or path)
                 prune(self.run_folder, self.args.save_total_limit, protect=[path, best])
+
+        processes.first(save)
         self._saved_step = step
-        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Overridden because a checkpoint holds what `save_trained` wrote, not a model.
@@ -246,10 +248,8 @@ class Trainer(transformers.Trainer):
         # Overridden because transformers reads pickles, and continues with a new state if a file is missing.
         if self._loaded is None:
             return
-        restore_optimizer(cast(torch.optim.Optimizer, self.optimizer), self._loaded.optimizer)
-        cast(LRScheduler, self.lr_scheduler).load_state_dict(self._loaded.scheduler)
-        if self.accelerator.scaler is not None and self._loaded.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self._loaded.scaler)
+        optimizer, scheduler = cast(torch.optim.Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
+        restore(self._loaded, optimizer, scheduler, self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Overridden as _load_optimizer_and_scheduler is. transformers calls this at the right time: after drawing the
@@ -331,6 +331,8 @@ class Trainer(transformers.Trainer):
         return norm
 
     def _check(self, what: str, value: Tensor, *, whole_step: bool = False) -> None:
+        if self.args.world_size > 1 and not whole_step:
+            return  # the other processes go on to the gradients, where a loss that is not finite ends all
         step, of = self.state.global_step + 1, self.current_gradient_accumulation_steps
         self._finite.check(what, value, step=step, of=of, whole_step=whole_step)
 
@@ -344,11 +346,13 @@ class Trainer(transformers.Trainer):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        # Overridden for the reason in the docstring of ByEpoch.
-        sampler = super()._get_train_sampler(train_dataset)
-        return (
-            ByEpoch(sampler, cast(int, self.args.data_seed)) if isinstance(sampler, LengthGroupedSampler) else sampler
-        )
+        # Overridden for the reasons in the docstrings of ByEpoch and Filled.
+        sampler, seed = super()._get_train_sampler(train_dataset), cast(int, self.args.data_seed)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler = ByEpoch(sampler, seed)
+        if self.args.world_size == 1 or not isinstance(sampler, RandomSampler | ByEpoch) or train_dataset is None:
+            return sampler
+        return Filled(sampler, train_dataset, multiple=self.args.train_batch_size * self.args.world_size, seed=seed)
 
 
 class _Hooks(TrainerCallback):
@@ -372,7 +376,8 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         received = self.trainer._interrupts.agreed(args.world_size, args.device)
         if received is not None:
-            _log.warning("%s: stopping after step %d", received.name, state.global_step)
+            if self.trainer.is_world_process_zero():
+                _log.warning("%s: stopping after step %d", received.name, state.global_step)
             self.trainer._stopping = control.should_training_stop = True
         # The log entry and evaluation at the end of an epoch follow this event. A run that resumes from a checkpoint
         # saved before them would skip them, so the save is moved to the end of the epoch.

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reparam.core.checks import listed
 from reparam.core.plain import decode
+from reparam.core.strict_json import loads
 from reparam.errors import FormatError
 from reparam.kernels.nf4_tables import BLOCKS, CODE, DYNAMIC, NESTED_BLOCK, Statistics
 from reparam.weights.nf4 import NF4Weight
@@ -113,7 +114,7 @@ def _json(tensor: Tensor | None, start: str) -> _State:
     if tensor.dtype is not torch.uint8 or tensor.ndim != 1:
         raise FormatError(f"{where}: expected a 1-D uint8 tensor, found {_kind(tensor)}")
     try:
-        values = json.loads(bytes(tensor.tolist()).decode())
+        values = loads(bytes(tensor.tolist()).decode())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not valid UTF-8 JSON: {error}") from None
     held = decode(_State, values, where)

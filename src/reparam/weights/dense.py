@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from reparam.core.base import Storage, Weight
 from reparam.core.registry import storage
-from reparam.core.versions import Stamp, stamp_of
 
 Layout = Literal["rows", "transposed", "column"]
 """How a module keeps its matrix W [O, I]: as it is, as [I, O], or, for I = 1, as a vector [O]."""
@@ -99,10 +98,6 @@ class DenseWeight(Weight):
     def held(self) -> tuple[Tensor, ...]:
         """The parameter."""
         return (self._holder["weight"],)  # type: ignore[return-value]
-
-    def stamp(self) -> Stamp | None:
-        """A value that changes when the parameter is written or replaced."""
-        return stamp_of(self.held())
 
 
 def as_matrix(w: Tensor, layout: Layout) -> Tensor:

@@ -44,6 +44,7 @@ class NF4(Storage):
     """Double quantization: store the scales of the blocks in 8 bits instead of float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.block) is not int or self.block not in BLOCKS:
             raise ValueError(f"NF4: block={self.block!r}: expected one of {', '.join(map(str, BLOCKS))}")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from reparam.core.strict_json import DuplicateKey, loads
 from reparam.data.files.opened import opened
 from reparam.data.messages import kind_of
 from reparam.errors import DataError
 
+LARGEST_LINE = 2**26  # bytes
 LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole
 
 
@@ -45,18 +47,23 @@ def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 def _parsed(text: str, path: Path) -> list[Any]:
     try:
-        values: list[Any] = json.loads(text)
+        values: list[Any] = loads(text)
     except json.JSONDecodeError as error:
         raise DataError([f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}"]) from None
+    except DuplicateKey as error:
+        raise DataError([f"{path}: {error}"]) from None
     except (ValueError, RecursionError) as error:
         raise DataError([f"{path}: malformed JSON: {error}"]) from None
     return values
 
 
-def _lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     offset = 0  # of the line's first byte
+    lines = iter(lambda: file.readline(LARGEST_LINE + 1), b"")
     for number, line in enumerate(lines, start=1):
         where = f"{name}:{number}"
+        if len(line) > LARGEST_LINE:
+            raise DataError([f"{where}: a line of more than {LARGEST_LINE:,} bytes; JSONL has one object per line"])
         try:
             value = _parse(line.removesuffix(b"\n"), where, offset=offset, first=number == 1)
         except DataError as error:
@@ -81,10 +88,12 @@ def _parse(line: bytes, where: str, *, offset: int, first: bool) -> dict[str, An
     if not text.strip():
         return None
     try:
-        value = json.loads(text)
+        value = loads(text)
     except json.JSONDecodeError as error:
         hint = "; JSONL has one complete object per line" if first and text.strip() in ("[", "{", "[{") else ""
         raise DataError([f"{where}:{error.colno}: malformed JSON: {error.msg}{hint}"]) from None
+    except DuplicateKey as error:
+        raise DataError([f"{where}: {error}"]) from None
     except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deeply
         raise DataError([f"{where}: malformed JSON: {error}"]) from None
     if not isinstance(value, dict):

@@ -100,6 +100,7 @@ class AdaLoRA(Method):
     """Seed for P and Q. The values depend on the seed and the site's name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = [
             f"{key}={value!r}: expected a whole number of at least {least}"
             for key, value, least in (
@@ -181,3 +182,9 @@ class AdaLoRA(Method):
         if all(self.rank(name) == rank for name, rank in ranks.items()):
             return self
         return dataclasses.replace(self, rank_pattern=patterns.exactly(ranks))
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The configuration with the same ranks at sites with other paths (old -> new)."""
+        ranks = {new: self.rank(old) for old, new in names.items()}
+        kept = {new: rank for new, rank in ranks.items() if rank != self.init_r}
+        return dataclasses.replace(self, rank_pattern=patterns.exactly(kept))

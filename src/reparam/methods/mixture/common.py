@@ -11,7 +11,6 @@ Shapes: B rows of a batch, L tokens of a row, N experts, H width of the hidden s
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from reparam.core.checks import nearest
 from reparam.core.surface import advice
 from reparam.methods.mixture.routers import Router
 from reparam.methods.mixture.select import Gating
-from reparam.methods.mixture.two_pass import FirstPass
+from reparam.methods.mixture.two_pass import ByCache, FirstPass
 
 Tasks = int | str | Sequence[int | str] | Tensor
 COLUMN = "task"
@@ -66,8 +65,8 @@ class Forward:
     two_sided: bool = False
     """Whether the model is an encoder-decoder, whose two sequences differ in length."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        return Forward()  # a copied model is outside of a forward pass, and tensors in a graph cannot be copied
+    def __reduce__(self) -> Any:
+        return Forward, ()  # a copied model is outside of a forward pass, and tensors in a graph cannot be copied
 
     def recompute(self, site: str) -> None:
         """Count a computation of a site; RuntimeError if a backward pass computes it for an earlier forward pass."""
@@ -175,8 +174,7 @@ class Common(nn.Module):
         self.first_pass = FirstPass()
         self.silent = False  # True while the first pass runs, in which sites compute the base model
         self.contrasts = True  # whether the contrastive loss is on (see `Warmup`)
-        # Weak keys: the gates of a sequence live as long as its KV cache.
-        self.kept: weakref.WeakKeyDictionary[Any, dict[str, Gating]] = weakref.WeakKeyDictionary()
+        self.kept = ByCache()  # KV cache -> gates of its sequences by scope or site
 
     def numbers(self, tasks: Tasks | None) -> Tensor | None:
         """Convert tasks, given by name or number, to numbers [] or [B] int64; None stays None.

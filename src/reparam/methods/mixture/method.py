@@ -120,6 +120,7 @@ class Mixture(MixtureSettings):
         """A new router for a scope, given the first site of the scope."""
         made = dataclasses.replace(site, name=f"{scope}:router")
         n, std, generator = self.n, self.router_std, seeded(self.seed, made)
+        width = site.out_features if self.route_on == "activation" else site.in_features
         match self.router:
             case "static":
                 return routers.Static(n, std=std, generator=generator)
@@ -130,7 +131,6 @@ class Mixture(MixtureSettings):
             case "two_pass":
                 return routers.TwoPass(site.in_features, n, bias=self.router_bias, std=std, generator=generator)
             case "token":
-                width = site.out_features if self.route_on == "activation" else site.in_features
                 return routers.Token(width, n, bias=self.router_bias, std=std, generator=generator)
             case _:
-                return routers.Sequence(site.in_features, n, std=std, generator=generator)
+                return routers.Sequence(width, n, std=std, generator=generator)

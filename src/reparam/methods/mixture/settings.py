@@ -103,6 +103,7 @@ class MixtureSettings(Method):
     """Seed for experts and routers. Values depend on the seed and the site's name, not on the order of wrapping."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = wrong_words(self, _CHOICES)
         problems += [
             f"{field}={value!r}: expected a whole number of at least {least}"
@@ -182,7 +183,7 @@ class MixtureSettings(Method):
                 not 0 <= self.contrastive_warmup < 1,
                 f"contrastive_warmup={self.contrastive_warmup!r}: expected a share from 0 to below 1",
             ),
-            (abs(self.blc_alpha) >= 1, f"blc_alpha={self.blc_alpha!r}: expected a number between -1 and 1"),
+            (not abs(self.blc_alpha) < 1, f"blc_alpha={self.blc_alpha!r}: expected a number between -1 and 1"),
         ]
         return [problem for wrong, problem in found if wrong]
 

@@ -16,11 +16,18 @@ from torch import Tensor, nn
 LEFT_OUT = ("labels", "num_items_in_batch", "task")
 
 
+class ByCache(weakref.WeakKeyDictionary[Any, Any]):
+    """Values that live as long as a KV cache. None is pickled with a model: caches belong to running generations."""
+
+    def __reduce__(self) -> Any:
+        return ByCache, ()
+
+
 class FirstPass:
     """Runs the first passes of one model, and keeps a KV cache for each cache of the second pass."""
 
     def __init__(self) -> None:
-        self.caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.caches = ByCache()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

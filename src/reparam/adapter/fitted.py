@@ -1,0 +1,163 @@
+"""Fit the record of an adapter to a model, for what a PEFT folder states that only the model can tell.
+
+- Modules that transformers has renamed since the adapter was saved get their present names, by the rules with which
+  transformers itself reads the files of such models.
+- Tensors of modules that the settings do not name are left out, as PEFT does, with a warning.
+- `bias="all"` saves the biases of all modules. Those without other tensors in the file become sites, whose bias alone
+  trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reparam.adapter.same_base import same_values
+from reparam.core.checks import listed
+from reparam.errors import FormatError
+from reparam.io.record import Claims, Record
+from reparam.methods import patterns
+from reparam.methods.several import NONE, Several
+from reparam.sites import targets
+from reparam.sites.fingerprint import base_tensors
+
+
+def fitted(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> Record:
+    """The record for this model, whose modules are `have`. Raises FormatError if it does not fit."""
+    if record.claims is None:
+        return record
+    return _with_biases(model, have, _with_named(_with_present_names(model, have, record), folder), folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed(Claims):
+    """The rule of a file for modules under their present names."""
+
+    old: Claims
+    back: Mapping[str, str]
+
+    def site(self, path: str) -> bool:
+        return self.old.site(path) or self.old.site(self.back.get(path, path))
+
+    def whole(self, path: str) -> bool:
+        return self.old.whole(path) or self.old.whole(self.back.get(path, path))
+
+    def ignored(self, path: str) -> bool:
+        return self.old.ignored(path) and self.old.ignored(self.back.get(path, path))
+
+
+def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record: Record) -> Record:
+    """The record with the model's present names, if it names modules that the model lacks and all can be renamed."""
+    owners = [*record.sites, *record.replaced, *record.tied]
+    if all(path in have for path in owners):
+        return record
+    rename = _renaming(model)
+    other = {key.rpartition(".")[0] for key in (*record.beside, *record.frozen)}
+    names = {path: path if path in have else rename(path) for path in {**dict.fromkeys(owners), **dict.fromkeys(other)}}
+    if any(names[path] not in have for path in owners) or len(set(names.values())) < len(names):
+        return record
+
+    def moved(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, tensor in tensors.items():
+            path = max((p for p in names if key.startswith(f"{p}.")), key=len, default="")
+            found[key.replace(path, names[path], 1) if path else key] = tensor
+        return found
+
+    assert record.claims is not None
+    return dataclasses.replace(
+        record,
+        method=record.method.renamed({name: names[name] for name in record.sites}),
+        sites={names[n]: dataclasses.replace(site, name=names[n]) for n, site in record.sites.items()},
+        tensors=moved(record.tensors),
+        replaced=tuple(names[path] for path in record.replaced),
+        tied={names[path]: dataclasses.replace(tie, to=names[tie.to]) for path, tie in record.tied.items()},
+        frozen=moved(record.frozen),
+        beside=moved(record.beside),
+        claims=_Renamed(record.claims, {new: old for old, new in names.items()}),
+    )
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """The function from the path of a module in old files to its path in this model, by transformers' own rules."""
+    rules: list[Any] = []
+    if hasattr(getattr(model, "config", None), "model_type"):
+        try:
+            found = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+            rules = [rule for rule in found if not hasattr(rule, "operations")]  # others also convert the values
+        except (ImportError, AttributeError):  # a model of another library with such a configuration
+            rules = []
+
+    def rename(path: str) -> str:
+        key = f"{path}.weight"
+        for rule in rules:
+            key = rule.rename_source_key(key)[0]
+        return key.removesuffix(".weight")
+
+    return rename
+
+
+def _with_named(record: Record, folder: Path) -> Record:
+    """The record without the sites that the settings do not name. Warns of them."""
+    assert record.claims is not None
+    out = [path for path in record.sites if record.claims.ignored(path)]
+    if not out:
+        return record
+    if len(out) == len(record.sites):
+        warnings.warn(
+            f"{folder}: the settings name none of the modules that the file has factors for, such as {out[0]}; all of "
+            f"them were loaded, but PEFT would refuse such a file",
+            stacklevel=5,
+        )
+        return record
+    warnings.warn(
+        f"{folder}: left out the factors of {listed(out)}, because the settings (target_modules, exclude_modules, "
+        f"layers_to_transform) do not name these modules; PEFT ignores them, too",
+        stacklevel=5,
+    )
+    gone = tuple(f"{path}." for path in out)
+    return dataclasses.replace(
+        record,
+        sites={path: site for path, site in record.sites.items() if path not in out},
+        tied={path: tie for path, tie in record.tied.items() if tie.to not in out},
+        tensors={key: tensor for key, tensor in record.tensors.items() if not key.startswith(gone)},
+    )
+
+
+def _with_biases(model: nn.Module, have: Mapping[str, nn.Module], record: Record, folder: Path) -> Record:
+    """The record with a site for each trained bias in `beside`; biases that equal the base's are left out.
+
+    Raises FormatError if the model lacks a bias, or if the bias of an unsupported module was trained.
+    """
+    if not record.beside:
+        return record
+    own = dict(base_tensors(model))
+    odd = targets.unsupported(model, have)
+    sites, tensors, problems = dict(record.sites), dict(record.tensors), []
+    for key, tensor in record.beside.items():
+        path = key.removesuffix(".bias")
+        if key not in own or own[key].shape != tensor.shape:
+            found = f"{list(own[key].shape)}" if key in own else "none"
+            problems.append(f"the file has {key} {list(tensor.shape)}, the model {found}")
+        elif same_values(own[key].detach().cpu(), tensor):
+            continue
+        elif path in odd or path not in have:
+            problems.append(f"{key} was trained, but {odd.get(path, 'the model itself is no site')}")
+        else:
+            if path not in record.tied:
+                sites[path] = targets.site_of(path, have[path])
+            tensors[key] = tensor
+    if problems:
+        raise FormatError(f"{folder}: bias = 'all': {listed(problems)}")
+    new = [path for path in sites if path not in record.sites]
+    method = record.method
+    if new:
+        default = {"method": method.name, **method.settings()}
+        method = Several(default, patterns.exactly({path: {"method": NONE} for path in new}))
+    return dataclasses.replace(record, method=method, sites=sites, tensors=tensors, beside={})

@@ -1,0 +1,65 @@
+"""Check the name or the folder of a base model before transformers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reparam.core.checks import nearest
+from reparam.core.strict_json import DuplicateKey, loads
+from reparam.errors import BaseError
+
+SETTINGS = ("config.json", "generation_config.json")
+VOCABULARIES = ("tokenizer.json", "vocab.json")
+LARGEST_JSON = 64 << 20
+LARGEST = 512 << 20  # of vocabularies and of other files beside the weights
+BESIDE = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+
+
+def check_path(path: str) -> None:
+    """Raise BaseError for a path that is no model: not a folder, no config.json, or files that nobody should read.
+
+    These are files that are not regular (a pipe would never end), files beside the weights of a size that no model has,
+    and settings that hold a key twice. A hub id passes.
+    """
+    if not path:
+        raise BaseError("no base model was given: set base.path to a folder or a hub id")
+    local = Path(path)
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise BaseError(f"{path}: is not a model folder, because it has no config.json{_adapter_hint(local)}")
+        for entry in sorted(local.iterdir()):
+            _check_entry(path, entry)
+    elif local.exists():
+        raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        near = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
+        raise BaseError(f"{path}: no such folder{nearest(local.name, near)}")
+
+
+def _check_entry(path: str, entry: Path) -> None:
+    if not entry.is_file():
+        if entry.exists() and not entry.is_dir():
+            raise BaseError(f"{path}: {entry.name} is not a regular file; remove it")
+        return
+    if entry.suffix not in BESIDE:
+        return
+    size = entry.stat().st_size
+    most = LARGEST_JSON if entry.suffix == ".json" and entry.name not in VOCABULARIES else LARGEST
+    if size > most:
+        raise BaseError(f"{path}: {entry.name}: {size:,} bytes, more than the {most:,} that such a file can have")
+    if entry.name in SETTINGS:
+        try:
+            loads(entry.read_bytes())
+        except DuplicateKey as error:
+            raise BaseError(f"{path}: {entry.name}: {error}") from None
+        except (ValueError, RecursionError, OSError):
+            return  # transformers reports it
+
+
+def _adapter_hint(folder: Path) -> str:
+    held = [name for name in ("adapter.json", "adapter_config.json") if (folder / name).exists()]
+    return (
+        f" ({held[0]} shows that it is an adapter: pass it as the adapter, and its base model as the base)"
+        if held
+        else ""
+    )

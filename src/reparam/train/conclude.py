@@ -1,0 +1,117 @@
+"""The end of a run: the trained adapter is saved, read back, verified and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reparam.adapter.context import told
+from reparam.adapter.selection import select
+from reparam.adapter.without_sites import read_back
+from reparam.data.batches import Collator, padding_id
+from reparam.errors import NothingLearned
+from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.io.staged import write_file
+from reparam.train import optimizer
+from reparam.train.job import Job, Result
+from reparam.train.show import Show
+from reparam.train.trainer import Trainer
+
+CHECK = "__proof"  # name under which the saved adapter is loaded for verification
+
+
+def conclude(
+    job: Job,
+    trainer: Trainer,
+    rates: tuple[optimizer.Rates, ...],
+    before: tuple[tuple[Score, ...], list[Answer]],
+    show: Show,
+) -> Result:
+    """Save the trained adapter, read it back, score it, and write the figures."""
+    folder = trainer.run_folder
+    job.adapter.save(folder / "adapter")
+    show.step("reading the saved adapter back and scoring it on held-out rows")
+    try:
+        difference = _prove(job, folder / "adapter")
+    except NothingLearned:
+        shutil.rmtree(folder / "adapter")
+        raise
+    after = scored(job)
+    pairs = tuple(zip(before[1], after[1], strict=True))
+    show.worse(before[0][0], after[0][0])
+    result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
+    write_file(folder / "figures.json", _figures(job, trainer, result, difference, rates))
+    show.result(result, difference)
+    return result
+
+
+def scored(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
+    """Score the model, with the selected adapter, on the held-out rows. Returns the scores and the answers."""
+    scores = [score_loss(job.model, job.valid, job.tokenizer, batch=job.config.run.batch_size)]
+    answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
+    if answers:
+        scores.append(score_answers(answers))
+    return tuple(scores), answers
+
+
+def history_of(trainer: Trainer) -> list[dict[str, Any]]:
+    """The log entries with a loss, in the order of the steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def _prove(job: Job, folder: Path) -> float:
+    """Verify the saved adapter. Returns the largest absolute change of a logit on up to four held-out rows.
+
+    Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
+    for bit.
+    """
+    examples = [job.valid[i] for i in range(min(4, len(job.valid)))]
+    batch = Collator(padding_id(job.tokenizer))(examples)
+    device = next(job.model.parameters()).device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+    read_back(job.adapter, folder, name=CHECK)
+    job.model.eval()
+    logits = {}
+    with torch.no_grad():
+        for name in (None, job.adapter.name, CHECK):
+            with select(job.model, name), told(job.model, batch):
+                logits[name] = job.model(**inputs).logits.float()
+    difference = float((logits[CHECK] - logits[None]).abs().max())
+    if not torch.equal(logits[CHECK], logits[job.adapter.name]):
+        raise NothingLearned(
+            f"{folder}: the saved adapter, when read back, computes different outputs from the trained one"
+        )
+    if difference == 0:
+        raise NothingLearned(
+            f"{folder}: the trained adapter does not change any output on held-out rows; train longer, raise the "
+            f"learning rate, or check that the model uses the target modules"
+        )
+    return difference
+
+
+def _figures(
+    job: Job, trainer: Trainer, result: Result, difference: float, rates: tuple[optimizer.Rates, ...]
+) -> bytes:
+    parameters = sum(p.numel() for p in job.adapter.parameters())
+    figures = {
+        "base": job.config.base.path,
+        "method": job.config.method.name,
+        "trained parameters": parameters,
+        "positions taken": job.adapter.positions,
+        "training rows": job.train.report.rows,
+        "held-out rows": job.valid.report.rows,
+        "before": [dataclasses.asdict(score) for score in result.before],
+        "after": [dataclasses.asdict(score) for score in result.after],
+        "worse than the base": not result.after[0].value <= result.before[0].value,
+        "largest change of a logit": difference,
+        "LoRA+ ratio": job.config.optim.lora_plus,
+        "LoRA+ groups": [dataclasses.asdict(group) for group in rates],
+        "paging": dataclasses.asdict(result.paging) if result.paging is not None else None,
+        "history": history_of(trainer),
+    }
+    return (json.dumps(figures, indent=1) + "\n").encode()

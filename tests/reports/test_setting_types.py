@@ -1,0 +1,87 @@
+"""Every setting of every method, storage, section and plan: a value of a wrong type is refused with its name.
+
+True is no number, and NaN and infinity are no setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+import reparam.methods
+import reparam.weights  # noqa: F401  (both fill their registries)
+from reparam.compare.settings import CompareConfig
+from reparam.core.registry import METHODS, STORAGES
+from reparam.errors import ConfigError
+from reparam.recipes.intrinsic import SearchPlan
+from reparam.train.config import SECTIONS, resolve
+
+OWN = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("reparam.")}
+CLASSES: dict[str, Any] = {**OWN, **STORAGES, **SECTIONS, "compare": CompareConfig, "search": SearchPlan}
+NUMBERS = [True, "abc", [], {}, math.nan, math.inf, -math.inf, 10**400, -(10**400), object()]
+WRONG = {
+    "int": [*NUMBERS, 1.5],
+    "float": NUMBERS,
+    "bool": ["abc", 2, None, [], math.nan],
+    "str": [1, True, None, [], {}, math.nan],
+    "tuple": ["abc", 3, True, {"a": 1}, [object()], [{}], math.nan],
+    "Mapping": ["abc", 3, True, [1], {1: 2}, {"a": object()}, math.nan],
+}
+FREE = {  # fields without a rule
+    ("max_grad_norm", math.inf),  # no clipping
+}
+
+
+def fields() -> list[tuple[str, str]]:
+    return [(name, field.name) for name, cls in CLASSES.items() for field in dataclasses.fields(cls)]
+
+
+def wrong(cls: Any, key: str) -> list[Any]:
+    told = next(str(field.type) for field in dataclasses.fields(cls) if field.name == key)
+    kinds = [kind for kind in WRONG if told.partition("[")[0].find(kind) >= 0 or f"| {kind}" in told]
+    if told.startswith("Literal"):
+        kinds = ["str"]
+    assert kinds, told
+    values = [value for value in WRONG[kinds[0]] if not ("None" in told and value is None)]
+    if told.startswith("int | str"):  # of bytes, or with a unit
+        values = [value for value in values if value != "abc"]
+    if "Any" in told and kinds[0] == "Mapping":  # the values depend on the storage
+        values = [value for value in values if not isinstance(value, dict) or 1 in value]
+    if "Mapping" in told and kinds[0] == "tuple":
+        values = [value for value in values if value != [{}]]
+    return [value for value in values if not any(key == name and value is free for name, free in FREE)]
+
+
+@pytest.mark.parametrize(("name", "key"), fields())
+def test_a_wrong_type_is_refused_with_the_name_of_the_setting(name: str, key: str) -> None:
+    cls = CLASSES[name]
+    needed = {"sizes": (1, 2)} if cls is SearchPlan else {}
+    for value in wrong(cls, key):
+        with pytest.raises(ValueError, match=rf"\b{key}") as caught:
+            cls(**{**needed, key: value})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, key in fields() if name in {**SECTIONS, **OWN}])
+def test_it_is_refused_in_files_too(name: str, key: str) -> None:
+    if (name, key) == ("base", "settings"):
+        return  # no key of a file
+    section, more = (name, {}) if name in SECTIONS else ("method", {"method.name": name})
+    for value in wrong(CLASSES[name], key):
+        if value is None or value == "abc" or "object at" in str(value):
+            continue  # TOML has no such value; a text may be that of an option
+        with pytest.raises(ConfigError, match=rf"\b{key}"):
+            resolve(None, {**more, f"{section}.{key}": value})
+
+
+def test_true_is_no_number_in_a_plan_of_a_search() -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        SearchPlan(())
+    with pytest.raises(ValueError, match="sizes"):
+        SearchPlan((2, 1))
+    with pytest.raises(ValueError, match="sizes"):
+        SearchPlan((True, 2))
