@@ -2,7 +2,7 @@
 
 Limit for one token per row: bytes of the weights and of all adapters' factors, over bytes of the weights, if each is
 read from memory once. Limit for 16 tokens per row: multiply-adds with the factors over those without. Limit for many
-adapters over one: 1, because the arithmetic is the same.
+adapters over one: 1, because the arithmetic is the same. Limit for the bytes of the banks: those of the factors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import measure as m
 import torch
 
 import reparam
+from reparam.sites.bank import Bank
 
 
 def over_the_base(shape: m.Shape, *, rows: int, rounds: dict[int, int], goals: dict[int, float]) -> list[m.Row]:
@@ -53,16 +54,31 @@ def over_one_adapter(shape: m.Shape, *, rows: int, rounds: int, goal: float) -> 
     return m.Row(what, times.over("mixed", "single"), times.over("peft", "peft single"), 1.0, goal)
 
 
+def bytes_of_banks(shape: m.Shape, *, ranks: list[int], goal: float) -> m.Row:
+    """Table row for the bytes that the banks hold for adapters of these ranks, over those of their factors."""
+    model = m.llama(shape)
+    adapters = [
+        reparam.attach(model, reparam.LoRA(r=rank), name=f"a{i}", targets=m.LINEARS) for i, rank in enumerate(ranks)
+    ]
+    reparam.select(model, [adapter.name for adapter in adapters])
+    held = sum(module.nbytes for module in model.modules() if isinstance(module, Bank))
+    factors = sum(parameter.nbytes for adapter in adapters for parameter in adapter.parameters())
+    what = f"bytes of banks with adapters of ranks {', '.join(map(str, ranks))}, over those of the factors"
+    return m.Row(what, held / factors, None, 1.0, goal)
+
+
 def main() -> None:
     quick = m.setup(__doc__)
     goals = {1: 2.5, 16: 1.25}
     if quick:
         rows = over_the_base(m.TINY, rows=4, rounds={1: 2, 16: 2}, goals=goals)
         rows.append(over_one_adapter(m.TINY, rows=4, rounds=2, goal=1.5))
+        rows.append(bytes_of_banks(m.TINY, ranks=[2, 2, 8], goal=1.25))
     else:
         rows = over_the_base(m.LLAMA, rows=64, rounds={1: 40, 16: 10}, goals=goals)
         torch.manual_seed(0)
         rows.append(over_one_adapter(m.DEEP, rows=32, rounds=30, goal=1.5))
+        rows.append(bytes_of_banks(m.LLAMA, ranks=[8, 8, 8, 8, 8, 256], goal=1.25))
     m.show("Mixed batches", rows, "python benchmarks/mixed_batch.py")
 
 

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from reparam import train as train
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
-    from reparam.adapter.attach import adapters, attach, remove, select
+    from reparam.adapter.attach import adapters, attach, remove
     from reparam.adapter.context import context
     from reparam.adapter.load import load
     from reparam.adapter.merge import MergeReport, merge
     from reparam.adapter.quantize import QuantizeReport, quantize
-    from reparam.adapter.selection import Selection
+    from reparam.adapter.selection import Selection, select
     from reparam.adapter.untie import untie
     from reparam.combine.blend import Blend, blend
     from reparam.combine.compress import Compression, compress
@@ -171,7 +171,7 @@ _HOMES = {  # the module that defines each name
     "adapters": "reparam.adapter.attach",
     "attach": "reparam.adapter.attach",
     "remove": "reparam.adapter.attach",
-    "select": "reparam.adapter.attach",
+    "select": "reparam.adapter.selection",
     "untie": "reparam.adapter.untie",
     "context": "reparam.adapter.context",
     "load": "reparam.adapter.load",

@@ -10,7 +10,7 @@ from selecting import banks, check_rows, close, moved, two, under
 from torch import nn
 
 import reparam
-from reparam.adapter.selection import BANK
+from reparam.adapter.slots import BANK
 from reparam.sites.bank import Bank
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import models
 import torch
-from models import IDS, logits
+from models import IDS, VOCABULARY, logits
 from torch import Tensor, nn
 
 import reparam
@@ -58,3 +58,36 @@ def check_rows(model: nn.Module, rows: list[str | None], ids: Tensor = IDS) -> N
 
 def banks(model: nn.Module) -> list[Bank]:
     return [module for module in model.modules() if isinstance(module, Bank)]
+
+
+def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def adapted(model: Any, **settings: Any) -> Any:
+    moved(model, "a", 1, **settings)
+    moved(model, "b", 2, r=3, **settings)
+    return model
+
+
+@torch.no_grad()
+def rows_alone_or_refused(model: nn.Module, x: Tensor, **more: Tensor) -> bool:
+    """Check the rows of a mixed batch, each against itself alone; False if the batch is refused."""
+
+    def output(*row: int) -> Tensor:
+        only = list(row) or list(range(len(x)))
+        found = model(x[only], **{name: value[only] for name, value in more.items()})
+        return found if isinstance(found, Tensor) else found.logits
+
+    names = [("a", "b", None)[row % 3] for row in range(len(x))]
+    alone = []
+    for row, name in enumerate(names):
+        with reparam.select(model, name):
+            alone.append(output(row)[0])
+    with reparam.select(model, names):
+        try:
+            found = output()
+        except ValueError:
+            return False
+    assert close(found, torch.stack(alone))
+    return True

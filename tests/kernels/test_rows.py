@@ -20,7 +20,7 @@ from torch import Tensor
 from reparam.kernels.rows import backend, bank_update_, update_by_row_, update_by_slot_
 
 IMPLEMENTATIONS = [bank_update_, update_by_slot_, update_by_row_]
-Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None]
 compiled = pytest.mark.skipif(backend() == "torch", reason="numba is not installed")
 
 
@@ -28,39 +28,50 @@ def case(
     rows: int, tokens: int, inputs: int, outputs: int, slots: list[int], ranks: list[int], *,
     gain: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:  # fmt: skip
-    """Random operands; entries beyond a slot's rank, and slots that no row uses, are NaN or infinite."""
+    """Random operands; rows of the tables between the spans, and those of slots that are not in use, are NaN or inf."""
     g = torch.Generator().manual_seed(seed)
-    most = max(ranks, default=0) + seed % 3
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
 
-    y, x = random(rows, tokens, outputs), random(rows, tokens, inputs)
-    A, B_t, scale = (random(len(ranks), *rest) for rest in ((most, inputs), (most, outputs), (outputs,)))
-    for s, rank in enumerate(ranks):
-        A[s, rank:], B_t[s, rank:] = float("nan"), float("inf")
-        if s not in slots:
-            A[s], B_t[s], scale[s] = float("inf"), float("nan"), float("nan")
+    def table(width: int, sizes: list[int], empty: float) -> tuple[Tensor, list[int]]:
+        """Rows for each slot, in another order than that of the slots, with gaps; and where each slot's rows begin."""
+        parts, first, at = [], [0] * len(sizes), 0
+        for s in torch.randperm(len(sizes), generator=g).tolist():
+            gap, first[s] = (s + seed) % 3, at + (s + seed) % 3
+            own = random(sizes[s], width) if s in slots else torch.full((sizes[s], width), -empty, dtype=dtype)
+            parts += [torch.full((gap, width), empty, dtype=dtype), own]
+            at = first[s] + sizes[s]
+        return torch.cat([*parts, torch.zeros(0, width, dtype=dtype)]), first
+
+    A, down = table(inputs, ranks, float("nan"))
+    B_t, up = table(outputs, ranks, float("inf"))
+    scaled = [int(gain and (s % 3 < 2)) for s in range(len(ranks))]
+    scale, row = table(outputs, scaled, float("nan"))
+    spans = [[d, u, rank, r if own else -1] for d, u, rank, r, own in zip(down, up, ranks, row, scaled, strict=True)]
     return (
-        y,
-        x,
+        random(rows, tokens, outputs),
+        random(rows, tokens, inputs),
         torch.tensor(slots, dtype=torch.int64),
         A,
         B_t,
-        torch.tensor(ranks, dtype=torch.int64),
+        torch.tensor(spans, dtype=torch.int64).view(-1, 4),
+        max((rank for s, rank in enumerate(ranks) if s in slots), default=0) + seed % 2,
         scale if gain else None,
     )
 
 
-def oracle(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None) -> Tensor:
+def oracle(
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None
+) -> Tensor:
     """The module's formula, row by row in float64."""
     y, x, A, B_t = y.double(), x.double(), A.double(), B_t.double()
     rows = list(y)
-    for b, s in enumerate(slots.tolist()):
+    for row, s in enumerate(slots.tolist()):
         if s >= 0:
-            n = int(ranks[s])
-            kept = y[b] if gain is None else gain[s].double() * y[b]
-            rows[b] = kept + (x[b] @ A[s, :n].T) @ B_t[s, :n]
+            a, b, n, g = spans[s].tolist()
+            kept = y[row] if gain is None or g < 0 else gain[g].double() * y[row]
+            rows[row] = kept + (x[row] @ A[a : a + n].T) @ B_t[b : b + n]
     return torch.stack(rows) if rows else y.clone()
 
 
@@ -74,7 +85,7 @@ def applied(implementation: Callable[..., None], operands: Case) -> Tensor:
 def close(found: Tensor, operands: Case) -> None:
     """Check against the oracle up to the rounding of the dtype, and bit for bit in rows without adapter."""
     # A float32 sum of R products of sums of I products of normal numbers has errors of some ulp of its size.
-    size = (operands[1].shape[-1] * operands[3].shape[1]) ** 0.5 + 1
+    size = (operands[1].shape[-1] * operands[6]) ** 0.5 + 1
     tolerance = 8 * torch.finfo(found.dtype).eps * size
     torch.testing.assert_close(found.double(), oracle(*operands), rtol=8 * torch.finfo(found.dtype).eps, atol=tolerance)
     base = operands[2] < 0
@@ -117,7 +128,7 @@ def test_negative_zero_and_nan_of_a_base_row_keep_their_bits(implementation: Cal
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_an_adapter_really_holds_is_not_hidden(implementation: Callable[..., None], value: float) -> None:
     operands = case(1, 6, 32, 32, [0], [5])
-    operands[3][0, 1, 7] = value
+    operands[3][operands[5][0, 0] + 1, 7] = value
     assert not applied(implementation, operands).isfinite().any()
 
 
@@ -194,14 +205,16 @@ def test_a_forked_child_makes_its_own_threads() -> None:
 
 @pytest.mark.parametrize("spoil", ["y", "x", "factors", "slots", "gain"])
 def test_strided_operands(spoil: str) -> None:
-    y, x, slots, A, B_t, ranks, gain = case(3, 5, 16, 24, [1, -1, 0], [4, 2], gain=True)
+    y, x, slots, A, B_t, spans, most, gain = case(3, 5, 16, 24, [1, -1, 0], [4, 2], gain=True)
     assert gain is not None
     spread = {"y": [y], "x": [x], "factors": [A, B_t], "slots": [slots], "gain": [gain]}[spoil]
 
     def strided(t: Tensor) -> Tensor:
         return t.mT.contiguous().mT if t.dim() > 1 else torch.stack([t, t], 1)[:, 0]
 
-    operands: Any = tuple(strided(t) if any(t is s for s in spread) else t for t in (y, x, slots, A, B_t, ranks, gain))
+    operands: Any = tuple(
+        strided(t) if any(t is s for s in spread) else t for t in (y, x, slots, A, B_t, spans, most, gain)
+    )
     expected = oracle(*operands)
     bank_update_(*operands)
     torch.testing.assert_close(operands[0].double(), expected, rtol=1e-5, atol=1e-5)
@@ -237,22 +250,32 @@ def test_a_slot_outside_the_bank_is_refused_before_anything_is_written(
     assert torch.equal(operands[0], before)
 
 
-@compiled
-@pytest.mark.parametrize("rank", [5, -1])
-def test_a_rank_outside_the_bank_is_refused_before_anything_is_written(rank: int) -> None:
-    operands = case(2, 2, 8, 8, [0, 1], [2, 4])
-    operands[5][1] = rank
+@pytest.mark.parametrize("implementation", [bank_update_, update_by_slot_])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("column", "value"), [(0, 9), (0, -1), (1, 9), (1, -1), (2, 5), (2, -1), (3, 7), (3, -2)])
+def test_a_span_outside_the_tables_is_refused_before_anything_is_written(
+    implementation: Callable[..., None], dtype: torch.dtype, column: int, value: int
+) -> None:
+    operands = case(2, 2, 8, 8, [0, 1], [2, 4], gain=True, dtype=dtype)
+    operands[5][1, column] = value
     before = operands[0].clone()
-    with pytest.raises(ValueError, match="ranks"):
-        bank_update_(*operands)
+    with pytest.raises(ValueError, match=r"slot 1 has the span .*, but A has 7 rows"):
+        implementation(*operands)
     assert torch.equal(operands[0], before)
 
 
-@pytest.mark.parametrize("index", range(7))
+def test_a_span_outside_the_tables_does_not_matter_while_no_row_uses_it() -> None:
+    operands = case(2, 2, 8, 8, [0, 0], [2, 4])
+    operands[5][1] = -7
+    for implementation in IMPLEMENTATIONS:
+        close(applied(implementation, operands), operands)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 4, 5, 7])
 def test_shapes_that_do_not_fit_are_named(index: int) -> None:
     operands: list[Any] = list(case(3, 2, 8, 6, [0, 1, 1], [2, 2], gain=True))
-    operands[index] = operands[index][1:]
-    name = ("y", "x", "slots", "A", "B_t", "ranks", "gain")[index]
+    operands[index] = operands[index][:, 1:] if index in (3, 4, 5, 7) else operands[index][1:]
+    name = ("y", "x", "slots", "A", "B_t", "spans", "", "gain")[index]
     with pytest.raises(ValueError, match=rf"got .*\b{name} \[{operands[index].shape[0]}"):
         bank_update_(*operands)
 
@@ -265,20 +288,20 @@ def test_integer_dtypes_are_checked() -> None:
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_gradients_are_those_of_the_formula(compiling: bool) -> None:
-    y, x, slots, A, B_t, ranks, gain = case(4, 3, 5, 6, [1, -1, 0, 1], [2, 3], gain=True, dtype=torch.float64)
+    y, x, slots, A, B_t, spans, most, gain = case(4, 3, 5, 6, [1, -1, 0, 1], [2, 3], gain=True, dtype=torch.float64)
     assert gain is not None
     leaves = [t.clone().requires_grad_() for t in (y, x, A, B_t, gain)]
     twins = [t.clone().requires_grad_() for t in (y, x, A, B_t, gain)]
 
     def adapted(y: Tensor, x: Tensor, A: Tensor, B_t: Tensor, gain: Tensor) -> Tensor:
         out = y * 1
-        bank_update_(out, x, slots, A, B_t, ranks, gain)
+        bank_update_(out, x, slots, A, B_t, spans, most, gain)
         return out.sin()
 
     run = torch.compile(adapted, fullgraph=True, backend="aot_eager") if compiling else adapted
     grads = torch.autograd.grad(run(*leaves).sum(), leaves)
     expected = torch.autograd.grad(
-        oracle(twins[0] * 1, twins[1], slots, twins[2], twins[3], ranks, twins[4]).sin().sum(), twins
+        oracle(twins[0] * 1, twins[1], slots, twins[2], twins[3], spans, most, twins[4]).sin().sum(), twins
     )
     for found, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -306,12 +329,12 @@ def test_opcheck(gain: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_compiles_into_one_graph(tokens: int) -> None:
-    _, x, slots, A, B_t, ranks, gain = case(3, tokens, 16, 24, [1, -1, 0], [4, 2], gain=True)
+    _, x, slots, A, B_t, spans, most, gain = case(3, tokens, 16, 24, [1, -1, 0], [4, 2], gain=True)
     W = torch.randn(24, 16)
 
     def layer(x: Tensor, slots: Tensor) -> Tensor:
         out = torch.nn.functional.linear(x, W)
-        bank_update_(out, x, slots, A, B_t, ranks, gain)
+        bank_update_(out, x, slots, A, B_t, spans, most, gain)
         return out + 1
 
     with torch.no_grad():
@@ -335,7 +358,8 @@ from reparam.kernels.rows import backend, bank_update_
 print("numba" in sys.modules)
 sys.modules["numba"] = None  # what an import finds where the package is missing
 y = torch.zeros(1, 1, 2)
-bank_update_(y, torch.ones(1, 1, 3), torch.tensor([0]), torch.ones(1, 1, 3), torch.ones(1, 1, 2), torch.tensor([1]))
+span = torch.tensor([[0, 0, 1, -1]])
+bank_update_(y, torch.ones(1, 1, 3), torch.tensor([0]), torch.ones(1, 3), torch.ones(1, 2), span, 1)
 print(backend(), y.flatten().tolist())
 """
     assert python(code).splitlines() == ["False", "torch [3.0, 3.0]"]

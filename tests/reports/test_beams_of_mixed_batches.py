@@ -9,7 +9,13 @@ import pytest
 import torch
 from models import IDS, VOCABULARY, build
 from selecting import moved
-from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from time_first import fsmt, xlnet
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import reparam
 
@@ -44,7 +50,7 @@ def two(make: Callable[[], Any]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("make", [models.llama, models.t5, bart, whisper])
+@pytest.mark.parametrize("make", [models.llama, models.t5, bart, whisper, fsmt])
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_names_are_those_of_the_input(make: Callable[[], Any], more: dict[str, int]) -> None:
     model = two(make)
@@ -59,6 +65,28 @@ def test_names_are_those_of_the_input(make: Callable[[], Any], more: dict[str, i
         size = min(alone.shape[1], found.shape[1])
         rows = slice(row * count, (row + 1) * count)
         assert torch.equal(found[rows, :size], alone[rows, :size])
+
+
+@pytest.mark.parametrize("make", [models.llama, models.t5, bart, whisper, fsmt, xlnet])
+@pytest.mark.parametrize("size", [2, 3])
+def test_as_many_rows_as_tokens_and_beams(make: Callable[[], Any], size: int) -> None:
+    """Nothing but what the sizes belong to tells rows, tokens and beams apart."""
+    model, names = two(make), NAMES[:size]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(3, VOCABULARY, (size, size), generator=generator)
+    if make is whisper:
+        inputs = torch.randn(size, 8, 40, generator=generator)
+    settings = {"max_new_tokens": size, "do_sample": False, "num_beams": size, "num_return_sequences": size}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    with reparam.select(model, names):
+        found = model.generate(inputs, **settings)
+    for row, name in enumerate(names):
+        with reparam.select(model, name):
+            alone = model.generate(inputs, **settings)
+        rows = slice(row * size, (row + 1) * size)
+        torch.testing.assert_close(found.sequences_scores[rows], alone.sequences_scores[rows], rtol=1e-4, atol=1e-5)
+        length = min(found.sequences.shape[1], alone.sequences.shape[1])
+        assert torch.equal(found.sequences[rows, :length], alone.sequences[rows, :length])
 
 
 def test_outside_of_generation_the_number_of_rows_must_be_that_of_names() -> None:

@@ -7,40 +7,19 @@ import models
 import pytest
 import torch
 from models import TOKENS, VOCABULARY, build
-from selecting import close, moved
+from selecting import adapted, close, ids_of, rows_alone_or_refused
+from time_first import fsmt, xlnet
 from torch import Tensor, nn
 from transformers import (
-    FSMTConfig,
-    FSMTForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
-    XLNetConfig,
-    XLNetLMHeadModel,
 )
 
 import reparam
 
 SHAPES = [(2, 2), (3, 3), (3, 5), (4, 2), (3, 1)]
-
-
-def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def xlnet() -> Any:
-    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
-    return build(XLNetLMHeadModel, XLNetConfig(**TOKENS, **sizes, initializer_range=0.1))
-
-
-def fsmt() -> Any:
-    config = FSMTConfig(
-        langs=["en", "de"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, d_model=32, encoder_layers=2,
-        decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-        init_std=0.1, max_position_embeddings=64, bos_token_id=0, pad_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return build(FSMTForConditionalGeneration, config)
 
 
 def opt() -> Any:
@@ -94,35 +73,6 @@ class TimeFirst(nn.Module):
         return self.encoder(self.into(x))
 
 
-def adapted(model: Any, **settings: Any) -> Any:
-    moved(model, "a", 1, **settings)
-    moved(model, "b", 2, r=3, **settings)
-    return model
-
-
-@torch.no_grad()
-def rows_alone_or_refused(model: nn.Module, x: Tensor, **more: Tensor) -> bool:
-    """Check the rows of a mixed batch, each against itself alone; False if the batch is refused."""
-
-    def output(*row: int) -> Tensor:
-        only = list(row) or list(range(len(x)))
-        found = model(x[only], **{name: value[only] for name, value in more.items()})
-        return found if isinstance(found, Tensor) else found.logits
-
-    names = [("a", "b", None)[row % 3] for row in range(len(x))]
-    alone = []
-    for row, name in enumerate(names):
-        with reparam.select(model, name):
-            alone.append(output(row)[0])
-    with reparam.select(model, names):
-        try:
-            found = output()
-        except ValueError:
-            return False
-    assert close(found, torch.stack(alone))
-    return True
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("make", [xlnet, fsmt, opt, models.llama, models.gpt2, models.bert, models.qwen_moe])
 @pytest.mark.filterwarnings("ignore:targets. skipped")
@@ -170,10 +120,31 @@ def test_a_transformer_that_gets_tokens_first(targets: list[str]) -> None:
         outside(x)
 
 
+WHOLE: list[tuple[Callable[[], Any], str]] = [
+    (opt, "final_layer_norm"),  # rows and tokens in one dimension; weight and bias
+    (opt, "self_attn_layer_norm"),
+    (opt, "fc1"),
+    (opt, "lm_head"),
+    (opt, "embed_tokens"),
+    (models.llama, "norm"),  # an RMSNorm
+    (models.llama, "mlp"),
+    (models.gpt2, "ln_f"),
+    (models.gpt2, "c_fc"),  # a Conv1D
+    (models.bert, "classifier"),
+    (models.bert, "pooler"),
+    (models.bert, "LayerNorm"),
+    (models.qwen_moe, "gate"),  # its output is a tuple
+    (models.qwen_moe, "shared_expert"),
+]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("whole", ["final_layer_norm", "fc1", "lm_head"])
-def test_modules_that_train_whole_use_the_same_rule(whole: str, shape: tuple[int, int]) -> None:
-    model = adapted(opt(), targets=["q_proj"], modules_to_save=[whole])
+@pytest.mark.parametrize(("make", "whole"), WHOLE)
+def test_modules_that_train_whole_use_the_same_rule(
+    make: Callable[[], Any], whole: str, shape: tuple[int, int]
+) -> None:
+    targets = {models.gpt2: "c_attn", models.bert: "query"}.get(make, "q_proj")
+    model = adapted(make(), targets=[targets], modules_to_save=[whole])
     assert rows_alone_or_refused(model, ids_of(*shape))
 
 

@@ -19,7 +19,8 @@ from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.fingerprint import fingerprint
-from reparam.sites.module import SHARED, Adapted, Replaced
+from reparam.sites.module import SHARED, Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, storages_in, walk
 
 

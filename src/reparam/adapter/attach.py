@@ -1,4 +1,4 @@
-"""Attach adapters to a model, select the active one, and remove them."""
+"""Attach adapters to a model, and remove them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import reparam.weights  # noqa: F401  (importing both packages registers the met
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.quantize import describe
-from reparam.adapter.selection import AdapterState, Selection, state_of
+from reparam.adapter.selection import AdapterState, select, state_of
 from reparam.adapter.tie import check_ties, together
 from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
@@ -27,8 +27,9 @@ from reparam.core.registry import find_method
 from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.follower import Follower
-from reparam.sites.module import SHARED, Adapted, Replaced, Shared
+from reparam.sites.module import SHARED, Adapted, Shared
 from reparam.sites.reads import announce
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import newly_initialized, put, walk
 from reparam.sites.walk import tied as tied_
 from reparam.sites.wrapped import at, bare, check_trainable
@@ -147,19 +148,6 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
         problems = [f"{listed(names, shown=3)}: {why}" for why, names in reasons.items()]
         raise ValueError(f"{method.name} cannot go on {'; '.join(problems)}")
     return [name for name in found if name not in odd]
-
-
-def select(model: nn.Module, which: str | Sequence[str | None] | None) -> Selection:
-    """Make the adapter with this name the active one; None selects the base model.
-
-    A list gives one name (or None) per row of the following batches, for inference with mixed batches. Raises
-    ValueError at once for an unknown name or an empty list, and at the start of the model's forward pass if the batch
-    has a different number of rows.
-
-    Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
-    exception.
-    """
-    return state_of(model).select(which)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

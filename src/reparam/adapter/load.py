@@ -11,16 +11,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import check_name, install, select
+from reparam.adapter.attach import check_name, install
 from reparam.adapter.fitted import fitted
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
+from reparam.adapter.selection import select
 from reparam.core.checks import listed, nearest
 from reparam.core.text import counted
 from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
-from reparam.sites.module import Replaced
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
 from reparam.sites.wrapped import bare, check_trainable
 

@@ -2,7 +2,8 @@
 
 A pre-hook runs before the model, and before those of its parts that generation calls on their own, such as an encoder.
 For each new kind of input it runs the base model three times (as it is, with another first row, with equal tokens); see
-`sites/routing.py`. In `generate`, a row of the batch becomes several of the decoder, one for each beam or sequence.
+`sites/routing.py`. In `generate`, a row of the batch becomes several of the decoder, one for each beam or sequence. The
+rows of a packed batch are sequences that are end to end (`adapter/spans.py`).
 
 Adapters that have changed are written to the banks again before a forward pass, except in the steps of a generation:
 those take one token for each row, or continue from a KV cache.
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reparam.adapter.spans import Spans, check_apart, lengths_of
+from reparam.adapter.trials import Inputs, special_ids
 from reparam.core.continuing import continues
 from reparam.sites.routing import SMALL, Routing, Trial, note_orders
 
-IDS = ("input_ids", "decoder_input_ids")
+LEAK = 1e-4
+"""The share of the largest difference up to which float32 outputs of packed sequences do not depend on each other."""
 FIRST = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values")
 
 
@@ -37,22 +41,26 @@ class Mixed:
         """The banks and the replaced modules by path."""
         self._slots = routing.slots
         self._names: list[str | None] = []
+        self._spans: Spans | None = None
+        self._times = 1
         self._handles: list[Any] = []
         self._outermost: nn.Module | None = None
         self._seen: set[tuple[Any, ...]] = set()
         self._generates = False
         self._generate: Any = None
 
-    def start(self, slots: Tensor, names: list[str | None], sites: dict[str, nn.Module]) -> None:
-        """Route the rows of the next batches to these slots [B]."""
+    def start(self, slots: Tensor, names: list[str | None], sites: dict[str, nn.Module], spans: Spans | None) -> None:
+        """Route the rows of the next batches, or the sequences of packed ones, to these slots [B]."""
         self.stop()
         if self.sites != sites:
             self.sites, self._seen = sites, set()
-        self._slots, self._names = slots, names
+        self._slots, self._names, self._times, self._spans = slots, names, 0, spans
         self.routing.tried = True
         self._expand(1)
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         for module in self.model.modules():
-            if module is self.model or hasattr(module, "get_input_embeddings"):
+            if module is self.model or module is encoder or hasattr(module, "get_input_embeddings"):
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._after, always_call=True))
         if hasattr(self.model, "generate"):
@@ -82,8 +90,11 @@ class Mixed:
             self._generates = False
 
     def _expand(self, times: int) -> None:
-        self.routing.slots = self._slots if times == 1 else self._slots.repeat_interleave(times)
-        self.routing.names = [name for name in self._names for _ in range(times)]
+        """Use each slot for so many rows, one after the other."""
+        if times != self._times:
+            self._times = times
+            self.routing.route(self._slots.repeat_interleave(times))
+            self.routing.names = [name for name in self._names for _ in range(times)]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError unless the batch has as many rows as there are selected names."""
@@ -91,6 +102,36 @@ class Mixed:
             return
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
         batch = next((x for x in named if isinstance(x, Tensor)), None)
+        times = 1
+        if self._spans is None:
+            times = self._times_of(batch)
+            lengths = None
+        else:
+            lengths = lengths_of(self._spans, len(self._names), batch, kwargs)
+            check_apart(lengths, kwargs)
+        assert batch is not None
+        self._outermost = module
+        if not (continues(kwargs) or _is_step(batch)):
+            self.renew(self._names)
+        self._expand(times)
+        routing = self.routing
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == len(batch)]
+        routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
+        routing.lengths = frozenset(x.shape[1] for x in given)
+        routing.packed = lengths
+        given_as = frozenset(
+            (name, value if isinstance(value, bool | int | str) else None)  # such as use_cache
+            for name, value in kwargs.items()
+            if value is not None
+        )
+        caches = getattr(getattr(module, "config", None), "use_cache", None)
+        seen = (module, batch.ndim, len(args), given_as, routing.tokens == 1, caches, lengths is None)
+        if len(set(self._names)) > 1 and seen not in self._seen:
+            self._try(module, Inputs(args, kwargs, batch, lengths))
+            self._seen.add(seen)
+
+    def _times_of(self, batch: Tensor | None) -> int:
+        """How many rows of the batch have the same name. Raises ValueError if the number of rows does not fit."""
         rows = len(self._names)
         found = 0 if batch is None or batch.ndim == 0 else len(batch)
         if found == 0 or (found != rows and not (self._generates and found % rows == 0)):
@@ -98,45 +139,49 @@ class Mixed:
             raise ValueError(
                 f"select got {rows} adapter names, one per row, but the batch has shape {shape}, which does not belong "
                 f"to the {rows} rows of the mixed batch; select one name per row of the batch (of the input, with "
-                f"num_beams or num_return_sequences above 1)"
+                f"num_beams or num_return_sequences above 1), or pass the spans of sequences that are end to end"
             )
-        assert batch is not None
-        self._outermost = module
-        if not (continues(kwargs) or _is_step(batch)):
-            self.renew(self._names)
-        self._expand(found // rows)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1 and len(x) == found]
-        self.routing.tokens = batch.shape[1] if batch.ndim > 1 else 1
-        self.routing.lengths = frozenset(x.shape[1] for x in given)
-        present = frozenset(name for name, value in kwargs.items() if value is not None)
-        seen = (module, batch.ndim, len(args), present, self.routing.tokens == 1)
-        if len(set(self._names)) > 1 and seen not in self._seen:
-            self._try(module, batch, args, kwargs)
-            self._seen.add(seen)
+        return found // rows
 
     def _after(self, module: nn.Module, *_: Any) -> None:
         if module is self._outermost:
             self._outermost = None
 
     @torch.no_grad()
-    def _try(self, module: nn.Module, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _try(self, module: nn.Module, inputs: Inputs) -> None:
         """Find out the order of rows in the inputs of all sites, and check that rows do not depend on each other."""
-        plain, output = self._run(module, args, kwargs)
-        special = _special_ids(module)
+        plain, output = self._run(module, inputs.args, inputs.kwargs)
+        special = special_ids(module)
         try:
-            other, changed = self._run(module, *_with(_another_first_row, batch, args, kwargs, set()))
+            other, changed = self._run(module, *inputs.with_another_first_row(set()))
         except (ValueError, RuntimeError, IndexError):  # a model can refuse rows with other special tokens
-            other, changed = self._run(module, *_with(_another_first_row, batch, args, kwargs, special))
-        same, _ = self._run(module, *_with(_one_token, batch, args, kwargs, special))
+            other, changed = self._run(module, *inputs.with_another_first_row(special))
+        same, _ = self._run(module, *inputs.with_one_token(special))
+        self._check_apart(module, inputs, _main(output), _main(changed))
         note_orders(self.sites, plain, other, same, self.routing)
-        before, after = _main(output), _main(changed)
-        if before is None or after is None or before.shape != after.shape or len(before) != len(batch):
+
+    def _check_apart(self, module: nn.Module, inputs: Inputs, before: Tensor | None, after: Tensor | None) -> None:
+        """Raise ValueError if outputs of other rows changed with the first row."""
+        if before is None or after is None or before.shape != after.shape:
             return
-        by_row = torch.nan_to_num(before.float() - after.float()).abs().flatten(1).amax(1)
-        if bool((by_row[1:] > SMALL * by_row.max()).any()):
+        first = inputs.of_first(before)
+        if first is None:
+            return
+        difference = torch.nan_to_num(before.float() - after.float()).abs()
+        most = difference.max()
+        difference[first] = 0
+        if inputs.packed is None:
+            if bool(difference.max() > SMALL * most):
+                raise ValueError(
+                    f"the first dimension of the batch {list(inputs.batch.shape)} is not one of rows for "
+                    f"{type(module).__name__}: the outputs of one row depend on the others; select one adapter at a "
+                    f"time for this model"
+                )
+        elif bool(difference.max() > (LEAK if before.dtype is torch.float32 else SMALL) * most):
             raise ValueError(
-                f"the first dimension of the batch {list(batch.shape)} is not one of rows for {type(module).__name__}: "
-                f"the outputs of one row depend on the others; select one adapter at a time for this model"
+                f"the sequences of the packed batch {list(inputs.batch.shape)} depend on each other; keep them apart "
+                f"by position_ids that start at 0 in each, with use_cache=False (with a cache, transformers ignores "
+                f"where they start), or by a mask; or give each sequence a row of its own"
             )
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trial, Any]:
@@ -180,72 +225,3 @@ def _main(output: Any) -> Tensor | None:
     elif isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) and output.ndim > 1 and output.is_floating_point() else None
-
-
-def _with(
-    change: Callable[[Tensor, set[int]], Tensor],
-    batch: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    special: set[int],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with a change of the tokens (but for the special ones) and of the numbers that have rows."""
-
-    def changed(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):  # such as the outputs of an encoder
-            return type(value)(**{key: changed(part) for key, part in value.items()})
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(batch):
-            return value
-        return change(value, special) if value.is_floating_point() or name in IDS or value is batch else value
-
-    return tuple(changed(x) for x in args), {name: changed(x, name) for name, x in kwargs.items()}
-
-
-def _another_first_row(value: Tensor, special: set[int]) -> Tensor:
-    first = value[0]
-    if value.is_floating_point():
-        noise = torch.arange(first.numel(), device=value.device, dtype=torch.float32).sin().view(first.shape)
-        size = torch.nan_to_num(first.float(), 0, 0, 0).abs().sum().clamp(max=100) + 1
-        other = (first + noise * size).to(value.dtype)
-    else:
-        other = _other_ids(first, special)
-    return torch.cat([other.unsqueeze(0), value[1:]])
-
-
-def _one_token(value: Tensor, special: set[int]) -> Tensor:
-    """Every token, or every vector of the last dimension, like the first one; special ids stay."""
-    if value.is_floating_point():
-        return (
-            value.flatten(0, -2)[:1].expand(value[..., 0].numel(), -1).reshape(value.shape) if value.ndim > 2 else value
-        )
-    stays = torch.isin(value, torch.tensor(sorted(special), device=value.device, dtype=value.dtype))
-    plain = value[~stays]
-    return torch.where(stays, value, plain[0]) if plain.numel() else value
-
-
-def _other_ids(ids: Tensor, special: set[int]) -> Tensor:
-    """Other ids of a row, none above its largest or 1; special ones stay, unless there are only special ones."""
-    if ids.dtype is torch.bool:
-        return ~ids
-    plain = [i for i in range(int(ids.max()) + 1 if ids.numel() else 0) if i not in special]
-    following = dict(zip(plain, plain[1:] + plain[:1], strict=True))
-    other = ids.clone().flatten()
-    for at, token in enumerate(other.tolist()):
-        other[at] = following.get(token, token)
-    if torch.equal(other, ids.flatten()):
-        other = torch.where(other > 0, other - 1, 1)
-    return other.view(ids.shape)
-
-
-def _special_ids(module: nn.Module) -> set[int]:
-    """The ids that the model's configuration names, such as `eos_token_id`."""
-    config = getattr(module, "config", None)
-    if config is None:
-        return set()
-    found: set[int] = set()
-    settings = config.to_dict()
-    for values in (settings, *(part for part in settings.values() if isinstance(part, dict))):
-        for name, value in values.items():
-            if isinstance(name, str) and name.endswith(("token_id", "token_index")):
-                found.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-    return found

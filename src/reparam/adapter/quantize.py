@@ -16,7 +16,8 @@ from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites import targets as targets_
-from reparam.sites.module import Adapted, Replaced, is_quantized
+from reparam.sites.module import Adapted, is_quantized
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import put, storages_in, tied, walk
 from reparam.sites.wrapped import at, bare
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from reparam.adapter import resizing
 from reparam.adapter.mixed import Mixed
+from reparam.adapter.slots import BANK, Slots
+from reparam.adapter.spans import Spans, check
 from reparam.core import continuing
-from reparam.core.base import Update
 from reparam.core.checks import nearest
 from reparam.core.text import counted
 from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
 from reparam.io import whole
 from reparam.io.record import Record, Tied
-from reparam.sites.bank import Bank
-from reparam.sites.module import SHARED, Adapted, Replaced
+from reparam.sites.module import SHARED, Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
 from reparam.sites.wrapped import bare
 
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
 
 Choice = str | Sequence[str | None] | None
+Request = tuple[Choice, Spans | None, int | None]
+"""A choice, the spans of a packed batch, and the most bytes that the banks may hold for it."""
 Sums = tuple[int, ...] | None
 Frozen = tuple[Stamp | None, Sums, Sums]
 Written = tuple[Sums, tuple[Frozen, ...]]
 """Checksums of an adapter's tensors, and what is compared of the frozen tensors at each of its sites."""
-BANK = "*"  # key of a site's bank among its updates; not a valid adapter name, so it cannot collide
 
 
 class Selection:
     """The result of `select`: use it in a `with` statement to restore the previous choice afterwards."""
 
-    def __init__(self, state: AdapterState, before: Choice) -> None:
+    def __init__(self, state: AdapterState, before: Request) -> None:
         self._state = state
         self._before = before
 
@@ -50,7 +52,7 @@ class Selection:
 
     def __repr__(self) -> str:
         now, model = _named(self._state.choice), type(self._state.model).__name__
-        return f"Selection({now} on {model}, before: {_named(self._before)})"
+        return f"Selection({now} on {model}, before: {_named(self._before[0])})"
 
 
 class AdapterState:
@@ -59,18 +61,23 @@ class AdapterState:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
-        self.choice: Choice = None
+        self._request: Request = None, None, None
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
-        self._mixed = Mixed(model, self._routing, self._renew)
-        self._slots: dict[str, int] = {}
+        self._mixed = Mixed(model, self._routing, self._renew_before_forward)
+        self._slots = Slots(self.sites, self._routing)
         self._written: dict[str, Written] = {}
         """What the factors in the adapters' slots were computed from."""
         self._hooks: list[Any] = []
         self.unnested: list[nn.TransformerEncoder] = []
         """Encoders in which nested tensors are turned off while adapters are on the model."""
         self._entry_hooks: tuple[Any, ...] = ()
+
+    @property
+    def choice(self) -> Choice:
+        """What is selected."""
+        return self._request[0]
 
     def join(self) -> None:
         """Put this state on the model, which then describes its adapters in its state dict."""
@@ -91,7 +98,7 @@ class AdapterState:
     def adopt(self, adapter: Adapter) -> None:
         """Register a new adapter, its sites and its replaced modules."""
         self.adapters[adapter.name] = adapter
-        self.sites |= adapter.modules
+        self.sites.update(adapter.modules)  # in place: the slots share it
         self.replaced |= adapter.replaced
 
     def forget(self, name: str) -> None:
@@ -106,7 +113,7 @@ class AdapterState:
             holder.drop(name)
         if adapter.shared is not None:
             del getattr(self.model, SHARED)[name]
-        self._slots.pop(name, None)
+        self._slots.remove(name)
         self._written.pop(name, None)
 
     def check(self, name: object) -> None:
@@ -115,7 +122,7 @@ class AdapterState:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"no adapter is named {name!r}{nearest(str(name), self.adapters)}; the model has: {known}")
 
-    def select(self, which: Choice) -> Selection:
+    def select(self, which: Choice, *, spans: Spans | None = None, budget: int | None = None) -> Selection:
         """Make one adapter, none, or one per row the current choice, as `reparam.select` describes."""
         rows = None if which is None or isinstance(which, str) else list(which)
         for name in {which} if rows is None else set(rows):
@@ -123,14 +130,18 @@ class AdapterState:
                 self.check(name)
         if rows is not None and not rows:
             raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
-        selection = Selection(self, self.choice)
+        if spans is not None:
+            check(spans, len(rows or ()))
+        if rows is not None:
+            self._renew(rows, budget)
+        selection = Selection(self, self._request)
         self._mixed.stop()
         if rows is not None:
-            self._route(rows)
+            self._route(rows, spans)
         for hook in self._hooks:
             hook.remove()
         self._hooks = self._hook(self.adapters[which]) if isinstance(which, str) else []
-        self.choice = which if rows is None else rows
+        self._request = which if rows is None else rows, spans, budget
         single = which if isinstance(which, str) else None if rows is None else BANK
         for module in self.sites.values():
             module.active = single if single is not None and single in module.updates else None
@@ -147,58 +158,56 @@ class AdapterState:
             hooks.append(self.model.register_forward_hook(continuing.end, always_call=True))
         return hooks
 
-    def select_again(self, before: Choice) -> None:
+    def select_again(self, before: Request) -> None:
         """Restore an earlier choice, or the base if one of its adapters was removed.
 
         Does nothing if the model has no adapters left.
         """
+        which, spans, budget = before
         if getattr(self.model, "reparam_state", None) is self:
-            names = {before} if before is None or isinstance(before, str) else set(before)
-            self.select(before if names <= {None, *self.adapters} else None)
+            names = {which} if which is None or isinstance(which, str) else set(which)
+            if names <= {None, *self.adapters}:
+                self.select(which, spans=spans, budget=budget)
+            else:
+                self.select(None)
 
     def refresh(self) -> None:
         """Rewrite the banks because the inputs of the factors changed, such as the frozen weights."""
         self.forget_factors()
         if self.choice is not None and not isinstance(self.choice, str):
-            self.select(self.choice)
+            self.select_again(self._request)
 
     def forget_factors(self) -> None:
         """Mark all bank slots as stale, so that the next selection by a list rewrites them."""
         self._written.clear()
 
-    def _route(self, rows: list[str | None]) -> None:
-        """Update the banks with the factors of these adapters, and assign each row [B] its slot (-1 for the base)."""
-        self._renew(rows)
+    def _route(self, rows: list[str | None], spans: Spans | None) -> None:
+        """Assign each row [B] its slot (-1 for the base)."""
         device = next(self.model.parameters()).device
-        slots = torch.tensor([-1 if n is None else self._slots[n] for n in rows], device=device)
-        banks = {path: module.updates[BANK] for path, module in self.sites.items() if BANK in module.updates}
-        self._mixed.start(slots, rows, banks | self.replaced)
+        slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
+        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced}, spans)
 
-    def _renew(self, rows: Sequence[str | None]) -> None:
+    def _renew_before_forward(self, rows: Sequence[str | None]) -> None:
+        self._renew(rows, self._request[2])
+
+    def _renew(self, rows: Sequence[str | None], budget: int | None) -> None:
         """Write the slots of these adapters that are not written, or whose factors may have changed."""
         used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
         paths = dict.fromkeys(path for adapter in used for path in adapter.modules)
         frozen = {path: _frozen(self.sites[path]) for path in paths}
-        for adapter in used:
-            own = content(_tensors_of(adapter))
-            written = own, tuple(frozen[path] for path in adapter.modules)
-            if own is None or self._written.get(adapter.name) != written:
-                self._write(adapter)
-                self._written[adapter.name] = written
-
-    def _write(self, adapter: Adapter) -> None:
-        """Write one adapter's factors and bias offset into its slot at every site."""
-        taken = set(self._slots.values())
-        slot = self._slots.setdefault(adapter.name, next(i for i in range(len(taken) + 1) if i not in taken))
-        for path, module in self.sites.items():
-            if BANK not in module.updates:
-                module.updates[BANK] = Bank(module.frozen, self._routing).train(module.training)
-            bank: Bank = module.updates[BANK]  # type: ignore[assignment]
-            update: Update | None = adapter.modules.get(path) and module.updates[adapter.name]  # type: ignore[assignment]
-            own = module.biases[adapter.name] - module.bias if adapter.name in module.biases else None
-            offset = None if update is None else update.bias_delta()
-            added = own if offset is None else offset if own is None else own + offset
-            bank.write(slot, None if update is None else update.factors(module.frozen), added)
+        written = {
+            adapter.name: (content(_tensors_of(adapter)), tuple(frozen[path] for path in adapter.modules))
+            for adapter in used
+        }
+        stale = [
+            adapter
+            for adapter in used
+            if adapter.name not in self._slots
+            or written[adapter.name][0] is None
+            or self._written.get(adapter.name) != written[adapter.name]
+        ]
+        self._slots.fill(used, stale, budget)
+        self._written |= written
 
 
 def _tensors_of(adapter: Adapter) -> Iterator[Tensor]:
@@ -257,3 +266,31 @@ def state_of(model: nn.Module) -> AdapterState:
     if state is None:
         raise ValueError(f"this {type(model).__name__} has no adapter on it; attach or load one first")
     return state
+
+
+def select(
+    model: nn.Module,
+    which: str | Sequence[str | None] | None,
+    *,
+    spans: Spans | None = None,
+    budget: int | None = None,
+) -> Selection:
+    """Make the adapter with this name the active one; None selects the base model.
+
+    A list gives one name (or None) per row of the following batches, for inference with mixed batches. With `spans`,
+    the batch is packed: one row [1, N] that holds a sequence for each name, end to end. `spans` are their numbers of
+    tokens, or the argument of the model's forward that tells them in each batch: "position_ids", which start again at
+    each sequence, or "cu_seq_lens_q".
+
+    The factors of the adapters are copied into banks, and stay there for later batches. `budget` is the most bytes that
+    all banks of the model may hold: other adapters leave the banks, least recently used first, and come back when they
+    are selected again. By default, adapters stay in the banks until they are removed.
+
+    Raises ValueError, without a change, for an unknown name, an empty list, and adapters that need more than the
+    budget; and at the start of the model's forward pass if the batch has a different number of rows or tokens, or if
+    rows or sequences depend on each other.
+
+    Use the returned `Selection` in a `with` statement to restore the previous choice at its end, even after an
+    exception.
+    """
+    return state_of(model).select(which, spans=spans, budget=budget)

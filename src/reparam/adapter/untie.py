@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
 from reparam.sites.reads import reads_setting
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import walk
 from reparam.sites.wrapped import at, bare
 

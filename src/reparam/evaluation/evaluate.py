@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reparam.adapter.attach import select
 from reparam.adapter.context import tasks_of
 from reparam.adapter.load import place
+from reparam.adapter.selection import select
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.row import Row

@@ -24,7 +24,8 @@ from reparam.core.plain import decode
 from reparam.core.registry import STORAGES, find_storage
 from reparam.errors import FormatError
 from reparam.sites import targets as targets_
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import storages_in, walk
 from reparam.weights.int8 import Int8
 from reparam.weights.nf4 import NF4

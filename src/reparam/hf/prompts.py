@@ -121,11 +121,11 @@ class PromptState(AdapterState):
         super().__init__(model)
         self._without = contextlib.ExitStack()
 
-    def select(self, which: Choice) -> Selection:
+    def select(self, which: Choice, **settings: Any) -> Selection:
         """See `reparam.select`. Raises ValueError for a list, because all rows of a batch share one adapter."""
         if which is not None and not isinstance(which, str):
             raise ValueError("prefix and prompt tuning do not support mixed batches; select one adapter by its name")
-        selection = super().select(which)
+        selection = super().select(which, **settings)
         self._without.close()
         model: Any = self.model
         if which is None:

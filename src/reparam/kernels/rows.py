@@ -1,17 +1,21 @@
 """The op of mixed batches: apply each batch row's own low-rank factors, in place on the output of the base map.
 
-For a row b with slot s = slots[b] >= 0 and rank n = ranks[s]:
+The factors of all slots are end to end in two tables. `spans[s]` = (a, b, n, g) tells where slot s has its own: n rows
+of A from row a, n rows of B_t from row b, and row g of the gains (-1 for none). For a row of the batch with slot
+s = slots[row] >= 0:
 
-    y[b] = gain[s] ∘ y[b] + (x[b] A[s, :n]ᵀ) B_t[s, :n]
+    y[row] = gain[g] ∘ y[row] + (x[row] A[a : a + n]ᵀ) B_t[b : b + n]
 
-This applies the normal form `W' = diag(gain) · W + B · A` to rows whose `y[b] = W x[b]` (without bias) is given. Rows
-with slot -1 do not change. Slots that no row uses, and ranks beyond n, never affect a result, even if they contain NaN.
+This applies the normal form `W' = diag(gain) · W + B · A` to rows whose `y[row] = W x[row]` (without bias) is given.
+Rows with slot -1 do not change. Rows of the tables that no row of the batch uses never affect a result, even if they
+contain NaN.
 
 There are three implementations. `update_by_row_` and `update_by_slot_` use torch; they support any device and dtype and
 are differentiable. The compiled kernel of `rows_cpu` is for contiguous float32 on a CPU; with it, the result of a row
 is bitwise independent of the other rows. `backend()` tells whether the compiled kernel is available.
 
-Shapes: B rows of the batch, T tokens in a row, I in_features, O out_features, S slots, R largest rank in the bank.
+Shapes: B rows of the batch, T tokens in a row, I in_features, O out_features, S slots, M and N rows of the tables, G
+gains, R largest rank of the slots in use (`most`).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 _NAME = "reparam::bank_update_"
 torch.library.define(
     _NAME,
-    "(Tensor(a!) y, Tensor x, Tensor slots, Tensor A, Tensor B_t, Tensor ranks, Tensor? gain=None) -> ()",
+    "(Tensor(a!) y, Tensor x, Tensor slots, Tensor A, Tensor B_t, Tensor spans, int most, Tensor? gain=None) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -34,22 +38,24 @@ def bank_update_(
     y: Tensor,  # [B, T, O]
     x: Tensor,  # [B, T, I]
     slots: Tensor,  # [B] int64, -1 for no adapter
-    A: Tensor,  # [S, R, I]
-    B_t: Tensor,  # [S, R, O], B transposed, including the scale
-    ranks: Tensor,  # [S] int64
-    gain: Tensor | None = None,  # [S, O], 1 for slots without a gain
+    A: Tensor,  # [M, I]
+    B_t: Tensor,  # [N, O], B transposed, including the scale
+    spans: Tensor,  # [S, 4] int64: first row in A, first row in B_t, rank, row in gain or -1
+    most: int,  # R, at least the rank of each slot in use
+    gain: Tensor | None = None,  # [G, O]
 ) -> None:
     """Scale each row of `y` by its gain and add its low-rank product, in place. `y` shares no memory with the rest.
 
     `torch.compile` sees one op. If an argument requires gradients, a torch reference runs instead, which is
     differentiable in all arguments; the op itself is for inference.
 
-    Raises ValueError if shapes do not match, if `slots` or `ranks` is not int64 or, on a CPU, if a slot or rank is
-    outside the bank; `y` is then unchanged. On other devices, a slot outside the bank is an indexing error.
+    Raises ValueError if shapes do not match, if `slots` or `spans` is not int64 or, on a CPU, if a slot is outside the
+    bank, or its span outside the tables or above `most`; `y` is then unchanged. On other devices, a slot outside the
+    bank is an indexing error.
 
-    >>> A, B_t = torch.ones(1, 2, 3), torch.ones(1, 2, 4)  # one slot of rank 2
+    >>> A, B_t = torch.ones(2, 3), torch.ones(2, 4)  # one slot of rank 2
     >>> y = torch.zeros(2, 1, 4)
-    >>> bank_update_(y, torch.ones(2, 1, 3), torch.tensor([0, -1]), A, B_t, torch.tensor([2]))
+    >>> bank_update_(y, torch.ones(2, 1, 3), torch.tensor([0, -1]), A, B_t, torch.tensor([[0, 0, 2, -1]]), most=2)
     >>> y[:, 0].tolist()
     [[6.0, 6.0, 6.0, 6.0], [0.0, 0.0, 0.0, 0.0]]
     """
@@ -60,12 +66,12 @@ def bank_update_(
         or B_t.requires_grad
         or (gain is not None and gain.requires_grad)
     ):
-        _check(y, x, slots, A, B_t, ranks, gain)
-        # Grouping by slot has data-dependent shapes, which a traced graph does not support.
-        grouped = y.device.type == "cpu" and not torch.compiler.is_compiling()
-        (update_by_slot_ if grouped else update_by_row_)(y, x, slots, A, B_t, ranks, gain)
+        _check(y, x, slots, A, B_t, spans, gain)
+        # A loop over the slots in use depends on data, which a traced graph does not support.
+        looped = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        (update_by_slot_ if looped else update_by_row_)(y, x, slots, A, B_t, spans, most, gain)
     else:
-        torch.ops.reparam.bank_update_.default(y, x, slots, A, B_t, ranks, gain)
+        torch.ops.reparam.bank_update_.default(y, x, slots, A, B_t, spans, most, gain)
 
 
 def backend() -> str:
@@ -74,101 +80,83 @@ def backend() -> str:
 
 
 def update_by_row_(
-    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
 ) -> None:
     """The reference for accelerators and traced graphs: gather the factors of each row, then two batched products.
 
     Its shapes are static and it does not synchronize. On a CPU, copying factors for each row costs more than the
     products.
     """
-    if not len(A):  # an empty bank: every row uses the base model
+    if not len(spans):  # an empty bank: every row uses the base model
         return
     active = slots >= 0
-    slot = slots.clamp(min=0)
-    own = torch.where(active, ranks[slot], 0)
-    down, up = _without_padding(A[slot], own), _without_padding(B_t[slot], own)
+    own = spans[slots.clamp(min=0)]  # [B, 4]
+    rank = torch.where(active, own[:, 2], 0)[:, None]
+    steps = torch.arange(most, device=y.device)
+    beyond = steps >= rank  # [B, R]
+    down, up = (
+        # NaN in another slot's rows must not affect the result.
+        table[torch.where(beyond, 0, own[:, column, None] + steps)].masked_fill(beyond.unsqueeze(2), 0)
+        for column, table in enumerate((A, B_t))
+    )
     delta = torch.bmm(torch.bmm(x.to(A.dtype), down.mT), up)
     kept = y
-    if gain is not None:
+    if gain is not None and len(gain):
         # The gradient of the gain needs the old y, which is overwritten below.
         before = y.clone() if gain.requires_grad and torch.is_grad_enabled() else y
-        kept = before * torch.where(active[:, None], gain[slot], 1).unsqueeze(1)
+        scaled = (active & (own[:, 3] >= 0))[:, None]
+        kept = before * torch.where(scaled, gain[own[:, 3].clamp(min=0)], 1).unsqueeze(1)
     y.copy_(torch.where(active[:, None, None], kept + delta, y))
 
 
 def update_by_slot_(
-    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
 ) -> None:
-    """The reference for a CPU: sort rows by slot into chunks of equal length, and copy the factors once per chunk.
-
-    A chunk has the average number of rows per used slot. There are thus at most two chunks per used slot on average,
-    and copies and padding are at most about twice the minimum, however unevenly the rows use the slots.
-    """
-    _check_slots(slots, len(A))
-    rows = (slots >= 0).nonzero().squeeze(1)
-    if not len(rows):
-        return
-    rows = rows[slots[rows].argsort(stable=True)]
-    used, counts = slots[rows].unique_consecutive(return_counts=True)
-    size = -(-len(rows) // len(used))  # rows in a chunk
-    chunks = (counts + size - 1) // size
-    first = (chunks.cumsum(0) - chunks) * size - (counts.cumsum(0) - counts)
-    # Where each row is in the padded chunks:
-    lane = first.repeat_interleave(counts) + torch.arange(len(rows), device=rows.device)
-    slot = used.repeat_interleave(chunks)
-    down, up, own = A.index_select(0, slot), B_t.index_select(0, slot), ranks[slot]
-    if bool((own < A.shape[1]).any()):
-        down, up = _without_padding(down, own), _without_padding(up, own)
-    tokens, lanes = x.shape[1], len(slot) * size
-    padded = x.new_zeros(lanes, *x.shape[1:], dtype=A.dtype)
-    padded.index_copy_(0, lane, x.index_select(0, rows).to(A.dtype))
-    delta = torch.bmm(torch.bmm(padded.view(len(slot), size * tokens, x.shape[2]), down.mT), up)
-    kept = y.index_select(0, rows)
-    if gain is not None:
-        kept = kept * gain.index_select(0, slots[rows]).unsqueeze(1)
-    new = kept + delta.view(lanes, *y.shape[1:]).index_select(0, lane)
-    y.index_copy_(0, rows, new.to(y.dtype))
-
-
-def _without_padding(factors: Tensor, ranks: Tensor) -> Tensor:
-    """The factors [K, R, N] with zeros beyond their ranks [K], because NaN there must not affect the result."""
-    beyond = torch.arange(factors.shape[1], device=factors.device) >= ranks[:, None]  # [K, R]
-    return factors.masked_fill(beyond.unsqueeze(2), 0)
+    """The reference for a CPU: two products for each slot in use, with its factors in place."""
+    _check_spans(slots, A, B_t, spans, most, gain)
+    for slot in slots.unique().tolist():
+        if slot < 0:
+            continue
+        rows = (slots == slot).nonzero().squeeze(1)
+        a, b, rank, scale = spans[slot].tolist()
+        new = y.index_select(0, rows)
+        if gain is not None and scale >= 0:
+            new = new * gain[scale]
+        new = new + (x.index_select(0, rows).to(A.dtype) @ A[a : a + rank].mT) @ B_t[b : b + rank]
+        y.index_copy_(0, rows, new.to(y.dtype))
 
 
 @torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _any_device(
-    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
 ) -> None:
-    _check(y, x, slots, A, B_t, ranks, gain)
-    update_by_row_(y, x, slots, A, B_t, ranks, gain)
+    _check(y, x, slots, A, B_t, spans, gain)
+    update_by_row_(y, x, slots, A, B_t, spans, most, gain)
 
 
 @torch.library.impl(_NAME, "CPU")
 def _cpu(
-    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
 ) -> None:
-    _check(y, x, slots, A, B_t, ranks, gain)
+    _check(y, x, slots, A, B_t, spans, gain)
     single = torch.float32
     plain = y.dtype is x.dtype is A.dtype is B_t.dtype is single and (gain is None or gain.dtype is single)
     kernel = _compiled() if plain and y.is_contiguous() else None
     if kernel is None:
-        update_by_slot_(y, x, slots, A, B_t, ranks, gain)
+        update_by_slot_(y, x, slots, A, B_t, spans, most, gain)
         return
     gain = gain if gain is None else gain.contiguous()
-    if not kernel(y, x.contiguous(), slots.contiguous(), A.contiguous(), B_t.contiguous(), ranks.contiguous(), gain):
-        _check_slots(slots, len(A))
-        raise ValueError(
-            f"bank_update_: ranks {ranks.tolist()} must be from 0 to {A.shape[1]}, the bank's largest rank"
-        )
+    operands = (x.contiguous(), slots.contiguous(), A.contiguous(), B_t.contiguous(), spans.contiguous())
+    if not kernel(y, *operands, most, gain):
+        _check_spans(slots, A, B_t, spans, most, gain)
     torch.autograd.graph.increment_version(y)  # autograd does not see the kernel's write
 
 
 @torch.library.register_fake(_NAME)
 def _fake(
-    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
 ) -> None:
-    _check(y, x, slots, A, B_t, ranks, gain)
+    _check(y, x, slots, A, B_t, spans, gain)
 
 
 @functools.cache
@@ -181,32 +169,45 @@ def _compiled() -> Callable[..., bool] | None:
     return run
 
 
-def _check(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None) -> None:
+def _check(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, gain: Tensor | None) -> None:
     """Raise ValueError, listing all shapes and dtypes, unless they match. It runs at every call, so it must be fast."""
-    if y.dim() == 3 and A.dim() == 3 and slots.dtype is ranks.dtype is torch.int64:
+    if y.dim() == 3 and A.dim() == B_t.dim() == spans.dim() == 2 and slots.dtype is spans.dtype is torch.int64:
         rows, tokens, outputs = y.shape
-        count, rank, inputs = A.shape
         if (
-            x.shape == (rows, tokens, inputs)
-            and B_t.shape == (count, rank, outputs)
+            x.shape == (rows, tokens, A.shape[1])
+            and B_t.shape[1] == outputs
             and slots.shape == (rows,)
-            and ranks.shape == (count,)
-            and (gain is None or gain.shape == (count, outputs))
+            and spans.shape[1] == 4
+            and (gain is None or (gain.dim() == 2 and gain.shape[1] == outputs))
         ):
             return
-    named = {"y": y, "x": x, "slots": slots, "A": A, "B_t": B_t, "ranks": ranks} | (
+    named = {"y": y, "x": x, "slots": slots, "A": A, "B_t": B_t, "spans": spans} | (
         {} if gain is None else {"gain": gain}
     )
     found = ", ".join(f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in named.items())
     raise ValueError(
-        "bank_update_: expected y [B, T, O], x [B, T, I], slots [B] int64, A [S, R, I], B_t [S, R, O], "
-        f"ranks [S] int64, gain [S, O] or None; got {found}"
+        "bank_update_: expected y [B, T, O], x [B, T, I], slots [B] int64, A [M, I], B_t [N, O], "
+        f"spans [S, 4] int64, gain [G, O] or None; got {found}"
     )
 
 
-def _check_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError for slots not in -1 to count - 1. For a CPU only: elsewhere it would wait for the device."""
+def _check_spans(slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None) -> None:
+    """Raise ValueError for slots not in -1 to S - 1, and for spans in use that are outside the tables or above `most`.
+
+    For a CPU only: elsewhere it would wait for the device.
+    """
+    count = len(spans)
     outside = ((slots < -1) | (slots >= count)).nonzero().flatten().tolist()
     if outside:
         found = ", ".join(f"row {row} has {int(slots[row])}" for row in outside[:8])
         raise ValueError(f"bank_update_: slots must be from -1 to {count - 1}, the bank's last slot, but {found}")
+    gains = 0 if gain is None else len(gain)
+    used = slots[slots >= 0].unique()
+    for slot, (a, b, rank, scale) in zip(used.tolist(), spans[used].tolist(), strict=True):
+        inside = 0 <= a <= len(A) - rank and 0 <= b <= len(B_t) - rank
+        if not (0 <= rank <= most and inside and -1 <= scale < gains):
+            raise ValueError(
+                f"bank_update_: slot {slot} has the span {[a, b, rank, scale]} (first row in A, first row in B_t, "
+                f"rank, gain), but A has {len(A)} rows, B_t {len(B_t)}, there are {gains} gains, and the largest rank "
+                f"is {most}"
+            )

@@ -27,15 +27,17 @@ _Array = np.ndarray[Any, np.dtype[np.float32]]
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def run(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, ranks: Tensor, gain: Tensor | None = None) -> bool:
-    """Like `rows.bank_update_`, for contiguous tensors. False, with `y` unchanged, if a slot or rank is invalid."""
+def run(
+    y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor | None = None
+) -> bool:
+    """Like `rows.bank_update_`, for contiguous tensors. False, with `y` unchanged, if a slot or span is invalid."""
     rows, tokens, outputs = y.shape
-    count, rank, inputs = A.shape
-    scale = 0 if gain is None else gain.data_ptr()
-    at = (y.data_ptr(), x.data_ptr(), slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), ranks.data_ptr(), scale)
-    sizes = (rows, tokens, inputs, outputs, count, rank)
-    worth = rows * tokens * rank * (inputs + outputs) // _GRAIN
-    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, slots, A, B_t, ranks, gain))
+    inputs = A.shape[1]
+    scale, gains = (0, 0) if gain is None else (gain.data_ptr(), len(gain))
+    at = (y.data_ptr(), x.data_ptr(), slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), spans.data_ptr(), scale)
+    sizes = (rows, tokens, inputs, outputs, len(spans), len(A), len(B_t), gains, most)
+    worth = rows * tokens * most * (inputs + outputs) // _GRAIN
+    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, slots, A, B_t, spans, gain))
 
 
 @numba.njit(fastmath=_MATHS)
@@ -121,17 +123,22 @@ def _four_tokens(y: _Array, x: _Array, A: _Array, B_t: _Array, rank: int, h: _Ar
 
 
 @numba.njit
-def _by_slot(slots: _Integers, ranks: _Integers, most: int) -> tuple[bool, _Integers]:
-    """Whether all slots and ranks are valid, and the rows sorted by slot, without those of the base model."""
-    count = len(ranks)
+def _by_slot(slots: _Integers, spans: _Integers, downs: int, ups: int, gains: int, most: int) -> tuple[bool, _Integers]:
+    """Whether all slots and their spans are valid, and the rows sorted by slot, without those of the base model."""
+    count = len(spans)
     first = np.zeros(count + 1, np.int64)  # position of each slot's next row in the order
     for slot in slots:
-        if slot < -1 or slot >= count or (slot >= 0 and not 0 <= ranks[slot] <= most):
+        if slot < -1 or slot >= count:
             return False, first
         if slot >= 0:
             first[slot + 1] += 1
-    for k in range(count):
-        first[k + 1] += first[k]
+    for s in range(count):
+        a, b, rank, scale = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3]
+        inside = 0 <= rank <= most and 0 <= a <= downs - rank and 0 <= b <= ups - rank
+        if first[s + 1] > 0 and not (inside and -1 <= scale < gains):
+            return False, first
+    for s in range(count):
+        first[s + 1] += first[s]
     order = np.empty(first[count], np.int64)
     for row, slot in enumerate(slots):
         if slot >= 0:
@@ -141,38 +148,40 @@ def _by_slot(slots: _Integers, ranks: _Integers, most: int) -> tuple[bool, _Inte
 
 
 def _walk(
-    y_at: int, x_at: int, slots_at: int, A_at: int, B_at: int, ranks_at: int, gain_at: int,
-    rows: int, tokens: int, inputs: int, outputs: int, count: int, most: int,
+    y_at: int, x_at: int, slots_at: int, A_at: int, B_at: int, spans_at: int, gain_at: int,
+    rows: int, tokens: int, inputs: int, outputs: int, count: int, downs: int, ups: int, gains: int, most: int,
     share: int, shares: int,
 ) -> bool:  # fmt: skip
     """One of `shares` equal shares of the update. Addresses and sizes are those in `run`; `gain_at` 0 means no gain."""
     slots = numba.carray(pointer(slots_at), (rows,), np.int64)
-    ranks = numba.carray(pointer(ranks_at), (count,), np.int64)
-    good, order = _by_slot(slots, ranks, most)
+    spans = numba.carray(pointer(spans_at), (count, 4), np.int64)
+    good, order = _by_slot(slots, spans, downs, ups, gains, most)
     if not good:
         return False
     y = numba.carray(pointer(y_at), (rows, tokens, outputs), np.float32)
     x = numba.carray(pointer(x_at), (rows, tokens, inputs), np.float32)
-    A = numba.carray(pointer(A_at), (count, most, inputs), np.float32)
-    B_t = numba.carray(pointer(B_at), (count, most, outputs), np.float32)
-    gain = numba.carray(pointer(gain_at), (count, outputs), np.float32)
+    downward = numba.carray(pointer(A_at), (downs, inputs), np.float32)
+    upward = numba.carray(pointer(B_at), (ups, outputs), np.float32)
+    gain = numba.carray(pointer(gain_at), (gains, outputs), np.float32)
     h = np.empty((4, max(4, most)), np.float32)
     blocks = (tokens + _UNIT - 1) // _UNIT
     units = len(order) * blocks
     for unit in range(units * share // shares, units * (share + 1) // shares):
         row = order[unit // blocks]
         s = slots[row]
+        rank, scale = spans[s, 2], spans[s, 3]
+        A, B_t = downward[spans[s, 0] :], upward[spans[s, 1] :]
         t = unit % blocks * _UNIT
         stop = min(t + _UNIT, tokens)
-        if gain_at:
+        if gain_at and scale >= 0:
             for k in range(t, stop):
-                y[row, k] *= gain[s]
+                y[row, k] *= gain[scale]
         while t + 4 <= stop:
-            _four_tokens(y[row, t : t + 4], x[row, t : t + 4], A[s], B_t[s], ranks[s], h)
+            _four_tokens(y[row, t : t + 4], x[row, t : t + 4], A, B_t, rank, h)
             t += 4
         while t < stop:
-            _down_one(x[row, t], A[s], ranks[s], h[0])
-            _up_one(y[row, t], B_t[s], ranks[s], h[0])
+            _down_one(x[row, t], A, rank, h[0])
+            _up_one(y[row, t], B_t, rank, h[0])
             t += 1
     return True
 

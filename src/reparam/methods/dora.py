@@ -180,7 +180,7 @@ class DoRAUpdate(Update):
         """A [R, I], gain ∘ B [O, R] and gain [O].
 
         With norm_axis="input" the change has no low-rank form: one factor is the whole ΔW [O, I] and the other an
-        identity. They take the memory of two matrices, also for each adapter in a mixed batch.
+        identity. They take the memory of two matrices; a mixed batch keeps only the first one.
         """
         gain, _ = self._gain(weight)
         if self.low_rank is None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from reparam.adapter.attach import select
+from reparam.adapter.selection import select
 from reparam.core.text import visible
 from reparam.data.chat import ChatTemplate
 from reparam.evaluation.score import complete

@@ -5,64 +5,113 @@ base model if slots[b] is -1:
 
     y[b] = gain[s] ∘ (W x[b]) + B[s] (A[s] x[b]) + bias[s]
 
-Shapes: S slots, R largest rank so far, B rows of the batch, T tokens in a row.
+A slot takes as much memory as its own factors: they are end to end in tables, and `spans` tells where each slot has its
+own. Factors that are larger than their product, such as those of a change of full rank, are kept as the matrix B·A
+instead, as O rows in the table A.
+
+Shapes: S slots, R rank of a slot, M rows of a table, B rows of the batch, T tokens in a row, C chunks of one row each.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.rows import bank_update_
+from reparam.sites.layout import groups
+from reparam.sites.places import Places
 from reparam.sites.routing import Routing
+
+TABLES = ("A", "B_t", "gain", "bias")
+SLACK = 4
+"""A table that grows gets one more free row for each `SLACK` rows in use, so that most writes copy nothing else."""
+
+
+class InUse(NamedTuple):
+    """What the slots of a batch need."""
+
+    most: int  # the largest rank
+    scaled: bool
+    biased: bool
+    dense: tuple[int, ...]  # the slots that hold a matrix
 
 
 class Bank(Update):
     """The factors of several adapters at one site. A slot is written when its adapter is first selected."""
 
-    A: Tensor  # [S, R, I]
-    B_t: Tensor  # [S, R, O]
-    ranks: Tensor  # [S]
-    gain: Tensor | None  # [S, O]
-    bias: Tensor | None  # [S, O], added to the frozen bias
+    A: Tensor  # [M, I], factors A [R, I], and matrices [O, I]
+    B_t: Tensor  # [M, O]
+    gain: Tensor  # [M, O]
+    bias: Tensor  # [M, O], added to the frozen bias
+    spans: Tensor  # [S, 4]: first row in A, first row in B_t, rank, row in gain or -1
+    biased: Tensor  # [S]: row in bias or -1
 
     def __init__(self, weight: Weight, routing: Routing) -> None:
         super().__init__()
         self.routing = routing
-        empty = torch.zeros(0, 0, 0, dtype=weight.dtype, device=weight.device)
-        self.register_buffer("A", empty.new_zeros(0, 0, weight.in_features), persistent=False)
-        self.register_buffer("B_t", empty.new_zeros(0, 0, weight.out_features), persistent=False)
-        self.register_buffer("ranks", torch.zeros(0, dtype=torch.int64, device=weight.device), persistent=False)
-        self.register_buffer("gain", None, persistent=False)
-        self.register_buffer("bias", None, persistent=False)
+        self.places = {name: Places() for name in TABLES}
+        self._kept: tuple[tuple[int, ...], InUse] | None = None
+        for name in TABLES:
+            width = weight.in_features if name == "A" else weight.out_features
+            self._hold(name, torch.zeros(0, width, dtype=weight.dtype, device=weight.device))
+        self._hold("spans", torch.zeros(0, 4, dtype=torch.int64, device=weight.device))
+        self._hold("biased", torch.zeros(0, dtype=torch.int64, device=weight.device))
 
-    @torch.no_grad()
-    def write(self, slot: int, factors: Factors | None, bias: Tensor | None = None) -> None:
+    def write(self, slot: int, factors: Factors | None, bias: Tensor | None = None, exact: bool = False) -> None:
         """Fill a slot. `factors=None` means that the adapter does not change this site's weight.
 
-        The number of slots grows by doubling.
+        Free rows are used first. If there are not enough together, the table is copied into a larger one, with some
+        free rows or, if `exact`, with none.
         """
-        rank = 0 if factors is None else len(factors.A)
-        self._grow(slot + 1, rank)
-        self.ranks[slot] = rank
-        if factors is not None:
-            self.A[slot, :rank] = factors.A
-            self.B_t[slot, :rank] = factors.B.T
-        gain = None if factors is None else factors.gain
-        for name, value, fill in (("gain", gain, 1.0), ("bias", bias, 0.0)):
-            table = getattr(self, name)
-            if table is None and value is not None:
-                table = self.A.new_full((len(self.A), self.B_t.shape[-1]), fill)
-                setattr(self, name, table)
-            if table is not None:
-                table[slot] = fill if value is None else value
+        # A later write, outside of inference mode, changes the same tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            self._release(slot)
+            for name, rows in self._contents(factors, bias).items():
+                self._put(name, slot, rows, exact)
+            self._note(slot)
 
-    def read(self, slot: int) -> tuple[Factors, Tensor | None]:
-        """The factors in a slot, and the change of the frozen bias [O] or None."""
-        gain = None if self.gain is None else self.gain[slot]
-        bias = None if self.bias is None else self.bias[slot]
-        return Factors(self.A[slot], self.B_t[slot].t(), gain), bias
+    def free(self, slot: int) -> None:
+        """Empty a slot. Its rows can be used again."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._release(slot)
+            self._note(slot)
+
+    def trim(self, most: float = 0.0) -> None:
+        """Give the free rows of a table back, if they are more than the share `most` of it."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, places in self.places.items():
+                if places.size - places.used > most * places.size:
+                    self._move(name, places.used)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tables, with their free rows."""
+        return sum(places.size * self._row_bytes(name) for name, places in self.places.items())
+
+    def bytes_of(self, slot: int) -> int:
+        """The bytes that a slot takes."""
+        return sum(len(places.of(slot)) * self._row_bytes(name) for name, places in self.places.items())
+
+    def bytes_for(self, factors: Factors | None, bias: Tensor | None) -> int:
+        """The bytes that a slot with these contents would take."""
+        return sum(rows * self._row_bytes(name) for name, rows in self._sizes(factors, bias).items())
+
+    def changed(self, slot: int, w: Tensor) -> Tensor:
+        """W' [O, I] of a slot, given W."""
+        a, b, scale = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
+        kept = w * self.gain[scale.start].to(w.dtype)[:, None] if scale else w
+        own = self.A[a.start : a.stop].to(w.dtype)
+        if a and not b:
+            return kept + own
+        return torch.addmm(kept, self.B_t[b.start : b.stop].t().to(w.dtype), own)
+
+    def bias_change(self, slot: int) -> Tensor | None:
+        """The change of the frozen bias [O], or None."""
+        row = self.places["bias"].of(slot)
+        return self.bias[row.start] if row else None
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [B, T, I] or [B·T, I] -> the output of each row under its own adapter, [..., O]."""
@@ -72,46 +121,137 @@ class Bank(Update):
             self.routing.trial.see(self, x)
             return weight(x, bias)
         layout = self.routing.layout(self, x.shape)
-        y = weight(x, None if self.gain is not None else bias).contiguous()
-        out = layout.chunks(y)  # a view
-        slots = layout.of_chunks(self.routing.slots, len(out))
-        bank_update_(out, layout.chunks(x), slots, self.A, self.B_t, self.ranks, self.gain)
-        if self.gain is not None and bias is not None:
-            out += bias
-        if self.bias is not None:
-            out += torch.where(slots[:, None] >= 0, self.bias[slots.clamp(min=0)], 0)[:, None]
+        use = self._in_use()
+        y = weight(x, None if use.scaled else bias).contiguous()
+        for out, h, slots, numbers in layout.parts(y, x, self.routing.slots, self.routing.slot_list):
+            self._update(use, out, h, slots, numbers)
+            if use.scaled and bias is not None:
+                out += bias
+            if use.biased:
+                row = torch.where(slots >= 0, self.biased[slots.clamp(min=0)], -1)
+                out += torch.where(row[:, None] >= 0, self.bias[row.clamp(min=0)], 0)[:, None]
         return y
 
+    def _update(self, use: InUse, y: Tensor, x: Tensor, slots: Tensor, numbers: tuple[int, ...]) -> None:
+        """Scale y [C, T, O] and add the products with x [C, T, I], in place."""
+        if use.most or use.scaled:
+            bank_update_(y, x, slots, self.A, self.B_t, self.spans, use.most, self.gain)
+        for slot, chunks in groups(numbers).items() if use.dense else ():
+            if slot in use.dense:
+                rows, a = torch.tensor(chunks, device=y.device), self.places["A"].of(slot)
+                own = x.index_select(0, rows).to(self.A.dtype) @ self.A[a.start : a.stop].t()
+                y.index_copy_(0, rows, (y.index_select(0, rows) + own).to(y.dtype))
+
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
-        """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index `B_t`."""
+        """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index rows of W."""
         y = weight.rows(ids)
         if self.routing.trial is not None:
             self.routing.trial.see(self, ids)
             return y
         layout = self.routing.layout(self, torch.Size((*ids.shape, 1)))
-        out = layout.chunks(y)
-        slots = layout.of_chunks(self.routing.slots, len(out))
-        slot = slots.clamp(min=0)[:, None]
-        ids = ids.reshape(out.shape[:2])
-        h = self.B_t.transpose(1, 2)[slot, ids]  # [B, T, R]
-        if self.gain is not None:
-            out *= torch.where(slots[:, None] >= 0, self.gain[slot, ids], 1).unsqueeze(2)
-        eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand(len(self.A), -1, -1).contiguous()
-        bank_update_(out, h, slots, eye, self.A, self.ranks, None)
+        for out, own, _, numbers in layout.parts(y, ids.unsqueeze(-1), self.routing.slots, self.routing.slot_list):
+            for slot, chunks in groups(numbers).items():
+                if slot >= 0:
+                    rows = torch.tensor(chunks, device=y.device)
+                    new = self._looked_up(slot, own.squeeze(-1).index_select(0, rows), out.index_select(0, rows))
+                    out.index_copy_(0, rows, new.to(out.dtype))
         return y
 
-    def _grow(self, slots: int, rank: int) -> None:
-        have, width = self.A.shape[:2]
-        if slots <= have and rank <= width:
-            return
-        count = max(have, 1 << (slots - 1).bit_length()) if slots > have else have
-        for name in ("A", "B_t"):
-            old = getattr(self, name)
-            new = old.new_zeros(count, max(width, rank), old.shape[-1])
-            new[:have, :width] = old
-            setattr(self, name, new)
-        self.ranks = torch.cat([self.ranks, self.ranks.new_zeros(count - have)])
-        for name, fill in (("gain", 1.0), ("bias", 0.0)):
-            old = getattr(self, name)
-            if old is not None:
-                setattr(self, name, torch.cat([old, old.new_full((count - have, old.shape[-1]), fill)]))
+    def _looked_up(self, slot: int, ids: Tensor, base: Tensor) -> Tensor:
+        """The embeddings of W' for these ids [C, T], given those of W [C, T, I]."""
+        a, b, scale = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
+        kept = base * self.gain[scale.start][ids].unsqueeze(-1) if scale else base
+        if not a:
+            return kept
+        return kept + (self.B_t[b.start : b.stop].t()[ids] @ self.A[a.start : a.stop] if b else self.A[a.start + ids])
+
+    def _in_use(self) -> InUse:
+        """What the slots of the batch need; computed again after a write and for other rows."""
+        slots = self.routing.slot_list
+        if self._kept is None or self._kept[0] is not slots:
+            used = [slot for slot in dict.fromkeys(slots) if slot >= 0]
+            down, up, gain, bias = (self.places[name].by_slot for name in TABLES)
+            self._kept = (
+                slots,
+                InUse(
+                    most=max((len(up.get(slot, ())) for slot in used), default=0),
+                    scaled=any(slot in gain for slot in used),
+                    biased=any(slot in bias for slot in used),
+                    dense=tuple(slot for slot in used if slot in down and slot not in up),
+                ),
+            )
+        return self._kept[1]
+
+    def _sizes(self, factors: Factors | None, bias: Tensor | None) -> dict[str, int]:
+        """How many rows of each table these contents need."""
+        sizes = dict.fromkeys(TABLES, 0) | {"bias": int(bias is not None)}
+        if factors is not None:
+            rank, inputs, outputs = len(factors.A), self.A.shape[1], self.B_t.shape[1]
+            dense = rank * (inputs + outputs) > inputs * outputs
+            sizes |= {"A": outputs if dense else rank, "B_t": 0 if dense else rank}
+            sizes["gain"] = int(factors.gain is not None and not bool((factors.gain == 1).all()))
+        return sizes
+
+    def _contents(self, factors: Factors | None, bias: Tensor | None) -> dict[str, Tensor]:
+        """The rows of each table that hold these contents."""
+        sizes, found = self._sizes(factors, bias), dict[str, Tensor]()
+        if factors is not None:
+            A, B, gain = factors
+            if sizes["B_t"]:
+                found |= {"A": A, "B_t": B.t()}
+            elif sizes["A"]:
+                found["A"] = _product(B, A, self.A.dtype)
+            if sizes["gain"] and gain is not None:
+                found["gain"] = gain[None]
+        return found if bias is None else found | {"bias": bias[None]}
+
+    def _put(self, name: str, slot: int, rows: Tensor, exact: bool) -> None:
+        places = self.places[name]
+        place = places.take(slot, len(rows))
+        if place is None:
+            needed = places.used + len(rows)
+            self._move(name, needed if exact else needed + needed // SLACK)
+            place = places.take(slot, len(rows))
+            assert place is not None
+        getattr(self, name)[place.start : place.stop] = rows
+
+    def _move(self, name: str, size: int) -> None:
+        """Copy what slots hold of a table into a table of `size` rows."""
+        old = getattr(self, name)
+        new = old.new_zeros(size, old.shape[1])
+        for before, after in self.places[name].pack(size):
+            new[after.start : after.stop] = old[before.start : before.stop]
+        self._hold(name, new)
+        for slot in range(len(self.spans)):
+            self._note(slot)
+
+    def _note(self, slot: int) -> None:
+        """Note in `spans` and `biased` where the slot has its rows."""
+        self._kept = None
+        new = slot + 1 - len(self.spans)
+        if new > 0:
+            self._hold("spans", torch.cat([self.spans, self.spans.new_tensor(new * [[0, 0, 0, -1]])]))
+            self._hold("biased", torch.cat([self.biased, self.biased.new_full((new,), -1)]))
+        a, b, gain, bias = (self.places[name].of(slot) for name in TABLES)
+        self.spans[slot] = torch.tensor([a.start, b.start, len(b), gain.start if gain else -1])
+        self.biased[slot] = bias.start if bias else -1
+
+    def _release(self, slot: int) -> None:
+        for places in self.places.values():
+            places.free(slot)
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    def _row_bytes(self, name: str) -> int:
+        table: Tensor = getattr(self, name)
+        return table.shape[1] * table.element_size()
+
+
+def _product(B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """B A [O, I] of factors of which one can be an identity, which then costs no product; exact enough for `dtype`."""
+    for factor, other in ((A, B), (B, A)):
+        if factor.shape[0] == factor.shape[1] and torch.equal(factor, torch.eye(len(factor)).to(factor)):
+            return other
+    dtype = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
+    return B.to(dtype) @ A.to(dtype)

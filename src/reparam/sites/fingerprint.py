@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
+from reparam.sites.module import Adapted, Shared, is_quantized
+from reparam.sites.replaced import Replaced
 from reparam.sites.wrapped import bare
 
 SAMPLES = 256

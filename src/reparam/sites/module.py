@@ -1,9 +1,8 @@
-"""The modules that adapters add to a model: sites, copies of fully trained modules, and shared state at the root."""
+"""The modules that adapters add to a model: sites, and shared state at the root."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections import OrderedDict
 from typing import Any, ClassVar, Self, TypeGuard
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
 from reparam.errors import FormatError
-from reparam.sites.routing import Routing
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
 from reparam.weights.layouts import layout_of
 from reparam.weights.quantized import QuantizedMatrix
@@ -242,62 +240,6 @@ class Shared(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
         """Return x unchanged, because a root that is an `nn.Sequential` calls all its children, including this one."""
         return x
-
-
-class Replaced(nn.Module):
-    """A module that adapters train in full (for example a task head): the original and one copy per adapter."""
-
-    def __init__(self, origin: nn.Module) -> None:
-        super().__init__()
-        self.origin = origin
-        self.updates = nn.ModuleDict()
-        self.active: str | None = None
-        self.routing: Routing | None = None  # in a mixed batch: the adapter of each row
-
-    def copy_of(self, name: str | None) -> nn.Module:
-        """The module that this adapter uses: its own copy, or the original if it has none."""
-        return self.updates[name] if name is not None and name in self.updates else self.origin
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of the active copy; in a mixed batch, each copy computes its own rows of x."""
-        if self.routing is None:
-            return self.copy_of(self.active)(x)
-        if self.routing.trial is not None:
-            self.routing.trial.see(self, x)
-            return self.origin(x)
-        layout = self.routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
-        parts: dict[str | None, list[int]] = {}
-        for row, name in enumerate(self.routing.names[: layout.rows]):
-            parts.setdefault(name if name is not None and name in self.updates else None, []).append(row)
-        if len(parts) == 1:
-            return self.copy_of(next(iter(parts)))(x)
-        by_row = layout.by_row(x)
-        found = [(rows, self.copy_of(name)(layout.joined(by_row[rows]))) for name, rows in parts.items()]
-        outputs = torch.cat([dataclasses.replace(layout, rows=len(rows)).by_row(y) for rows, y in found])
-        order = [row for rows, _ in found for row in rows]
-        return layout.joined(outputs[torch.tensor(order, device=outputs.device).argsort()])
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The original module's tensors under the names that they have without adapters, and the copies' tensors."""
-        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for name in self.origin.state_dict():
-            found[prefix + name] = found.pop(f"{prefix}origin.{name}")
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for key in [k for k in state_dict if not k.startswith((f"{prefix}updates.", f"{prefix}origin."))]:
-            state_dict[f"{prefix}origin.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the active copy. Models read its dtype."""
-        return self.copy_of(self.active).weight  # type: ignore[return-value]
-
-    def drop(self, name: str) -> None:
-        """Remove the adapter's copy, if it has one."""
-        if name in self.updates:
-            del self.updates[name]
 
 
 def is_quantized(module: nn.Module) -> TypeGuard[Adapted]:

@@ -8,7 +8,6 @@ Shapes: n length of the vector, B rows of a batch.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Self
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from reparam.core.base import Site, Update
 from reparam.sites.bank import Bank
 from reparam.sites.kinds import kind
+from reparam.sites.layout import groups
 from reparam.sites.module import Adapted, without_hooks
 
 
@@ -81,24 +81,21 @@ class Norm(Adapted):
         return torch.func.functional_call(self.body[0], own, args)
 
     def _mixed(self, bank: Bank, *args: Tensor) -> Tensor:
-        """A mixed batch: compute all rows with the base weight, then each adapter's rows with its own."""
+        """A mixed batch: each adapter's rows with its own weight and bias."""
         routing = bank.routing
         w = self.frozen.tensor()
         if routing.trial is not None:
             routing.trial.see(bank, args[0])
             return self._computed(w, self.bias, *args)
         layout = routing.layout(bank, args[0].shape)
-        slots = routing.slots[: layout.rows]
-        y = self._computed(w, self.bias, *args)
-        out = layout.by_row(y)  # a view
-        for slot in slots.unique().tolist():
-            if slot >= 0:
-                here = slots == slot
-                factors, offset = bank.read(slot)
-                bias = self.bias if self.bias is None or offset is None else self.bias + offset
-                own = self._computed(factors.apply(w), bias, *(layout.joined(layout.by_row(arg)[here]) for arg in args))
-                out[here] = dataclasses.replace(layout, rows=int(here.sum())).by_row(own)
-        return y
+        parts = groups(routing.slot_list[: layout.rows])
+        outputs = []
+        for slot, rows in parts.items():
+            own, bias = (w, None) if slot < 0 else (bank.changed(slot, w), bank.bias_change(slot))
+            bias = self.bias if self.bias is None or bias is None else self.bias + bias
+            outputs.append(self._computed(own, bias, *(layout.pick(arg, rows) for arg in args)))
+        found: Tensor = layout.merge(outputs, list(parts.values()))
+        return found
 
 
 def _parameters_problem(module: nn.Module) -> str | None:

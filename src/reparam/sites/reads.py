@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
 from reparam.sites.wrapped import at
 

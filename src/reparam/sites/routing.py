@@ -3,75 +3,49 @@
 Sizes alone do not tell this: in a model that computes with [T, B, ...], an activation with T = B looks as if rows came
 first, and an expert of a mixture of experts can get as many tokens as the batch has rows. So the base model runs twice,
 the second time with another first row (`adapter/mixed.py`), and a `Trial` records the inputs of all sites. What differs
-is the part of the first row. The order that this shows is noted at the site; any other activation is refused.
+is the part of the first row. The order that this shows is noted at the site; any other activation is refused. In a
+packed batch the rows are sequences of any length, end to end in one row.
 
 Shapes: B rows of the batch, T tokens in a row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-Order = Literal["rows", "tokens"]
-"""What comes first in an activation: rows, [B, T, ...] or [B·T, ...]; or tokens, [T, B, ...] or [T·B, ...]."""
+from reparam.sites.layout import Layout, Order
 
 SMALL = 0.01
 """Differences below this share of the largest one are rounding."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an activation holds the rows of the batch."""
-
-    order: Order
-    rows: int
-    flat: bool
-    """Whether its first dimension holds rows and tokens."""
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """A view [B, T, ...] of an activation, or of the output that a module has for it."""
-        if self.order == "rows":
-            return x.unflatten(0, (self.rows, -1))
-        return (x.unflatten(0, (-1, self.rows)) if self.flat else x).transpose(0, 1)
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """Some rows [K, T, ...] as an activation in this order."""
-        if self.order == "rows":
-            return rows.flatten(0, 1)
-        return rows.transpose(0, 1).flatten(0, 1) if self.flat else rows.transpose(0, 1)
-
-    def chunks(self, x: Tensor) -> Tensor:
-        """An activation as [N, T', I]: N parts in its own order, each of one row, without a copy if x is contiguous."""
-        count = self.rows
-        if self.order == "tokens":
-            count = x.shape[0] if self.flat else x.shape[0] * x.shape[1]
-        return x.reshape(count, x.shape[:-1].numel() // max(count, 1), x.shape[-1])
-
-    def of_chunks(self, values: Tensor, count: int) -> Tensor:
-        """Values of rows [B] as values of the `count` chunks."""
-        return values[: self.rows] if self.order == "rows" else values.repeat(count // self.rows)
 
 
 class Routing:
     """The slot of each row of the next batches. All banks and replaced modules of a model share one object."""
 
     def __init__(self, slots: Tensor) -> None:
-        self.slots = slots  # [B] int64, -1 for the base model
+        self.route(slots)
         self.names: list[str | None] = []  # [B], the adapter of each row
         self.tokens: int | None = None
         """Tokens per row in the model's current input, or None if unknown."""
         self.lengths: frozenset[int] = frozenset()
         """Tokens per row in its other inputs, such as those of a decoder."""
+        self.packed: tuple[int, ...] | None = None
+        """The tokens of each row, if the rows are end to end in one."""
         self.trial: Trial | None = None
         """What records the inputs of the sites, which then compute the base map."""
         self.tried = False
         """Whether a site needs an order that a trial has shown. Otherwise, rows come first."""
+
+    def route(self, slots: Tensor) -> None:
+        """Use these slots [B] for the rows of the next batches."""
+        self.slots = slots  # [B] int64, -1 for the base model
+        self.slot_list: tuple[int, ...] = tuple(slots.tolist())
+        """The same numbers, for code that must not wait for the device."""
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
@@ -80,11 +54,11 @@ class Routing:
         """
         if self.tried and len(set(self.names)) == 1:
             return Layout("rows", 1, True)
-        rows = len(self.slots)
-        order: Order | None = orders_of(site).get(len(shape)) if self.tried else "rows"
+        plain: Order = "rows" if self.packed is None else "packed"
+        order = orders_of(site).get((plain == "packed", len(shape))) if self.tried else plain
         if order is None or not self.fits(order, shape):
             self._refuse(shape)
-        return Layout(order, rows, len(shape) == 2)
+        return Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and tokens of an activation of this shape in which rows come first. Raises ValueError if it has none."""
@@ -94,24 +68,30 @@ class Routing:
 
     def _refuse(self, shape: torch.Size) -> NoReturn:
         raise ValueError(
-            f"cannot map an activation of shape {list(shape)} to the {len(self.slots)} rows of the mixed batch; "
+            f"cannot map an activation of shape {list(shape)} to the {len(self.slot_list)} rows of the mixed batch; "
             f"select one adapter at a time for this model"
         )
 
     def fits(self, order: Order, shape: torch.Size) -> bool:
         """Whether an activation of this shape can hold the rows in this order."""
-        rows = len(self.slots)
+        rows = len(self.slot_list)
         if len(shape) < 2:
             return False
+        if order == "packed":
+            total = sum(self.packed or ())
+            return shape[0] == total if len(shape) == 2 else shape[:2] == (1, total)
         if len(shape) == 2:
             many = shape[0] in [rows * tokens for tokens in (self.tokens, *self.lengths) if tokens is not None]
             return many or (order == "rows" and shape[0] == rows)
         return shape[0 if order == "rows" else 1] == rows
 
 
-def orders_of(site: nn.Module) -> dict[int, Order | None]:
-    """The order of the site's inputs by their number of dimensions, as trials have shown; None if there is none."""
-    found: dict[int, Order | None] = site.__dict__.setdefault("orders", {})
+def orders_of(site: nn.Module) -> dict[tuple[bool, int], Order | None]:
+    """The order of the site's inputs, as trials have shown; None if there is none.
+
+    By whether the batch was packed, and by the number of dimensions of the input.
+    """
+    found: dict[tuple[bool, int], Order | None] = site.__dict__.setdefault("orders", {})
     return found
 
 
@@ -151,22 +131,25 @@ def note_orders(sites: Mapping[str, nn.Module], plain: Trial, other: Trial, same
         if patterns[path] != [patterns[path][0]] * 3:
             found = {len(shape): {None} for shapes in patterns[path] for shape in shapes}
         for ndim, orders in found.items():
-            known = orders_of(site)
-            agreed = orders | ({known[ndim]} if ndim in known else set())
-            known[ndim] = agreed.pop() if len(agreed) == 1 else None
+            known, key = orders_of(site), (routing.packed is not None, ndim)
+            agreed = orders | ({known[key]} if key in known else set())
+            known[key] = agreed.pop() if len(agreed) == 1 else None
 
 
 def _orders(shape: torch.Size, before: Tensor, after: Tensor, routing: Routing) -> list[Order] | None:
     """The orders in which only the first row of an input differs; None if nothing differs."""
-    rows, count = len(routing.slots), len(before)
+    rows, count = len(routing.slot_list), len(before)
     difference = torch.nan_to_num(before - after).abs().amax(1)
     if not count or not bool(difference.max() > 0):
         return None
     changed = (difference > SMALL * difference.max()).nonzero().squeeze(1)
     found: list[Order] = []
+    inner = 1 if len(shape) == 2 else shape[2:-1].numel()
+    if routing.packed is not None:
+        inside = routing.fits("packed", shape) and bool((changed // max(inner, 1) < routing.packed[0]).all())
+        return ["packed"] if inside else found
     if routing.fits("rows", shape) and bool((changed < count // rows).all()):
         found.append("rows")
-    inner = 1 if len(shape) == 2 else shape[2:-1].numel()
     if routing.fits("tokens", shape) and bool((changed // max(inner, 1) % rows == 0).all()):
         found.append("tokens")
     if len(shape) == 2 and shape[0] == rows and "rows" in found:

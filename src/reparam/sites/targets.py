@@ -15,8 +15,9 @@ from reparam.core.checks import nearest
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites.kinds import KINDS, kind_of
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
 from reparam.sites.reads import never_called, read_without_call
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import other_paths, tied, walk
 from reparam.sites.wrapped import bare
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from reparam.core.base import Storage
-from reparam.sites.module import Adapted, Replaced, Shared, is_quantized
+from reparam.sites.module import Adapted, Shared, is_quantized
+from reparam.sites.replaced import Replaced
 from reparam.sites.wrapped import at, bare
 
 

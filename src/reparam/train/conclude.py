@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from reparam.adapter.attach import select
 from reparam.adapter.context import told
+from reparam.adapter.selection import select
 from reparam.adapter.without_sites import read_back
 from reparam.data.batches import Collator, padding_id
 from reparam.errors import NothingLearned

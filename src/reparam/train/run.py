@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter.adapter import Adapter
-from reparam.adapter.attach import select
+from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
 from reparam.core.text import counted
 from reparam.data.batches import Collator, padding_id

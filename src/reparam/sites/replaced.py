@@ -1,0 +1,63 @@
+"""The module in the place of one that adapters train in full, such as a task head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.sites.layout import groups
+from reparam.sites.routing import Routing
+
+
+class Replaced(nn.Module):
+    """A module that adapters train in full (for example a task head): the original and one copy per adapter."""
+
+    def __init__(self, origin: nn.Module) -> None:
+        super().__init__()
+        self.origin = origin
+        self.updates = nn.ModuleDict()
+        self.active: str | None = None
+        self.routing: Routing | None = None  # in a mixed batch: the adapter of each row
+
+    def copy_of(self, name: str | None) -> nn.Module:
+        """The module that this adapter uses: its own copy, or the original if it has none."""
+        return self.updates[name] if name is not None and name in self.updates else self.origin
+
+    def forward(self, x: Tensor) -> Any:
+        """The output of the active copy; in a mixed batch, each copy computes its own rows of x."""
+        if self.routing is None:
+            return self.copy_of(self.active)(x)
+        if self.routing.trial is not None:
+            self.routing.trial.see(self, x)
+            return self.origin(x)
+        layout = self.routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
+        own = set(self.updates)
+        parts = groups([name if name in own else None for name in self.routing.names[: layout.rows]])
+        if len(parts) == 1:
+            return self.copy_of(next(iter(parts)))(x)
+        outputs = [self.copy_of(name)(layout.pick(x, rows)) for name, rows in parts.items()]
+        return layout.merge(outputs, list(parts.values()))
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The original module's tensors under the names that they have without adapters, and the copies' tensors."""
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for name in self.origin.state_dict():
+            found[prefix + name] = found.pop(f"{prefix}origin.{name}")
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [k for k in state_dict if not k.startswith((f"{prefix}updates.", f"{prefix}origin."))]:
+            state_dict[f"{prefix}origin.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the active copy. Models read its dtype."""
+        return self.copy_of(self.active).weight  # type: ignore[return-value]
+
+    def drop(self, name: str) -> None:
+        """Remove the adapter's copy, if it has one."""
+        if name in self.updates:
+            del self.updates[name]
