@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from reparam.sites.module import Adapted, Replaced
+from reparam.sites.module import Adapted
+from reparam.sites.replaced import Replaced
 from reparam.sites.walk import walk
 from reparam.sites.wrapped import bare
 
