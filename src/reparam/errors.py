@@ -6,6 +6,7 @@
     ├── BaseError            (ValueError)          the base model cannot be loaded with these settings
     ├── DataError            (ValueError)          the data has rows that cannot be trained on
     ├── ConfigError          (ValueError)          the configuration is invalid
+    ├── DuplicateKey         (ValueError)          a JSON object has a key twice
     ├── StateError           (ValueError)          a training state cannot be saved or restored
     ├── RunLocked            (ValueError)          another process is using the run folder
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
@@ -74,6 +75,10 @@ class DataError(ReparamError, ValueError):
 
 class ConfigError(ReparamError, ValueError):
     """The configuration is invalid. The message names the key, the file that sets it and the expected value."""
+
+
+class DuplicateKey(ReparamError, ValueError):  # noqa: N818  (reads as what happened)
+    """A JSON object has a key twice. Errors of files begin with the place, and end with this message."""
 
 
 class StateError(ReparamError, ValueError):

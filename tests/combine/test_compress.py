@@ -348,5 +348,7 @@ def test_adapters_that_cannot_be() -> None:
     from reparam.methods.mixture import Mixture
 
     mixture = trained(llama(), method=Mixture()).record()
-    with pytest.raises(FormatError, match="no components that could be dropped one by one; lora, dora, adalora have"):
+    with pytest.raises(
+        FormatError, match="no components that could be dropped one by one; lora, dora, adalora, lora_bias have"
+    ):
         compress(mixture, rank=1)

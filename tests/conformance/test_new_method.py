@@ -281,7 +281,7 @@ def test_one_with_components_is_compressed(tmp_path: Path) -> None:
             assert kept.A.shape[0] == 2 < full.A.shape[0]
             assert float((full.B @ full.A - kept.B @ kept.A).norm()) == pytest.approx(site.lost, rel=1e-4)
         other_method = LLAMA.adapted(Nudge(), seed=1)[1].record()
-        with pytest.raises(FormatError, match="lora, dora, adalora, pair have"):
+        with pytest.raises(FormatError, match="lora, dora, adalora, lora_bias, pair have"):
             compress(other_method, rank=1)
 
 

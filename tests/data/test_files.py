@@ -135,7 +135,7 @@ def problem(path: Path | str) -> str:
         ("a.json", b'[{"text": "a"},\n {"text": }]', "a.json:2:11: malformed JSON"),
         ("a.csv", b"text,b\n1\n", "a.csv:2: 1 fields, and the header has 2"),
         ("a.csv", b"text,text\n1,2\n", "a.csv:1: two columns of the header have the same name"),
-        ("a.csv", b"text\n\xff\n", "a.csv: byte 0xff after line 1 is not UTF-8"),
+        ("a.csv", b"text\n\xff\n", "a.csv:2: byte 0xff is not UTF-8"),
         ("a.csv", b'text\n"a\n', "a.csv:2: malformed table: unexpected end of data"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: cannot be read after row 0: "),
         ("a.arrow", b"nothing", "a.arrow: cannot be read after row 0: "),

@@ -285,7 +285,7 @@ def test_all_matrices_with_nan_are_named_at_once(folders: dict[str, Path], tmp_p
     for layer in model.transformer.h:
         with torch.no_grad():
             layer.mlp.c_fc.weight[3, 5] = torch.nan
-    save_model(model, None, tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")
     with pytest.raises(BaseError) as error:
         load_base(str(tmp_path / "a"), storage=reparam.NF4())
     assert all(f"transformer.h.{i}.mlp.c_fc.weight: nf4: the matrix contains NaN" in str(error.value) for i in (0, 1))

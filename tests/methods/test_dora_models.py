@@ -82,7 +82,7 @@ def test_it_trains_one_number_for_each_output_more_than_lora() -> None:
     ("settings", "message"),
     [
         ({"gradient": "none"}, "gradient='none': expected one of detached, exact"),
-        ({"norm_axis": 1}, "norm_axis=1: expected one of output, input"),
+        ({"norm_axis": 1}, "norm_axis=1: expected a string"),
         ({"r": 0}, "r=0: a rank is a whole number of at least 1"),
     ],
 )

@@ -40,8 +40,10 @@ def test_python_is_told_of_the_argument(tmp_path: Path) -> None:
 
 def test_tied_weights(base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(base, rows, tmp_path / "out", "--target_modules", "lm_head") == 2
-    assert "pass --base.untie, or leave lm_head out of the targets" in " ".join(capsys.readouterr().err.split())
+    assert "pass --base.untie to give each its own copy, pass --adapter.tie to let one" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert train(base, rows, tmp_path / "out", "--modules_to_save", "lm_head") == 2
     assert "pass --base.untie, or leave lm_head out of modules_to_save" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ValueError, match=r"call reparam.untie\(model\) first, attach with tie=True"):
+    with pytest.raises(ValueError, match=r"give each its own copy, attach with tie=True"):
         library.attach(llama(tie_word_embeddings=True), "lora", targets=["lm_head"])

@@ -342,7 +342,7 @@ def test_a_run_trains_and_opens_a_tied_adapter(base: str, rows: str, tmp_path: P
             {"lm_head": {"to": EMBEDDING, "kind": "vector"}},
             "lm_head is linear, 97 x 32, in this model",
         ),
-        ({"elsewhere": {"to": EMBEDDING, "kind": "linear"}}, "lacks 1 modules of the adapter .first: elsewhere"),
+        ({"elsewhere": {"to": EMBEDDING, "kind": "linear"}}, "lacks 1 module of the adapter .first: elsewhere"),
         ({"lm_head": EMBEDDING}, "tied"),
         ({EMBEDDING: {"to": EMBEDDING, "kind": "linear"}}, "name a module twice"),
     ],

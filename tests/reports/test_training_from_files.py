@@ -76,7 +76,7 @@ def test_bind_refuses_an_optimizer_that_would_train_the_base(tmp_path: Path) -> 
     adapter = reparam.load(model, saved(tmp_path / "a", "reparam"), trainable=True)
     adapter.bind(torch.optim.SGD(model.parameters(), lr=0.1))  # what is frozen in it stays as it is
     model.model.norm.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"would also train 1 parameters of the base model \(first: in model.norm\)"):
+    with pytest.raises(ValueError, match=r"would also train 1 parameter of the base model \(first: in model.norm\)"):
         adapter.bind(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"16 parameters are not in the optimizer"):
         adapter.bind(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))

@@ -73,9 +73,9 @@ def attach(
     >>> from reparam import LoRA
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> attach(model, LoRA(r=2), targets=["0"], name="task")
-    Adapter('task', lora, 1 sites, 16 parameters)
+    Adapter('task', lora, 1 site, 16 parameters)
     >>> attach(model, "lora", r=2, targets=["2"], name="other")
-    Adapter('other', lora, 1 sites, 12 parameters)
+    Adapter('other', lora, 1 site, 12 parameters)
     """
     check_trainable(model)
     model = bare(model)

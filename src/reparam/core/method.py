@@ -59,7 +59,7 @@ class Method:
     def __post_init__(self) -> None:
         """Raise ValueError for settings of a wrong type. A subclass with checks of its own calls this first."""
         if problems := wrong_types(self):
-            raise ValueError(f"{self.name}: {'; '.join(problems)}")
+            raise ValueError(f"{getattr(self, 'name', type(self).__name__)}: {'; '.join(problems)}")
 
     @property
     def default_targets(self) -> tuple[str, ...]:

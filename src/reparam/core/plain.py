@@ -62,7 +62,11 @@ def wrong_types(settings: Any) -> list[str]:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    """The types of the fields; Any for a type whose name is known to type checkers alone."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:
+        return {field.name: Any for field in dataclasses.fields(cls)}
 
 
 def _problems(value: Any, hint: Any, key: str, setting: bool = False) -> list[str]:
@@ -89,6 +93,10 @@ def _problems(value: Any, hint: Any, key: str, setting: bool = False) -> list[st
         ]
     if _fits(value, kind, hint) or (setting and kind is float and isinstance(value, float)):
         return []
+    if setting and kind not in _NAMES and kind not in (Any, Literal):  # a type that files do not hold
+        return (
+            [] if not isinstance(kind, type) or isinstance(value, kind) else [_unfit(setting, key, _name(hint), value)]
+        )
     return [_unfit(setting, key, _name(hint), value)]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-
-class DuplicateKey(ValueError):  # noqa: N818  (reads as what happened)
-    """An object has a key twice. The message is the end of a sentence that begins with the place."""
+from reparam.errors import DuplicateKey
 
 
 def loads(text: str | bytes) -> Any:
@@ -17,7 +15,7 @@ def loads(text: str | bytes) -> Any:
     {'a': [1, 2]}
     >>> loads('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    reparam.core.strict_json.DuplicateKey: the key 'a' occurs twice; remove the wrong one
+    reparam.errors.DuplicateKey: the key 'a' occurs twice; remove the wrong one
     """
     return json.loads(text, object_pairs_hook=_unique)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from reparam.core.checks import nearest
-from reparam.core.strict_json import DuplicateKey, loads
-from reparam.errors import BaseError
+from reparam.core.strict_json import loads
+from reparam.errors import BaseError, DuplicateKey
 
 SETTINGS = ("config.json", "generation_config.json")
 VOCABULARIES = ("tokenizer.json", "vocab.json")

@@ -28,8 +28,8 @@ from reparam.core.memory import physical_memory
 from reparam.core.method import Method
 from reparam.core.plain import decode
 from reparam.core.registry import find_method
-from reparam.core.strict_json import DuplicateKey, loads
-from reparam.errors import FormatError
+from reparam.core.strict_json import loads
+from reparam.errors import DuplicateKey, FormatError
 from reparam.io.record import Base, Record, Tied
 from reparam.io.steady import opened
 from reparam.sites.kinds import KINDS

@@ -28,7 +28,7 @@ class BitFit(Method):
     """BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): trains only the biases.
 
     >>> BitFit().unsupported_reason(Site("q_proj", "linear", 8, 8))
-    'this layer has no bias; pass --method.create to add one'
+    'this layer has no bias; set create=True to add one'
     >>> import torch, reparam
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
     >>> adapter = reparam.attach(model, reparam.BitFit(), targets=["0"])

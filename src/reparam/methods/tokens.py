@@ -46,6 +46,7 @@ class Tokens(Method):
     """Ids of the tokens whose rows train."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "ids", tuple(self.ids))
         odd = [repr(i) for i in self.ids if not whole(i, 0)]
         if odd:

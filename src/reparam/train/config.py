@@ -25,8 +25,8 @@ import reparam.weights  # noqa: F401  (these imports register methods and storag
 from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
-from reparam.core.strict_json import DuplicateKey, loads
-from reparam.errors import ConfigError
+from reparam.core.strict_json import loads
+from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
 from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig

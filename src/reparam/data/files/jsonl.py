@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from reparam.core.strict_json import DuplicateKey, loads
+from reparam.core.strict_json import loads
 from reparam.data.files.opened import opened
 from reparam.data.messages import kind_of
-from reparam.errors import DataError
+from reparam.errors import DataError, DuplicateKey
 
 LARGEST_LINE = 2**26  # bytes
 LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     csv.field_size_limit(LONGEST)
     delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
     with opened(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        lines = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
         try:
             header = next(lines, [])
             if len(set(header)) < len(header):
@@ -37,4 +35,9 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             raise DataError([f"{path}:{lines.line_num}: malformed table: {error}"]) from None
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise DataError([f"{path}: byte 0x{byte:02x} after line {lines.line_num} is not UTF-8"]) from None
+            raise DataError([f"{path}:{lines.line_num + 1}: byte 0x{byte:02x} is not UTF-8"]) from None
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines):
+        yield line.decode("utf-8" if number else "utf-8-sig")
