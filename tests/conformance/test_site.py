@@ -12,9 +12,9 @@ from cases import FULL, KINDS, QUANTIZED, SAMPLE, SETTINGS, One, error, has_fact
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from reparam.core import continuing
 from reparam.core.base import Update, Weight
 from reparam.core.method import Method
+from reparam.methods import dora
 from reparam.sites.module import Adapted
 
 pytestmark = pytest.mark.parametrize("method", SETTINGS)
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_differences(
 
     DoRA's norms are constants of its backward pass by default, so the differences keep those of the first forward.
     """
-    monkeypatch.setattr(continuing._now, "continues", True, raising=False)
+    monkeypatch.setattr(dora, "trusted", lambda: True)
     model, adapter = one(kind, method, storage)
     move(adapter, 2)
     model.double().eval()
