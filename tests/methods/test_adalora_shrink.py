@@ -223,6 +223,7 @@ def test_reparam_train_gives_the_length_and_an_interrupted_run_is_the_same(tmp_p
         cut = tmp_path / f"cut{stop}"
         cut.mkdir()
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", cut / f"checkpoint-{stop}")
+        shutil.copy(tmp_path / "whole" / "run.json", cut)
         found, text = go(cut.name)
         assert f"resuming from {cut}/checkpoint-{stop}" in text
         assert found.keys() == whole.keys()
