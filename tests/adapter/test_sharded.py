@@ -5,6 +5,7 @@ FSDP2 shards what is quantized as it is; DistributedDataParallel keeps copies of
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ from reparam.sites.module import SHARED
 HERE = Path(__file__).parents[1]
 IDS = torch.randint(2, models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(7))
 METHODS: list[Method] = [case.values[0] for case in FIRST]
+FULL = os.environ.get("REPARAM_TESTS") == "full"
 STORED = [name for name in QUANTIZED if name != "fixed16"]  # gloo cannot send the toy's 16-bit integers
+# Each method with every second storage; with all of them in the full suite.
+PAIRS = [(s, m) for i, s in enumerate(STORED) for j, m in enumerate(METHODS) if FULL or (i + j) % 2 == 0]
 
 
 def base_of(model: nn.Module) -> dict[str, Tensor]:
@@ -116,13 +120,12 @@ def run() -> None:
     """The work of each process."""
     dist.init_process_group("gloo")
     with registered(nudge=Nudge):
-        for storage in STORED:
-            for method in METHODS:
-                check(storage, method, torch.float32, sharded=False)
-                for dtype in (torch.float32, torch.bfloat16):
-                    check(storage, method, dtype, sharded=True)
+        for storage, method in PAIRS:
+            check(storage, method, torch.float32, sharded=False)
+            for dtype in (torch.float32, torch.bfloat16):
+                check(storage, method, dtype, sharded=True)
     if dist.get_rank() == 0:
-        print(f"{len(STORED)} storages, {len(METHODS)} methods")
+        print(f"{len(PAIRS)} pairs")
     dist.destroy_process_group()
 
 
@@ -131,7 +134,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     folders = [str(HERE / part) for part in ("", "helpers", "conformance", "adapter")]
     script.write_text(f"import sys\nsys.path[:0] = {folders}\nimport conftest, test_sharded\ntest_sharded.run()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr[:4000]
     assert len(STORED) >= 4
-    assert result.stdout.strip() == f"{len(STORED)} storages, {len(METHODS)} methods"
+    assert result.stdout.strip() == f"{len(PAIRS)} pairs"
