@@ -256,3 +256,9 @@ def test_keys_that_change_nothing_are_listed():
     reads_tools = kit.make(kit.MARKED.replace("{% for m in", "{{ tools | tojson }}{% for m in"))
     assert "not used: id, task, reasoning_content" in str(encode([row], reads_tools, max_length=50).report)
     assert "tools" not in str(encode([row], reads_tools, max_length=50).report)
+
+
+def test_a_key_without_which_the_template_refuses_the_chat_is_used():
+    needs = kit.make("{% if not tools %}{{ raise_exception('no tools') }}{% endif %}" + kit.MARKED)
+    row = Row("chat", "f:1", messages=({"role": "assistant", "content": "a"},), variables={"tools": [{"name": "f"}]})
+    assert "not used" not in str(encode([row], needs, max_length=50).report)

@@ -103,16 +103,16 @@ class Answers:
 
     def _start(self, messages: Messages, upto: str) -> tuple[int, str]:
         """Where the last message begins in `upto`, and a warning if it does not continue the generation prompt."""
-        before = self._rendered(messages[:-1], generation_prompt=True)
+        before = text_or_none(self._render, messages[:-1], generation_prompt=True)
         if before is not None and upto.startswith(before):
             return len(before), ""
         # The content of the answer begins where the texts with two other contents differ.
         others = [
-            self._rendered([*messages[:-1], {"role": messages[-1]["role"], "content": probe}]) or ""
+            text_or_none(self._render, [*messages[:-1], {"role": messages[-1]["role"], "content": probe}]) or ""
             for probe in (PROBE, OTHER_PROBE)
         ]
         header = min(common(*others), common(others[0], upto))
-        history = self._rendered(messages[:-1])
+        history = text_or_none(self._render, messages[:-1])
         if before is None or history is None or not before.startswith(history):
             return header, ""
         prompt = before[len(history) :]
@@ -136,7 +136,7 @@ class Answers:
         if tail[-1][1] - begin == sum(end - first for first, end in tail):  # nothing stands between them
             return begin, tail[-1][1]
         # Some templates end a text with one more token, which is not there if a message follows.
-        following = self._rendered([*messages, {"role": "user", "content": PROBE}])
+        following = text_or_none(self._render, [*messages, {"role": "user", "content": PROBE}])
         kept = len(upto) if following is None else common(upto, following)
         return begin, max([end for _, end in tail if end <= kept], default=tail[-1][1])
 
@@ -150,8 +150,10 @@ class Answers:
         *before, last = messages
         calls = {"tool_calls": last["tool_calls"]} if last.get("tool_calls") else {}
         plain = {"role": last["role"], "content": "" if calls else OTHER_PROBE, **calls}  # it has no reasoning
-        alone = self._rendered([*before, plain])
-        following = self._rendered([*before, plain, {"role": "tool" if calls else "user", "content": PROBE}])
+        alone = text_or_none(self._render, [*before, plain])
+        following = text_or_none(
+            self._render, [*before, plain, {"role": "tool" if calls else "user", "content": PROBE}]
+        )
         if alone is None or following is None or not following.startswith(alone):
             return ""
         found = self._specials.match(following, len(alone))
@@ -188,14 +190,15 @@ class Answers:
             return [*spans, (start, other)]
         return [*spans, (start, common(answer.upto, text))] if NO_END in answer.warnings else None
 
-    def _rendered(self, messages: Messages, *, generation_prompt: bool = False) -> str | None:
-        """The text, or None if the template refuses the messages."""
-        try:
-            return self._render(messages, generation_prompt=generation_prompt)[0]
-        except DataError:
-            raise
-        except ValueError:
-            return None
+
+def text_or_none(render: Render, messages: Messages, *, generation_prompt: bool = False) -> str | None:
+    """The rendered text, or None if the template refuses the messages."""
+    try:
+        return render(messages, generation_prompt=generation_prompt)[0]
+    except DataError:
+        raise
+    except ValueError:
+        return None
 
 
 def common(a: str, b: str) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reparam.data.answers import PROBE, Render, Rendered
+from reparam.data.answers import PROBE, Render, Rendered, text_or_none
 from reparam.data.forms import reasoning_of
 from reparam.data.messages import FLAGS, Messages
-from reparam.errors import DataError
 
 READ = ("role", "content", "tool_calls", "tool_call_id", *FLAGS)  # keys whose use is not asked about
 TRIES = 50  # messages in which a key must change nothing before it counts as not used
@@ -42,11 +41,12 @@ class Omissions:
                     raise ValueError(_ignored(number, message))
                 if message["role"] == "assistant":  # templates may change other contents, for example quote them
                     raise ValueError(f"the chat template changes or drops part of the answer in message {number}")
-            self._check_calls(messages[:number], render)
+            if message.get("tool_calls"):
+                self._check_calls(messages[:number], render)
         if (index := self._ignored_message(messages, render)) is not None:
             raise ValueError(_ignored(index + 1, messages[index]))
         self._try_message_keys(messages, render)
-        self._try_variables(messages, variables)
+        self._try_variables(messages, render, variables)
 
     def unused(self) -> list[str]:
         """The keys of messages and the variables that changed no text so far."""
@@ -55,7 +55,7 @@ class Omissions:
     def _check_calls(self, messages: Messages, render: Render) -> None:
         """Raise ValueError if the template leaves out a tool call of the last message."""
         message = messages[-1]
-        calls = message.get("tool_calls") or []
+        calls = message["tool_calls"]
         for number in range(len(calls)):
             form = (len(calls), number, bool(message["content"]), reasoning_of(message) is None)
             if form not in self._dropped:
@@ -91,13 +91,15 @@ class Omissions:
                     changed = [*messages[:i], {k: v for k, v in message.items() if k != key}, *messages[i + 1 :]]
                     self._count(key, same=_same(render, changed[:end], messages[:end]))
 
-    def _try_variables(self, messages: Messages, variables: Mapping[str, Any]) -> None:
-        """Find out which variables change the text."""
+    def _try_variables(self, messages: Messages, render: Render, variables: Mapping[str, Any]) -> None:
+        """Find out which of the variables that `render` has change the text, or the generation prompt."""
         for key in filter(self._is_open, variables):
-            others = {k: v for k, v in variables.items() if k != key}
-            texts = [self._renderer(given)(messages)[0] for given in (variables, others)]
-            prompts = [self._renderer(given)(messages, generation_prompt=True)[0] for given in (variables, others)]
-            self._count(key, same=texts[0] == texts[1] and prompts[0] == prompts[1])
+            without = self._renderer({k: v for k, v in variables.items() if k != key})
+            texts, others = (
+                [text_or_none(each, messages, generation_prompt=prompt) for prompt in (False, True)]
+                for each in (render, without)
+            )
+            self._count(key, same=texts == others)
 
     def _is_open(self, key: str) -> bool:
         return 0 <= self._unused.get(key, 0) < TRIES
@@ -111,13 +113,8 @@ def _without(messages: Messages, index: int) -> Messages:
 
 
 def _same(render: Render, changed: Messages, messages: Messages) -> bool:
-    """Whether the template writes the same text for both."""
-    try:
-        return render(changed)[0] == render(messages)[0]
-    except DataError:
-        raise
-    except ValueError:  # the template refuses the changed chat
-        return False
+    """Whether the template writes the same text for both. It may refuse the changed chat."""
+    return text_or_none(render, changed) == render(messages)[0]
 
 
 def _squashed(text: str) -> str:
