@@ -29,7 +29,8 @@ VERBS = {
     "quantize --help": ["quantize", "--help"],
     "train --help": ["train", "--help"],
 }
-OTHERS = {"trl sft --help": ["-m", "trl.cli", "sft", "--help"]}
+TRL = "import sys; sys.argv = ['trl', 'sft', '--help']; from trl.cli import main; main()"
+OTHERS = {"trl sft --help": ["-c", TRL]}
 # Arguments, and text in the printed line at which the measurement stops; "" stops at the first line.
 LINES = {
     "torch and a llama of transformers": ([f"{TRANSFORMERS}; print('imported')"], ""),
