@@ -59,6 +59,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.filterwarnings("default:targets. skipped", "default:search. budget")
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_command_with_odd_names(what: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     few = tmp_path / ODD

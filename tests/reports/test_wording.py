@@ -45,6 +45,7 @@ def test_an_invalid_expression_is_one_problem() -> None:
     assert "matches no module" not in told
 
 
+@pytest.mark.filterwarnings("default:search. budget")
 def test_one_and_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = re.compile(r"\b1 (matrices|sites|rows|modules|parameters|runs|steps|candidates|examples|passes|bytes)\b")
     models.save_base(tmp_path / "base")
