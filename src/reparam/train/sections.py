@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from reparam.core.checks import finite, whole
 from reparam.core.plain import wrong_types
+from reparam.core.text import counted
 from reparam.data.chat import LossOn
 from reparam.data.files import split_sources
 from reparam.data.findings import BadRows
@@ -91,7 +92,8 @@ class DataConfig:
             count = len(getattr(self, key))
             if self.train and count not in (0, len(names)) and not (one_for_all and count == 1):
                 raise ConfigError(
-                    f"data.{key}: {count} numbers for {len(names)} sources ({', '.join(names)}); give one for each"
+                    f"data.{key}: {counted(count, 'number')} for {counted(len(names), 'source')} ({', '.join(names)}); "
+                    f"give one for each"
                 )
 
     def sources(self, side: Literal["train", "valid"] = "train") -> tuple[str, ...]:
