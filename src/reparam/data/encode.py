@@ -110,6 +110,7 @@ def encode_all(
         reasons=findings.reasons,
         unused=[*sorted(columns), *tokenize.unused()],
         max_length=max_length,
+        largest=arrays.largest,
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import os
 import random
+from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +18,12 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
+from reparam.data.files import files_of
 from reparam.data.mixture import mixed, told
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
+from reparam.train.cache import content_of, default_folder, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
 from reparam.train.sections import DataConfig
@@ -25,6 +31,7 @@ from reparam.train.sections import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WORTH_KEEPING = 1 << 24  # bytes of files whose encoded rows are kept without being asked to
 KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them are encoded
 
 
@@ -67,7 +74,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     train = corpus.part(chosen, tasks=tasks)
     if len(parts) > 1:
         lines = told(data.sources(), parts, taken)
-        train = dataclasses.replace(train, report=dataclasses.replace(train.report, sources=lines))
+        train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
     return Data(train, valid, _held_out(data, other or corpus, held), method, (corpus, *([other] if other else [])))
 
@@ -80,17 +87,50 @@ def _corpus(
     with_tasks: bool,
     most: tuple[int, ...] = (),
 ) -> Corpus:
-    reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-    corpus = encode_all(
-        reading,
-        tokenizer,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        bad_rows=data.bad_rows,
-        with_tasks=with_tasks,
-    )
-    return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
+    """The encoded rows of these sources, from the cache if there is one."""
+    settings: dict[str, Any] = {
+        "max_length": data.max_length,
+        "loss_on": data.loss_on,
+        "too_long": data.too_long,
+        "bad_rows": data.bad_rows,
+        "with_tasks": with_tasks,
+    }
+
+    def make(folder: Path | None) -> Corpus:
+        reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
+        corpus = encode_all(reading, tokenizer, **settings, folder=folder)
+        return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
+
+    found = [files_of(source) for source in sources]
+    files = [file for part in found if part is not None for file in part]
+    folder = _cache_folder(data.cache, files)
+    if folder is None or None in found:
+        return make(None)
+    shapes = [len(part or ()) for part in found]
+    template = str(tokenizer.chat_template)
+    everything = {
+        **settings,
+        "columns": data.renamed(),
+        "most": most,
+        "files of each source": shapes,
+        "tokenizer": content_of(tokenizer),
+        "template": template,
+        "date": str(datetime.date.today()) if "strftime_now" in template else "",  # the template may write it
+    }
+    corpus, told = kept(folder, key_of(files, everything), files, make)
+    return dataclasses.replace(corpus, lines=(f"encoded rows: {told}",))
+
+
+def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
+    """The folder of the cache, or None if the rows of these files are not kept."""
+    if wish == "off":
+        return None
+    if wish != "auto":
+        return Path(wish)
+    place = default_folder()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    large = sum(file.stat().st_size for file in files) >= WORTH_KEEPING
+    return place if large and os.access(existing, os.W_OK) else None
 
 
 def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

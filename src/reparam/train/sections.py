@@ -72,6 +72,9 @@ class DataConfig:
     """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
+    cache: str = "auto"
+    """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
+    $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
@@ -84,6 +87,7 @@ class DataConfig:
             max_length=_count(1),
             weights=("finite numbers above 0", lambda values: all(finite(value) and value > 0 for value in values)),
             max_rows=("whole numbers of at least 1", lambda values: all(whole(value, 1) for value in values)),
+            cache=("off, auto or a folder", bool),
             score_rows=_count(0),
         )
         self.renamed()
