@@ -57,9 +57,13 @@ def identity(job: Job) -> dict[str, Any]:
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = _tokenizer(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
-    for key, name, rows in (("train", config.data.train, job.train), ("valid", config.data.valid, job.valid)):
-        # A folder or a data set has no digest of its own; its examples depend on the tokenizer and on max_length, too.
-        found[f"content of data.{key}"] = name and (digest(name) if Path(name).is_file() else rows.digest())
+    for key, names, rows in (
+        ("train", config.data.sources(), job.train),
+        ("valid", config.data.sources("valid"), job.valid),
+    ):
+        # Other sources have no digest of their own; their examples depend on the tokenizer and on max_length, too.
+        one_file = len(names) == 1 and Path(names[0]).is_file()
+        found[f"content of data.{key}"] = (digest(names[0]) if one_file else rows.digest()) if names else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]

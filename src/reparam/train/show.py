@@ -53,6 +53,8 @@ class Show:
         for report in reports(job.model):
             say(self.console, str(report))
         say(self.console, f"training rows   {job.train.report}")
+        for line in job.train.report.sources:
+            say(self.console, f"                {line}")
         say(self.console, f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ def objects(name: str | Path) -> Objects:
     if _HUB.fullmatch(text) and kind(path) not in READERS and not path.parent.is_dir():
         return hub.read(text)
     raise DataError([f"{path}: no such file{_nearby(path)}"])
+
+
+def split_sources(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in a list of sources: separated by commas, unless there is a file of the whole name.
+
+    >>> split_sources("a.jsonl, owner/name:train")
+    ('a.jsonl', 'owner/name:train')
+    """
+    if not isinstance(value, str):
+        return tuple(value)
+    if "," not in value or Path(value).exists() or glob.glob(value):
+        return (value,)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def kind(path: Path) -> str:
