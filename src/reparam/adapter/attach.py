@@ -231,7 +231,7 @@ def install(
         own = {path: method.build(site, modules[path].frozen, shared) for path, site in sites.items()}
         updates: dict[str, Update] = own | {path: Follower(own[leader]) for path, leader in tied.items()}
         holders = {path: h if isinstance(h := at(model, path), Replaced) else Replaced(h) for path in replaced}
-        copies = {path: copy.deepcopy(holder.origin) for path, holder in holders.items()}
+        copies = {path: _copied(holder.origin) for path, holder in holders.items()}
         for path in names:
             _check_form(path, updates[path], modules[path])
         if check is not None:
@@ -261,6 +261,12 @@ def install(
     for path, module in modules.items():
         state_of(model).unnested += announce(model, path, module)
     return adapter
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy of the module. It shares the hooks of accelerate in it, which can hold weights of other modules."""
+    hooks = {id(hook): hook for part in module.modules() for hook in [vars(part).get("_hf_hook")] if hook is not None}
+    return copy.deepcopy(module, hooks)
 
 
 @torch.no_grad()
