@@ -49,6 +49,7 @@ ALIASES = {
     "optim.warmup": ["--warmup_ratio", "--warmup_steps"],
     "optim.weight_decay": ["--weight_decay"],
     "optim.max_grad_norm": ["--max_grad_norm"],
+    "optim.label_smoothing": ["--label_smoothing_factor"],
     "optim.lora_plus": ["--loraplus_lr_ratio"],
     "optim.lora_plus_embedding": ["--loraplus_lr_embedding"],
     "run.output": ["--output_dir", "--output", "-o"],

@@ -34,6 +34,7 @@ from reparam.train.config import Config, dump
 from reparam.train.data import read_data
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
+from reparam.train.losses import loss_of
 from reparam.train.model import attached, loaded, started
 from reparam.train.plot import plot_losses
 from reparam.train.show import Show
@@ -58,6 +59,7 @@ def train(config: Config, *, show: Show) -> Result:
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
+    losses = processes.together(lambda: loss_of(job, show))
     own = processes.first(lambda: _identified(job))  # before anything is written
     trainer, rates = processes.together(lambda: _trainer(job, show))
     show.rates(rates)
@@ -66,7 +68,8 @@ def train(config: Config, *, show: Show) -> Result:
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
         before = processes.first(lambda: _scored_base(job, show))
-        trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
+        with losses:
+            trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         if processes.rank() == 0 and history_of(trainer):
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:

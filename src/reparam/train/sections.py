@@ -149,6 +149,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
+    label_smoothing: float = 0.0
+    """Label smoothing: the weight of all tokens, in equal parts, in the target of the loss; 0 for none."""
     budget: int | str = "512MiB"
     """Maximum memory on the device for the states of a paged optimizer, in bytes or as 64MiB or 2GiB. The rest is paged
     out."""
@@ -168,6 +170,7 @@ class OptimConfig:
             learning_rate=_ABOVE,
             warmup=_LEAST,
             weight_decay=_LEAST,
+            label_smoothing=("a number from 0 to below 1", lambda share: 0 <= share < 1),
             max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
             lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
             lora_plus_embedding=_LEAST,
@@ -190,6 +193,8 @@ class RunConfig:
     """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
+    chunked_loss: bool = True
+    """Compute the loss from a few logits at a time, only of tokens that carry loss: less memory, the same loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0

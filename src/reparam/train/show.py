@@ -72,6 +72,10 @@ class Show:
         if early is not None:
             say(self.console, note("note", early))
 
+    def note(self, text: str) -> None:
+        """Print a note about how the run works."""
+        say(self.console, note("note", text))
+
     def worse(self, before: Score, after: Score) -> None:
         """Print a warning if the held-out loss with the adapter is worse than that of the base."""
         if not after.value <= before.value:
