@@ -52,6 +52,11 @@ ALIASES = {
     "optim.label_smoothing": ["--label_smoothing_factor"],
     "optim.lora_plus": ["--loraplus_lr_ratio"],
     "optim.lora_plus_embedding": ["--loraplus_lr_embedding"],
+    "optim.beta": ["--beta"],
+    "prefer.loss_type": ["--loss_type"],
+    "prefer.desirable_weight": ["--desirable_weight"],
+    "prefer.undesirable_weight": ["--undesirable_weight"],
+    "run.objective": ["--objective"],
     "run.output": ["--output_dir", "--output", "-o"],
     "run.epochs": ["--num_train_epochs", "--epochs"],
     "run.max_steps": ["--max_steps"],
@@ -72,6 +77,7 @@ TITLES = {
     "adapter": "Which modules are adapted  [adapter]",
     "method": "Method and its settings  [method]",
     "optim": "Optimizer  [optim]",
+    "prefer": "Preference tuning  [prefer]",
     "run": "Length, batch size, output  [run]",
 }
 
@@ -88,6 +94,7 @@ USUAL = (
     "method.r",
     "method.alpha",
     "optim.learning_rate",
+    "run.objective",
     "run.output",
     "run.epochs",
     "run.max_steps",

@@ -43,6 +43,10 @@ class Score:
     """Number of scored rows; for the two losses, of examples (a long text row is split into several)."""
     larger_is_better: bool
 
+    def worse_than(self, other: Score) -> bool:
+        """Whether this score is worse than the same score of another model, or is no number."""
+        return not (self.value >= other.value if self.larger_is_better else self.value <= other.value)
+
     def __str__(self) -> str:
         interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
         return f"{self.name} {self.value:.3f} ({interval}, {counted(self.rows, 'row')})"
@@ -113,11 +117,15 @@ def score_answers(answers: Sequence[Answer]) -> Score:
     """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
-    n, right = len(answers), sum(answer.right for answer in answers)
+    return share("exact match", sum(answer.right for answer in answers), len(answers))
+
+
+def share(name: str, right: float, n: int) -> Score:
+    """The share of `n` rows that are right (0 ... 1) with its Wilson score interval. Larger is better."""
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Score("exact match", p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
+    return Score(name, p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
 
 
 def answer(

@@ -30,7 +30,7 @@ from reparam.data.files import split_sources
 from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
-from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
+from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, PreferConfig, RunConfig
 
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LARGEST = 1 << 20  # bytes of a TOML file
@@ -49,6 +49,7 @@ class Config:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     method: Method = dataclasses.field(default_factory=lambda: METHODS["lora"]())
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    prefer: PreferConfig = dataclasses.field(default_factory=PreferConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
@@ -57,6 +58,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "adapter": AdapterConfig,
     "optim": OptimConfig,
+    "prefer": PreferConfig,
     "run": RunConfig,
 }
 

@@ -101,7 +101,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
     file = folder / RECORD
     if not file.is_file():
         return
-    then = _read(file)["identity"]
+    then = _defaults() | _read(file)["identity"]
     changed = [key for key in now if key in then and then[key] != now[key]]
     if longer and STEPS in changed and now[STEPS] > then[STEPS]:
         changed.remove(STEPS)
@@ -111,6 +111,13 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
             f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """The default values of the keys that a record of an earlier version may lack."""
+    own = {key: value for key, value in _settings(Config()).items() if key not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(own))
+    return {key: value for key, value in found.items() if not key.startswith(("base.", "method."))}
 
 
 def write_record(folder: Path, now: dict[str, Any]) -> int:

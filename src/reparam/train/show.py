@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
+from reparam.data.preferences import flat
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
@@ -60,7 +61,7 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
-        say(self.console, preview(job.train, job.tokenizer))
+        say(self.console, preview(flat(job.train), job.tokenizer, rows=3 * len(flat(job.train)) // len(job.train)))
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""
@@ -77,8 +78,8 @@ class Show:
         say(self.console, note("note", text))
 
     def worse(self, before: Score, after: Score) -> None:
-        """Print a warning if the held-out loss with the adapter is worse than that of the base."""
-        if not after.value <= before.value:
+        """Print a warning if the first held-out score with the adapter is worse than that of the base."""
+        if after.worse_than(before):
             say(
                 self.console,
                 note(
@@ -234,12 +235,14 @@ class _Progress(TrainerCallback):
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         if "eval_loss" in logs:
-            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}"
+            rewards = _rewards(logs, "eval_rewards/")
+            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}{rewards}"
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
         speed = self.bar.tasks[0].fields["speed"]
         return (
-            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}  {speed} tokens/s  {_duration(left)} left"
+            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}{_rewards(logs, 'rewards/')}  "
+            f"{speed} tokens/s  {_duration(left)} left"
         )
 
     def on_train_end(
@@ -247,6 +250,12 @@ class _Progress(TrainerCallback):
     ) -> None:
         if self.live:
             self.bar.stop()
+
+
+def _rewards(logs: dict[str, float], prefix: str) -> str:
+    """The margin and the accuracy of rewards, of objectives that log them."""
+    names = {"margin": f"{prefix}margins", "accuracy": f"{prefix}accuracies"}
+    return "".join(f"  {name} {logs[key]:.3f}" for name, key in names.items() if key in logs)
 
 
 def _duration(seconds: float) -> str:
