@@ -126,6 +126,11 @@ def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
         problems.append(
             "optim.learning_rate is tuned for each contestant: set the learning rates to try in compare.rates"
         )
+    if (objective := tables.get("run", {}).get("objective", "sft")) != "sft":
+        problems.append(
+            f"run.objective is {objective!r}, and the methods are compared by supervised training: leave it out, and "
+            f"train each method on preferences with reparam train"
+        )
     for key, value in (("base.path", "the base model"), ("data.train", "the rows to train on")):
         section, _, name = key.partition(".")
         if not tables.get(section, {}).get(name):
