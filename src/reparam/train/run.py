@@ -115,7 +115,7 @@ def prepare(config: Config) -> Job:
     missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the TOML file"
+            f"{' and '.join(missing)} must be set, as an option (--{missing[0]} ...) or in the configuration file"
         )
     config = started(config)
     optimizer.check_optimizer(config.optim)
