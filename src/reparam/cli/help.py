@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.cli.spelling import spelled
 from reparam.core.surface import on_command_line
 from reparam.train import processes
 
@@ -35,6 +36,10 @@ class Verb(TyperCommand):
             if processes.count() > 1 and self.name != "train":
                 raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments, also as users of transformers' scripts type them."""
+        return super().parse_args(ctx, spelled(args, self.params))
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         """Parse the arguments; of several processes, the first one alone reports wrong usage."""
