@@ -70,6 +70,7 @@ ALIASES = {
     "run.keep": ["--save_total_limit"],
     "run.log_every": ["--logging_steps"],
     "run.loggers": ["--report_to"],
+    "run.name": ["--run_name"],
     "run.fresh": ["--fresh", "--overwrite_output_dir"],
     "run.seed": ["--seed"],
 }

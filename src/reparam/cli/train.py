@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,10 @@ from reparam.evaluation.terminal import say
 @with_options
 def train(
     config: ConfigFile = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", "--dry_run", help="Show the resolved configuration and what would be trained; stop."),
+    ] = False,
     overrides: Any = None,
 ) -> None:
     """Train an adapter, check the saved adapter, and print held-out scores before and after.
@@ -25,7 +29,7 @@ def train(
     [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
     """
     from reparam.train import processes
-    from reparam.train.config import resolve
+    from reparam.train.config import check_inputs, resolve
 
     if processes.count() > 1:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers sets it
@@ -33,14 +37,18 @@ def train(
         warnings.simplefilter("ignore")
         console.quiet = True
     resolved = resolve(config, overrides)
-    base, rows = resolved.base.path, resolved.data.train
-    if base and rows:
-        line = f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}"
-        say(console, line)
+    check_inputs(resolved)
+    if not dry_run:
+        base, rows = resolved.base.path, resolved.data.train
+        say(console, f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}")
     # These import transformers, which takes seconds.
+    from reparam.train.run import rehearse
     from reparam.train.run import train as run
     from reparam.train.show import Show
 
+    if dry_run:
+        rehearse(resolved, show=Show(console))
+        return
     result = run(resolved, show=Show(console))
     if result.signal is not None:
         say(console, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")

@@ -95,6 +95,15 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
+def check_inputs(config: Config) -> None:
+    """Raise ConfigError if the base model or the training rows are not given."""
+    missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set, as an option (--{missing[0]} ...) or in the configuration file"
+        )
+
+
 def dump(config: Config, *, absolute: bool = False) -> str:
     """The configuration as TOML; `resolve` reads an equal configuration from it.
 

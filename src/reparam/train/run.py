@@ -33,11 +33,12 @@ from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
-from reparam.train.checkpoint import newest
+from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import conclude, history_of, scored
-from reparam.train.config import Config, dump
+from reparam.train.config import Config, check_inputs, dump
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
+from reparam.train.loggers import check_loggers, name_of, place_files
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
 from reparam.train.show import Show
@@ -79,6 +80,20 @@ def train(config: Config, *, show: Show) -> Result:
         return processes.first(lambda: conclude(job, trainer, rates, before, show))
 
 
+def rehearse(config: Config, *, show: Show) -> None:
+    """Load and check everything that `train` needs, and show what it would do. Writes nothing.
+
+    Raises the errors that `train` would raise before its first step.
+    """
+    job = _prepared(config)
+    _identified(job)
+    steps = _steps(job)
+    _arguments(job.config, steps)
+    show.job(job)
+    found = Found(None, []) if config.run.fresh else newest(Path(config.run.output))
+    show.plan(job.config, steps, found)
+
+
 def _prepared(config: Config) -> Job:
     check_folder(config)
     return prepare(config)
@@ -112,13 +127,10 @@ def _scored_base(job: Job, show: Show) -> tuple[tuple[Score, ...], list[Answer]]
 
 def prepare(config: Config) -> Job:
     """Load and check everything that training needs. Writes nothing. Raises ValueError for errors the user can fix."""
-    missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be set, as an option (--{missing[0]} ...) or in the configuration file"
-        )
+    check_inputs(config)
     config = started(config)
     optimizer.check_optimizer(config.optim)
+    check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
@@ -151,14 +163,19 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
-def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
-    config = job.config
-    run, optim = config.run, config.optim
-    steps = run.steps(len(job.train), processes.count())
-    tenth = max(1, steps // 10)
+def _steps(job: Job) -> int:
+    """The number of steps of the run. Raises ValueError if a schedule of the method does not fit it."""
+    steps = job.config.run.steps(len(job.train), processes.count())
     if job.adapter.controller is not None:
-        job.adapter.controller.plan(steps)  # raises ValueError now if the schedule does not fit
-    arguments = TrainingArguments(
+        job.adapter.controller.plan(steps)
+    return steps
+
+
+def _arguments(config: Config, steps: int) -> TrainingArguments:
+    """transformers' arguments of a run of so many steps."""
+    run, optim = config.run, config.optim
+    tenth = max(1, steps // 10)
+    return TrainingArguments(
         output_dir=run.output,
         num_train_epochs=run.epochs,
         max_steps=run.max_steps,
@@ -181,6 +198,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         save_total_limit=run.keep,
         logging_steps=min(run.log_every, tenth),
         report_to=list(run.loggers) or "none",
+        run_name=name_of(run),
         seed=run.seed,
         disable_tqdm=True,
         include_num_input_tokens_seen="all",
@@ -189,9 +207,13 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         ddp_broadcast_buffers=False,  # all processes hold the same ones, quantized matrices among them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
+    steps = _steps(job)
     trainer = Trainer(
         job.model,
-        arguments,
+        _arguments(job.config, steps),
         train_dataset=job.train,
         eval_dataset=job.valid,
         data_collator=Collator(padding_id(job.tokenizer)),
@@ -201,8 +223,9 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         extra_loss=job.adapter.penalty,
         callbacks=[_Bind(job.adapter), show.callback(steps)],
     )
-    rates = optimizer.install_optimizer(trainer, optim, job.adapter)
+    rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
+    place_files(trainer.callback_handler.callbacks, job.config.run)
     return trainer, rates
 
 
