@@ -99,6 +99,8 @@ def test_it_means_what_it_means_there(typed: str, section: str, key: str, value:
         ("--load_in_4bit --load_in_8bit", "load_in_4bit sets base.storage to nf4, and load_in_8bit sets it to int8"),
         ("--resume_from_checkpoint out/checkpoint-5", "give that folder as run.output"),
         ("--lora_rr 3", "No such option: --lora_rr (Possible options: --lora_r,"),
+        ("--deepspeed ds.json", "--deepspeed has no counterpart: torchrun gives each device a process"),
+        ("--trust-remote-code True", "has no counterpart: reparam never runs code from a model's folder"),
         ("--gradient_checkpointing maybe", "unexpected extra argument"),
         ("--lora_r 3 4", "'3,4'"),
         ("--lora_r", "requires an argument"),

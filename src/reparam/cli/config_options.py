@@ -42,6 +42,7 @@ ALIASES = {
     "data.train": ["--train_file", "--data", "--dataset", "--dataset_name"],
     "data.valid": ["--validation_file"],
     "data.holdout": ["--val_size", "--val_set_size"],
+    "data.max_rows": ["--max_samples"],
     "data.max_length": ["--max_length", "--max_seq_length", "--cutoff_len", "--sequence_len"],
     "adapter.targets": ["--target_modules", "--lora_target_modules", "--lora_target"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save", "--additional_target"],

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from reparam.core.checks import listed
 from reparam.errors import ConfigError
 
 LARGEST = 1 << 20  # bytes of a file
@@ -34,8 +35,8 @@ def read_tables(file: Path) -> dict[str, dict[str, Any]]:
     loose = [key for key, value in tables.items() if not isinstance(value, dict)]
     if loose:
         raise ConfigError(
-            f"{file}: keys outside a section: {', '.join(loose)}; put them under one of [base], [data], ..., or pass a "
-            f"file of Axolotl, LLaMA-Factory or TRL as `reparam train --from {file}`"
+            f"{file}: keys outside a section: {listed(loose, shown=4)}; put them under one of [base], [data], ..., "
+            f"or pass a file of Axolotl, LLaMA-Factory or TRL as `reparam train --from {file}`"
         )
     return tables
 

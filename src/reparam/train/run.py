@@ -149,7 +149,7 @@ def prepare(config: Config) -> Job:
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out rows."""
-    rows = read_rows(config.data.train, config.data.renamed())
+    rows = read_rows(config.data.train, config.data.renamed())[: config.data.max_rows]
     if config.data.valid is not None:
         return rows, read_rows(config.data.valid, config.data.renamed())
     if not 0 < config.data.holdout < 1:

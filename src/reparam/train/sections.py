@@ -54,6 +54,8 @@ class DataConfig:
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
+    max_rows: int | None = None
+    """Number of rows to read from the start of the training rows. By default, all of them."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     score_rows: int = 200
@@ -67,6 +69,7 @@ class DataConfig:
             holdout=("a share above 0 and below 1", lambda share: idle or 0 < share < 1),
             max_length=_count(1),
             score_rows=_count(0),
+            max_rows=("a whole number of at least 2", lambda rows: rows is None or whole(rows, 2)),
         )
         self.renamed()
 
