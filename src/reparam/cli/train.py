@@ -47,7 +47,7 @@ def train(
     resolved = resolve(config, overrides)
     check_inputs(resolved)
     if not dry_run:
-        base, rows = resolved.base.path, resolved.data.train
+        base, rows = resolved.base.path, ", ".join(resolved.data.sources())
         say(console, f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}")
     # These import transformers, which takes seconds.
     from reparam.train.run import rehearse
