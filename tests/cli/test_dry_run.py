@@ -25,7 +25,13 @@ def test_it_shows_the_run_and_writes_nothing(
     overrides |= {"adapter.targets": "q_proj,v_proj", "run.batch_size": 4, "optim.learning_rate": 0.05}
     (tmp_path / "shown.toml").write_text(text)
     assert resolve(tmp_path / "shown.toml", {}) == resolve(None, {**overrides, "data.score_rows": 3})
-    for part in ("parameters will be trained", "q_proj", "training rows", "6 steps of 4 rows", "nothing was written"):
+    for part in (
+        "parameters will be trained",
+        "q_proj",
+        "training rows",
+        "6 steps of 4 rows",
+        f"nothing was written to {out}",
+    ):
         assert part in told
 
 

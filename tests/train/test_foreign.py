@@ -152,7 +152,7 @@ def test_llama_factory(tmp_path: Path) -> None:
     found, config = read(LLAMA_FACTORY.replace("DIR", str(tmp_path)), tmp_path)
     assert found.tool == "LLaMA-Factory"
     assert (config.base.path, config.base.storage) == ("./model", "nf4")
-    assert (config.data.train, config.data.max_rows) == (str(tmp_path / "names.json"), 30)
+    assert (config.data.train, config.data.max_rows) == (str(tmp_path / "names.json"), (30,))
     assert config.data.renamed() == {"instruction": "question", "output": "answer"}
     assert (config.data.max_length, config.data.holdout, config.data.loss_on) == (512, 0.2, "answers")
     assert config.adapter.targets == ("q_proj", "v_proj")
@@ -228,9 +228,8 @@ MINIMAL = {
     [
         ({"learning_rat": 1}, "learning_rat: it is unknown (did you mean 'learning_rate'"),
         ({"fp16": True}, "fp16: True: expected false; float16 needs a scaled loss"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: the loss is the cross entropy"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end: the adapter of the last step is saved"),
         ({"adam_beta2": 0.95}, "adam_beta2: the optimizer has torch's own value"),
-        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "alpaca"}]}, "datasets: "),
         ({"datasets": 5}, "datasets"),
         ({"plugins": ["some.Code"]}, "plugins"),
     ],
@@ -250,7 +249,7 @@ def test_what_changes_the_adapter_and_has_no_counterpart_is_refused(
         ("LLaMA-Factory", {"stage": "dpo"}, "stage: 'dpo': expected sft"),
         ("LLaMA-Factory", {"use_galore": True}, "use_galore: it is another method"),
         ("LLaMA-Factory", {"finetuning_type": "freeze"}, "expected lora or full"),
-        ("LLaMA-Factory", {"dataset": "a,b"}, "dataset: 2 data sets"),
+        ("LLaMA-Factory", {"mix_strategy": "interleave_over"}, "set interleave_probs, too"),
         (
             "LLaMA-Factory",
             {"dataset": "a", "dataset_dir": "nowhere"},
@@ -287,6 +286,21 @@ def test_a_data_set_stays_inside_its_folder(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=sentence):
             read(yaml.safe_dump({"stage": "sft", "dataset": name, "dataset_dir": str(tmp_path)}), tmp_path)
+
+
+def test_several_data_sets_are_several_sources(tmp_path: Path) -> None:
+    info = {"a": {"file_name": "a.json"}, "b": {"hf_hub_url": "org/b", "split": "test"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    mixed = {"mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"}
+    theirs = {"stage": "sft", "dataset": "a, b", "dataset_dir": str(tmp_path), **mixed}
+    _, config = read(yaml.safe_dump(theirs), tmp_path)
+    assert config.data.sources() == (str(tmp_path / "a.json"), "org/b:test")
+    assert (config.data.weights, config.data.mix) == ((0.7, 0.3), "over")
+    entries = [{"path": "a.jsonl"}, {"path": "org/b", "split": "test"}]
+    for tool in ("Axolotl", "TRL"):
+        keys = {key: value for key, value in MINIMAL[tool].items() if key != "dataset_name"}
+        _, config = read(yaml.safe_dump({**keys, "datasets": entries}), tmp_path)
+        assert config.data.sources() == ("a.jsonl", "org/b:test")
 
 
 def test_all_weights_are_trained_without_an_adapter(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class Show:
         folder = Path(run.output)
         names = ("adapter", "config.toml", "run.json", "figures.json", "loss.png", "checkpoint-N")
         say(self.console, f"files           {folder}/{{{', '.join(names)}}}")
-        say(self.console, "dry run: nothing was trained and nothing was written")
+        say(self.console, f"dry run: nothing was trained, and nothing was written to {folder}")
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""

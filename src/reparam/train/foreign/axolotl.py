@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from reparam.train.foreign.rules import (
     arguments,
     dataset,
     each,
-    one,
+    sources,
 )
 from reparam.train.switches import truth
 
@@ -37,10 +38,8 @@ def _special(given: Given) -> None:
     _adapter(given)
     for key, target in (("datasets", "data.train"), ("test_datasets", "data.valid")):
         values = given.take(key)
-        if values not in (*EMPTY, []) and (entry := one(given, key, values)) is not None:
-            source = _entry(given, key, entry)
-            if source is not None:
-                given.put(target, source)
+        if values not in (*EMPTY, []):
+            sources(given, target, values, partial(_entry, given, key))
     precision = given.values.get("bf16")
     if str(precision).lower() in ("auto", "full"):
         on = str(precision).lower() == "full" or torch.accelerator.is_available()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from reparam.train.foreign.rules import (
     arguments,
     dataset,
     each,
-    one,
+    sources,
 )
 from reparam.train.switches import truth
 
@@ -33,6 +34,7 @@ _TAGS = {
     "function_tag": ("function_call",),
     "system_tag": ("system",),
 }
+_MIXES = {"interleave_under": "under", "interleave_over": "over"}
 _LARGEST = 16 << 20  # bytes of dataset_info.json
 
 
@@ -42,9 +44,15 @@ def _special(given: Given) -> None:
     for key, target in (("dataset", "data.train"), ("eval_dataset", "data.valid")):
         names = given.take(key)
         if names not in EMPTY:
-            name = one(given, key, [part.strip() for part in names.split(",")] if isinstance(names, str) else names)
-            if name is not None and (source := _source(given, key, str(name), Path(folder))) is not None:
-                given.put(target, source)
+            listed = names.split(",") if isinstance(names, str) else names
+            sources(given, target, listed, partial(_source, given, key, Path(folder)))
+    if (strategy := given.take("mix_strategy")) not in (*EMPTY, "concat"):
+        if strategy not in _MIXES:
+            given.refuse(f"mix_strategy: {strategy}", f"expected concat, {' or '.join(_MIXES)}")
+        elif given.values.get("interleave_probs") in EMPTY:
+            given.refuse(f"mix_strategy: {strategy}", "set interleave_probs, too")
+        else:
+            given.put("data.mix", _MIXES[strategy])
     if given.values.get("finetuning_type", "lora") == "lora":
         if given.values.get("lora_target", "all") == "all":
             given.values["lora_target"] = "all-linear"
@@ -65,9 +73,9 @@ def _special(given: Given) -> None:
         given.refuse("val_size", "a number of rows has no counterpart; give a share below 1")
 
 
-def _source(given: Given, key: str, name: str, folder: Path) -> str | None:
+def _source(given: Given, key: str, folder: Path, name: Any) -> str | None:
     """The file or the name on the hub of an entry of dataset_info.json; a problem, and None, if there is none."""
-    file = folder / "dataset_info.json"
+    file, name = folder / "dataset_info.json", str(name).strip()
     if not file.is_file():
         if Path(name).exists():
             return name
@@ -158,7 +166,6 @@ LLAMA_FACTORY = Tool(
         "ignore_pad_token_for_loss": "padding has no loss",
         "compute_accuracy": "held-out rows are scored by loss and by exact match",
         "eval_on_each_dataset": "there is one set of held-out rows",
-        "mix_strategy": "there is one data set",
         "streaming": "rows are read whole",
     },
     refused={
@@ -176,7 +183,6 @@ LLAMA_FACTORY = Tool(
         "enable_thinking": "reasoning is trained as the rows and the chat template have it",
         "packing": "rows are not packed",
         "neat_packing": "rows are not packed",
-        "interleave_probs": "there is one data set",
     },
     defaults={
         "run.epochs": 3,

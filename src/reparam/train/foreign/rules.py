@@ -120,7 +120,6 @@ ARGUMENT_REFUSED = {
     "group_by_length": "rows are in random order",
     "optim_target_modules": "it belongs to optimizers that have no counterpart",
     "lr_scheduler_kwargs": "the schedules have transformers' own values",
-    "label_smoothing_factor": "the loss is the cross entropy of the given tokens",
     "load_best_model_at_end": "the adapter of the last step is saved; stop earlier with run.max_steps",
     "dataloader_drop_last": "the last batch of an epoch is trained on",
 }
@@ -156,15 +155,11 @@ OPTIMIZERS = {"adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit", "paged_
 """Names of optimizers whose states reparam's own implementation keeps in the same way."""
 
 
-def one(given: Given, key: str, values: Any) -> Any:
-    """The only entry of a list of data sets; a problem, and None, for another number."""
-    entries = values if isinstance(values, list) else [values]
-    if len(entries) == 1:
-        return entries[0]
-    given.refuse(
-        key, f"{len(entries)} data sets; write their rows into one file or folder, and give it as --data.train"
-    )
-    return None
+def sources(given: Given, target: str, values: Any, read: Callable[[Any], str | None]) -> None:
+    """Set `target` to the sources of one or several data sets, each as `read` gives it; None leaves a problem."""
+    found = [read(entry) for entry in (values if isinstance(values, list) else [values])]
+    if None not in found:
+        given.put(target, ",".join(map(str, found)))
 
 
 def dataset(
@@ -173,10 +168,10 @@ def dataset(
     """The value of data.train for a data set: a file, a folder, or a name on the hub with its split."""
     if subset not in EMPTY:
         given.refuse(key, f"the subset {subset!r} of {path}; save it as a file and give that as --data.train")
-    if isinstance(files, list):
-        files = one(given, f"{key}.data_files", files)
-    if files is not None and not isinstance(files, str):
-        given.refuse(f"{key}.data_files", "expected the name of one file")
+    if isinstance(files, list) and files and all(isinstance(file, str) for file in files):
+        files = ",".join(files)
+    if not isinstance(files, str | None):
+        given.refuse(f"{key}.data_files", "expected the name of a file, or a list of names")
         return None
     if not isinstance(path, str) or not path:
         given.refuse(key, "names no data set")
@@ -185,5 +180,5 @@ def dataset(
         return files
     plain = split in (*EMPTY, "train")
     if not plain and "[" in str(split):
-        given.refuse(key, f"the slice {split!r}; use data.max_rows, or save the rows as a file")
+        given.refuse(key, f"the slice {split!r}; set data.max_rows, or save the rows as a file")
     return path if plain else f"{path}:{split}"

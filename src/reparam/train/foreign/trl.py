@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from reparam.train.foreign.rules import (
     ARGUMENT_NOTES,
@@ -14,7 +15,7 @@ from reparam.train.foreign.rules import (
     arguments,
     dataset,
     each,
-    one,
+    sources,
 )
 from reparam.train.switches import truth
 
@@ -28,23 +29,13 @@ def _special(given: Given) -> None:
             given.take(key)
     name, several = given.take("dataset_name"), given.take("datasets")
     split, subset = given.take("dataset_train_split"), given.take("dataset_config")
-    test, evaluated = given.take("dataset_test_split"), "run.eval_every" in given.settings
+    test = given.take("dataset_test_split")
     if several:
-        entry = one(given, "datasets", several)
-        if not isinstance(entry, Mapping | None):
-            given.refuse("datasets", "expected entries with a path")
-        elif entry is not None:
-            for key in entry.keys() - {"path", "name", "split", "data_files", "columns"}:
-                given.refuse(f"datasets.{key}", "has no counterpart; save the rows as a file")
-            files, part = entry.get("data_files"), entry.get("split")
-            name = dataset(given, "datasets", entry.get("path"), split=part, subset=entry.get("name"), files=files)
+        sources(given, "data.train", several, lambda entry: _entry(given, entry))
     elif name is not None:
-        plain = name
-        name = dataset(given, "dataset_name", plain, split=split, subset=subset)
-        if test and (evaluated or "eval_steps" in given.values):
-            given.put("data.valid", dataset(given, "dataset_test_split", plain, split=test))
-    if name is not None:
-        given.put("data.train", name)
+        given.put("data.train", dataset(given, "dataset_name", name, split=split, subset=subset) or name)
+        if test and "eval_steps" in given.values:
+            given.put("data.valid", dataset(given, "dataset_test_split", name, split=test) or name)
     field = given.take("dataset_text_field")
     if field not in (*EMPTY, "text"):
         given.put("data.columns", f"text={field}")
@@ -60,6 +51,17 @@ def _special(given: Given) -> None:
         given.take("assistant_only_loss")
         text = "the loss of chats is on the answers; --data.loss_on all puts it on all tokens, as TRL does"
         given.note("assistant_only_loss: false", text)
+
+
+def _entry(given: Given, entry: Any) -> str | None:
+    """The value of data.train for one entry of `datasets`."""
+    if not isinstance(entry, Mapping):
+        given.refuse("datasets", "expected entries with a path")
+        return None
+    for key in entry.keys() - {"path", "name", "split", "data_files", "columns"}:
+        given.refuse(f"datasets.{key}", "has no counterpart; save the rows as a file")
+    files, part, subset = entry.get("data_files"), entry.get("split"), entry.get("name")
+    return dataset(given, "datasets", entry.get("path"), split=part, subset=subset, files=files)
 
 
 TRL = Tool(
