@@ -23,6 +23,7 @@ from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
+from reparam.train.loggers import EVENTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +43,7 @@ FREE = {
         "run.eval_every",
         "run.log_every",
         "run.loggers",
+        "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", *PATHS),
@@ -159,7 +161,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 

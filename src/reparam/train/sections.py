@@ -237,7 +237,9 @@ class RunConfig:
     log_every: int = 10
     """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
-    """Loggers of transformers, such as tensorboard, separated by commas."""
+    """Loggers of transformers, separated by commas: tensorboard, wandb, mlflow, trackio and others."""
+    name: str | None = None
+    """Name of the run in the loggers. By default, that of the output folder."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     fresh: bool = False
