@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -213,14 +213,14 @@ class AdapterState:
         self._written |= written
 
 
-def _tensors_of(adapter: Adapter) -> Iterator[Tensor]:
+def _tensors_of(adapter: Adapter) -> list[Tensor]:
     """The tensors that the adapter's factors are computed from, without those of the base."""
+    found = [] if adapter.shared is None else tensors_of(adapter.shared)
     for module in adapter.modules.values():
-        yield from tensors_of(module.updates[adapter.name])
+        found += tensors_of(module.updates[adapter.name])
         if adapter.name in module.biased:
-            yield module.biases[adapter.name]
-    if adapter.shared is not None:
-        yield from tensors_of(adapter.shared)
+            found.append(module.biases[adapter.name])
+    return found
 
 
 def _frozen(module: Adapted) -> Frozen:
