@@ -34,6 +34,7 @@ ALIASES = {
     "data.train": ["--train_file", "--data"],
     "data.valid": ["--validation_file"],
     "data.max_length": ["--max_length", "--max_seq_length"],
+    "data.packing": ["--packing"],
     "adapter.targets": ["--target_modules", "--lora_target_modules"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save"],
     "adapter.tie": ["--ensure_weight_tying", "--lora_ensure_weight_tying"],

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
+from reparam.data.packing import Packed
 from reparam.data.row import Row
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
@@ -29,6 +30,13 @@ class Job:
     valid: Encoded
     held_out: Sequence[Row]
     """The held-out rows; `valid` holds the same rows, encoded."""
+    packed: Packed | None = None
+    """The training rows in packs, with `data.packing`."""
+
+    @property
+    def drawn(self) -> Encoded | Packed:
+        """What a batch is drawn from: training rows, or packs of them."""
+        return self.train if self.packed is None else self.packed
 
 
 @dataclasses.dataclass(frozen=True)

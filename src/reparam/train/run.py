@@ -13,24 +13,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
 from reparam.core.text import counted
-from reparam.data.batches import Collator, padding_id
+from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
+from reparam.data.packing import Packed
 from reparam.data.row import Row
 from reparam.data.rows import read_rows
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.hf.packed import packed_collator, unpackable_reason
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import newest
@@ -135,7 +139,16 @@ def prepare(config: Config) -> Job:
     )
     adapter = attached(config, model, method)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
+    return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out, _packed(config, adapter, encoded))
+
+
+def _packed(config: Config, adapter: Adapter, rows: Encoded) -> Packed | None:
+    """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
+    if not config.data.packing:
+        return None
+    if reason := unpackable_reason(adapter.model):
+        raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
+    return Packed(rows, config.data.max_length)
 
 
 def _rows(config: Config) -> tuple[list[Row], list[Row]]:
@@ -157,7 +170,7 @@ def _rows(config: Config) -> tuple[list[Row], list[Row]]:
 def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
     config = job.config
     run, optim = config.run, config.optim
-    steps = run.steps(len(job.train), processes.count())
+    steps = run.steps(len(job.drawn), processes.count())
     tenth = max(1, steps // 10)
     if job.adapter.controller is not None:
         job.adapter.controller.plan(steps)  # raises ValueError now if the schedule does not fit
@@ -195,9 +208,9 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
     trainer = Trainer(
         job.model,
         arguments,
-        train_dataset=job.train,
+        train_dataset=job.drawn,
         eval_dataset=job.valid,
-        data_collator=Collator(padding_id(job.tokenizer)),
+        data_collator=_collate(job),
         save_trained=lambda folder: _save(job.adapter, folder),
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.train.sources,
@@ -207,6 +220,12 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
     rates = optimizer.install_optimizer(trainer, optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     return trainer, rates
+
+
+def _collate(job: Job) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
+    """Batches of training rows or of packs of them, and of held-out rows, which are not packed."""
+    rows, packs = Collator(padding_id(job.tokenizer)), packed_collator(job.model, padding_id(job.tokenizer))
+    return lambda examples: packs(examples) if "position_ids" in examples[0] else rows(examples)
 
 
 class _Bind(TrainerCallback):

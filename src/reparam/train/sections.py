@@ -54,6 +54,8 @@ class DataConfig:
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
+    packing: bool = False
+    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     score_rows: int = 200

@@ -53,6 +53,8 @@ class Show:
         for report in reports(job.model):
             say(self.console, str(report))
         say(self.console, f"training rows   {job.train.report}")
+        if job.packed is not None:
+            say(self.console, f"packed          {job.packed}")
         say(self.console, f"held-out rows   {job.valid.report}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
