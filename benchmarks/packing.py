@@ -28,19 +28,21 @@ def rows(count: int, longest: int, vocabulary: int) -> Encoded:
     """Rows of random tokens whose lengths have a log-normal distribution, cut off at `longest`."""
     draw = random.Random(0)
     lengths = [min(longest, max(8, round(draw.lognormvariate(4.2, 0.9)))) for _ in range(count)]
-    total = sum(lengths)
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    total, sizes = sum(lengths), torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
     loss = torch.ones(total, dtype=torch.bool)
-    loss[starts[:-1]] = False
+    loss[starts] = False
     ids = torch.randint(2, vocabulary, (total,), dtype=torch.int32)
     report = Report(count, count, total, int(loss.sum()), 0, max(lengths), 0, 0)
-    return Encoded(ids, loss, starts, torch.zeros(count, dtype=torch.int64), [str(i) for i in range(count)], report)
+    return Encoded(
+        ids, loss, starts, sizes, torch.zeros(count, dtype=torch.int64), [str(i) for i in range(count)], report
+    )
 
 
 def padded(data: Encoded, order: list[int], tokens: int) -> Iterator[dict[str, Any]]:
     """Batches of rows in this order, each of up to `tokens` tokens with its padding."""
     collate, chosen, longest = Collator(0), list[int](), 0
-    lengths = data.starts.diff().tolist()
+    lengths = data.lengths.tolist()
     for index in order:
         longest = max(longest, lengths[index])
         if chosen and longest * (len(chosen) + 1) > tokens:
@@ -63,7 +65,7 @@ def main() -> None:
     model = with_reparam(llama(Shape(64, 96, 1, 2, 500) if quick else Shape(512, 1376, 4, 8, 4096)))
     data = rows(count, longest, model.config.vocab_size)
     shuffled = random.Random(1).sample(range(count), count)
-    by_length = torch.argsort(data.starts.diff()).tolist()
+    by_length = torch.argsort(data.lengths).tolist()
     ways = {
         "padded": lambda: padded(data, shuffled, tokens),
         "grouped by length": lambda: padded(data, by_length, tokens),

@@ -28,12 +28,13 @@ LENGTHS = [7, 3, 12, 5, 9, 2, 12, 4, 6, 11]
 def encoded(lengths: list[int] = LENGTHS) -> Encoded:
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(2, VOCABULARY, (sum(lengths),), generator=draw, dtype=torch.int32)
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
     loss = torch.rand(sum(lengths), generator=draw) < 0.7
-    loss[starts[:-1]] = False
+    loss[starts] = False
     report = Report(len(lengths), len(lengths), len(ids), int(loss.sum()), 0, max(lengths), 0, 0)
     none = torch.zeros(len(lengths), dtype=torch.int64)
-    return Encoded(ids, loss, starts, none, [f"rows:{i}" for i in range(len(lengths))], report)
+    return Encoded(ids, loss, starts, sizes, none, [f"rows:{i}" for i in range(len(lengths))], report)
 
 
 @pytest.mark.parametrize("size", [12, 13, 20, 64, 4096])

@@ -33,6 +33,8 @@ ALIASES = {
     "base.double": ["--use_nested_quant", "--bnb_4bit_use_double_quant"],
     "data.train": ["--train_file", "--data"],
     "data.valid": ["--validation_file"],
+    "data.weights": ["--interleave_probs"],
+    "data.max_rows": ["--max_samples"],
     "data.max_length": ["--max_length", "--max_seq_length"],
     "data.packing": ["--packing"],
     "adapter.targets": ["--target_modules", "--lora_target_modules"],

@@ -60,7 +60,7 @@ class Packed(Dataset[dict[str, Tensor]]):
 
     def __init__(self, examples: Encoded, size: int) -> None:
         self.examples, self.size = examples, size
-        self.packs = best_fit(examples.starts.diff().tolist(), size)
+        self.packs = best_fit(examples.lengths.tolist(), size)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -75,7 +75,7 @@ class Packed(Dataset[dict[str, Tensor]]):
         }
 
     def __str__(self) -> str:
-        tokens = int(self.examples.starts[-1])
+        tokens = int(self.examples.lengths.sum())
         return (
             f"{counted(len(self.examples), 'example')} in {counted(len(self), 'pack')} of up to {self.size:,} tokens, "
             f"{tokens / (len(self) * self.size):.0%} full"
