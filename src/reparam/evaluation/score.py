@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reparam.adapter.context import context, tasks_of, told
 from reparam.core.text import counted
@@ -21,6 +20,7 @@ from reparam.data.messages import Messages
 from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
+from reparam.hf.chunked import RowLosses
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop
 
@@ -98,19 +98,17 @@ def token_losses(
     collate = Collator(padding_id(tokenizer))
     device = next(model.parameters()).device
     nats, tokens = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.float64)
-    by_length = torch.argsort(encoded.starts.diff()).tolist()
+    by_length = torch.argsort(encoded.lengths).tolist()
     training = model.training
     model.eval()
+    row_losses = RowLosses(model)
     for start in range(0, len(by_length), batch):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
-        labels = examples["labels"][:, 1:].to(device)
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
         with told(model, examples):
-            logits = model(**inputs).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        nats[rows] = losses.sum(1).double().cpu()
-        tokens[rows] = (labels != -100).sum(1).double().cpu()
+            nats[rows] = row_losses(inputs).double().cpu()
+        tokens[rows] = (examples["labels"][:, 1:] != -100).sum(1).double()
     model.train(training)
     return nats, tokens
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
-from reparam.core.text import counted
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
@@ -34,7 +32,7 @@ from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, dump
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
-from reparam.train.model import attached, by_task, loaded, started
+from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.plot import plot_losses
@@ -61,6 +59,7 @@ def train(config: Config, *, show: Show) -> Result:
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
+    losses = processes.together(lambda: objective.losses(job, show))
     own = processes.first(lambda: _identified(job))  # before anything is written
     trainer, rates = processes.together(lambda: _trainer(job, objective, show))
     show.rates(rates)
@@ -69,7 +68,8 @@ def train(config: Config, *, show: Show) -> Result:
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
         before = processes.first(lambda: _scored_before(job, objective, show))
-        trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
+        with losses:
+            trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         if processes.rank() == 0 and history_of(trainer):
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
@@ -121,35 +121,12 @@ def prepare(config: Config) -> Job:
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
-    train_rows, held_out = (objective.ordered(part, config.run.seed) for part in _rows(config, objective))
+    data = objective.data(config, tokenizer)  # before the model, which may take minutes
     model = loaded(config.base)
-    size, data = vocabulary(model), config.data
-    method, tasks = by_task(config.method, objective.rows(train_rows))
-    encoded, valid = (
-        objective.encode(
-            rows, tokenizer, max_length=data.max_length, loss_on=data.loss_on, vocab_size=size, tasks=tasks
-        )
-        for rows in (train_rows, held_out)
-    )
-    adapter = attached(config, model, method)
+    data.check_vocabulary(vocabulary(model), tokenizer)
+    adapter = attached(config, model, data.method)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
-
-
-def _rows(config: Config, objective: Objective) -> tuple[list[Any], list[Any]]:
-    """The training rows and the held-out rows."""
-    rows = objective.read(config, config.data.train)
-    if config.data.valid is not None:
-        return rows, objective.read(config, config.data.valid)
-    if not 0 < config.data.holdout < 1:
-        raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
-    count = max(1, round(len(rows) * config.data.holdout))
-    if count >= len(rows):
-        raise ConfigError(
-            f"{config.data.train}: a file of {counted(len(rows), 'row')} is too small to hold one out; set data.valid"
-        )
-    chosen = set(random.Random(config.run.seed).sample(range(len(rows)), count))
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out)
 
 
 def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tuple[optimizer.Rates, ...]]:

@@ -54,7 +54,11 @@ class Show:
         for report in reports(job.model):
             say(self.console, str(report))
         say(self.console, f"training rows   {job.train.report}")
+        for line in job.train.report.lines:
+            say(self.console, f"                {line}")
         say(self.console, f"held-out rows   {job.valid.report}")
+        for line in job.valid.report.lines:
+            say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
         say(self.console, preview(flat(job.train), job.tokenizer, rows=3 * len(flat(job.train)) // len(job.train)))
@@ -68,6 +72,10 @@ class Show:
         """Print the method's note about a run that ended before the method's schedule did, if there is one."""
         if early is not None:
             say(self.console, note("note", early))
+
+    def note(self, text: str) -> None:
+        """Print a note about how the run works."""
+        say(self.console, note("note", text))
 
     def worse(self, before: Score, after: Score) -> None:
         """Print a warning if the first held-out score with the adapter is worse than that of the base."""

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reparam.data.batches import Encoded
-from reparam.data.preferences import Preferences
-from reparam.data.row import Row
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
+from reparam.train.data import Data
 from reparam.train.job import Job
 from reparam.train.sections import PreferConfig
+from reparam.train.show import Show
 from reparam.train.trainer import Resumable
 
 
 class Objective(abc.ABC):
-    """One value of `run.objective`. An item is what counts as one example: a row, or a preference."""
+    """One value of `run.objective`."""
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
-    """The keys of the configuration for preferences that change something."""
+    """The keys that change something, of those that not all objectives use."""
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective does not use or cannot use."""
@@ -31,26 +31,19 @@ class Objective(abc.ABC):
             f"prefer.{f.name}": getattr(config.prefer, f.name) != f.default for f in dataclasses.fields(PreferConfig)
         }
         given["optim.beta"] = config.optim.beta is not None
+        given["optim.label_smoothing"] = config.optim.label_smoothing != 0
         if idle := [key for key, changed in given.items() if changed and key not in self.reads]:
             raise ConfigError(
                 f"{idle[0]}: the objective {self.name} does not use it; leave it out, or choose another run.objective"
             )
 
     @abc.abstractmethod
-    def read(self, config: Config, source: str) -> list[Any]:
-        """The items of a source of rows. Raises DataError for rows of another form."""
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Read and encode the rows. Raises DataError for rows, and ConfigError for settings."""
 
-    def ordered(self, items: list[Any], seed: int) -> list[Any]:
-        """The items in the order in which they are encoded."""
-        return items
-
-    @abc.abstractmethod
-    def rows(self, items: Sequence[Any]) -> list[Row]:
-        """The rows in the items."""
-
-    @abc.abstractmethod
-    def encode(self, items: Sequence[Any], tokenizer: Any, **settings: Any) -> Encoded | Preferences:
-        """Encode items. `settings` are those of `reparam.data.encode.encode`."""
+    def losses(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+        """A context for training, in which the model computes its loss as configured."""
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Resumable:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from reparam.adapter.selection import select
-from reparam.data.preferences import Preference, Preferences, encode_preferences, read_pairs
-from reparam.data.row import Row
+from reparam.data.preferences import Preference, Preferences, encode_answers, read_pairs
 from reparam.errors import ConfigError
 from reparam.evaluation.preferences import log_probabilities, score_rewards
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
+from reparam.train.data import Data, held_out
 from reparam.train.job import Job
+from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import before_training
 
@@ -27,7 +27,7 @@ def beta_of(config: Config) -> float:
 
 
 class Preferring(Objective):
-    """An objective for preferences. An item is a pair."""
+    """An objective for preferences, which are pairs unless `read` says otherwise."""
 
     reads: ClassVar[tuple[str, ...]] = ("optim.beta",)
     compared = True
@@ -36,22 +36,43 @@ class Preferring(Objective):
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective cannot use."""
         super().check(config)
-        if config.data.loss_on == "all":
+        data = config.data
+        if data.loss_on == "all":
             raise ConfigError(
                 f"data.loss_on: {self.name} compares answers; leave it out, or set it to last for the last answer alone"
             )
+        if data.too_long == "split":
+            raise ConfigError(f"data.too_long: {self.name} compares whole answers; set it to error, drop or truncate")
+        for key, default in (("weights", ()), ("max_rows", ()), ("bad_rows", "error")):
+            if getattr(data, key) != default:
+                raise ConfigError(f"data.{key}: not supported for preferences; leave it out")
 
     def read(self, config: Config, source: str) -> list[Preference]:
         """Read pairs of a chosen and a rejected answer."""
         return read_pairs(source, config.data.renamed())
 
-    def rows(self, items: Sequence[Preference]) -> list[Row]:
-        """All answers, each with its prompt."""
-        return [row for item in items for row in item.answers]
+    def ordered(self, found: list[Preference], seed: int) -> list[Preference]:
+        """The preferences in the order in which they are encoded."""
+        return found
 
-    def encode(self, items: Sequence[Preference], tokenizer: Any, **settings: Any) -> Preferences:
-        """Encode all answers."""
-        return encode_preferences(items, tokenizer, **settings)
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Read and encode the preferences."""
+        data, seed = config.data, config.run.seed
+        train = [each for source in data.sources() for each in self.read(config, source)]
+        if data.valid is None:
+            kept, held = held_out(config, len(train))
+            train, valid = [train[i] for i in kept], [train[i] for i in held]
+        else:
+            valid = [each for source in data.sources("valid") for each in self.read(config, source)]
+        settings = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
+        with_tasks = config.method.known_tasks is not None
+        corpora = [
+            encode_answers(self.ordered(part, seed), tokenizer, with_tasks=with_tasks, **settings)
+            for part in (train, valid)
+        ]
+        method, tasks = by_task(config.method, lambda: corpora[0].corpus.task_names())
+        parts = [answers.preferences(tasks) for answers in corpora]
+        return Data(parts[0], parts[1], [], method, tuple(answers.corpus for answers in corpora))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
-from reparam.data.batches import Collator, Encoded, padding_id
-from reparam.data.encode import encode
+from reparam.data.batches import Collator, padding_id
 from reparam.data.preferences import flat
-from reparam.data.row import Row
-from reparam.data.rows import read_rows
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
 from reparam.train.config import Config
+from reparam.train.data import Data, read_data
 from reparam.train.job import Job
+from reparam.train.losses import loss_of
 from reparam.train.objectives.objective import Objective
+from reparam.train.show import Show
 from reparam.train.trainer import Trainer
 
 
 class SFT(Objective):
-    """The objective sft. An item is a row."""
+    """The objective sft."""
 
     name = "sft"
+    reads = ("optim.label_smoothing",)
 
-    def read(self, config: Config, source: str) -> list[Row]:
-        """Read the rows of one answer or text each."""
-        return read_rows(source, config.data.renamed())
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Read and encode rows of one answer or text each."""
+        return read_data(config, tokenizer)
 
-    def rows(self, items: Sequence[Row]) -> list[Row]:
-        """The items, which are rows."""
-        return list(items)
-
-    def encode(self, items: Sequence[Row], tokenizer: Any, **settings: Any) -> Encoded:
-        """Encode the rows."""
-        return encode(items, tokenizer, **settings)
+    def losses(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+        """The loss in chunks, and with smoothed labels, if so configured."""
+        return loss_of(job, show)
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Trainer:
         """transformers' Trainer."""
