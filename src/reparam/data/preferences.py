@@ -23,6 +23,7 @@ from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import objects
 from reparam.data.formats.preference import PAIR, read_judged, read_pair
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -141,6 +142,6 @@ def encode_answers(preferences: Sequence[Preference], tokenizer: PreTrainedToken
     return Answers(corpus, np.flatnonzero(complete), torch.from_numpy(good[complete]), paired)
 
 
-def flat(examples: Encoded | Preferences) -> Encoded:
+def flat(examples: Encoded | Preferences | Prompts) -> Encoded:
     """The encoded texts, one after another: of preferences, those of all answers."""
-    return examples.encoded if isinstance(examples, Preferences) else examples
+    return examples if isinstance(examples, Encoded) else examples.encoded

@@ -21,6 +21,7 @@ from reparam.data.encode import encode_all
 from reparam.data.files import files_of
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
@@ -39,8 +40,8 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
     """The first held-out rows: `data.score_rows`, and at least 1,000; none of preferences."""
     method: Method

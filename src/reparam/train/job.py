@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
@@ -26,8 +27,8 @@ class Job:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
 
