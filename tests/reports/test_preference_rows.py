@@ -12,7 +12,7 @@ from command import reparam
 from transformers import AutoTokenizer
 
 from reparam.data.formats.preference import read_judged, read_pair
-from reparam.data.preferences import encode_answers, read_answers, read_pairs
+from reparam.data.preferences import encode_preferences, read_answers, read_pairs
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -73,7 +73,7 @@ def test_only_the_answers_that_differ_carry_loss(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "assets" / "tiny-python")
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"chosen": [*LONG, ASK, YES], "rejected": [*LONG, ASK, NO]}) + "\n")
-    found = encode_answers(read_pairs(file), tokenizer, max_length=200).preferences()
+    found = encode_preferences(read_pairs(file), tokenizer, max_length=200)
     assert (len(found), found.paired, found.good.tolist()) == (1, True, [True, False])
     assert found.sources == [f"{file}:1"]
     for index, answer in enumerate(("4", "5")):

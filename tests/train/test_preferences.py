@@ -329,3 +329,12 @@ def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
     for own, alone in zip(history(two), history(one), strict=True):
         for key in ("loss", "rewards/margins", "rewards/accuracies"):
             assert own[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-5), (key, own["step"])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_rows_are_held_out(base: str, tmp_path: Path, objective: str) -> None:
+    """Without data.valid, a share of the rows, which the seed chooses."""
+    more = {"data.valid": None, "data.holdout": 0.3}
+    job = prepare(config(base, tmp_path / "out", objective, **more))
+    kept, out = set(job.train.sources), set(job.valid.sources)
+    assert (len(kept), len(out), kept & out) == (10, 4, set())

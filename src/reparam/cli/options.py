@@ -122,7 +122,7 @@ AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")
 ]
 TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML or YAML file; options override it.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
 Overwrite = Annotated[
     bool,

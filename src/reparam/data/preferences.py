@@ -14,16 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reparam.data.batches import Encoded, Report
-from reparam.data.corpus import Corpus
-from reparam.data.encode import encode_all
+from reparam.data.encode import encode
 from reparam.data.files import objects
 from reparam.data.formats.preference import PAIR, read_judged, read_pair
-from reparam.data.prompts import Prompts
+from reparam.data.prompts import Prompts, check_vocabulary
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -66,6 +64,10 @@ class Preferences:
         """Counts of the data set; its rows are the preferences."""
         return dataclasses.replace(self.encoded.report, rows=len(self))
 
+    def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError, with the first answer of each, for token ids of at least `size`."""
+        check_vocabulary(self.encoded, size, tokenizer)
+
     def digest(self) -> str:
         """SHA-256 of all answers and of which of them are good."""
         return hashlib.sha256(self.encoded.digest().encode() + self.good.numpy().tobytes()).hexdigest()
@@ -104,42 +106,27 @@ def _read(source: str | Path, read: Callable[[Mapping[str, Any], str], list[Pref
     return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answers:
-    """All answers of preferences, encoded, before it is known which tasks there are."""
+def encode_preferences(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> Preferences:
+    """Encode preferences that are all pairs, or all single answers. `settings` are those of `data.encode.encode`.
 
-    corpus: Corpus
-    chosen: np.ndarray
-    """The numbers of the answers of all preferences that are complete, ascending."""
-    good: Tensor
-    """Whether these answers are good, [E] bool."""
-    paired: bool
-
-    def preferences(self, tasks: Sequence[str] = ()) -> Preferences:
-        """The complete preferences. Raises DataError if there are none, and for answers without a known task."""
-        return Preferences(self.corpus.part(self.chosen, tasks=tasks), self.good, self.paired)
-
-
-def encode_answers(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Answers:
-    """Encode the answers of preferences that are all pairs, or all single. `settings` are those of `encode_all`.
-
-    A pair is left out if one of its answers is. Raises DataError, with all problems, as `encode_all` does, and for an
-    answer that the chat template splits.
+    Raises DataError, with all problems, as `encode` does, and for an answer that the chat template would split.
     """
     rows = [row for preference in preferences for row in preference.answers]
-    corpus = encode_all(rows, tokenizer, **settings)
-    counts = np.bincount(corpus.arrays["row"].numpy(), minlength=len(rows))  # examples of each answer
-    if (counts > 1).any():
+    encoded = encode(rows, tokenizer, **settings)
+    expected = [row.source for row in rows]
+    if list(encoded.sources) != expected:
+        split = next(source for i, source in enumerate(encoded.sources) if source != expected[i % len(expected)])
         raise DataError(
             [
-                f"{rows[int(counts.argmax())].source}: the chat template writes each answer of this chat in another "
-                "way, so the answers cannot be compared in one text; move all but the last into the prompt"
+                f"{split}: the chat template writes each answer of this chat in another way, so the answers cannot be "
+                "compared in one text; move all answers but the last into the prompt"
             ]
         )
     paired = any(len(preference.answers) == 2 for preference in preferences)
-    good = np.array([not i if paired else each.good for each in preferences for i in range(len(each.answers))])
-    complete = counts.reshape(-1, 2 if paired else 1).all(axis=1).repeat(2 if paired else 1)
-    return Answers(corpus, np.flatnonzero(complete), torch.from_numpy(good[complete]), paired)
+    good = [not index if paired else each.good for each in preferences for index in range(len(each.answers))]
+    return Preferences(encoded, torch.tensor(good), paired)
 
 
 def flat(examples: Encoded | Preferences | Prompts) -> Encoded:

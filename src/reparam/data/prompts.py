@@ -19,6 +19,7 @@ import torch
 from reparam.data.batches import Encoded, Report
 from reparam.data.chat import ChatTemplate
 from reparam.data.files import objects
+from reparam.data.findings import beyond_vocabulary
 from reparam.data.formats import read_row, renamed
 from reparam.data.formats.format import check_strings, read_json
 from reparam.data.messages import checked_messages
@@ -61,10 +62,26 @@ class Prompts:
         """Counts of the prompts."""
         return self.encoded.report
 
+    def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError, with the first prompt of each, for token ids of at least `size`."""
+        check_vocabulary(self.encoded, size, tokenizer)
+
     def digest(self) -> str:
         """SHA-256 of all prompts and of the other keys of their rows."""
         columns = json.dumps([dict(each.columns) for each in self.asked], sort_keys=True, default=str)
         return hashlib.sha256(f"{self.encoded.digest()} {columns}".encode()).hexdigest()
+
+
+def check_vocabulary(encoded: Encoded, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError, with the first example of each, for token ids of at least `size`."""
+    found: dict[int, tuple[str, int]] = {}
+    for index, source in enumerate(encoded.sources):
+        ids = encoded[index]["input_ids"]
+        for token in ids[ids >= size].unique().tolist():
+            first, count = found.get(token, (source, 0))
+            found[token] = (first, count + 1)
+    if found:
+        raise DataError(beyond_vocabulary(found, size, tokenizer))
 
 
 def read_prompts(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Asked]:

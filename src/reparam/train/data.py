@@ -43,15 +43,15 @@ class Data(NamedTuple):
     train: Encoded | Preferences | Prompts
     valid: Encoded | Preferences | Prompts
     held_out: list[Row]
-    """The first held-out rows: `data.score_rows`, and at least 1,000; none of preferences."""
+    """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    corpora: tuple[Corpus, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
-        for corpus in self.corpora:
-            corpus.check_vocabulary(size, tokenizer)
+        for rows in self.checked:
+            rows.check_vocabulary(size, tokenizer)
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -65,7 +65,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     other = None
     if data.valid is not None:
         other = _corpus(data, data.sources("valid"), tokenizer, with_tasks=with_tasks)
-    rows, held = _split(config, corpus) if other is None else (np.arange(len(corpus)), np.arange(len(other)))
+    rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
+    if other is None:
+        out = held_out(config, len(corpus))
+        rows, held = np.flatnonzero(~out), np.flatnonzero(out)
     ends = np.cumsum(corpus.counts)[:-1]
     parts = np.split(rows, np.searchsorted(rows, ends))
     full = corpus.with_examples()
@@ -135,13 +138,8 @@ def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
     return place if large and os.access(existing, os.W_OK) else None
 
 
-def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the training rows and of the held-out rows."""
-    return held_out(config, len(corpus))
-
-
-def held_out(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the training rows and of the held-out rows, of this many. Raises ConfigError for too few."""
+def held_out(config: Config, total: int) -> np.ndarray:
+    """Which of so many rows are held out, [total] bool. Raises ConfigError if there are too few."""
     share = config.data.holdout
     if not 0 < share < 1:
         raise ConfigError(f"data.holdout: {share} is not between 0 and 1; change it, or set data.valid")
@@ -153,7 +151,14 @@ def held_out(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
         )
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

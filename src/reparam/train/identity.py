@@ -23,6 +23,7 @@ from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
+from reparam.train.loggers import EVENTS
 from reparam.train.reward import code_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ FREE = {
         "run.eval_every",
         "run.log_every",
         "run.loggers",
+        "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", "prefer.reward", *PATHS),
@@ -53,7 +55,7 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found[STEPS] = config.run.steps(len(job.train), processes.count())
+    found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = content_of(job.tokenizer)
@@ -161,7 +163,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 

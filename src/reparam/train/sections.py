@@ -70,6 +70,8 @@ class DataConfig:
     are truncated and texts split."""
     bad_rows: BadRows = "error"
     """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
+    packing: bool = False
+    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     cache: str = "auto"
@@ -250,7 +252,9 @@ class RunConfig:
     log_every: int = 10
     """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
-    """Loggers of transformers, such as tensorboard, separated by commas."""
+    """Loggers of transformers, separated by commas: tensorboard, wandb, mlflow, trackio and others."""
+    name: str | None = None
+    """Name of the run in the loggers. By default, that of the output folder."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     fresh: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +19,9 @@ from reparam.data.preferences import flat
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
+from reparam.train import processes
 from reparam.train.checkpoint import step_of
+from reparam.train.config import dump
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from reparam.evaluation.score import Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
+    from reparam.train.config import Config
     from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
 
@@ -56,6 +60,8 @@ class Show:
         say(self.console, f"training rows   {job.train.report}")
         for line in job.train.report.lines:
             say(self.console, f"                {line}")
+        if job.packed is not None:
+            say(self.console, f"packed          {job.packed}")
         say(self.console, f"held-out rows   {job.valid.report}")
         for line in job.valid.report.lines:
             say(self.console, f"                {line}")
@@ -107,6 +113,23 @@ class Show:
             say(self.console, f"resuming from {found.path}")
             for line in _remaining(step_of(found.path), steps, before, schedule):
                 say(self.console, line)
+
+    def plan(self, config: Config, steps: int, found: Found) -> None:
+        """Print the resolved configuration, the steps and the files of a run that `--dry-run` describes."""
+        run, tenth = config.run, max(1, steps // 10)
+        say(self.console, "resolved configuration")
+        say(self.console, "\n".join(f"    {line}".rstrip() for line in dump(config).splitlines()))
+        rows = run.batch_size * run.accumulation * processes.count()
+        say(
+            self.console,
+            f"{counted(steps, 'step')} of {counted(rows, 'row')}, with an evaluation every {run.eval_every or tenth} "
+            f"and a checkpoint every {run.save_every or tenth} steps",
+        )
+        self.found(found, steps=steps, before=steps, schedule=config.optim.schedule)
+        folder = Path(run.output)
+        names = ("adapter", "config.toml", "run.json", "figures.json", "loss.png", "checkpoint-N")
+        say(self.console, f"files           {folder}/{{{', '.join(names)}}}")
+        say(self.console, f"dry run: nothing was trained, and nothing was written to {folder}")
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""

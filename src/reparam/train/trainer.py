@@ -38,7 +38,7 @@ from reparam.io.staged import staged_folder
 from reparam.train import processes
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
-from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
+from reparam.train.order import ByEpoch, Filled, WithEmpty, begin_epoch, row_order, unsupported
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
@@ -342,8 +342,7 @@ class Resumable(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Overridden because transformers would drop `row`, which the model's forward does not take, before collating.
         super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if "row" not in columns:
+        if "row" not in (columns := cast(list[str], self._signature_columns)):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -373,6 +372,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         self.trainer._saved_step = state.global_step
         self.trainer._restore_progress()
+        begin_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score, complete
 from reparam.train import processes
 from reparam.train.config import Config
-from reparam.train.data import Data, held_out
+from reparam.train.data import Data, divided
 from reparam.train.job import Job
 from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import Reference, before_training
@@ -49,24 +49,31 @@ class GRPO(Objective):
             )
         if processes.count() > 1:
             raise ConfigError("run.objective: grpo runs in one process here: call it without torchrun")
-        for key, default in (("weights", ()), ("max_rows", ()), ("bad_rows", "error")):
-            if getattr(data, key) != default:
-                raise ConfigError(f"data.{key}: not supported for grpo; leave it out")
+        unread = {
+            "data.weights": bool(data.weights),
+            "data.max_rows": bool(data.max_rows),
+            "data.packing": data.packing,
+            "data.bad_rows": data.bad_rows != "error",
+            "data.too_long": data.too_long not in ("auto", "error"),
+            "data.loss_on": data.loss_on != "answers",
+            "optim.label_smoothing": config.optim.label_smoothing > 0,
+        }
+        if wrong := [key for key, given in unread.items() if given]:
+            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
 
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Read and encode the prompts."""
         data = config.data
         train = [each for source in data.sources() for each in read_prompts(source, data.renamed())]
         if data.valid is None:
-            kept, held = held_out(config, len(train))
-            train, valid = [train[i] for i in kept], [train[i] for i in held]
+            train, valid = divided(config, train)
         else:
             valid = [each for source in data.sources("valid") for each in read_prompts(source, data.renamed())]
         parts = [
             encode_prompts(part, tokenizer, samples=config.prefer.samples, max_length=data.max_length)
             for part in (train, valid)
         ]
-        return Data(parts[0], parts[1], [], config.method, ())
+        return Data(parts[0], parts[1], [], config.method, tuple(parts))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""

@@ -34,7 +34,7 @@ from reparam.train.trainer import Resumable
 
 
 class KTO(Preferring):
-    """The objective kto."""
+    """The objective kto. An item is a single answer."""
 
     name = "kto"
     reads = ("optim.beta", "prefer.desirable_weight", "prefer.undesirable_weight")
@@ -55,9 +55,9 @@ class KTO(Preferring):
             raise DataError([f"{source}: all {len(found):,} answers are {kind}; kto needs both good and bad ones"])
         return found
 
-    def ordered(self, found: list[Preference], seed: int) -> list[Preference]:
-        """The answers in a random order, which stays the same in all epochs."""
-        return random.Random(seed).sample(found, len(found))
+    def ordered(self, items: list[Preference], seed: int) -> list[Preference]:
+        """The items in a random order, which stays the same in all epochs."""
+        return random.Random(seed).sample(items, len(items))
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Resumable:
         """TRL's KTOTrainer."""

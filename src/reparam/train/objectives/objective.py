@@ -23,7 +23,7 @@ class Objective(abc.ABC):
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
-    """The keys that change something, of those that not all objectives use."""
+    """The keys of the configuration for preferences that change something."""
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective does not use or cannot use."""
@@ -31,7 +31,6 @@ class Objective(abc.ABC):
             f"prefer.{f.name}": getattr(config.prefer, f.name) != f.default for f in dataclasses.fields(PreferConfig)
         }
         given["optim.beta"] = config.optim.beta is not None
-        given["optim.label_smoothing"] = config.optim.label_smoothing != 0
         if idle := [key for key, changed in given.items() if changed and key not in self.reads]:
             raise ConfigError(
                 f"{idle[0]}: the objective {self.name} does not use it; leave it out, or choose another run.objective"
@@ -39,9 +38,9 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def data(self, config: Config, tokenizer: Any) -> Data:
-        """Read and encode the rows. Raises DataError for rows, and ConfigError for settings."""
+        """Read and encode all rows. Raises DataError for rows, and ConfigError for settings, that cannot be used."""
 
-    def losses(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+    def loss(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
         """A context for training, in which the model computes its loss as configured."""
         return contextlib.nullcontext()
 

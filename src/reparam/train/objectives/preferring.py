@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from reparam.adapter.selection import select
-from reparam.data.preferences import Preference, Preferences, encode_answers, read_pairs
+from reparam.data.preferences import Preference, Preferences, encode_preferences, read_pairs
+from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.evaluation.preferences import log_probabilities, score_rewards
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
-from reparam.train.data import Data, held_out
+from reparam.train.data import Data, divided
 from reparam.train.job import Job
 from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
@@ -27,7 +28,7 @@ def beta_of(config: Config) -> float:
 
 
 class Preferring(Objective):
-    """An objective for preferences, which are pairs unless `read` says otherwise."""
+    """An objective for preferences."""
 
     reads: ClassVar[tuple[str, ...]] = ("optim.beta",)
     compared = True
@@ -36,43 +37,51 @@ class Preferring(Objective):
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective cannot use."""
         super().check(config)
-        data = config.data
-        if data.loss_on == "all":
+        unread = {
+            "data.weights": bool(config.data.weights),
+            "data.max_rows": bool(config.data.max_rows),
+            "data.packing": config.data.packing,
+            "data.bad_rows": config.data.bad_rows != "error",
+            "data.too_long": config.data.too_long in ("drop", "split"),
+            "optim.label_smoothing": config.optim.label_smoothing > 0,
+        }
+        if wrong := [key for key, given in unread.items() if given]:
+            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
+        if config.data.loss_on == "all":
             raise ConfigError(
                 f"data.loss_on: {self.name} compares answers; leave it out, or set it to last for the last answer alone"
             )
-        if data.too_long == "split":
-            raise ConfigError(f"data.too_long: {self.name} compares whole answers; set it to error, drop or truncate")
-        for key, default in (("weights", ()), ("max_rows", ()), ("bad_rows", "error")):
-            if getattr(data, key) != default:
-                raise ConfigError(f"data.{key}: not supported for preferences; leave it out")
 
     def read(self, config: Config, source: str) -> list[Preference]:
-        """Read pairs of a chosen and a rejected answer."""
+        """Read pairs of a chosen and a rejected answer. Raises DataError for rows of another form."""
         return read_pairs(source, config.data.renamed())
 
-    def ordered(self, found: list[Preference], seed: int) -> list[Preference]:
-        """The preferences in the order in which they are encoded."""
-        return found
+    def ordered(self, items: list[Preference], seed: int) -> list[Preference]:
+        """The items in the order in which they are encoded."""
+        return items
 
     def data(self, config: Config, tokenizer: Any) -> Data:
-        """Read and encode the preferences."""
+        """Preferences, and those that are held out."""
         data, seed = config.data, config.run.seed
-        train = [each for source in data.sources() for each in self.read(config, source)]
+        items = [item for source in data.sources() for item in self.read(config, source)]
         if data.valid is None:
-            kept, held = held_out(config, len(train))
-            train, valid = [train[i] for i in kept], [train[i] for i in held]
+            parts = divided(config, items)
         else:
-            valid = [each for source in data.sources("valid") for each in self.read(config, source)]
-        settings = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
-        with_tasks = config.method.known_tasks is not None
-        corpora = [
-            encode_answers(self.ordered(part, seed), tokenizer, with_tasks=with_tasks, **settings)
+            parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
+        train, valid = (self.ordered(part, seed) for part in parts)
+        method, tasks = by_task(config.method, lambda: task_names([row for item in train for row in item.answers]))
+        encoded, others = (
+            encode_preferences(
+                part,
+                tokenizer,
+                max_length=data.max_length,
+                loss_on=data.loss_on,
+                too_long=data.too_long,
+                tasks=tasks,
+            )
             for part in (train, valid)
-        ]
-        method, tasks = by_task(config.method, lambda: corpora[0].corpus.task_names())
-        parts = [answers.preferences(tasks) for answers in corpora]
-        return Data(parts[0], parts[1], [], method, tuple(answers.corpus for answers in corpora))
+        )
+        return Data(encoded, others, [], method, (encoded, others))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""
