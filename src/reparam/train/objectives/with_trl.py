@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-for _name in ("gradient_checkpointing", "is_gradient_checkpointing"):  # TRL uses the old names
-    warnings.filterwarnings("ignore", message=f"`{_name}` is deprecated")
+# TRL uses names that transformers has replaced.
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated")
 OLDER = "_stored_metrics"  # where the experimental trainers keep their metrics
 # Settings of TRL's arguments that are fixed: rows come encoded, and dropout is turned off by `without_dropout`.
 ARGUMENTS = {"max_length": None, "disable_dropout": False, "gradient_checkpointing": False}
