@@ -67,7 +67,10 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
-        say(self.console, preview(flat(job.train), job.tokenizer, rows=3 * len(flat(job.train)) // len(job.train)))
+        say(
+            self.console,
+            preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),
+        )
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""

@@ -343,8 +343,7 @@ class Resumable(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Overridden because transformers would drop `row`, which the model's forward does not take, before collating.
         super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if "row" not in columns:
+        if "row" not in (columns := cast(list[str], self._signature_columns)):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
