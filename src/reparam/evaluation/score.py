@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.context import context, tasks_of, told
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
@@ -102,7 +103,7 @@ def token_losses(
     training = model.training
     model.eval()
     row_losses = RowLosses(model)
-    for start in range(0, len(by_length), batch):
+    for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
         inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
@@ -189,7 +190,8 @@ def complete(
     found = [""] * len(prompts)
     training = model.training
     model.eval()
-    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
+    chunks = list(_batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)))
+    for chosen in tracked(chunks, "generating answers", unit="batches"):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)

@@ -19,6 +19,7 @@ from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import files_of
+from reparam.data.files.about import rows_about
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
@@ -103,7 +104,8 @@ def _corpus(
 
     def make(folder: Path | None) -> Corpus:
         reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-        corpus = encode_all(reading, tokenizer, **settings, folder=folder)
+        about = None if None in found or most else rows_about(files)
+        corpus = encode_all(reading, tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
