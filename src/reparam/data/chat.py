@@ -24,12 +24,17 @@ LossOn = Literal["answers", "last", "all"]
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A regular expression for the tokenizer's special tokens; longer tokens match first."""
+    return _any_of(special_names(tokenizer))
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The special tokens, but for those that are white space, as some added tokens are."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return _any_of(added | set(tokenizer.all_special_tokens))
+    return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    """A regular expression for the tokens that are not white space, as some added tokens are."""
+    """A regular expression for the tokens that are not white space."""
     names = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
 
