@@ -49,13 +49,14 @@ class Located(Protocol):
     def before(self, position: int) -> tuple[int, bool]:
         """Number of tokens that begin before a character, and whether the last of them ends behind its start."""
 
-    def end(self, token: int) -> int:
-        """The character behind a token."""
+    def text_bytes(self, first: int, end: int) -> int:
+        """UTF-8 bytes of the text of the tokens first ... end - 1."""
 
 
 class ByOffsets(NamedTuple):
     """Tokens with the character range of each."""
 
+    text: str
     ids: np.ndarray
     offsets: Sequence[tuple[int, int]]
 
@@ -64,9 +65,10 @@ class ByOffsets(NamedTuple):
         count = bisect_left(self.offsets, position, key=lambda pair: pair[0])
         return count, count > 0 and self.offsets[count - 1][1] > position
 
-    def end(self, token: int) -> int:
-        """As `Located.end`."""
-        return self.offsets[token][1]
+    def text_bytes(self, first: int, end: int) -> int:
+        """As `Located.text_bytes`."""
+        start = self.offsets[first - 1][1] if first else 0
+        return len(self.text[start : self.offsets[end - 1][1]].encode()) if first < end else 0
 
 
 class _Part(NamedTuple):
@@ -82,7 +84,8 @@ class ByPieces:
 
     def __init__(self, pieces: Pieces, text: str, parts: Sequence[_Part], ids: np.ndarray) -> None:
         self._pieces, self._text, self._parts, self.ids = pieces, text, parts, ids
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._ends: dict[int, np.ndarray] = {}  # the character behind each piece of a part
+        self._whole: Located | None = None
 
     def before(self, position: int) -> tuple[int, bool]:
         """As `Located.before`."""
@@ -95,17 +98,18 @@ class ByPieces:
             return part.first + 1, end > position
         if position == end and not self._text[end - 1].isspace():
             return following, False
-        piece, start, first = self._piece(number, position, by_token=False)
+        piece, start, first = self._piece(number, position)
         count, inside = self._pieces.located(piece).before(position - start)
         return first + count, inside
 
-    def end(self, token: int) -> int:
-        """As `Located.end`."""
-        number = bisect_left(self._parts, token + 1, key=lambda part: part.first) - 1
-        if self._parts[number].words is None:
-            return self._behind(number)[0]
-        piece, start, first = self._piece(number, token + 1, by_token=True)
-        return start + self._pieces.located(piece).end(token - first)
+    def text_bytes(self, first: int, end: int) -> int:
+        """As `Located.text_bytes`."""
+        sizes = self._pieces.sizes
+        if sizes is not None:
+            return int(sizes[self.ids[first:end]].sum())
+        if self._whole is None:
+            (self._whole,) = self._pieces.with_offsets([self._text])
+        return self._whole.text_bytes(first, end)
 
     def _behind(self, number: int) -> tuple[int, int]:
         """The character and the token behind a part."""
@@ -113,24 +117,21 @@ class ByPieces:
             return self._parts[number + 1].start, self._parts[number + 1].first
         return len(self._text), len(self.ids)
 
-    def _piece(self, number: int, place: int, *, by_token: bool) -> tuple[str, int, int]:
-        """The piece of a part that ends at or behind a character or token: its text, first character, first token."""
+    def _piece(self, number: int, position: int) -> tuple[str, int, int]:
+        """The piece of a part that ends at or behind a character: its text, its first character, its first token."""
         part, (end, following) = self._parts[number], self._behind(number)
         words = part.words or []
-        head, last = words[0], words[-1] if len(words) == 1 else f" {words[-1]}"
-        if place <= (part.first + self._pieces.count(head) if by_token else part.start + len(head)):
-            return head, part.start, part.first
-        before_last = (end - len(last), following - self._pieces.count(last))
-        if place > before_last[by_token]:
-            return last, *before_last
-        if number not in self._tables:
+        if position <= part.start + len(words[0]):
+            return words[0], part.start, part.first
+        last = f" {words[-1]}"
+        if position > end - len(last):
+            return last, end - len(last), following - self._pieces.count(last)
+        if number not in self._ends:
             sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1
-            counts = self._pieces.counts(words[1:])
-            counts = np.concatenate([[self._pieces.count(head)], counts])
-            self._tables[number] = part.start - 1 + np.cumsum(sizes), part.first + np.cumsum(counts)
-        ends = self._tables[number]
-        at = int(np.searchsorted(ends[by_token], place))
-        return f" {words[at]}", int(ends[0][at - 1]), int(ends[1][at - 1])
+            self._ends[number] = part.start - 1 + np.cumsum(sizes)
+        at = int(np.searchsorted(self._ends[number], position))
+        first = part.first + self._pieces.count(words[0]) + sum(self._pieces.count(f" {w}") for w in words[1:at])
+        return f" {words[at]}", int(self._ends[number][at - 1]), first
 
 
 class Pieces:
@@ -146,6 +147,13 @@ class Pieces:
         self._first: dict[str, bytes] = {}  # pieces -> their token ids
         self._later: dict[str, bytes] = {}  # pieces without the space that they begin with -> their token ids
         self._located: dict[str, ByOffsets] = {}
+        self.sizes = None if tokenizer.backend_tokenizer.normalizer is not None else self._sizes()
+        """Number of bytes of each token, [V]; None if the tokens are those of a normalized text."""
+
+    def _sizes(self) -> np.ndarray:
+        """Each character of a token of the vocabulary stands for one byte; added tokens are written as they are."""
+        names = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
+        return np.array([len(name.encode() if name in self._added else name) for name in names], dtype=np.int64)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
@@ -224,22 +232,18 @@ class Pieces:
         known = self._later.get(piece[1:]) if piece.startswith(" ") else self._first.get(piece)
         return len(known if known is not None else self._encoded([piece])[piece]) // 4
 
-    def counts(self, words: list[str]) -> np.ndarray:
-        """Number of tokens of pieces, which are given without the space that they begin with."""
-        try:
-            sizes = map(len, map(self._later.__getitem__, words))
-            return np.fromiter(sizes, dtype=np.int64, count=len(words)) // 4
-        except KeyError:
-            return np.array([self.count(f" {word}") for word in words], dtype=np.int64)
-
     def located(self, piece: str) -> ByOffsets:
         """A piece with the character range of each token."""
         if piece not in self._located:
             if len(self._located) >= KNOWN // 8:
                 self._located.clear()
             found = self._plain().encode(piece, add_special_tokens=False)
-            self._located[piece] = ByOffsets(np.array(found.ids, dtype=np.int32), found.offsets)
+            self._located[piece] = ByOffsets(piece, np.array(found.ids, dtype=np.int32), found.offsets)
         return self._located[piece]
+
+    def with_offsets(self, texts: Sequence[str]) -> Sequence[Located]:
+        """The tokens of each text, found by the tokenizer."""
+        return with_offsets(self._tokenizer, texts)
 
     def _plain(self) -> Any:
         """The tokenizer of the library tokenizers, without truncation and padding, which other calls may have set."""
@@ -262,8 +266,8 @@ def with_offsets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Se
         return_offsets_mapping=True,
         verbose=False,  # do not warn of rows longer than the model's limit; they are truncated or split later
     )
-    pairs = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-    return [ByOffsets(np.array(ids, dtype=np.int32), offsets) for ids, offsets in pairs]
+    found = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+    return [ByOffsets(text, np.array(ids, dtype=np.int32), offsets) for text, ids, offsets in found]
 
 
 def _words(text: str) -> list[str]:

@@ -26,21 +26,16 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-    """The content of a text row."""
+    """The tokens of the content of a text row."""
 
-    content: str
     tokens: Located
     before: int
     """Number of tokens that were added before those of the content."""
 
-    def between(self, start: int, end: int) -> str:
-        """The text of the tokens in this range, but for the first one."""
-        return self.content[self._end(start) : self._end(end - 1)]
-
-    def _end(self, token: int) -> int:
-        """The character of the content behind a token."""
-        number, last = token - self.before, len(self.tokens.ids) - 1
-        return self.tokens.end(min(number, last)) if number >= 0 and last >= 0 else 0
+    def text_bytes(self, start: int, end: int) -> int:
+        """UTF-8 bytes of the content that the tokens in this range, but for the first one, represent."""
+        first, last = max(start + 1 - self.before, 0), min(end - self.before, len(self.tokens.ids))
+        return self.tokens.text_bytes(first, last)
 
 
 class Tokens(NamedTuple):
@@ -51,7 +46,7 @@ class Tokens(NamedTuple):
     spans: list[Span]
     """Token ranges [start, end) that carry loss, ascending."""
     text: Text | None = None
-    """The content of a text row."""
+    """For a text row: the tokens of its content."""
 
 
 class Tokenizer:
@@ -136,7 +131,7 @@ class Tokenizer:
             self._look_at(row, row.text)
             before = self._before(text.ids)
             ids = _joined(before, text.ids, self._after(row, text.ids))
-            yield i, Tokens(ids, [(0, len(ids))], Text(row.text, text, len(before)))
+            yield i, Tokens(ids, [(0, len(ids))], Text(text, len(before)))
 
     # --- details ---
 
