@@ -97,12 +97,20 @@ class Tokenizer:
     def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         assert self._template is not None
         chats: list[tuple[int, Rendered]] = []
+        plain = [i for i, row in enumerate(rows) if not row.variables]
+        try:
+            found = self._template.render_plain([rows[i].messages for i in plain], loss_on=self._loss_on)
+        except DataError as error:
+            raise DataError([f"{rows[plain[0]].source}: {error}"]) from error
+        done = {plain[number]: rendered for number, rendered in found.items()}
         for i, row in enumerate(rows):
             self._look_at(row, *(message["content"] for message in row.messages))
             if any(_is_empty(message) for message in row.messages):
                 self._findings.warn(row, "an answer is empty, so only its end token is learned")
             try:
-                rendered = self._template.render(row.messages, loss_on=self._loss_on, variables=row.variables)
+                rendered = done.get(i) or self._template.render(
+                    row.messages, loss_on=self._loss_on, variables=row.variables
+                )
             except DataError as error:
                 raise DataError([f"{row.source}: {error}"]) from error
             except ValueError as error:
