@@ -246,7 +246,9 @@ def test_what_changes_the_adapter_and_has_no_counterpart_is_refused(
 @pytest.mark.parametrize(
     ("tool", "keys", "sentence"),
     [
-        ("LLaMA-Factory", {"stage": "dpo"}, "stage: 'dpo': expected sft"),
+        ("LLaMA-Factory", {"stage": "rm"}, "stage: 'rm': expected sft or dpo or kto; reward models"),
+        ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "simpo"}, "pref_loss: simpo: expected orpo, sigmoid"),
+        ("LLaMA-Factory", {"stage": "dpo", "pref_ftx": 0.1}, "pref_ftx: a supervised loss beside"),
         ("LLaMA-Factory", {"use_galore": True}, "use_galore: it is another method"),
         ("LLaMA-Factory", {"finetuning_type": "freeze"}, "expected lora or full"),
         ("LLaMA-Factory", {"mix_strategy": "interleave_over"}, "set interleave_probs, too"),
@@ -257,7 +259,9 @@ def test_what_changes_the_adapter_and_has_no_counterpart_is_refused(
         ),
         ("LLaMA-Factory", {"lora_rank": "many"}, "a value has another form"),
         ("LLaMA-Factory", {"quantization_bit": 3}, "expected 4 or 8"),
-        ("Axolotl", {"rl": "dpo"}, "rl: "),
+        ("Axolotl", {"rl": "grpo"}, "rl: 'grpo': expected dpo or orpo or kto or ipo"),
+        ("Axolotl", {"prefer.reward": "a.py:f"}, "it names code to run"),
+        ("TRL", {"reward": "a.py:f"}, "it names code to run"),
         ("Axolotl", {"adapter": "oft"}, "adapter: oft: expected lora or qlora"),
         ("Axolotl", {"datasets": [{"path": "a", "type": {"field_instruction": "q"}}]}, "a prompt of its own"),
         ("Axolotl", {"datasets": [{"path": "a", "shards": 3}]}, "datasets.shards"),
@@ -361,3 +365,21 @@ def test_options_override_the_file_and_the_notes_are_printed(
     assert not (tmp_path / "out").exists()
     assert reparam("train", "--from", file, "--config", file) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "keys", "settings"),
+    [
+        ("LLaMA-Factory", {"stage": "dpo", "pref_beta": 0.3}, {"run.objective": "dpo", "optim.beta": 0.3}),
+        ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "orpo"}, {"run.objective": "orpo"}),
+        ("LLaMA-Factory", {"stage": "dpo", "pref_loss": "ipo"}, {"prefer.loss_type": "ipo"}),
+        ("LLaMA-Factory", {"stage": "kto", "kto_rejected_weight": 2}, {"prefer.undesirable_weight": 2}),
+        ("Axolotl", {"rl": "ipo", "dpo_beta": 0.2}, {"run.objective": "dpo", "prefer.loss_type": "ipo"}),
+        ("Axolotl", {"rl": "orpo", "orpo_alpha": 0.2}, {"run.objective": "orpo", "optim.beta": 0.2}),
+    ],
+)
+def test_preference_tuning(tool: str, keys: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    _, config = read(yaml.safe_dump({**MINIMAL[tool], **keys}), tmp_path)
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) == value

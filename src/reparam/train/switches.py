@@ -31,7 +31,11 @@ SWITCHES: dict[str, _Choices] = {
     "completion_only_loss": {"true": {"data.loss_on": "answers"}, "false": {"data.loss_on": "all"}},
     "resume_from_checkpoint": {"true": {"run.resume": True}, "false": {"run.resume": False}},
     "do_train": {"true": {}},
-    "stage": {"sft": {}},
+    "stage": {"sft": {}, "dpo": {"run.objective": "dpo"}, "kto": {"run.objective": "kto"}},
+    "rl": {
+        **{name: {"run.objective": name} for name in ("dpo", "orpo", "kto")},
+        "ipo": {"run.objective": "dpo", "prefer.loss_type": "ipo"},
+    },
 }
 """By name, the settings that each value stands for, by dotted key."""
 
@@ -43,7 +47,8 @@ _WHY = {
     "resume_from_checkpoint": "a run goes on from the newest complete checkpoint in its output folder; give "
     "that folder as run.output",
     "do_train": "to score a model without training, use `reparam eval`",
-    "stage": "reparam trains on given answers (supervised fine-tuning); preferences and rewards have no counterpart",
+    "stage": "reward models, PPO and pre-training have no counterpart; rewards from a function are --objective grpo",
+    "rl": "for rewards from a function, use --objective grpo with --reward FILE.py:function",
 }
 
 

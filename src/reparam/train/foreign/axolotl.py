@@ -144,7 +144,12 @@ AXOLOTL = Tool(
         *("pad_to_sequence_len", "train_on_inputs", "lr_scheduler", "optimizer", "special_tokens", "wandb_project"),
     ),
     special=_special,
-    renamed={"peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "sample_packing": "packing"},
+    renamed={
+        **{"peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora", "sample_packing": "packing"},
+        **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha"), "optim.beta"),
+        "kto_desirable_weight": "prefer.desirable_weight",
+        "kto_undesirable_weight": "prefer.undesirable_weight",
+    },
     notes={
         **ARGUMENT_NOTES,
         "chat_template": "the tokenizer's own chat template is used; the preview before training shows it",
@@ -173,7 +178,7 @@ AXOLOTL = Tool(
     },
     refused={
         **ARGUMENT_REFUSED,
-        **each(_OTHER, "rl reward_model process_reward_model relora_steps relora unfrozen_parameters"),
+        **each(_OTHER, "reward_model process_reward_model relora_steps relora unfrozen_parameters"),
         **each(_OTHER, "s2_attention sequence_parallel_degree context_parallel_size pretraining_dataset"),
         **each(_OTHER, "lora_layers_to_transform lora_layers_pattern lora_target_parameters lr_groups"),
         **each("the schedules have no floor", "cosine_min_lr_ratio cosine_constant_lr_ratio loraplus_lr_groups"),

@@ -51,7 +51,9 @@ def convert(file: Path, names: Mapping[str, str]) -> Converted:
     for key, value in list(given.values.items()):
         name = tool.renamed.get(key, key)
         setting = name if "." in name else names.get(name)
-        if name in SWITCHES:
+        if setting == "prefer.reward":
+            given.refuse(key, "it names code to run, so it is taken from the command line alone: --reward")
+        elif name in SWITCHES:
             switches |= {} if value is None else {name: value}
         elif setting is not None:
             if value is not None:

@@ -25,6 +25,8 @@ from reparam.train.foreign.rules import (
 from reparam.train.switches import truth
 
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
+_COLUMNS |= {"chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
+_LOSSES = ("sigmoid", "hinge", "ipo")
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -58,6 +60,13 @@ def _special(given: Given) -> None:
             given.values["lora_target"] = "all-linear"
         if given.values.get("lora_alpha") is None:
             given.values["lora_alpha"] = 2 * int(given.values.get("lora_rank") or 8)
+    if (loss := given.take("pref_loss")) == "orpo":
+        given.take("stage")
+        given.put("run.objective", "orpo")
+    elif loss not in (*EMPTY, *_LOSSES):
+        given.refuse(f"pref_loss: {loss}", f"expected orpo, {' or '.join(_LOSSES)}")
+    elif loss not in (*EMPTY, "sigmoid"):
+        given.put("prefer.loss_type", loss)
     if given.take("quantization_method") not in (*EMPTY, "bnb", "bitsandbytes", "BNB"):
         given.refuse("quantization_method", "matrices are quantized to nf4 or int8 while they are read; use bnb")
     if truth(given.take("pure_bf16")):
@@ -100,8 +109,8 @@ def _entry(given: Given, key: str, entry: dict[str, Any], folder: Path) -> str |
         if entry.get(unread) and not entry.get("hf_hub_url"):
             given.refuse(key, f"{unread} is not read; download the rows and give the file as --data.train")
             return None
-    if entry.get("ranking"):
-        given.refuse(key, "pairs of preferred answers have no counterpart")
+    if entry.get("ranking") and given.values.get("stage") != "dpo":
+        given.refuse(key, "it holds pairs of preferred answers, which are for stage: dpo")
         return None
     _columns(given, key, entry.get("columns") or {}, entry.get("tags") or {})
     if limit := entry.get("num_samples"):
@@ -142,7 +151,11 @@ LLAMA_FACTORY = Tool(
         *("flash_attn", "mask_history", "train_on_prompt", "pure_bf16"),
     ),
     special=_special,
-    renamed={},
+    renamed={
+        "pref_beta": "optim.beta",
+        "kto_chosen_weight": "prefer.desirable_weight",
+        "kto_rejected_weight": "prefer.undesirable_weight",
+    },
     notes={
         **ARGUMENT_NOTES,
         "template": "the tokenizer's own chat template is used; the preview before training shows it",
@@ -181,6 +194,9 @@ LLAMA_FACTORY = Tool(
         "disable_shuffling": "rows are shuffled in each epoch",
         "fp8": "the storages are nf4 and int8",
         "enable_thinking": "reasoning is trained as the rows and the chat template have it",
+        "pref_ftx": "a supervised loss beside the loss of pairs has no counterpart; use pref_loss: orpo",
+        "dpo_label_smoothing": "the loss of a pair with smoothed labels has no counterpart",
+        "ref_model": "the reference is the model before training",
         "packing": "rows are not packed",
         "neat_packing": "rows are not packed",
     },
