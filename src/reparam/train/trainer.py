@@ -386,8 +386,7 @@ class _Hooks(TrainerCallback):
             if self.trainer.is_world_process_zero():
                 _log.warning("%s: stopping after step %d", received.name, state.global_step)
             self.trainer._stopping = control.should_training_stop = True
-        # The log entry and evaluation at the end of an epoch follow this event. A run that resumes from a checkpoint
-        # saved before them would skip them, so the save is moved to the end of the epoch.
+        # Logging and evaluation at the end of an epoch follow; a run resumed from a save before them would skip them.
         self.save_after_epoch = control.should_save and float(state.epoch).is_integer()
         control.should_save = control.should_save and not self.save_after_epoch
 
