@@ -122,7 +122,7 @@ def prepare(config: Config) -> Job:
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
-    train_rows, held_out = _rows(config)
+    train_rows, held_out = held_apart(read_rows(config.data.train, config.data.renamed()), config)
     model = loaded(config.base)
     size, data = vocabulary(model), config.data
     method, tasks = by_task(config.method, train_rows)
@@ -135,9 +135,11 @@ def prepare(config: Config) -> Job:
     return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
 
 
-def _rows(config: Config) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out rows."""
-    rows = read_rows(config.data.train, config.data.renamed())
+def held_apart(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
+    """The training rows and the held-out rows: those of `data.valid`, or a share of `rows`, drawn by `run.seed`.
+
+    Raises ConfigError if there are too few rows to hold one out.
+    """
     if config.data.valid is not None:
         return rows, read_rows(config.data.valid, config.data.renamed())
     if not 0 < config.data.holdout < 1:
