@@ -17,9 +17,9 @@ from reparam.data.row import Row
 from reparam.data.rows import read_rows
 from reparam.errors import ConfigError, DataError
 from reparam.hf.embedding import Sizes, sizes_of, untrained_tokens
-from reparam.hf.models import load_tokenizer
 from reparam.train.config import Config
 from reparam.train.model import by_task
+from reparam.train.reading import frame_of, tokenizer_of
 from reparam.train.run import held_apart
 
 UNLIMITED = 2**31 - 1  # tokens
@@ -115,7 +115,7 @@ def studied(config: Config) -> Studied:
 def _measured(found: Study, config: Config, rows: Sequence[Row], held_out: Sequence[Row]) -> Studied:
     """The study with what the tokenizer and the embeddings of the base tell."""
     data, path, revision = config.data, config.base.path, config.base.revision
-    tokenizer, sizes = load_tokenizer(path, revision=revision), sizes_of(path, revision=revision)
+    tokenizer, sizes = tokenizer_of(config), sizes_of(path, revision=revision)
     problems = list(found.problems)
 
     def encoded(chosen: Sequence[Row], max_length: int) -> Encoded:
@@ -126,6 +126,8 @@ def _measured(found: Study, config: Config, rows: Sequence[Row], held_out: Seque
     tasks: tuple[str, ...] = ()
     whole = limited = None
     with _noted(problems):
+        framed = frame_of(data, tokenizer, rows)
+        rows, held_out = framed.rows(rows), framed.rows(held_out)
         tasks = by_task(config.method, rows)[1]
         whole = encoded(rows, UNLIMITED)
     if whole is not None:

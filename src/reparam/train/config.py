@@ -26,6 +26,7 @@ from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.core.strict_json import loads
+from reparam.data.templates import is_path
 from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
@@ -35,7 +36,7 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunCo
 LARGEST = 1 << 20  # bytes of a TOML file
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
-PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
+PATHS = ("base.path", "data.train", "data.valid", "data.chat_template", "adapter.start", "method.experts")
 """Keys whose values are paths of inputs. A run with other paths is the same run if their content is the same."""
 
 
@@ -105,7 +106,8 @@ def dump(config: Config, *, absolute: bool = False) -> str:
     found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
     for key in PATHS if absolute else ():
         section, _, name = key.partition(".")
-        if name in found[section]:
+        named = key == "data.chat_template" and not is_path(found[section].get(name, ""))
+        if name in found[section] and not named:
             found[section][name] = _absolute(found[section][name])
     return tomli_w.dumps(found)
 

@@ -30,7 +30,7 @@ from reparam.data.row import Row
 from reparam.data.rows import read_rows
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
-from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.hf.models import check_not_base, vocabulary
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import newest
@@ -40,6 +40,7 @@ from reparam.train.identity import STEPS, check_folder, check_same, clear, ident
 from reparam.train.job import Job, Result
 from reparam.train.model import attached, by_task, loaded, started
 from reparam.train.plot import plot_losses
+from reparam.train.reading import frame_of, prompt_format, tokenizer_of
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
@@ -121,8 +122,10 @@ def prepare(config: Config) -> Job:
     optimizer.check_optimizer(config.optim)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
+    tokenizer = tokenizer_of(config)
     train_rows, held_out = held_apart(read_rows(config.data.train, config.data.renamed()), config)
+    framed = frame_of(config.data, tokenizer, train_rows)
+    train_rows, held_out = framed.rows(train_rows), framed.rows(held_out)
     model = loaded(config.base)
     size, data = vocabulary(model), config.data
     method, tasks = by_task(config.method, train_rows)
@@ -131,6 +134,7 @@ def prepare(config: Config) -> Job:
         for rows in (train_rows, held_out)
     )
     adapter = attached(config, model, method)
+    adapter.prompt_format = prompt_format(data, tokenizer, train_rows)
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
 

@@ -56,6 +56,13 @@ class DataConfig:
     """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a name such as chatml, plain (for a base without one) or llama3; a
+    .jinja file or a folder with a tokenizer; or trl, TRL's twin for training of the tokenizer's own template."""
+    system: str | None = None
+    """System message for chats without one."""
+    thinking: bool | None = None
+    """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
