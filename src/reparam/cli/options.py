@@ -116,6 +116,7 @@ def _top(
 
 
 console = Console()
+messages = Console(stderr=True)  # for what is no result
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")
