@@ -184,6 +184,7 @@ def test_the_library_needs_torch_and_safetensors_alone() -> None:
         if room(file) in LIBRARY or file in LOOSE - {"__main__.py"}:
             allowed = CORE | {"reparam"} | set(sys.stdlib_module_names)
             allowed |= COMPILERS if room(file) == "kernels" else set()
+            allowed |= {"xxhash"} if file == "core/versions.py" else set()  # CRC-32 without it
             found = {name.split(".")[0] for name in imported(FILES[file])} - allowed
             wrong += [f"{file} imports {name}" for name in sorted(found)]
             open_ = {f"{file}: {f.name}": f.args.kwarg.arg for f in functions(FILES[file]) if f.args.kwarg}

@@ -160,7 +160,10 @@ def test_part_of_an_answer_is_cut_and_counted():
     assert [with_loss(encoded, tokenizer, i) for i in range(3)] == ["cdef", f"c{kit.END}", "c"]
     assert (encoded.report.truncated, encoded.report.longest) == (2, 12)
     (warning,) = encoded.report.warnings
-    assert warning == "max_length=6 cuts off tokens that would carry loss (2 rows, first f.jsonl:1)"
+    assert (
+        warning
+        == "max_length=6 cuts off tokens that would carry loss (2 rows: f.jsonl:1 (9 tokens), f.jsonl:3 (12 tokens))"
+    )
 
 
 def test_cutting_what_carries_no_loss_is_not_counted():
@@ -177,7 +180,7 @@ def test_cutting_off_a_whole_answer_names_the_rows_and_the_length_they_need():
     (found,) = problems(rows, kit.make(), max_length=9)
     assert found == (
         "max_length=9 cuts off the whole answer of 2 rows: f.jsonl:2 (11 tokens), f.jsonl:3 (21 tokens); "
-        "max_length=21 keeps all of them"
+        "max_length=21 keeps all of them, and --data.too_long drop leaves them out"
     )
     assert encode(rows, kit.make(), max_length=21).report.truncated == 0
 

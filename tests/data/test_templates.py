@@ -123,7 +123,7 @@ def test_a_system_message_is_added_to_chats_without_one():
     mine = frame(tokenizer, system="Be brief.")
     own, other = (Row("chat", "f:1", messages=tuple(messages)) for messages in (CHAT, CHAT[1:3]))
     text = Row("completion", "f:2", prompt="a", completion="b")
-    found = mine.rows([own, other, text])
+    found = list(mine.rows([own, other, text]))
     assert found[0] == own
     assert found[1].messages == ({"role": "system", "content": "Be brief."}, *CHAT[1:3])
     assert found[2] == text

@@ -131,3 +131,70 @@ def test_ids_of_a_peft_folder_that_do_not_fit(ids: list[int], words: str, tmp_pa
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "trainable_token_indices": ids}))
     with pytest.raises(reparam.FormatError, match=words):
         reparam.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("make", [llama, tied_llama])
+@pytest.mark.parametrize("where", [None, ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_folders_of_pefts_own_method(make: Callable[[], Any], where: list[str] | None, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=list(TOKENS), target_modules=where)
+    if make is tied_llama and where:
+        return  # PEFT cannot compute with both; for the head alone, see below
+    model = peft.get_peft_model(make(), config)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.eval().save_pretrained(str(tmp_path / "theirs"))
+    found = make()
+    adapter = reparam.load(found, tmp_path / "theirs")
+    assert adapter.method == reparam.Tokens(ids=TOKENS)
+    assert (logits(found) - logits(make())).abs().max() > 0.1
+    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+    assert adapter.tied == ({"lm_head": EMBEDDING} if make is tied_llama else {})
+    adapter.save(tmp_path / "ours", format="peft")
+    back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
+    assert_equal_but_for_rounding(logits(back), logits(found))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    reparam.merge(found)
+    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_rows_of_the_head_alone_on_tied_weights_are_refused(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[1], target_modules=["lm_head"])
+    peft.get_peft_model(tied_llama(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(reparam.FormatError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        reparam.load(tied_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token_indices": [72]}, r"embed_tokens\.values has shape \[2, 32\]"),
+        ({"token_indices": [72, 99]}, "none for the token 99"),
+        ({"token_indices": [72, 72]}, "token_indices: Tokens: ids: list at least one token, and each of them once"),
+        ({"token_indices": None}, "token_indices: Tokens: ids: list at least one token"),
+        ({"token_indices": "72"}, "trainable_token_indices"),
+        ({"gates": [1]}, "gates = .*: unknown key"),
+        ({"target_modules": ["nothing"]}, None),
+    ],
+    ids=str,
+)
+def test_odd_folders_of_pefts_own_method(change: dict[str, Any], words: str | None, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[72, 28])
+    peft.get_peft_model(llama(), config).save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+    if words is None:
+        reparam.load(llama(), tmp_path)
+        return
+    with pytest.raises(reparam.FormatError, match=words):
+        reparam.load(llama(), tmp_path)
+
+
+def test_what_pefts_own_method_cannot_hold(tmp_path: Path) -> None:
+    adapter = reparam.attach(llama(), reparam.Tokens(ids=TOKENS), modules_to_save=["lm_head"])
+    with pytest.raises(reparam.FormatError, match="TRAINABLE_TOKENS trains neither biases nor whole modules"):
+        adapter.save(tmp_path / "a", format="peft")
+    assert not (tmp_path / "a").exists()

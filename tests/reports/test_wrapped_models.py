@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import llama, logits
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from selecting import change
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -106,6 +108,42 @@ def test_names_files_and_merges_are_those_of_the_bare_model(wrapper: str, order:
         reparam.merge(wrapped)
         assert_near(logits(model), expected)
     assert not reparam.adapters(wrapped)
+
+
+@pytest.mark.parametrize("order", ["wrapped first", "adapted first"])
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, "FSDP1"])
+def test_the_files_of_a_whole_wrapped_model_hold_the_adapter(wrapper: str, order: str, tmp_path: Path) -> None:
+    model = llama()
+    put = WRAPPERS.get(wrapper, in_parts)
+    whole = model if order == "adapted first" else put(model)
+    adapter = attached(whole)
+    whole = put(model) if order == "adapted first" else whole
+    with torch.compiler.set_stance("force_eager"):
+        expected = logits(adapter.model)
+    tensors = whole.state_dict()
+    if wrapper == "FSDP1":  # as torch's FullyShardedDataParallel names its parts
+        tensors = {key.replace("_orig_mod", "_fsdp_wrapped_module"): value for key, value in tensors.items()}
+        assert any("layers.0._fsdp_wrapped_module." in key for key in tensors)
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "model.safetensors")
+    found = llama()
+    reparam.load(found, tmp_path, name="a")
+    assert_near(logits(found), expected)
+
+
+def test_keys_of_wrappers_in_peft_folders(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    plain = load_file(file)
+    save_file({key.replace("layers.0", "layers.0._orig_mod"): value for key, value in plain.items()}, file)
+    found = llama()
+    reparam.load(found, tmp_path)
+    assert_near(logits(found), expected)
+    first = next(key for key in plain if "layers.0" in key)
+    save_file(plain | {first.replace("layers.0", "layers.0._orig_mod"): plain[first].clone()}, file)
+    with pytest.raises(reparam.FormatError, match=r"two tensors have the key .* of an adapter or of a wrapper"):
+        reparam.load(llama(), tmp_path)
 
 
 def test_a_compiled_model_computes_with_an_adapter_that_was_put_on_it_later() -> None:

@@ -21,6 +21,7 @@ from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted
+from reparam.sites.offloaded import offloads
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, storages_in, walk
 
@@ -77,9 +78,12 @@ class Adapter:
                 yield f"{site}.{name}", parameter, updates[site].roles[name]
             if self.name in module.biases:
                 yield f"{site}.bias", module.biases[self.name], None
+        seen: set[nn.Parameter] = set()
         for path, holder in self.replaced.items():
             for name, parameter in holder.updates[self.name].named_parameters():
-                yield f"{path}.{name}", parameter, None
+                if parameter not in seen:  # copies of modules that share a weight share it, too
+                    seen.add(parameter)
+                    yield f"{path}.{name}", parameter, None
         for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
             yield f"{SHARED}.{name}", parameter, "core"
 
@@ -180,6 +184,21 @@ class Adapter:
             prompt_format=self.prompt_format,
         )
 
+    def check_values(self, what: str) -> None:
+        """Raise ValueError, with `what` that means, if parameters of the adapter are on the device "meta"."""
+        empty = [name for name, p, _ in self.named_parameters() if p.is_meta]
+        if not empty:
+            return
+        found = f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]})"
+        if any(offloads(update) for update in self.updates.values()):
+            raise ValueError(
+                f"{found}, because accelerate offloaded them with the model, so {what}; call "
+                f"accelerate.hooks.remove_hook_from_submodules(model), and offload a model before you attach to it"
+            )
+        raise ValueError(
+            f"{found}, which holds no values, so {what}; move the model to another device and set them first"
+        )
+
     def save(self, folder: str | Path, *, format: str = "reparam") -> None:
         """Write the adapter without the base model into `folder`, atomically.
 
@@ -194,12 +213,7 @@ class Adapter:
                 f"parameters cannot be saved; copy `full_tensor()` of each into an adapter on an unsharded model, and "
                 f"save that adapter"
             )
-        empty = [name for name, p, _ in self.named_parameters() if p.is_meta]
-        if empty:
-            raise ValueError(
-                f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]}), which "
-                f"holds no values, so there is nothing to save; move the model to another device and set them first"
-            )
+        self.check_values("there is nothing to save")
         if self.controller is not None and not self._hooks and any(p.requires_grad for p in self.parameters()):
             warnings.warn(
                 f"adapter {self.name!r}: {self.method.name} has to run before and after optimizer steps, and no "

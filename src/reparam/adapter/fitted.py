@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from reparam.adapter.same_base import same_values
@@ -56,7 +57,7 @@ class _Renamed(Claims):
 
 def _with_present_names(model: nn.Module, have: Mapping[str, nn.Module], record: Record) -> Record:
     """The record with the model's present names, if it names modules that the model lacks and all can be renamed."""
-    owners = [*record.sites, *record.replaced, *record.tied]
+    owners = [*record.sites, *record.replaced, *record.tied] or list(record.parts)
     if all(path in have for path in owners):
         return record
     rename = _renaming(model)
@@ -157,13 +158,19 @@ def _with_beside(model: nn.Module, have: Mapping[str, nn.Module], record: Record
             if path not in record.tied:
                 sites[path] = targets.site_of(path, have[path])
             tensors[key] = tensor
-    for path in [path for path, part in record.parts.items() if part["method"] != NONE and path in sites]:
-        for other in next((group for group in same_weight(model) if path in group), []):
-            if other not in sites:
+    rows = {path: tensors.get(f"{path}.values") for path, part in record.parts.items() if part["method"] != NONE}
+    groups = same_weight(model)
+    for path in [path for path in rows if path in sites and sites[path].kind == "embedding"]:
+        for other in next((group for group in groups if path in group), []):
+            copied = other in rows and torch.equal(rows[other], rows[path])  # type: ignore[arg-type]
+            if other != path and (other not in sites or copied):
                 tied[other] = Tied(path, targets.site_of(other, have[other]).kind)
+                sites.pop(other, None)  # PEFT writes the rows under the names of all modules that share the weight
+                tensors.pop(f"{other}.values", None)
     if problems:
         raise FormatError(f"{folder}: {listed(problems)}")
-    parts = {path: part for path, part in record.parts.items() if path in sites}
+    own_settings = {"method": record.method.name, **record.method.settings()}
+    parts = {path: part for path, part in record.parts.items() if path in sites and part != own_settings}
     method = record.method
     if parts:
         try:

@@ -28,6 +28,7 @@ from reparam.core.base import Weight
 from reparam.core.checks import listed
 from reparam.core.text import counted
 from reparam.sites.module import SHARED, Adapted
+from reparam.sites.offloaded import check_placed
 from reparam.sites.walk import put
 
 ENOUGH = 0.99
@@ -157,6 +158,7 @@ def merge(
     adapter = state.adapters[name]
     if not adapter.modules and not adapter.replaced:
         raise ValueError(f"{adapter.method.name} changes no weights, so there is nothing to merge")
+    check_placed(model, adapter.modules, "merge")
     bad = [key for key, t in adapter.tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
         raise ValueError(f"adapter {name!r}: NaN or infinity in {', '.join(bad[:5])}; nothing was merged")

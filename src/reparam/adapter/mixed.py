@@ -93,8 +93,8 @@ class Mixed:
         """Use each slot for so many rows, one after the other."""
         if times != self._times:
             self._times = times
-            self.routing.route(self._slots.repeat_interleave(times))
-            self.routing.names = [name for name in self._names for _ in range(times)]
+            names = [name for name in self._names for _ in range(times)]
+            self.routing.route(self._slots.repeat_interleave(times), names)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError unless the batch has as many rows as there are selected names."""

@@ -17,6 +17,7 @@ from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites import targets as targets_
 from reparam.sites.module import Adapted, is_quantized
+from reparam.sites.offloaded import check_placed
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import put, storages_in, tied, walk
 from reparam.sites.wrapped import at, bare
@@ -89,6 +90,7 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     model = bare(model)
     names = targets_.resolve(model, targets)
+    check_placed(model, names, "quantize")
     _check(model, names, chosen)
     sites = []
     for path in names:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from reparam.core.placing import offload_of
 from reparam.core.surface import advice
 from reparam.errors import FormatError
 from reparam.io.record import Record
-from reparam.sites.fingerprint import agree, base_tensors, fingerprint
+from reparam.sites.fingerprint import agree, base_modules, base_tensors, fingerprint
 from reparam.sites.walk import base_parameters
 
 
@@ -22,10 +23,12 @@ def check_has_values(model: nn.Module, record: Record, folder: Path, *, everywhe
     With `everywhere`, no other module may be there either, because its values are compared.
     """
     own = {*record.sites, *record.replaced}
+    elsewhere = {path for path, module in base_modules(model) if offload_of(module) is not None}
     empty = [
         path
         for path, parameter in base_parameters(model)
         if parameter.is_meta
+        and path not in elsewhere
         and (everywhere or path in own or any(path.startswith(f"{whole}.") for whole in record.replaced))
     ]
     if empty:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +183,8 @@ class AdapterState:
 
     def _route(self, rows: list[str | None], spans: Spans | None) -> None:
         """Assign each row [B] its slot (-1 for the base)."""
-        device = next(self.model.parameters()).device
+        holder = next(iter(self.sites.values()), None)
+        device = next(self.model.parameters()).device if holder is None else holder.frozen.device
         slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
         self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced}, spans)
 
@@ -193,6 +194,8 @@ class AdapterState:
     def _renew(self, rows: Sequence[str | None], budget: int | None) -> None:
         """Write the slots of these adapters that are not written, or whose factors may have changed."""
         used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
+        for adapter in used:
+            adapter.check_values("its factors cannot be put into a mixed batch")
         paths = dict.fromkeys(path for adapter in used for path in adapter.modules)
         frozen = {path: _frozen(self.sites[path]) for path in paths}
         written = {
@@ -210,14 +213,14 @@ class AdapterState:
         self._written |= written
 
 
-def _tensors_of(adapter: Adapter) -> Iterator[Tensor]:
+def _tensors_of(adapter: Adapter) -> list[Tensor]:
     """The tensors that the adapter's factors are computed from, without those of the base."""
+    found = [] if adapter.shared is None else tensors_of(adapter.shared)
     for module in adapter.modules.values():
-        yield from tensors_of(module.updates[adapter.name])
+        found += tensors_of(module.updates[adapter.name])
         if adapter.name in module.biased:
-            yield module.biases[adapter.name]
-    if adapter.shared is not None:
-        yield from tensors_of(adapter.shared)
+            found.append(module.biases[adapter.name])
+    return found
 
 
 def _frozen(module: Adapted) -> Frozen:
@@ -253,6 +256,14 @@ def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata:
         for name, adapter in state_of(model).adapters.items()
     }
     tensors[prefix + whole.ENTRY] = whole.entry(records)
+    # Copies of modules that share a weight share it, too; transformers saves only the base's own shared tensors.
+    seen: set[Any] = set()
+    for name, adapter in state_of(model).adapters.items():
+        for path, holder in adapter.replaced.items():
+            key, weight = f"{prefix}{path}.{whole.UPDATES}.{name}.weight", getattr(holder.updates[name], "weight", None)
+            if weight in seen and key in tensors:
+                tensors[key] = tensors[key].detach().clone()
+            seen.add(weight)
 
 
 def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -36,6 +36,8 @@ ALIASES = {
     "data.chat_template": ["--chat_template", "--chat_template_path", "--template"],
     "data.system": ["--default_system"],
     "data.thinking": ["--enable_thinking"],
+    "data.weights": ["--interleave_probs"],
+    "data.max_rows": ["--max_samples"],
     "data.max_length": ["--max_length", "--max_seq_length"],
     "adapter.targets": ["--target_modules", "--lora_target_modules"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save"],

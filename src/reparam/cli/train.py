@@ -33,7 +33,7 @@ def train(
         warnings.simplefilter("ignore")
         console.quiet = True
     resolved = resolve(config, overrides)
-    base, rows = resolved.base.path, resolved.data.train
+    base, rows = resolved.base.path, ", ".join(resolved.data.sources())
     if base and rows:
         line = f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}"
         say(console, line)

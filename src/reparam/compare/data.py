@@ -10,14 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from reparam.data.mixture import mixed, told
 from reparam.data.row import Row
-from reparam.data.rows import read_rows
+from reparam.data.rows import Reading, read_rows
 from reparam.errors import ConfigError
 from reparam.io.staged import digest, write_file
 from reparam.train.sections import DataConfig
+
+# Settings of [data] that are met when the files of the sides are written.
+MET: dict[str, Any] = {"data.columns": (), "data.weights": (), "data.max_rows": (), "data.bad_rows": "error"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,40 +49,55 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
     Raises DataError for unusable rows and ConfigError for a file with too few rows to split.
     """
     notes: list[str] = []
-    given = {"train": data.train, "valid": data.valid, "test": test}
-    lines = {side: _lines(file, data.renamed()) for side, file in given.items() if file is not None}
+    if data.weights and data.mix == "over":
+        raise ConfigError("data.mix: repeated rows would be in training and tuning rows at once; set it to under")
+    given = {"train": data.sources(), "valid": data.sources("valid"), "test": (test,) if test is not None else ()}
+    names = {side: ", ".join(sources) for side, sources in given.items()}
+    lines = {side: _lines(data, sources, seed, notes, side) for side, sources in given.items() if sources}
     read = dict(lines)
     draw = random.Random(seed)
     if "valid" not in lines and "test" not in lines:
-        lines["train"], held = _draw(lines["train"], round(2 * data.holdout * len(lines["train"])), draw, data.train)
-        lines["valid"], lines["test"] = _draw(held, len(held) // 2, draw, data.train)
+        lines["train"], held = _draw(
+            lines["train"], round(2 * data.holdout * len(lines["train"])), draw, names["train"]
+        )
+        lines["valid"], lines["test"] = _draw(held, len(held) // 2, draw, names["train"])
         notes.append(
-            f"{len(held)} rows of {data.train} are held out, half for tuning and half for the scores (seed {seed})."
+            f"{len(held)} rows of {names['train']} are held out, half for tuning and half for the scores (seed {seed})."
         )
     elif "test" not in lines:
-        assert data.valid is not None
         count = len(lines["valid"])
-        lines["valid"], lines["test"] = _draw(lines["valid"], count // 2, draw, data.valid)
-        notes.append(f"{data.valid} is split in half (seed {seed}): one half tunes rates, the other gives the scores.")
+        lines["valid"], lines["test"] = _draw(lines["valid"], count // 2, draw, names["valid"])
+        notes.append(
+            f"{names['valid']} is split in half (seed {seed}): one half tunes rates, the other gives the scores."
+        )
     elif "valid" not in lines:
         count = round(data.holdout * len(lines["train"]))
-        lines["train"], lines["valid"] = _draw(lines["train"], count, draw, data.train)
-        notes.append(f"{count} rows of {data.train} are held out for tuning learning rates (seed {seed}).")
+        lines["train"], lines["valid"] = _draw(lines["train"], count, draw, names["train"])
+        notes.append(f"{count} rows of {names['train']} are held out for tuning learning rates (seed {seed}).")
     for side in ("valid", "test"):
         if len(lines[side]) > rows:
             notes.append(f"{rows} of {len(lines[side])} {side} rows are scored (compare.rows; seed {seed}).")
             lines[side] = _draw(lines[side], rows, draw, side)[1]
     files: dict[str, str] = {}
     for side in ("train", "valid", "test"):
-        name = given[side]
-        as_it_is = name is not None and lines[side] == read[side] and name.endswith(".jsonl") and not data.columns
-        files[side] = name if as_it_is and name else _written(side, lines[side], folder)
+        whole = len(given[side]) == 1 and lines[side] == read[side] and not (data.columns or data.max_rows)
+        as_it_is = whole and data.bad_rows == "error" and given[side][0].endswith(".jsonl")
+        files[side] = given[side][0] if as_it_is else _written(side, lines[side], folder)
     return Sides(files["train"], files["valid"], files["test"], _kind(read_rows(files["test"])), tuple(notes))
 
 
-def _lines(file: str, columns: Mapping[str, str]) -> list[str]:
-    """The rows of a file, each as a line of JSONL in a format that needs no `columns`."""
-    return [json.dumps(row.as_json(), ensure_ascii=False) for row in read_rows(file, columns)]
+def _lines(data: DataConfig, sources: Sequence[str], seed: int, notes: list[str], side: str) -> list[str]:
+    """The rows of these sources, mixed as configured, each as a line of JSONL in a format that needs no `columns`."""
+    most = data.max_rows if side == "train" else ()
+    reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
+    rows = list(reading)
+    notes.extend(f"{note}." for note in reading.notes())
+    if side == "train" and data.weights:
+        parts = np.split(np.arange(len(rows)), np.cumsum(reading.counts)[:-1])
+        taken = mixed(parts, data.weights, data.mix, seed)
+        notes.extend(f"{line}." for line in told(sources, parts, taken))
+        rows = [rows[number] for number in np.concatenate(taken)]
+    return [json.dumps(row.as_json(), ensure_ascii=False) for row in rows]
 
 
 def _draw(lines: list[str], count: int, draw: random.Random, source: str) -> tuple[list[str], list[str]]:

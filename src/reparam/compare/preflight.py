@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 
 from reparam.adapter.attach import remove
-from reparam.compare.data import Sides
+from reparam.compare.data import MET, Sides
 from reparam.compare.plan import Plan
 from reparam.data.rows import read_rows
+from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.train.model import attached, by_task, loaded
 from reparam.train.run import prepare
@@ -37,7 +38,7 @@ def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always", UserWarning)
                 try:
-                    method, _ = by_task(config.method, rows)
+                    method, _ = by_task(config.method, lambda: task_names(rows))
                     adapter = attached(config, model, method)
                 except ValueError as error:
                     problems.append(f"{label}: {error}")
@@ -56,7 +57,7 @@ def preflight(plan: Plan, sides: Sides) -> tuple[dict[str, int], list[str]]:
 
 def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
     """Number of optimizer steps of a full run, counted as `reparam train` does."""
-    files = {"data.train": sides.train, "data.columns": ()}
+    files = {"data.train": sides.train, **MET}
     config = plan.config(plan.contestants[0], {**files, "data.valid": sides.valid})
     if config.run.max_steps > 0:
         return config.run.max_steps

@@ -24,7 +24,7 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from reparam.compare.data import Sides, sides
+from reparam.compare.data import MET, Sides, sides
 from reparam.compare.forecast import rung_steps, runs, seconds, seed_seconds
 from reparam.compare.halving import better_half, stopped_early
 from reparam.compare.plan import Contestant, Plan
@@ -225,7 +225,7 @@ class _Comparison:
         """Make a trial of the contestant. Tuning runs hold out the tuning rows, and scored runs the test rows."""
         settings: dict[str, Any] = {
             "data.train": self.sides.train,
-            "data.columns": (),
+            **MET,
             "data.valid": self.sides.valid if tuning else self.sides.test,
             "data.score_rows": self.plan.compare.rows,
             "optim.learning_rate": rate,

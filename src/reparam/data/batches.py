@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross entropy ignores
+BLOCK = 1 << 22  # tokens that a digest reads at a time
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Report:
     """Counts of an encoded data set, and the warnings about it."""
 
     rows: int
+    """Number of rows that have examples."""
     examples: int
-    """Number of examples per epoch: rows, and pieces of long text rows."""
+    """Number of examples per epoch: rows, and pieces of long rows."""
     tokens: int
     loss_tokens: int
     """Number of tokens whose prediction counts in the loss."""
@@ -37,9 +40,13 @@ class Report:
     longest: int
     """Length of the longest row in tokens, before truncation and splitting."""
     truncated: int
-    """Number of chats and completions that lost loss tokens because they exceed `max_length`."""
+    """Number of rows that lost loss tokens because they exceed `max_length`."""
     split: int
-    """Number of text rows that were split into pieces, and of chats split into one example for each answer."""
+    """Number of rows that were split into pieces, and of chats split into one example for each answer."""
+    dropped: int = 0
+    """Number of rows that were left out, because they are too long or cannot be trained on."""
+    lines: tuple[str, ...] = ()
+    """What is taken from each source of several, and where the encoded rows are kept."""
     unused: tuple[str, ...] = ()
     """Keys of the rows and of their messages that change nothing in the examples."""
     warnings: tuple[str, ...] = ()
@@ -53,6 +60,8 @@ class Report:
         ]
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated")
+        if self.dropped:
+            parts.append(f"{counted(self.dropped, 'row')} left out")
         if self.split:
             parts.append(f"{counted(self.split, 'row')} split, {self.examples:,} examples in all")
         if self.unused:
@@ -67,15 +76,18 @@ class Encoded(Dataset[dict[str, Tensor]]):
     input_ids [T] int64, labels [T] int64 (the token id, or -100 for tokens without loss), row [] int64 (the index i)
     and, if the data has tasks, task [] int64.
 
-    Raises IndexError for an index outside 0 ... E - 1.
+    The examples are ranges of `ids`, in any order: several data sets can share the same tokens, which may be a file
+    that is mapped into memory. Raises IndexError for an index outside 0 ... E - 1.
     """
 
     ids: Tensor
-    """Token ids of all examples, [sum of T] int32."""
+    """Token ids, [N] int32."""
     loss: Tensor
-    """Which tokens carry loss, [sum of T] bool. False for the first token of each example: nothing predicts it."""
+    """Which tokens carry loss, [N] bool. False for the first token of each example: nothing predicts it."""
     starts: Tensor
-    """Index in `ids` at which each example begins, and the end of the last one, [E + 1] int64."""
+    """Index in `ids` at which each example begins, [E] int64."""
+    lengths: Tensor
+    """Number of tokens of each example, [E] int64."""
     text_bytes: Tensor
     """UTF-8 bytes that the loss tokens of a text row represent, [E] int64; 0 for other rows. Used for bits per byte."""
     sources: Sequence[str]
@@ -85,20 +97,28 @@ class Encoded(Dataset[dict[str, Tensor]]):
     """Number of each example's task, [E] int64, for methods that depend on the task."""
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.lengths)
 
     def digest(self) -> str:
-        """SHA-256 of all examples: token ids, loss and tasks."""
+        """SHA-256 of all examples, in their order: token ids, loss, lengths and tasks."""
         found = hashlib.sha256()
-        for tensor in (self.ids, self.loss, self.starts, self.tasks):
+        for tensor in (self.lengths, self.tasks):
             if tensor is not None:
                 found.update(tensor.contiguous().numpy().data)
+        ends = self.starts + self.lengths
+        gaps = (torch.nonzero(self.starts[1:] != ends[:-1]).flatten() + 1).tolist()
+        for first, last in pairwise([0, *gaps, len(self)]):  # examples that follow each other are read at once
+            for start in range(int(self.starts[first]), int(ends[last - 1]), BLOCK):
+                piece = slice(start, min(start + BLOCK, int(ends[last - 1])))
+                found.update(self.ids[piece].numpy().data)
+                found.update(self.loss[piece].numpy().data)
         return found.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        piece = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        start = int(self.starts[index])
+        piece = slice(start, start + int(self.lengths[index]))
         ids = self.ids[piece].long()
         example = {
             "input_ids": ids,

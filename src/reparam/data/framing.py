@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from reparam.data.chat import ChatTemplate
@@ -33,18 +33,13 @@ class Frame:
         has_one = any(message["role"] in ("system", "developer") for message in given)
         return [{"role": "system", "content": self.system}, *given] if self.system and not has_one else given
 
-    def rows(self, given: Sequence[Row]) -> list[Row]:
+    def rows(self, given: Iterable[Row]) -> Iterator[Row]:
         """The rows, of which the chats are framed."""
-        if not self.system and not self.variables:
-            return list(given)
-        return [
-            row
-            if row.kind != "chat"
-            else dataclasses.replace(
-                row, messages=tuple(self.messages(row.messages)), variables={**self.variables, **row.variables}
-            )
-            for row in given
-        ]
+        for row in given:
+            if row.kind == "chat" and (self.system or self.variables):
+                messages, variables = tuple(self.messages(row.messages)), {**self.variables, **row.variables}
+                row = dataclasses.replace(row, messages=messages, variables=variables)
+            yield row
 
 
 def frame(

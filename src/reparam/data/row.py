@@ -29,6 +29,12 @@ class Row:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """All other keys of the row."""
 
+    @property
+    def characters(self) -> int:
+        """Number of characters of the content."""
+        content = sum(len(message["content"]) for message in self.messages)
+        return content + len(self.prompt) + len(self.completion) + len(self.text)
+
     def as_json(self) -> dict[str, Any]:
         """The row as an object of a JSONL file, which reads as the same row."""
         match self.kind:

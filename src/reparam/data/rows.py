@@ -9,10 +9,13 @@ All rows are checked, and all problems are reported together, each with its file
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from reparam.core.text import counted
 from reparam.data.files import objects
+from reparam.data.findings import BAD, MOST, THREE, BadRows
 from reparam.data.formats import NAMES, read_row
 from reparam.data.row import Row
 from reparam.errors import DataError
@@ -36,31 +39,96 @@ def read_rows(source: str | Path, columns: Mapping[str, str] | None = None) -> l
     >>> row.kind, row.completion, row.columns["task"]
     ('completion', ' 4', 'sums')
     """
-    rows: list[Row] = []
-    problems: list[str] = []
-    for place, value in objects(source):
-        try:
-            if isinstance(value, DataError):
-                raise value
-            rows.append(read_row(value, place, columns))
-        except DataError as error:
-            problems.extend(error.problems)
-    problems.extend(_mixture(rows))
-    if not rows and not problems:
-        problems.append(f"{source}: the file is empty; expected objects with {NAMES}")
-    if problems:
-        raise DataError(problems)
-    return rows
+    return list(Reading([source], columns))
 
 
-def _mixture(rows: Sequence[Row]) -> list[str]:
-    """The problem of a file that mixes text rows with other rows."""
-    texts = [row for row in rows if row.kind == "text"]
-    others = [row for row in rows if row.kind != "text"]
-    if not texts or not others:
-        return []
-    text, other = texts[0], others[0]
-    return [
-        f"{text.source}: a text row in a file that also has {other.kind} rows ({other.source}); the two are truncated "
-        f"and scored differently, so move the {len(texts):,} text rows to a separate file"
-    ]
+class Reading:
+    """The rows of one or several sources, as a stream: `for row in Reading(["a.jsonl", "b.parquet"])`.
+
+    `sources` and `columns` are those of `read_rows`. `most` limits the number of rows that are taken from each source:
+    one number for all of them, or one for each. With `bad_rows="drop"`, rows that cannot be read are left out and
+    counted; a file that cannot be read at all is an error nevertheless.
+
+    The stream raises DataError as `read_rows` does, at its end, with all problems. No row is given after the first one.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        columns: Mapping[str, str] | None = None,
+        *,
+        most: Sequence[int] = (),
+        bad_rows: BadRows = "error",
+    ) -> None:
+        self._sources, self._columns, self._bad_rows = sources, columns, bad_rows
+        self._most = [*most] * len(sources) if len(most) == 1 else [*most]
+        self.counts: list[int] = []
+        """Number of rows of each source, after the stream has ended."""
+        self._problems: list[str] = []
+        self._bad: list[str] = []
+        self._bad_count = 0
+        self._first: dict[str, str] = {}  # kind of rows -> source of the first one
+        self._kinds: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, source in enumerate(self._sources):
+            count, bad = 0, self._bad_count + len(self._problems)
+            for row in self._rows(source):
+                if not self._problems and not self._is_mixed():
+                    yield row
+                count += 1
+                if self._most and count >= self._most[number]:
+                    break
+            self.counts.append(count)
+            if not count and bad == self._bad_count + len(self._problems):
+                self._problems.append(f"{source}: the file is empty; expected objects with {NAMES}")
+        self._problems.extend(self._mixture())
+        if not sum(self.counts) and not self._problems:
+            self._problems.append(f"no rows are left: {self.notes()[0]}")
+        if self._problems:
+            raise DataError(self._problems)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, as a sentence with the first three places; empty if nothing was."""
+        if not self._bad_count:
+            return ()
+        more = ", ..." if self._bad_count > THREE else ""
+        return (f"{counted(self._bad_count, 'row')} {BAD}: {', '.join(self._bad)}{more}",)
+
+    def _rows(self, source: str | Path) -> Iterator[Row]:
+        """The rows of one source. Records the problems of others."""
+        for place, value in objects(source):
+            try:
+                if isinstance(value, DataError):
+                    raise value
+                row = read_row(value, place, self._columns)
+            except DataError as error:
+                self._take(error)
+            else:
+                self._first.setdefault(row.kind, row.source)
+                self._kinds[row.kind] += 1
+                yield row
+
+    def _take(self, error: DataError) -> None:
+        if self._bad_rows == "drop":
+            self._bad_count += 1
+            if len(self._bad) < THREE:
+                self._bad.append(error.problems[0])
+            return
+        self._problems.extend(error.problems)
+        if len(self._problems) >= MOST:
+            raise DataError([*self._problems, "and reading stopped there"])
+
+    def _is_mixed(self) -> bool:
+        return "text" in self._kinds and len(self._kinds) > 1
+
+    def _mixture(self) -> list[str]:
+        """The problem of a file that mixes text rows with other rows."""
+        if not self._is_mixed():
+            return []
+        other = next(kind for kind in self._first if kind != "text")
+        count = counted(self._kinds["text"], "text row")
+        return [
+            f"{self._first['text']}: a text row in a file that also has {other} rows ({self._first[other]}); the two "
+            f"are truncated and scored differently, so move the {count} to a separate file"
+        ]

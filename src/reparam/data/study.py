@@ -1,6 +1,6 @@
 """Figures about a set of rows: what they hold, how long they are, what `max_length` cuts, and which rows repeat others.
 
-All functions are pure: they get rows and encoded rows, and return plain values.
+All functions are pure: they get rows and encoded rows, and return plain values. R is the number of rows.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reparam.data.batches import Encoded
+from reparam.data.corpus import CUT, DROPPED, Corpus
 from reparam.data.forms import reasoning_of
 from reparam.data.messages import learned
 from reparam.data.row import Row
@@ -92,43 +92,62 @@ class Pair(NamedTuple):
     same_as: str
 
 
-def contents(rows: Sequence[Row]) -> Contents:
-    """Count what the rows hold.
+class Trait(NamedTuple):
+    """What is kept of a row to find rows that repeat it: its place, and digests of its content and of its question."""
 
-    >>> found = contents([Row("completion", "a:1", prompt="2 + 2 =", completion=" 4"), Row("completion", "a:2")])
-    >>> found.rows, found.completions, found.messages
-    (2, 2, (0, 0))
+    source: str
+    content: bytes
+    question: bytes | None
+    """None for a row without a question, such as a text."""
+
+
+def survey(rows: Iterable[Row]) -> tuple[Contents, list[Trait]]:
+    """Count what the rows hold, and digest them, one after the other.
+
+    >>> found, traits = survey([Row("completion", "a:1", prompt="2 + 2 =", completion=" 4")])
+    >>> found.rows, found.completions, found.messages, traits[0].source
+    (1, 1, (0, 0), 'a:1')
     """
-    kinds = Counter(row.kind for row in rows)
-    chats = [row for row in rows if row.kind == "chat"]
-    messages = [message for row in chats for message in row.messages]
-    sizes = [len(row.messages) for row in chats] or [0]
-    answers = [message for message in messages if message["role"] == "assistant"]
-    return Contents(
-        rows=len(rows),
+    kinds: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    sizes: list[int] = []
+    traits = []
+    for row in rows:
+        question = _question(row)
+        traits.append(Trait(row.source, _digest(_content(row)), _digest(question) if question else None))
+        kinds[row.kind] += 1
+        if row.kind != "chat":
+            continue
+        sizes = [min([*sizes[:1], len(row.messages)]), max([*sizes[1:], len(row.messages)])]
+        roles.update(str(message["role"]) for message in row.messages)
+        answers = [message for message in row.messages if message["role"] == "assistant"]
+        counts["with_tools"] += bool(row.variables.get("tools"))
+        counts["tool_calls"] += sum(len(message.get("tool_calls") or ()) for message in answers)
+        counts["with_reasoning"] += sum(1 for message in answers if reasoning_of(message))
+        counts["excluded"] += sum(1 for message in answers if not learned(message))
+    found = Contents(
+        rows=len(traits),
         chats=kinds["chat"],
         completions=kinds["completion"],
         texts=kinds["text"],
-        messages=(min(sizes), max(sizes)),
-        roles=dict(Counter(str(message["role"]) for message in messages)),
-        with_tools=sum(1 for row in chats if row.variables.get("tools")),
-        tool_calls=sum(len(message.get("tool_calls") or ()) for message in answers),
-        with_reasoning=sum(1 for message in answers if reasoning_of(message)),
-        excluded=sum(1 for message in answers if not learned(message)),
+        messages=(sizes[0], sizes[1]) if sizes else (0, 0),
+        roles=dict(roles),
+        **{name: counts[name] for name in ("with_tools", "tool_calls", "with_reasoning", "excluded")},
     )
+    return found, traits
 
 
-def lengths(encoded: Encoded) -> Lengths:
-    """The lengths of examples that were encoded without a limit."""
-    found = encoded.starts.diff()
-    ordered = found.sort().values
+def lengths(sizes: Tensor) -> Lengths:
+    """The figures of the numbers of tokens of rows, [R] with R at least 1."""
+    ordered = sizes.sort().values
 
     def share(part: float) -> int:
         return int(ordered[min(len(ordered) - 1, int(part * len(ordered)))])
 
     return Lengths(
         shortest=int(ordered[0]),
-        mean=float(found.double().mean()),
+        mean=float(sizes.double().mean()),
         median=share(0.5),
         p95=share(0.95),
         p99=share(0.99),
@@ -137,26 +156,43 @@ def lengths(encoded: Encoded) -> Lengths:
     )
 
 
-def cut(encoded: Encoded, max_length: int) -> Cut:
-    """What `max_length` tokens would do to examples that were encoded without a limit."""
-    sizes = encoded.starts.diff()
-    longer = sizes > max_length
-    texts = encoded.text_bytes > 0
-    first, last = _span_of_loss(encoded)
-    losing = ~texts & (last >= max_length)
-    lost = ~texts & (first >= max_length)
+def cut(corpus: Corpus) -> Cut:
+    """What `max_length` did to the rows of a corpus."""
+    flags, longer = corpus.arrays["flags"], corpus.arrays["tokens"] > corpus.max_length
+    return _cut(
+        corpus,
+        corpus.max_length,
+        longer=longer,
+        losing=longer & (flags & (CUT | DROPPED) > 0),
+        lost=longer & (flags & DROPPED > 0),
+    )
 
-    def names(chosen: Tensor) -> list[str]:
-        return list(dict.fromkeys(encoded.sources[i] for i in chosen.nonzero().flatten().tolist()))
 
-    over = names(longer)
+def would_cut(corpus: Corpus, max_length: int) -> Cut:
+    """What cutting at `max_length` tokens would do to the rows of a corpus that was encoded without a limit."""
+    longer = corpus.arrays["tokens"] > max_length
+    losing, lost = torch.zeros_like(longer), torch.zeros_like(longer)
+    examples = corpus.part()
+    ends = examples.starts + examples.lengths
+    places = examples.loss.nonzero().flatten()
+    first = places[torch.searchsorted(places, examples.starts)] - examples.starts
+    last = places[torch.searchsorted(places, ends) - 1] - examples.starts
+    chosen = examples.text_bytes == 0
+    rows = corpus.arrays["row"].long()
+    losing[rows[chosen & (last >= max_length)]] = True
+    lost[rows[chosen & (first >= max_length)]] = True
+    return _cut(corpus, max_length, longer=longer, losing=losing, lost=lost)
+
+
+def _cut(corpus: Corpus, max_length: int, *, longer: Tensor, losing: Tensor, lost: Tensor) -> Cut:
+    """`longer`, `losing` and `lost` tell which rows are so, [R] bool each."""
     return Cut(
         max_length=max_length,
-        longer=len(over),
-        share=len(over) / max(1, len(set(encoded.sources))),
-        lose_loss=len(names(losing)),
-        lose_answer=len(names(lost)),
-        first=tuple(over[:3]),
+        longer=int(longer.sum()),
+        share=float(longer.double().mean()),
+        lose_loss=int(losing.sum()),
+        lose_answer=int(lost.sum()),
+        first=tuple(corpus.place(i) for i in longer.nonzero().flatten()[:3].tolist()),
     )
 
 
@@ -176,35 +212,32 @@ def recommended(found: Lengths, *, context: int | None) -> int:
     return rounded if context is None else min(rounded, context)
 
 
-def repeats(rows: Sequence[Row]) -> list[Pair]:
+def repeats(traits: Iterable[Trait]) -> list[Pair]:
     """The rows with the same content as an earlier one; white space is not compared.
 
-    >>> a, b = (Row("text", f"a:{n}", text=text) for n, text in ((1, "x  y"), (2, "x y")))
-    >>> repeats([a, b])
+    >>> rows = (Row("text", f"a:{n}", text=text) for n, text in ((1, "x  y"), (2, "x y")))
+    >>> repeats(survey(rows)[1])
     [Pair(row='a:2', same_as='a:1')]
     """
     seen: dict[bytes, str] = {}
     found = []
-    for row in rows:
-        key = _digest(_content(row))
-        if key in seen:
-            found.append(Pair(row.source, seen[key]))
-        else:
-            seen[key] = row.source
+    for trait in traits:
+        first = seen.setdefault(trait.content, trait.source)
+        if first != trait.source:
+            found.append(Pair(trait.source, first))
     return found
 
 
-def shared(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Pair], list[Pair]]:
+def shared(traits: Iterable[Trait], held_out: Sequence[Trait]) -> tuple[list[Pair], list[Pair]]:
     """The rows that also stand in the held-out rows: with the same content, and with the same question alone."""
-    whole = {_digest(_content(row)): row.source for row in reversed(held_out)}
-    asked = {_digest(question): row.source for row in reversed(held_out) if (question := _question(row))}
+    whole = {trait.content: trait.source for trait in reversed(held_out)}
+    asked = {trait.question: trait.source for trait in reversed(held_out)}
     same, alike = [], []
-    for row in rows:
-        question = _question(row)
-        if (source := whole.get(_digest(_content(row)))) is not None:
-            same.append(Pair(row.source, source))
-        elif question and (source := asked.get(_digest(question))) is not None:
-            alike.append(Pair(row.source, source))
+    for trait in traits:
+        if (source := whole.get(trait.content)) is not None:
+            same.append(Pair(trait.source, source))
+        elif trait.question is not None and (source := asked.get(trait.question)) is not None:
+            alike.append(Pair(trait.source, source))
     return same, alike
 
 
@@ -221,14 +254,6 @@ def _histogram(ordered: Tensor) -> tuple[Bin, ...]:
     ]
     beyond = len(ordered) - counts[-1]
     return (*bars, *([Bin(edges[-1], int(ordered[-1]), beyond)] if beyond else []))
-
-
-def _span_of_loss(encoded: Encoded) -> tuple[Tensor, Tensor]:
-    """The positions of the first and of the last token with loss in each example, both [E]; each example has one."""
-    places = encoded.loss.nonzero().flatten()
-    first = places[torch.searchsorted(places, encoded.starts[:-1])]
-    last = places[torch.searchsorted(places, encoded.starts[1:]) - 1]
-    return first - encoded.starts[:-1], last - encoded.starts[:-1]
 
 
 def _content(row: Row) -> Iterator[object]:

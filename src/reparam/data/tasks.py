@@ -13,7 +13,7 @@ COLUMN = "task"
 
 def task_names(rows: Sequence[Row]) -> tuple[str, ...]:
     """The distinct tasks of the rows, sorted. Raises DataError that lists all rows without a task."""
-    problems = [problem for row in rows if (problem := _missing(row))]
+    problems = [missing(row.source) for row in rows if task_of(row) is None]
     if problems:
         raise DataError(problems)
     return tuple(sorted({str(row.columns[COLUMN]) for row in rows}))
@@ -24,9 +24,9 @@ def task_numbers(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
     known = {name: number for number, name in enumerate(names)}
     problems = []
     for row in rows:
-        if problem := _missing(row):
-            problems.append(problem)
-        elif (name := str(row.columns[COLUMN])) not in known:
+        if (name := task_of(row)) is None:
+            problems.append(missing(row.source))
+        elif name not in known:
             problems.append(
                 f"{row.source}: unknown task {name!r}; expected one of {', '.join(names)}{nearest(name, names)}"
             )
@@ -35,8 +35,12 @@ def task_numbers(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
     return [known[str(row.columns[COLUMN])] for row in rows]
 
 
-def _missing(row: Row) -> str | None:
+def task_of(row: Row) -> str | None:
+    """The task of a row, or None if it has none."""
     value = row.columns.get(COLUMN)
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return None
-    return f'{row.source}: no "{COLUMN}", which this method depends on; give each row a string or an integer'
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def missing(source: str) -> str:
+    """The problem of a row without a task."""
+    return f'{source}: no "{COLUMN}", which this method depends on; give each row a string or an integer'

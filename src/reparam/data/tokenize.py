@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from reparam.data.answers import Rendered, Span
 from reparam.data.chat import ChatTemplate, LossOn, special_tokens
 from reparam.data.findings import Findings
@@ -26,11 +28,18 @@ if TYPE_CHECKING:
 class Tokens(NamedTuple):
     """A tokenized row."""
 
-    ids: list[int]
+    ids: np.ndarray
+    """Token ids, [T] int32."""
     spans: list[Span]
     """Token ranges [start, end) that carry loss, ascending."""
-    ends: list[int]
-    """For a text row, the character position in the text at which each token ends; empty for other rows."""
+    text: str = ""
+    """The content of a text row."""
+    ends: Sequence[int] = ()
+    """For a text row, the character position in the text at which each token ends."""
+
+    def text_between(self, start: int, end: int) -> str:
+        """The text of the tokens in this range, but for the first one."""
+        return self.text[self.ends[start] : self.ends[end - 1]]
 
 
 class Tokenizer:
@@ -103,7 +112,8 @@ class Tokenizer:
                 self._findings.warn(row, warning)
         batch = self._ids_and_offsets([chat.text for _, chat in chats])
         for (i, chat), ids, offsets in zip(chats, *batch, strict=True):
-            yield i, Tokens(ids, self._token_spans(rows[i], chat.spans, ids=ids, offsets=offsets), [])
+            spans = self._token_spans(rows[i], chat.spans, ids=ids, offsets=offsets)
+            yield i, Tokens(np.array(ids, dtype=np.int32), spans)
 
     def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         prompts, _ = self._ids_and_offsets([row.prompt for row in rows])
@@ -115,7 +125,7 @@ class Tokenizer:
             ids = [*self._before(prompt), *prompt]
             first = 0 if self._loss_on == "all" else len(ids)
             ids += [*completion, *self._after(row, completion)]
-            yield i, Tokens(ids, [(first, len(ids))], [])
+            yield i, Tokens(np.array(ids, dtype=np.int32), [(first, len(ids))])
 
     def _texts(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         batch = self._ids_and_offsets([row.text for row in rows])
@@ -125,7 +135,7 @@ class Tokenizer:
             ends = [0] * len(before) + [end for _, end in offsets]
             ends += ends[-1:] * len(after)
             ids = [*before, *text, *after]
-            yield i, Tokens(ids, [(0, len(ids))], ends)
+            yield i, Tokens(np.array(ids, dtype=np.int32), [(0, len(ids))], row.text, ends)
 
     # --- details ---
 

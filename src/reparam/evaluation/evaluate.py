@@ -67,7 +67,7 @@ def evaluate(
     """
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
-    rows = frame_of(tokenizer, loaded).rows(rows)
+    rows = list(frame_of(tokenizer, loaded).rows(rows))
     size, tasks = vocabulary(model), tasks_of(model)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
     if loaded is None:
@@ -98,7 +98,7 @@ def shrunk(
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype)
     assert loaded is not None
-    rows = frame_of(tokenizer, loaded).rows(rows)
+    rows = list(frame_of(tokenizer, loaded).rows(rows))
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model), tasks=tasks_of(model))
     before, _ = scores(model, tokenizer, rows, encoded, batch=batch)
     place(model, small, Path("the smaller adapter"), name="smaller")

@@ -91,7 +91,7 @@ def token_losses(
     collate = Collator(padding_id(tokenizer))
     device = next(model.parameters()).device
     nats, tokens = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.float64)
-    by_length = torch.argsort(encoded.starts.diff()).tolist()
+    by_length = torch.argsort(encoded.lengths).tolist()
     training = model.training
     model.eval()
     for start in range(0, len(by_length), batch):

@@ -124,7 +124,7 @@ def _show_routing(
 ) -> None:
     model, tokenizer, adapter = open_model(base, folder)
     assert adapter is not None
-    rows = frame_of(tokenizer, adapter).rows(read_rows(probe))
+    rows = list(frame_of(tokenizer, adapter).rows(read_rows(probe)))
     encoded = encode(rows, tokenizer, max_length=1024, vocab_size=vocabulary(model), tasks=tasks_of(model))
     found = routing.routing(adapter, encoded, tokenizer)
     if plot is not None:

@@ -122,9 +122,9 @@ def reader_of(folder: Folder) -> PeftFormat[Any]:
         found = _registered_reader(folder)
     if found is None:
         peft_type = folder.settings.get("peft_type")
-        known = " and ".join(dict.fromkeys(one.peft_type for one in FORMATS.values()))
+        known = ", ".join(dict.fromkeys(one.peft_type for one in FORMATS.values() if one.peft_type))
         raise FormatError(
-            f"{folder.config}: peft_type {peft_type!r} is not supported, only {known}{OTHERS.get(str(peft_type), '')}"
+            f"{folder.config}: peft_type {peft_type!r} is not supported ({known} are){OTHERS.get(str(peft_type), '')}"
         )
     return found
 

@@ -4,8 +4,8 @@
 no code of the file. What it reads is limited before (size, no compressed parts) and checked afterwards (no tensor may
 claim more elements than the file holds).
 
-Keys may hold the name that the adapter had in PEFT (`lora_A.default.weight`), as `model.state_dict()` has it: it is
-removed.
+Keys may hold the name that the adapter had in PEFT (`lora_A.default.weight`), as `model.state_dict()` has it, and those
+of wrappers (`_orig_mod`, where a part of the model was compiled): they are removed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io.native import checked, parse_tensors, read_bytes
+from reparam.sites.wrapped import bare_key
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 LARGEST = 16 << 30  # an adapter; whole models have other files
@@ -63,14 +64,17 @@ def _without_names(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors with the adapter's name removed from their keys. Raises FormatError for several adapters."""
     found: dict[str, Tensor] = {}
     names: dict[str, None] = {}
-    for key, tensor in tensors.items():
+    for full, tensor in tensors.items():
+        key = bare_key(full)
         if match := _NAMED.match(key):
             names[match["name"]] = None
             start = match["start"].removesuffix(".modules_to_save")
             key = start + (match["end"] or "")
         key = re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", key)
         if key in found and len(names) < 2:
-            raise FormatError(f"{file}: two tensors have the key {key}, with and without the name of an adapter")
+            raise FormatError(
+                f"{file}: two tensors have the key {key}, with and without the name of an adapter or of a wrapper"
+            )
         found[key] = tensor
     if len(names) > 1:
         raise FormatError(

@@ -26,6 +26,7 @@ from reparam.core.strict_json import loads
 from reparam.errors import FormatError
 from reparam.io import native
 from reparam.io.record import Record, Tied
+from reparam.sites.wrapped import bare_key
 
 ENTRY = "reparam.adapters"
 """The key of the JSON among the tensors of the model."""
@@ -79,7 +80,7 @@ def read(folder: Path, name: str | None = None) -> Record:
     place = next((file for file, keys in files.items() if ENTRY in keys), None)
     if place is None:
         raise FormatError(f"{folder}: the model in this folder was saved without adapters")
-    entries = _entries(place)
+    entries = _entries(place, files[place][ENTRY])
     chosen = name if name in entries or len(entries) != 1 else next(iter(entries))
     if chosen is None or chosen not in entries:
         raise FormatError(
@@ -88,12 +89,12 @@ def read(folder: Path, name: str | None = None) -> Record:
         )
     where = f"{place}: {ENTRY}[{chosen!r}]"
     found = decode(_Entry, entries[chosen], where)
-    tensors = {
-        own: value
-        for file, keys in files.items()
-        for key, value in _tensors(file, [k for k in keys if _own(k, chosen, found)]).items()
-        if (own := _own(key, chosen, found))
-    }
+    tensors: dict[str, Tensor] = {}
+    for file, keys in files.items():
+        wanted = {key: own for bare, key in keys.items() if (own := _own(bare, chosen, found))}
+        if twice := tensors.keys() & wanted.values():
+            raise FormatError(f"{file}: has {min(twice)}, which another file of the model has, too")
+        tensors |= {wanted[key]: value for key, value in _tensors(file, list(wanted)).items()}
     record = Record(
         method=native.method_of(found.method, found.settings, where),
         sites={path: Site(path, s.kind, *s.shape, transposed=s.transposed) for path, s in found.sites.items()},
@@ -116,13 +117,13 @@ def _own(key: str, name: str, found: _Entry) -> str | None:
     return f"{path}.bias" if between and not rest and (path in found.sites or path in found.tied) else None
 
 
-def _entries(file: Path) -> dict[str, Any]:
+def _entries(file: Path, key: str) -> dict[str, Any]:
     """The JSON of the adapters in this file. Its size is checked before it is read."""
     with _opened(file) as opened:
-        shape = opened.get_slice(ENTRY).get_shape()
+        shape = opened.get_slice(key).get_shape()
         if math.prod(shape) > LARGEST:
             raise FormatError(f"{file}: {ENTRY} is {shape}, expected at most {LARGEST:,} bytes")
-        tensor = opened.get_tensor(ENTRY)
+        tensor = opened.get_tensor(key)
     if tensor.dtype is not torch.uint8 or tensor.ndim != 1:
         raise FormatError(f"{file}: {ENTRY} is {tensor.dtype} {list(tensor.shape)}, expected a row of uint8")
     try:
@@ -134,20 +135,28 @@ def _entries(file: Path) -> dict[str, Any]:
     return found
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The weight files of the model and the names of the tensors in each."""
+def _files(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The weight files of the model, and the names of the tensors in each: bare ones, and those in the file.
+
+    A model that is wrapped, whole or in parts (compiled, FSDP1, DDP), has the names of the wrappers in its files.
+    """
     names = [SINGLE]
     if (folder / INDEX).is_file():
         shards = native.read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
             raise FormatError(f"{folder / INDEX}: weight_map: expected names of files in this folder")
         names = sorted(set(shards.values()))
-    for name in names:
-        file = folder / name
+    found: dict[Path, dict[str, str]] = {}
+    for file in (folder / name for name in names):
         if file.is_file():
             with _opened(file) as opened:
                 keys = list(opened.keys())
-            yield file, keys
+            found[file] = {bare_key(key): key for key in keys}
+            if len(found[file]) < len(keys):
+                raise FormatError(f"{file}: has a tensor twice, with and without the names of wrappers in its key")
+    start = "module." if any(f"module.{ENTRY}" in keys for keys in found.values()) else ""
+    for file, own in found.items():
+        yield file, {bare.removeprefix(start): key for bare, key in own.items()}
 
 
 def _tensors(file: Path, keys: list[str]) -> dict[str, Tensor]:

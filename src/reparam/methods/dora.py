@@ -236,7 +236,7 @@ class DoRAUpdate(Update):
         return gain if kept.dead is None else torch.where(kept.dead, 1, gain), kept.invertible
 
     def _norms(self, weight: Weight) -> _Norms:
-        squares, kept, own = weight.squared_norms(self.dim), self._kept, tuple(tensors_of(self))
+        squares, kept, own = weight.squared_norms(self.dim), self._kept, tensors_of(self)
         now = stamp_of(own)
         same = kept is not None and kept.squares is squares and kept.stamp == now
         if kept is not None and same and (trusted() or kept.content == content(own)):

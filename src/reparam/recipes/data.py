@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,15 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.data import study
 from reparam.data.batches import Encoded
-from reparam.data.encode import encode
-from reparam.data.row import Row
-from reparam.data.rows import read_rows
+from reparam.data.corpus import Corpus
+from reparam.data.encode import encode_all
+from reparam.data.rows import Reading
 from reparam.errors import ConfigError, DataError
 from reparam.hf.embedding import Sizes, sizes_of, untrained_tokens
 from reparam.train.config import Config
-from reparam.train.model import by_task
+from reparam.train.data import read_data, split
 from reparam.train.reading import frame_of, tokenizer_of
-from reparam.train.run import held_apart
 
 UNLIMITED = 2**31 - 1  # tokens
 
@@ -38,13 +37,14 @@ class Unseen(NamedTuple):
 class Study:
     """What is known about a file of rows. What needs the tokenizer is None without a base, and for refused rows."""
 
-    file: str
+    files: tuple[str, ...]
+    """The sources of the rows, by name."""
     base: str | None
     contents: study.Contents
     held_out: int
     """Number of rows that training would hold out for scores."""
-    held_out_from: str
-    """The file of the held-out rows; the file itself if training would draw them from it."""
+    held_out_from: tuple[str, ...]
+    """The sources of the held-out rows; `files` if training would draw them from these."""
     duplicates: tuple[study.Pair, ...]
     in_held_out: tuple[study.Pair, ...]
     """Training rows that also stand in the held-out rows."""
@@ -77,25 +77,29 @@ class Studied(NamedTuple):
 def studied(config: Config) -> Studied:
     """Study the rows of `data.train`, as training with this configuration would read them.
 
-    Raises ConfigError if `data.train` is not set, DataError for a file that cannot be read, and BaseError if
-    `base.path` is set and there is no causal language model with a tokenizer.
+    Raises ConfigError if `data.train` is not set, DataError for rows that cannot be read, and BaseError if `base.path`
+    is set and there is no causal language model with a tokenizer.
     """
-    if not config.data.train:
+    data = config.data
+    if not data.train:
         raise ConfigError("data.train must be set: give the file of rows, as in  reparam data rows.jsonl")
-    rows = read_rows(config.data.train, config.data.renamed())
     problems: list[str] = []
-    training = rows
-    held_out: list[Row] = []
-    with _noted(problems):
-        training, held_out = held_apart(rows, config)
+    contents, traits = study.survey(Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows=data.bad_rows))
+    training, held_out = traits, []
+    if data.valid is not None:
+        held_out = study.survey(Reading(data.sources("valid"), data.renamed(), bad_rows=data.bad_rows))[1]
+    else:
+        with _noted(problems):
+            kept, held = split(config, len(traits))
+            training, held_out = ([traits[i] for i in numbers] for numbers in (kept, held))
     same, alike = study.shared(training, held_out)
     found = Study(
-        file=config.data.train,
+        files=data.sources(),
         base=config.base.path or None,
-        contents=study.contents(rows),
+        contents=contents,
         held_out=len(held_out),
-        held_out_from=config.data.valid or config.data.train,
-        duplicates=tuple(study.repeats(rows)),
+        held_out_from=data.sources("valid") or data.sources(),
+        duplicates=tuple(study.repeats(traits)),
         in_held_out=tuple(same),
         question_in_held_out=tuple(alike),
         tokens=None,
@@ -109,60 +113,59 @@ def studied(config: Config) -> Studied:
         warnings=(),
         problems=tuple(problems),
     )
-    return _measured(found, config, rows, held_out) if config.base.path else Studied(found)
+    return _measured(found, config) if config.base.path else Studied(found)
 
 
-def _measured(found: Study, config: Config, rows: Sequence[Row], held_out: Sequence[Row]) -> Studied:
+def _measured(found: Study, config: Config) -> Studied:
     """The study with what the tokenizer and the embeddings of the base tell."""
-    data, path, revision = config.data, config.base.path, config.base.revision
+    path, revision = config.base.path, config.base.revision
     tokenizer, sizes = tokenizer_of(config), sizes_of(path, revision=revision)
     problems = list(found.problems)
-
-    def encoded(chosen: Sequence[Row], max_length: int) -> Encoded:
-        return encode(
-            chosen, tokenizer, max_length=max_length, loss_on=data.loss_on, vocab_size=sizes.vocabulary, tasks=tasks
-        )
-
-    tasks: tuple[str, ...] = ()
-    whole = limited = None
+    corpus = shown = None
     with _noted(problems):
-        framed = frame_of(data, tokenizer, rows)
-        rows, held_out = framed.rows(rows), framed.rows(held_out)
-        tasks = by_task(config.method, rows)[1]
-        whole = encoded(rows, UNLIMITED)
-    if whole is not None:
-        limited = whole
-        if whole.report.longest > data.max_length:
-            with _noted(problems):
-                limited = encoded(rows, data.max_length)
-    if data.valid is not None:
-        with _noted(problems):
-            encoded(held_out, data.max_length)
+        data = read_data(config, tokenizer)
+        data.check_vocabulary(sizes.vocabulary, tokenizer)
+        corpus, shown = data.corpora[0], data.train
+        cut = study.cut(corpus)
+    if corpus is None:
+        with contextlib.suppress(DataError, ConfigError):
+            corpus = _without_limit(config, tokenizer)
+            shown, cut = corpus.part(), study.would_cut(corpus, config.data.max_length)
     found = dataclasses.replace(found, context=sizes.context, problems=tuple(dict.fromkeys(problems)))
-    if whole is None or limited is None:
+    if corpus is None or shown is None:
         return Studied(found)
-    measured = study.lengths(whole)
+    sizes_of_rows = corpus.arrays["tokens"][torch.from_numpy(corpus.with_examples())]
+    measured = study.lengths(sizes_of_rows)
+    report = shown.report
     found = dataclasses.replace(
         found,
-        tokens=whole.report.tokens,
-        loss_tokens=whole.report.loss_tokens,
+        tokens=int(corpus.arrays["lengths"].sum()),
+        loss_tokens=int(corpus.arrays["loss_tokens"].sum()),
         lengths=measured,
-        cut=study.cut(whole, data.max_length),
+        cut=cut,
         recommended_max_length=study.recommended(measured, context=sizes.context),
-        unseen=_unseen(whole, config, sizes, tokenizer),
-        not_used=limited.report.unused,
-        warnings=limited.report.warnings,
+        unseen=_unseen(corpus, config, sizes, tokenizer),
+        not_used=report.unused,
+        warnings=report.warnings,
     )
-    return Studied(found, limited, tokenizer)
+    return Studied(found, shown, tokenizer)
+
+
+def _without_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """The rows that can be encoded, of any length, for figures about rows that training refuses."""
+    data = config.data
+    rows = Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows="drop")
+    framed = frame_of(data, tokenizer).rows(rows)
+    return encode_all(framed, tokenizer, max_length=UNLIMITED, loss_on=data.loss_on, bad_rows="drop")
 
 
 def _unseen(
-    encoded: Encoded, config: Config, sizes: Sizes, tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus, config: Config, sizes: Sizes, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Unseen, ...] | None:
     never = untrained_tokens(config.base.path, sizes, len(tokenizer), revision=config.base.revision)
     if never is None:
         return None
-    counts = torch.bincount(encoded.ids, minlength=sizes.vocabulary)
+    counts = torch.bincount(corpus.arrays["ids"], minlength=sizes.vocabulary)
     used = [(int(counts[i]), i) for i in never if counts[i] > 0]
     return tuple(Unseen(str(tokenizer.convert_ids_to_tokens(i)), i, n) for n, i in sorted(used, reverse=True))
 

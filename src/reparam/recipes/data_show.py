@@ -125,9 +125,9 @@ def _contents(found: Contents) -> str:
 
 
 def _held_out(found: Study) -> str:
-    if found.held_out_from == found.file:
-        return f"training would hold out {counted(found.held_out, 'row')} of this file" if found.held_out else "none"
-    return f"{counted(found.held_out, 'row')} of {found.held_out_from}"
+    if found.held_out_from == found.files:
+        return f"training would hold out {counted(found.held_out, 'row')} of these" if found.held_out else "none"
+    return f"{counted(found.held_out, 'row')} of {', '.join(found.held_out_from)}"
 
 
 def _token_lines(found: Study, lengths: Lengths) -> list[tuple[str, str]]:

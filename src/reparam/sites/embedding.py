@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Site, Update
+from reparam.core.placing import patched
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, without_hooks
 from reparam.weights.dense import Layout
@@ -37,8 +38,8 @@ class Embedding(Adapted):
         name = type(module).__name__
         if not isinstance(module, nn.Embedding):
             return f"{name} is not an embedding"
-        if "forward" in vars(module):
-            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
+        if patched(module):
+            return f"{name} has a patched forward, which an update would bypass; load the model without the patch"
         if _overrides(module) and (why := _override_problem(module)):
             return f"{name} overrides nn.Embedding.forward: {why}"
         if module.max_norm is not None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from reparam.core.placing import value_of
 from reparam.sites.module import Adapted, Shared, is_quantized
 from reparam.sites.replaced import Replaced
 from reparam.sites.wrapped import bare
@@ -36,7 +37,7 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> dict[str, s
     storages: set[str] = set()
     matrices: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
-    for path, module in _base_modules(model, ""):
+    for path, module in base_modules(model):
         if f"{path}.".startswith(outside):
             continue
         if is_quantized(module):
@@ -65,14 +66,14 @@ def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base model's parameters, with the names and layout that they have without adapters."""
-    for path, module in _base_modules(model, ""):
+    for path, module in base_modules(model):
         for name, tensor in _own(module).items():
             yield f"{path}.{name}".lstrip("."), tensor
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base model's tensors, also quantized ones, with the names that they have without adapters."""
-    for path, module in _base_modules(model, ""):
+    for path, module in base_modules(model):
         for name, tensor, _ in _digested(module):
             yield f"{path}.{name}".lstrip("."), tensor
 
@@ -90,19 +91,22 @@ def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    return module.stock() if isinstance(module, Adapted) else dict(module.named_parameters(recurse=False))
+    if isinstance(module, Adapted):
+        return module.stock()
+    return {name: value_of(module, name) for name, _ in module.named_parameters(recurse=False)}  # type: ignore[misc]
 
 
-def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The base model's modules by path, without those of adapters."""
     module = bare(module)
     if isinstance(module, Replaced):
-        yield from _base_modules(module.origin, path)
+        yield from base_modules(module.origin, path)
         return
     yield path, module
     if not isinstance(module, Adapted):
         for name, child in module.named_children():
             if not isinstance(child, Shared):
-                yield from _base_modules(child, f"{path}.{name}".lstrip("."))
+                yield from base_modules(child, f"{path}.{name}".lstrip("."))
 
 
 def _digests(tensors: list[tuple[str, Tensor]]) -> dict[torch.dtype, str]:

@@ -48,7 +48,9 @@ class Layout:
                 yield out, h, slots[row : row + count], numbers[row : row + count]
                 at, row = at + count * length, row + count
             return
-        count, slots, numbers = self.rows, slots[: self.rows], numbers[: self.rows]
+        count = self.rows
+        if count != len(numbers):
+            slots, numbers = slots[:count], numbers[:count]
         if self.order == "tokens":
             count = x.shape[0] if self.flat else x.shape[0] * x.shape[1]
             slots, numbers = slots.repeat(count // self.rows), numbers * (count // self.rows)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from reparam.core.base import Site, Update, Weight
+from reparam.core.placing import patched
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, is_conv1d
 
@@ -33,8 +34,8 @@ class Linear(Adapted):
     def unsupported_reason(cls, module: nn.Module) -> str | None:
         """The reason if it is another module, overrides forward, or is bypassed by its parent; otherwise None."""
         name = type(module).__name__
-        if "forward" in vars(module):
-            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
+        if patched(module):
+            return f"{name} has a patched forward, which an update would bypass; load the model without the patch"
         if is_conv1d(module):
             return None
         if isinstance(module, NonDynamicallyQuantizableLinear):

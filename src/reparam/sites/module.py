@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
+from reparam.core.placing import ADDED, carry, value_of
 from reparam.errors import FormatError
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
 from reparam.weights.layouts import layout_of
@@ -66,6 +67,7 @@ class Adapted(nn.Module):
         self.active: str | None = None
         self.origin = (origin,)  # the original module, in a tuple so that it is not a submodule
         _share_hooks(origin, self)
+        carry(origin, self)
         self.train(origin.training)
 
     @classmethod
@@ -143,8 +145,9 @@ class Adapted(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The frozen bias [O]."""
-        return self._parameters["bias"]
+        """The frozen bias [O]; its value, if it is offloaded."""
+        own = self._parameters["bias"]
+        return value_of(self, "bias") if own is not None and own.is_meta else own  # type: ignore[return-value]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The base's tensors under the names that they have in the files of a model, and the adapters' tensors."""
@@ -192,8 +195,9 @@ class Adapted(nn.Module):
     def restore(self) -> nn.Module:
         """The original module with the current weight and bias; for a quantized weight, a site without updates."""
         module = self.origin[0]
-        module._parameters["bias"] = self.bias
+        module._parameters["bias"] = self._parameters["bias"]
         _share_hooks(self, module)
+        carry(self, module)
         if self.frozen.dense_or_none is None:
             bare = type(self)(module, self.layout).train(self.training)
             bare.hold(self.frozen)
@@ -226,6 +230,8 @@ def _share_hooks(one: nn.Module, other: nn.Module) -> None:
 def without_hooks(module: nn.Module) -> nn.Module:
     """A module that shares everything with this one but its hooks."""
     found = copy.copy(module)
+    for name in ADDED:
+        found.__dict__.pop(name, None)
     for name in HOOKS:
         found.__dict__[name] = OrderedDict() if isinstance(module.__dict__[name], dict) else None
     return found

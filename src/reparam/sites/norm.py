@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Site, Update
+from reparam.core.placing import patched
 from reparam.sites.bank import Bank
 from reparam.sites.kinds import kind
 from reparam.sites.layout import groups
@@ -35,9 +36,9 @@ class Norm(Adapted):
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:
         """The reason if it has other parameters, modules or buffers, or a patched forward; otherwise None."""
-        if "forward" in vars(module) and cls.claims(module):
+        if patched(module) and cls.claims(module):
             name = type(module).__name__
-            return f"{name} has a patched forward (set by a device map or a hook); load the model without it"
+            return f"{name} has a patched forward, which an update would bypass; load the model without the patch"
         return _parameters_problem(module)
 
     @classmethod

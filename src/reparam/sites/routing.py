@@ -12,7 +12,7 @@ Shapes: B rows of the batch, T tokens in a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -29,7 +29,6 @@ class Routing:
 
     def __init__(self, slots: Tensor) -> None:
         self.route(slots)
-        self.names: list[str | None] = []  # [B], the adapter of each row
         self.tokens: int | None = None
         """Tokens per row in the model's current input, or None if unknown."""
         self.lengths: frozenset[int] = frozenset()
@@ -41,18 +40,20 @@ class Routing:
         self.tried = False
         """Whether a site needs an order that a trial has shown. Otherwise, rows come first."""
 
-    def route(self, slots: Tensor) -> None:
-        """Use these slots [B] for the rows of the next batches."""
+    def route(self, slots: Tensor, names: Sequence[str | None] = ()) -> None:
+        """Use these slots [B], of the adapters with these names, for the rows of the next batches."""
         self.slots = slots  # [B] int64, -1 for the base model
         self.slot_list: tuple[int, ...] = tuple(slots.tolist())
         """The same numbers, for code that must not wait for the device."""
+        self.names = names  # [B]
+        self._alike = len(set(names)) == 1
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
 
         If all rows use one adapter, every activation is one row.
         """
-        if self.tried and len(set(self.names)) == 1:
+        if self.tried and self._alike:
             return Layout("rows", 1, True)
         plain: Order = "rows" if self.packed is None else "packed"
         order = orders_of(site).get((plain == "packed", len(shape))) if self.tried else plain

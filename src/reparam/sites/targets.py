@@ -12,10 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from reparam.core.base import Site
 from reparam.core.checks import nearest
+from reparam.core.placing import patched
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
+from reparam.sites.offloaded import beneath_offload, offloads
 from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import other_paths, tied, walk
@@ -173,7 +175,7 @@ def ending(model: nn.Module, end: str) -> list[str]:
 def unsupported(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The modules of a model that no update can be attached to: path -> reason."""
     found = {name: why for name, module in modules.items() if (why := unsupported_reason(module))}
-    reads = read_without_call(model) | never_called(model)
+    reads = read_without_call(model) | never_called(model) | beneath_offload(model)
     return found | {name: why for name, why in reads.items() if name in modules and name not in found}
 
 
@@ -200,6 +202,10 @@ def unsupported_whole(module: nn.Module) -> str | None:
     if isinstance(module, Adapted | Replaced):
         return None
     kind = type(module).__name__
+    if offloads(module):
+        return "accelerate offloads its weights, which only a forward pass has; load the model without offloading"
+    if any(patched(part) for part in module.modules()):
+        return f"the forward of this {kind} or of a module in it is patched, and a copy would call the original"
     if type(module).forward is nn.Module.forward:
         return f"{kind} does not define forward"
     takes = inspect.signature(module.forward).parameters.values()

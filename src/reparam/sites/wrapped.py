@@ -12,6 +12,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 """What `torch.compile(module)` and torch's `CheckpointWrapper` call the module that they wrap."""
 
+_IN_KEYS = {*_INNER, "_fsdp_wrapped_module"}
+"""The names of wrapped modules in keys: also FSDP1's."""
+
 
 def bare(module: nn.Module) -> nn.Module:
     """The module itself, without wrappers.
@@ -26,6 +29,17 @@ def bare(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
+
+
+def bare_key(key: str) -> str:
+    """The name of a tensor in the state dict of a wrapped model, as the bare model has it.
+
+    `module.`, with which DataParallel and DDP begin all keys, is not removed: modules can have this name.
+
+    >>> bare_key("model.layers.0._orig_mod.mlp.weight")
+    'model.layers.0.mlp.weight'
+    """
+    return ".".join(part for part in key.split(".") if part not in _IN_KEYS)
 
 
 def at(model: nn.Module, path: str) -> nn.Module:

@@ -26,6 +26,7 @@ from reparam.core.checks import nearest
 from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.core.strict_json import loads
+from reparam.data.files import split_sources
 from reparam.data.templates import is_path
 from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
@@ -106,9 +107,10 @@ def dump(config: Config, *, absolute: bool = False) -> str:
     found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
     for key in PATHS if absolute else ():
         section, _, name = key.partition(".")
-        named = key == "data.chat_template" and not is_path(found[section].get(name, ""))
-        if name in found[section] and not named:
-            found[section][name] = _absolute(found[section][name])
+        if name in found[section] and not (key == "data.chat_template" and not is_path(found[section][name])):
+            value = found[section][name]
+            several = split_sources(value) if key in ("data.train", "data.valid") else ()
+            found[section][name] = _absolute(several if len(several) > 1 else value)
     return tomli_w.dumps(found)
 
 
@@ -251,6 +253,8 @@ def _base(table: Mapping[str, Any], problems: list[str]) -> BaseConfig | None:
 
 def _plain(value: Any, annotation: str) -> Any:
     """Parse a string from the command line: "a,b" for a tuple, JSON for a mapping. Other values are unchanged."""
+    if annotation.startswith(("tuple[int", "tuple[float")) and isinstance(value, int | float):
+        return (value,)
     if isinstance(value, str) and annotation.startswith("tuple"):
         return tuple(part for part in value.split(",") if part)
     if isinstance(value, str) and annotation.startswith("Mapping"):

@@ -21,11 +21,11 @@ from reparam.io.outputs import check_writable
 from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
+from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from reparam.train.job import Job
 
@@ -43,7 +43,7 @@ FREE = {
         "run.log_every",
         "run.loggers",
     ),
-    *("run.max_steps", "run.epochs", "data.score_rows", "optim.budget", "optim.page"),
+    *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", *PATHS),
 }
 
@@ -55,11 +55,16 @@ def identity(job: Job) -> dict[str, Any]:
     found[STEPS] = config.run.steps(len(job.train), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
-    found["content of the tokenizer"] = _tokenizer(job.tokenizer)
+    found["content of the tokenizer"] = content_of(job.tokenizer)
     found["content of the chat template"] = _text(job.tokenizer.chat_template)
-    for key, name, rows in (("train", config.data.train, job.train), ("valid", config.data.valid, job.valid)):
-        # A folder or a data set has no digest of its own; its examples depend on the tokenizer and on max_length, too.
-        found[f"content of data.{key}"] = name and (digest(name) if Path(name).is_file() else rows.digest())
+    for key, names, rows in (
+        ("train", config.data.sources(), job.train),
+        ("valid", config.data.sources("valid"), job.valid),
+    ):
+        # Other sources have no digest of their own; their examples depend on the tokenizer and on max_length, too.
+        of_files = [digest(name) for name in names] if all(Path(name).is_file() for name in names) else None
+        content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
+        found[f"content of data.{key}"] = content or None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -173,12 +178,6 @@ def _weights(model: nn.Module) -> str:
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into token ids. Truncation and padding are left out: callers set them at each call."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _text([{**state, "truncation": None, "padding": None}, tokenizer.special_tokens_map])
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from torch import nn
 
@@ -13,8 +13,6 @@ from reparam.adapter.load import load
 from reparam.adapter.untie import untie
 from reparam.adapter.without_sites import put_on
 from reparam.core.method import Method
-from reparam.data.row import Row
-from reparam.data.tasks import task_names
 from reparam.errors import ConfigError
 from reparam.hf.models import load_base
 from reparam.hf.prompts import prompting_of  # the import registers prefix and prompt tuning
@@ -78,8 +76,10 @@ def started(config: Config) -> Config:
     return dataclasses.replace(config, method=method)
 
 
-def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...]]:
-    """Give a method that depends on tasks the tasks of the rows. Returns the method and the names of its tasks.
+def by_task(method: Method, names_of: Callable[[], tuple[str, ...]]) -> tuple[Method, tuple[str, ...]]:
+    """Give a method that depends on tasks those of the rows. Returns the method and the names of its tasks.
+
+    `names_of` returns the distinct tasks of the rows; it is called only for a method that depends on them.
 
     A method that already has several tasks keeps them. If the method does not depend on tasks, or if all rows have the
     same task, it is returned unchanged, without names. Raises DataError for rows without a task.
@@ -89,5 +89,5 @@ def by_task(method: Method, rows: Sequence[Row]) -> tuple[Method, tuple[str, ...
         return method, ()
     if len(known) > 1:
         return method, known
-    names = task_names(rows)
+    names = names_of()
     return (method.with_tasks(names), names) if len(names) > 1 else (method, ())

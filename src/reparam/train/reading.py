@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from reparam.data.framing import Frame, frame
-from reparam.data.row import Row
 from reparam.data.templates import chosen
 from reparam.errors import ConfigError, DataError
 from reparam.hf.models import load_tokenizer
@@ -30,25 +30,29 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def frame_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Frame:
+def frame_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Frame:
     """What `data.system` and `data.thinking` add to the chats.
 
-    Raises ConfigError if they, or `data.chat_template`, are set and there are no chats, or if the template does not
-    depend on them.
+    Raises ConfigError if the template does not depend on them.
     """
-    given = {"chat_template": data.chat_template, "system": data.system, "thinking": data.thinking}
-    given = {key: value for key, value in given.items() if value is not None}
-    if given and not any(row.kind == "chat" for row in rows):
-        keys = ", ".join(f"data.{key}" for key in given)
-        raise ConfigError(f"{keys}: only chats depend on it, and {data.train} has none; leave it out")
     try:
         return frame(tokenizer, system=data.system, thinking=data.thinking)
     except DataError as error:
         raise ConfigError(str(error)) from None
 
 
-def prompt_format(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> PromptFormat:
-    """How an adapter that is trained on these rows is prompted."""
-    kinds = {row.kind for row in rows}
+def check_chats(data: DataConfig, kinds: Mapping[str, int]) -> None:
+    """Raise ConfigError if a setting of chats is set and there are none. `kinds` has the number of rows by kind."""
+    given = {"chat_template": data.chat_template, "system": data.system, "thinking": data.thinking}
+    keys = [f"data.{key}" for key, value in given.items() if value is not None]
+    if keys and not kinds.get("chat"):
+        raise ConfigError(
+            f"{', '.join(keys)}: only chats depend on it, and {', '.join(data.sources())} has none; leave it out"
+        )
+
+
+def prompt_format(data: DataConfig, tokenizer: PreTrainedTokenizerBase, kinds: Mapping[str, int]) -> PromptFormat:
+    """How an adapter that is trained on rows of these kinds is prompted."""
+    rows: Any = next(iter(kinds)) if len(kinds) == 1 else "mixed"
     template = tokenizer.get_chat_template() if data.chat_template is not None else None
-    return PromptFormat(kinds.pop() if len(kinds) == 1 else "mixed", template, data.system, data.thinking)
+    return PromptFormat(rows, template, data.system, data.thinking)

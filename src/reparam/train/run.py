@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
-from reparam.core.text import counted
 from reparam.data.batches import Collator, padding_id
-from reparam.data.encode import encode
-from reparam.data.row import Row
-from reparam.data.rows import read_rows
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, vocabulary
@@ -36,11 +31,12 @@ from reparam.train import optimizer, processes
 from reparam.train.checkpoint import newest
 from reparam.train.conclude import conclude, history_of, scored
 from reparam.train.config import Config, dump
+from reparam.train.data import read_data
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
-from reparam.train.model import attached, by_task, loaded, started
+from reparam.train.model import attached, loaded, started
 from reparam.train.plot import plot_losses
-from reparam.train.reading import frame_of, prompt_format, tokenizer_of
+from reparam.train.reading import tokenizer_of
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Trainer
@@ -123,38 +119,13 @@ def prepare(config: Config) -> Job:
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = tokenizer_of(config)
-    train_rows, held_out = held_apart(read_rows(config.data.train, config.data.renamed()), config)
-    framed = frame_of(config.data, tokenizer, train_rows)
-    train_rows, held_out = framed.rows(train_rows), framed.rows(held_out)
+    data = read_data(config, tokenizer)  # before the model, which may take minutes
     model = loaded(config.base)
-    size, data = vocabulary(model), config.data
-    method, tasks = by_task(config.method, train_rows)
-    encoded, valid = (
-        encode(rows, tokenizer, max_length=data.max_length, loss_on=data.loss_on, vocab_size=size, tasks=tasks)
-        for rows in (train_rows, held_out)
-    )
-    adapter = attached(config, model, method)
-    adapter.prompt_format = prompt_format(data, tokenizer, train_rows)
+    data.check_vocabulary(vocabulary(model), tokenizer)
+    adapter = attached(config, model, data.method)
+    adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    return Job(config, adapter.model, tokenizer, adapter, encoded, valid, held_out)
-
-
-def held_apart(rows: list[Row], config: Config) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out rows: those of `data.valid`, or a share of `rows`, drawn by `run.seed`.
-
-    Raises ConfigError if there are too few rows to hold one out.
-    """
-    if config.data.valid is not None:
-        return rows, read_rows(config.data.valid, config.data.renamed())
-    if not 0 < config.data.holdout < 1:
-        raise ConfigError(f"data.holdout: {config.data.holdout} is not between 0 and 1; change it, or set data.valid")
-    count = max(1, round(len(rows) * config.data.holdout))
-    if count >= len(rows):
-        raise ConfigError(
-            f"{config.data.train}: a file of {counted(len(rows), 'row')} is too small to hold one out; set data.valid"
-        )
-    chosen = set(random.Random(config.run.seed).sample(range(len(rows)), count))
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out)
 
 
 def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:

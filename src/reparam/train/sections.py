@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 from reparam.core.checks import finite, whole
 from reparam.core.plain import wrong_types
+from reparam.core.text import counted
 from reparam.data.chat import LossOn
+from reparam.data.files import split_sources
+from reparam.data.findings import BadRows
+from reparam.data.lengths import TooLong
+from reparam.data.mixture import Mix
 from reparam.errors import ConfigError
 
 
@@ -42,18 +47,29 @@ def _count(least: int) -> _Rule:
 class DataConfig:
     """The rows to train on, and the held-out rows."""
 
-    train: str = ""
+    train: str | tuple[str, ...] = ""
     """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
-    or - for standard input."""
-    valid: str | None = None
+    or - for standard input. Several are separated by commas."""
+    valid: str | tuple[str, ...] | None = None
     """Held-out rows to score. By default, a share of the training rows is held out."""
+    weights: tuple[float, ...] = ()
+    """Shares of several sources of training rows, in their order, such as 0.7,0.3. By default, all rows are used."""
+    mix: Mix = "under"
+    """How weights are met: rows are left out (under) or repeated (over)."""
+    max_rows: tuple[int, ...] = ()
+    """Number of rows to take from each source of training rows, from its start: one number, or one for each."""
     columns: tuple[str, ...] = ()
     """Under which keys the rows hold those of a format, such as prompt=question,completion=answer. By default, the keys
     tell the format."""
     holdout: float = 0.05
     """Share of the training rows to hold out when data.valid is not set."""
     max_length: int = 1024
-    """Maximum length of a row in tokens. Longer chats are cut at the end; longer texts are split."""
+    """Maximum length of a row in tokens. data.too_long says what becomes of longer rows."""
+    too_long: TooLong = "auto"
+    """What becomes of rows longer than data.max_length: error, drop, truncate, split, or auto: chats and completions
+    are truncated and texts split."""
+    bad_rows: BadRows = "error"
+    """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     chat_template: str | None = None
@@ -63,6 +79,9 @@ class DataConfig:
     """System message for chats without one."""
     thinking: bool | None = None
     """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
+    cache: str = "auto"
+    """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
+    $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
@@ -73,9 +92,24 @@ class DataConfig:
             "data",
             holdout=("a share above 0 and below 1", lambda share: idle or 0 < share < 1),
             max_length=_count(1),
+            weights=("finite numbers above 0", lambda values: all(finite(value) and value > 0 for value in values)),
+            max_rows=("whole numbers of at least 1", lambda values: all(whole(value, 1) for value in values)),
+            cache=("off, auto or a folder", bool),
             score_rows=_count(0),
         )
         self.renamed()
+        names = self.sources()
+        for key, one_for_all in (("weights", False), ("max_rows", True)):
+            count = len(getattr(self, key))
+            if self.train and count not in (0, len(names)) and not (one_for_all and count == 1):
+                raise ConfigError(
+                    f"data.{key}: {counted(count, 'number')} for {counted(len(names), 'source')} ({', '.join(names)}); "
+                    f"give one for each"
+                )
+
+    def sources(self, side: Literal["train", "valid"] = "train") -> tuple[str, ...]:
+        """The sources of the training rows or of the held-out rows, by name; a comma separates several."""
+        return split_sources(getattr(self, side) or ())
 
     def renamed(self) -> dict[str, str]:
         """`columns` as a dictionary from a format's key to the rows' key. Raises ConfigError for another form."""

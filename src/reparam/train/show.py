@@ -53,7 +53,11 @@ class Show:
         for report in reports(job.model):
             say(self.console, str(report))
         say(self.console, f"training rows   {job.train.report}")
+        for line in job.train.report.lines:
+            say(self.console, f"                {line}")
         say(self.console, f"held-out rows   {job.valid.report}")
+        for line in job.valid.report.lines:
+            say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
         say(self.console, preview(job.train, job.tokenizer))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.base import Storage, Weight
+from reparam.core.placing import value_of
 from reparam.core.registry import storage
 
 Layout = Literal["rows", "transposed", "column"]
@@ -36,7 +37,8 @@ class DenseWeight(Weight):
     """A weight that is one frozen parameter: its own, or the parameter `weight` of a module (see `of`).
 
     The parameter of a module stays where torch, transformers and optimizers look for it. It is looked up at each use,
-    so that code that replaces it (a device map, FSDP, weight tying) replaces it here as well.
+    so that code that replaces it (a device map, FSDP, weight tying) replaces it here as well. Where accelerate offloads
+    it, W is read from where it is kept.
     """
 
     def __init__(self, w: Tensor, *, of: nn.Module | None = None, layout: Layout = "rows") -> None:
@@ -44,9 +46,10 @@ class DenseWeight(Weight):
         self.out_features, self.in_features = as_matrix(w, layout).shape
         self.layout: Layout = layout
         self._holder: MutableMapping[str, nn.Parameter | None] = (self if of is None else of)._parameters
+        self._of = () if of is None else (of,)  # in a tuple so that it is not a submodule
         if of is None:
             self.weight = w if isinstance(w, nn.Parameter) else nn.Parameter(w)  # the same object, so ties are kept
-        self.held()[0].requires_grad_(False)
+        self._holder["weight"].requires_grad_(False)  # type: ignore[union-attr]
 
     @classmethod
     def of(cls, module: nn.Module, layout: Layout) -> DenseWeight:
@@ -56,7 +59,7 @@ class DenseWeight(Weight):
     @property
     def matrix(self) -> Tensor:
         """W [O, I]: the parameter or a view of it."""
-        return as_matrix(self._holder["weight"], self.layout)  # type: ignore[arg-type]
+        return as_matrix(self.held()[0], self.layout)
 
     @property
     def storage(self) -> Dense:
@@ -96,8 +99,11 @@ class DenseWeight(Weight):
         return self._holder["weight"].dtype  # type: ignore[union-attr]
 
     def held(self) -> tuple[Tensor, ...]:
-        """The parameter."""
-        return (self._holder["weight"],)  # type: ignore[return-value]
+        """The parameter; its value, if it is offloaded."""
+        own: Tensor = self._holder["weight"]  # type: ignore[assignment]
+        if own.is_meta and self._of and (value := value_of(self._of[0], "weight")) is not None:
+            return (value,)
+        return (own,)
 
 
 def as_matrix(w: Tensor, layout: Layout) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,31 @@ def objects(name: str | Path) -> Objects:
     if _HUB.fullmatch(text) and kind(path) not in READERS and not path.parent.is_dir():
         return hub.read(text)
     raise DataError([f"{path}: no such file{_nearby(path)}"])
+
+
+def files_of(name: str | Path) -> list[Path] | None:
+    """The files that hold the rows of a source, or None if it is standard input or a data set on the hub."""
+    path = Path(name)
+    if str(name) == "-":
+        return None
+    if path.is_dir():
+        return [each for each in sorted(path.rglob("*")) if each.is_file()] if hub.is_saved(path) else _files_in(path)
+    if path.exists():
+        return [path]
+    return [Path(each) for each in sorted(glob.glob(str(name), recursive=True)) if Path(each).is_file()] or None
+
+
+def split_sources(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in a list of sources: separated by commas, unless there is a file of the whole name.
+
+    >>> split_sources("a.jsonl, owner/name:train")
+    ('a.jsonl', 'owner/name:train')
+    """
+    if not isinstance(value, str):
+        return tuple(value)
+    if "," not in value or Path(value).exists() or glob.glob(value):
+        return (value,)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def kind(path: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +16,10 @@ from reparam.data.messages import kind_of
 from reparam.errors import DataError, DuplicateKey
 
 LARGEST_LINE = 2**26  # bytes
+KEPT = 2**26  # bytes of standard input that are kept in memory; more go into a temporary file
 LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole
+
+_copies: dict[Any, IO[bytes]] = {}  # of standard input
 
 
 def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -24,8 +29,14 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 
 def read_standard_input() -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """The objects of JSONL on standard input."""
-    yield from _lines(sys.stdin.buffer, "standard input")
+    """The objects of JSONL on standard input, which is copied when it is first read: rows may be read twice."""
+    if sys.stdin not in _copies:
+        _copies.clear()
+        _copies[sys.stdin] = tempfile.SpooledTemporaryFile(KEPT)  # noqa: SIM115  (it disappears with the process)
+        shutil.copyfileobj(sys.stdin.buffer, _copies[sys.stdin])
+    copy = _copies[sys.stdin]
+    copy.seek(0)
+    yield from _lines(copy, "standard input")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

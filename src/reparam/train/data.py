@@ -1,0 +1,173 @@
+"""Read and encode the training rows and the held-out rows of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import random
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from reparam.core.method import Method
+from reparam.core.text import counted
+from reparam.data.batches import Encoded
+from reparam.data.corpus import Corpus
+from reparam.data.encode import encode_all
+from reparam.data.files import files_of
+from reparam.data.framing import Frame
+from reparam.data.mixture import mixed, told
+from reparam.data.row import Row
+from reparam.data.rows import Reading
+from reparam.errors import ConfigError
+from reparam.io.prompt_format import PromptFormat
+from reparam.train.cache import content_of, default_folder, kept, key_of
+from reparam.train.config import Config
+from reparam.train.model import by_task
+from reparam.train.reading import check_chats, frame_of, prompt_format
+from reparam.train.sections import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORTH_KEEPING = 1 << 24  # bytes of files whose encoded rows are kept without being asked to
+KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them are encoded
+
+
+class Data(NamedTuple):
+    """The encoded rows of a run."""
+
+    train: Encoded
+    valid: Encoded
+    held_out: list[Row]
+    """The first held-out rows: `data.score_rows`, and at least 1,000."""
+    method: Method
+    """The configured method, which knows the tasks of the rows if it depends on them."""
+    corpora: tuple[Corpus, ...]
+    prompt_format: PromptFormat
+    """How an adapter that is trained on the rows is prompted."""
+
+    def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
+        for corpus in self.corpora:
+            corpus.check_vocabulary(size, tokenizer)
+
+
+def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read and encode all rows. Raises DataError for rows that cannot be used, and ConfigError for settings of [data].
+
+    Rows are held out before others are mixed. Which ones depends on the seed and on the number of rows alone.
+    """
+    data, seed = config.data, config.run.seed
+    with_tasks = config.method.known_tasks is not None
+    framed = frame_of(data, tokenizer)
+    corpus = _corpus(data, data.sources(), tokenizer, framed, with_tasks=with_tasks, most=data.max_rows)
+    check_chats(data, corpus.kinds)
+    other = None
+    if data.valid is not None:
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=with_tasks)
+    rows, held = split(config, len(corpus)) if other is None else (np.arange(len(corpus)), np.arange(len(other)))
+    ends = np.cumsum(corpus.counts)[:-1]
+    parts = np.split(rows, np.searchsorted(rows, ends))
+    full = corpus.with_examples()
+    parts = [part[full[part]] for part in parts]
+    taken = mixed(parts, data.weights, data.mix, seed)
+    chosen = np.concatenate(taken) if data.weights else rows
+    method, tasks = by_task(config.method, lambda: corpus.task_names(rows))
+    train = corpus.part(chosen, tasks=tasks)
+    if len(parts) > 1:
+        lines = told(data.sources(), parts, taken)
+        train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
+    valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
+    held_out = list(framed.rows(_held_out(data, other or corpus, held)))
+    corpora = (corpus, *([other] if other else []))
+    return Data(train, valid, held_out, method, corpora, prompt_format(data, tokenizer, corpus.kinds))
+
+
+def _corpus(
+    data: DataConfig,
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    framed: Frame,
+    *,
+    with_tasks: bool,
+    most: tuple[int, ...] = (),
+) -> Corpus:
+    """The encoded rows of these sources, from the cache if there is one."""
+    settings: dict[str, Any] = {
+        "max_length": data.max_length,
+        "loss_on": data.loss_on,
+        "too_long": data.too_long,
+        "bad_rows": data.bad_rows,
+        "with_tasks": with_tasks,
+    }
+
+    def make(folder: Path | None) -> Corpus:
+        reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder)
+        return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
+
+    found = [files_of(source) for source in sources]
+    files = [file for part in found if part is not None for file in part]
+    folder = _cache_folder(data.cache, files)
+    if folder is None or None in found:
+        return make(None)
+    shapes = [len(part or ()) for part in found]
+    template = str(tokenizer.chat_template)
+    everything = {
+        **settings,
+        "frame": dataclasses.asdict(framed),
+        "columns": data.renamed(),
+        "most": most,
+        "files of each source": shapes,
+        "tokenizer": content_of(tokenizer),
+        "template": template,
+        "date": str(datetime.date.today()) if "strftime_now" in template else "",  # the template may write it
+    }
+    corpus, told = kept(folder, key_of(files, everything), files, make)
+    return dataclasses.replace(corpus, lines=(f"encoded rows: {told}",))
+
+
+def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
+    """The folder of the cache, or None if the rows of these files are not kept."""
+    if wish == "off":
+        return None
+    if wish != "auto":
+        return Path(wish)
+    place = default_folder()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    large = sum(file.stat().st_size for file in files) >= WORTH_KEEPING
+    return place if large and os.access(existing, os.W_OK) else None
+
+
+def split(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the training rows and of the held-out rows, of `total` rows, if `data.valid` is not set.
+
+    Raises ConfigError if there are too few rows to hold one out.
+    """
+    share = config.data.holdout
+    if not 0 < share < 1:
+        raise ConfigError(f"data.holdout: {share} is not between 0 and 1; change it, or set data.valid")
+    count = max(1, round(total * share))
+    if count >= total:
+        raise ConfigError(
+            f"{', '.join(config.data.sources())}: a file of {counted(total, 'row')} is too small to hold one out; set "
+            f"data.valid"
+        )
+    held = np.zeros(total, dtype=bool)
+    held[random.Random(config.run.seed).sample(range(total), count)] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:
+    """The first held-out rows that have examples; they are read again, because only encoded rows are kept."""
+    count = max(data.score_rows, KEPT)
+    wanted = held[corpus.with_examples()[held]][:count].tolist()
+    sources, most = (data.sources(), data.max_rows) if data.valid is None else (data.sources("valid"), ())
+    rows = islice(Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows), wanted[-1] + 1)
+    chosen = set(wanted)
+    return [row for number, row in enumerate(rows) if number in chosen]
