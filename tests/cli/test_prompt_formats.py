@@ -10,8 +10,14 @@ import pytest
 from command import reparam, train
 from transformers import AutoTokenizer
 
+from reparam.data.preferences import flat
 from reparam.data.templates import PLAIN
+from reparam.errors import ConfigError
 from reparam.hf.open import open_model
+from reparam.io.prompt_format import PromptFormat
+from reparam.train.config import resolve
+from reparam.train.objectives import objective_of
+from reparam.train.reading import tokenizer_of
 
 MINE = "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}"
 MINE += "<|user|>assistant: {% endif %}"
@@ -122,3 +128,23 @@ def test_a_damaged_file_is_refused_in_one_sentence(plain, tmp_path, capsys):
         file.write_text(content)
         assert reparam("generate", "hi", "-a", tmp_path / "a") == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_preferences_are_framed_as_other_chats_are(base, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    pair = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "hello"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    file.write_text((json.dumps(pair) + "\n") * 4)
+    given = {"base.path": base, "data.train": str(file), "run.objective": "dpo", "data.system": "Be kind."}
+    config = resolve(None, given)
+    tokenizer = tokenizer_of(config)
+    data = objective_of(config).data(config, tokenizer)
+    text = tokenizer.decode(flat(data.train)[0]["input_ids"])
+    assert text == "<|system|>Be kind.<|end|><|user|>hi<|end|><|assistant|>hello<|end|>"
+    assert data.prompt_format == PromptFormat("chat", None, "Be kind.")
+    file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    with pytest.raises(ConfigError, match="only chats depend on it"):
+        objective_of(config).data(resolve(None, given | {"data.valid": str(file)}), tokenizer)

@@ -18,9 +18,11 @@ from reparam.data.rows import Reading
 from reparam.errors import ConfigError, DataError
 from reparam.hf.embedding import Sizes, sizes_of, untrained_tokens
 from reparam.train.config import Config
-from reparam.train.data import read_data, split
+from reparam.train.data import held_out as held_out_of
+from reparam.train.data import read_data
 from reparam.train.reading import frame_of, tokenizer_of
 
+SFT = "sft"
 UNLIMITED = 2**31 - 1  # tokens
 
 
@@ -83,6 +85,8 @@ def studied(config: Config) -> Studied:
     data = config.data
     if not data.train:
         raise ConfigError("data.train must be set: give the file of rows, as in  reparam data rows.jsonl")
+    if config.run.objective != SFT:
+        raise ConfigError(f"run.objective: {config.run.objective}: only rows of supervised training are studied")
     problems: list[str] = []
     contents, traits = study.survey(Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows=data.bad_rows))
     training, held_out = traits, []
@@ -90,8 +94,10 @@ def studied(config: Config) -> Studied:
         held_out = study.survey(Reading(data.sources("valid"), data.renamed(), bad_rows=data.bad_rows))[1]
     else:
         with _noted(problems):
-            kept, held = split(config, len(traits))
-            training, held_out = ([traits[i] for i in numbers] for numbers in (kept, held))
+            held = held_out_of(config, len(traits))
+            training, held_out = (
+                [trait for trait, out in zip(traits, held, strict=True) if out == wanted] for wanted in (False, True)
+            )
     same, alike = study.shared(training, held_out)
     found = Study(
         files=data.sources(),
@@ -125,7 +131,9 @@ def _measured(found: Study, config: Config) -> Studied:
     with _noted(problems):
         data = read_data(config, tokenizer)
         data.check_vocabulary(sizes.vocabulary, tokenizer)
-        corpus, shown = data.corpora[0], data.train
+        assert isinstance(data.checked[0], Corpus)
+        assert isinstance(data.train, Encoded)
+        corpus, shown = data.checked[0], data.train
         cut = study.cut(corpus)
     if corpus is None:
         with contextlib.suppress(DataError, ConfigError):

@@ -21,6 +21,7 @@ from reparam.data.encode import encode_all
 from reparam.data.files import files_of
 from reparam.data.framing import Frame
 from reparam.data.mixture import mixed, told
+from reparam.data.preferences import Preferences
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
@@ -41,20 +42,21 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded
-    valid: Encoded
+    train: Encoded | Preferences
+    valid: Encoded | Preferences
     held_out: list[Row]
-    """The first held-out rows: `data.score_rows`, and at least 1,000."""
+    """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    corpora: tuple[Corpus, ...]
+    checked: tuple[Corpus | Preferences, ...]
+    """All that was encoded; the first one holds the training rows."""
     prompt_format: PromptFormat
     """How an adapter that is trained on the rows is prompted."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
-        for corpus in self.corpora:
-            corpus.check_vocabulary(size, tokenizer)
+        for rows in self.checked:
+            rows.check_vocabulary(size, tokenizer)
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -70,7 +72,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     other = None
     if data.valid is not None:
         other = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=with_tasks)
-    rows, held = split(config, len(corpus)) if other is None else (np.arange(len(corpus)), np.arange(len(other)))
+    rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
+    if other is None:
+        out = held_out(config, len(corpus))
+        rows, held = np.flatnonzero(~out), np.flatnonzero(out)
     ends = np.cumsum(corpus.counts)[:-1]
     parts = np.split(rows, np.searchsorted(rows, ends))
     full = corpus.with_examples()
@@ -83,9 +88,9 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         lines = told(data.sources(), parts, taken)
         train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
-    held_out = list(framed.rows(_held_out(data, other or corpus, held)))
-    corpora = (corpus, *([other] if other else []))
-    return Data(train, valid, held_out, method, corpora, prompt_format(data, tokenizer, corpus.kinds))
+    shown = list(framed.rows(_held_out(data, other or corpus, held)))
+    checked = (corpus, *([other] if other else []))
+    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
 
 
 def _corpus(
@@ -144,11 +149,8 @@ def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
     return place if large and os.access(existing, os.W_OK) else None
 
 
-def split(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the training rows and of the held-out rows, of `total` rows, if `data.valid` is not set.
-
-    Raises ConfigError if there are too few rows to hold one out.
-    """
+def held_out(config: Config, total: int) -> np.ndarray:
+    """Which of so many rows are held out, [total] bool. Raises ConfigError if there are too few."""
     share = config.data.holdout
     if not 0 < share < 1:
         raise ConfigError(f"data.holdout: {share} is not between 0 and 1; change it, or set data.valid")
@@ -160,7 +162,7 @@ def split(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
         )
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return held
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

@@ -23,6 +23,7 @@ from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
+from reparam.train.loggers import EVENTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +43,7 @@ FREE = {
         "run.eval_every",
         "run.log_every",
         "run.loggers",
+        "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", *PATHS),
@@ -101,7 +103,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
     file = folder / RECORD
     if not file.is_file():
         return
-    then = _read(file)["identity"]
+    then = _defaults() | _read(file)["identity"]
     changed = [key for key in now if key in then and then[key] != now[key]]
     if longer and STEPS in changed and now[STEPS] > then[STEPS]:
         changed.remove(STEPS)
@@ -111,6 +113,13 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
             f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """The default values of the keys that a record of an earlier version may lack."""
+    own = {key: value for key, value in _settings(Config()).items() if key not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(own))
+    return {key: value for key, value in found.items() if not key.startswith(("base.", "method."))}
 
 
 def write_record(folder: Path, now: dict[str, Any]) -> int:
@@ -152,7 +161,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
-from reparam.data.row import Row
+from reparam.data.preferences import Preferences
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
@@ -25,9 +26,9 @@ class Job:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
-    train: Encoded
-    valid: Encoded
-    held_out: Sequence[Row]
+    train: Encoded | Preferences
+    valid: Encoded | Preferences
+    held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
 
 

@@ -89,7 +89,7 @@ def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
     }
 
 
-def unsupported(args: TrainingArguments) -> list[str]:
+def unsupported(args: TrainingArguments, rows: Any) -> list[str]:
     """Arguments with which a resumed run would differ or a checkpoint would be lost, each with the reason."""
     refused = {
         "push_to_hub": (args.push_to_hub, "is not supported; upload the result after training"),
@@ -113,4 +113,5 @@ def unsupported(args: TrainingArguments) -> list[str]:
             "the best checkpoint would replace the newest one, which a resumed run needs; use 2",
         ),
     }
-    return [f"{name}: {why}" for name, (given, why) in refused.items() if given]
+    problems = [f"{name}: {why}" for name, (given, why) in refused.items() if given]
+    return problems + ([] if hasattr(rows, "__len__") else ["train_dataset has no length"])

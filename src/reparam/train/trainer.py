@@ -1,7 +1,8 @@
 """transformers' Trainer with atomic checkpoints and exact resuming.
 
 transformers does the training itself (accumulation, bf16, activation checkpointing, evaluation, schedules, several
-devices, loggers). This class changes how state is saved and restored, and how training stops:
+devices, loggers). `Resumable`, put before it or a trainer made from it, changes how state is saved and restored, and
+how training stops:
 
 - Checkpoints are those of `reparam.train.checkpoint`. They hold what `save_trained` writes, not the whole model.
 - On one CPU machine, with the same number of threads, a resumed run has the same weights, losses and logs, bit for bit,
@@ -18,7 +19,7 @@ import signal
 from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -41,10 +42,14 @@ from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupport
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    _Trainer = transformers.Trainer
+else:
+    _Trainer = object  # `Resumable` is put before transformers' Trainer, or one made from it
 
 
-class Trainer(transformers.Trainer):
-    """A transformers Trainer that writes and resumes from reparam's checkpoints.
+class Resumable(_Trainer):
+    """Makes a Trainer of transformers write and resume from reparam's checkpoints.
 
     Args:
         model: a model in which only the parameters to train require gradients.
@@ -57,14 +62,18 @@ class Trainer(transformers.Trainer):
         row_names: the name of each row index, such as "file:line": a sequence or a function.
         extra_loss: a penalty whose gradient is added in each micro-batch, averaged over gradient accumulation. It is
             not part of the reported loss.
+        others: further arguments of the trainer.
 
     Attributes:
+        filled: whether rows without loss fill up the last batches of several processes; else, rows come twice.
         resumed: the checkpoint that `train` resumed from and those it skipped, or None.
         lock: the lock of the run folder. `train` acquires it; acquire it first to write into the folder yourself.
 
     Raises:
         ValueError: arguments that this class does not support; the message lists all of them.
     """
+
+    filled = True
 
     def __init__(
         self,
@@ -74,18 +83,11 @@ class Trainer(transformers.Trainer):
         train_dataset: Dataset,
         save_trained: Callable[[Path], object],
         load_trained: Callable[[Path], object],
-        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         row_names: Callable[[int], str] | Sequence[str] | None = None,
         extra_loss: Callable[[], Tensor | None] | None = None,
+        **others: Any,
     ) -> None:
-        problems = unsupported(args) + ([] if hasattr(train_dataset, "__len__") else ["train_dataset has no length"])
-        if problems:
+        if problems := unsupported(args, train_dataset):
             raise ValueError("unsupported training arguments: " + "; ".join(problems))
         # Otherwise the order of the data depends on the last seed that torch got before `train`.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -93,18 +95,8 @@ class Trainer(transformers.Trainer):
         args.restore_callback_states_from_checkpoint = True
         # compute_loss already checks the loss, and a second check would synchronize with the device again.
         args.logging_nan_inf_filter = False
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=WithEmpty(train_dataset) if args.world_size > 1 else train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        train_dataset = WithEmpty(train_dataset) if self.filled and args.world_size > 1 else train_dataset
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **others)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed shard the optimizer state, which checkpoints cannot hold: use DDP")
         assert args.output_dir is not None  # transformers has a default
@@ -114,9 +106,8 @@ class Trainer(transformers.Trainer):
         self._save_trained, self._load_trained, self._extra_loss = save_trained, load_trained, extra_loss
         self._finite = Finite(self.run_folder, row_names)
         self._interrupts = Interrupts()
-        self._stopping = False
+        self._stopping, self._saved_step = False, 0
         self._loaded: TrainingState | None = None
-        self._saved_step = 0
         self.add_callback(_Hooks(self))
 
     @property
@@ -208,6 +199,7 @@ class Trainer(transformers.Trainer):
             "row_order": self._row_order(),
             "loss": self._tr_loss.item(),
             "logged": self._globalstep_last_logged,
+            "unlogged": self.unlogged(),
         }
 
         def write(folder: Path) -> None:
@@ -263,7 +255,15 @@ class Trainer(transformers.Trainer):
             loss = self._loaded.progress["loss"]
             self._tr_loss = torch.tensor(loss, device=self.args.device)
             self._globalstep_last_logged = self._loaded.progress["logged"]
+            self.log_later(self._loaded.progress.get("unlogged"))
             self._total_loss_scalar = -loss  # so that train_loss is the mean over the steps of this call
+
+    def unlogged(self) -> Any:
+        """What the trainer collected for its next log entry besides the loss: plain values, for a checkpoint."""
+        return None
+
+    def log_later(self, values: Any) -> None:
+        """Restore what `unlogged` returned."""
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         # Overridden because the final save must come after the events of the last epoch (its evaluation draws random
@@ -310,7 +310,8 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """As in transformers. In training, checks the loss, and adds the penalty's gradient but not its value."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = found if return_outputs else (found, None)
         if model.training:
             self._check("loss", loss)
             penalty = self._extra_loss() if self._extra_loss is not None else None
@@ -350,15 +351,20 @@ class Trainer(transformers.Trainer):
         sampler, seed = super()._get_train_sampler(train_dataset), cast(int, self.args.data_seed)
         if isinstance(sampler, LengthGroupedSampler):
             sampler = ByEpoch(sampler, seed)
-        if self.args.world_size == 1 or not isinstance(sampler, RandomSampler | ByEpoch) or train_dataset is None:
+        alone = self.args.world_size == 1 or not self.filled
+        if alone or not isinstance(sampler, RandomSampler | ByEpoch) or train_dataset is None:
             return sampler
         return Filled(sampler, train_dataset, multiple=self.args.train_batch_size * self.args.world_size, seed=seed)
+
+
+class Trainer(Resumable, transformers.Trainer):
+    """transformers' Trainer with the checkpoints of `Resumable`."""
 
 
 class _Hooks(TrainerCallback):
     """Callbacks between steps. Added last, so that they see the decisions of all other callbacks."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
         self.save_after_epoch = False
 
