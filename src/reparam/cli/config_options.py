@@ -48,6 +48,7 @@ ALIASES = {
     "data.weights": ["--interleave_probs"],
     "data.max_rows": ["--max_samples"],
     "data.max_length": ["--max_length", "--max_seq_length", "--cutoff_len", "--sequence_len"],
+    "data.packing": ["--packing"],
     "adapter.targets": ["--target_modules", "--lora_target_modules", "--lora_target"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save", "--additional_target"],
     "adapter.start": ["--adapter_name_or_path", "--lora_model_dir"],

@@ -54,7 +54,7 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found[STEPS] = config.run.steps(len(job.train), processes.count())
+    found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = content_of(job.tokenizer)

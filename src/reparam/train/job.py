@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
+from reparam.data.packing import Packed
 from reparam.data.preferences import Preferences
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
@@ -30,6 +31,13 @@ class Job:
     valid: Encoded | Preferences
     held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
+    packed: Packed | None = None
+    """The training rows in packs, with `data.packing`."""
+
+    @property
+    def drawn(self) -> Encoded | Preferences | Packed:
+        """What batches are drawn from: training rows, packs of them, or preferences."""
+        return self.train if self.packed is None else self.packed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,8 @@ class DataConfig:
     are truncated and texts split."""
     bad_rows: BadRows = "error"
     """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
+    packing: bool = False
+    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
     chat_template: str | None = None

@@ -60,6 +60,8 @@ class Show:
         say(self.console, f"training rows   {job.train.report}")
         for line in job.train.report.lines:
             say(self.console, f"                {line}")
+        if job.packed is not None:
+            say(self.console, f"packed          {job.packed}")
         say(self.console, f"held-out rows   {job.valid.report}")
         for line in job.valid.report.lines:
             say(self.console, f"                {line}")

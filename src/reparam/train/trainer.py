@@ -38,7 +38,7 @@ from reparam.io.staged import staged_folder
 from reparam.train import processes
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
-from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
+from reparam.train.order import ByEpoch, Filled, WithEmpty, begin_epoch, row_order, unsupported
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
 _log = logging.getLogger(__name__)
@@ -373,6 +373,7 @@ class _Hooks(TrainerCallback):
     ) -> None:
         self.trainer._saved_step = state.global_step
         self.trainer._restore_progress()
+        begin_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

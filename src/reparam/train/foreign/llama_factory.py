@@ -145,7 +145,7 @@ LLAMA_FACTORY = Tool(
     renamed={},
     notes={
         **ARGUMENT_NOTES,
-        "template": "the tokenizer's own chat template is used; the preview before training shows it",
+        "template": "the tokenizer's own chat template is used; data.chat_template chooses another one",
         "tool_format": "the tokenizer's own chat template writes tools",
         **each("nothing is cached", "overwrite_cache preprocessing_num_workers preprocessing_batch_size"),
         **each("nothing is cached", "cache_dir tokenized_path data_shared_file_system"),

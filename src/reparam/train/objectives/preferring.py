@@ -43,6 +43,7 @@ class Preferring(Objective):
         unread = {
             "data.weights": bool(config.data.weights),
             "data.max_rows": bool(config.data.max_rows),
+            "data.packing": config.data.packing,
             "data.bad_rows": config.data.bad_rows != "error",
             "data.too_long": config.data.too_long in ("drop", "split"),
             "optim.label_smoothing": config.optim.label_smoothing > 0,
