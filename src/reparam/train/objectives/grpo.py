@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 from reparam.adapter.context import tasks_of
 from reparam.data.prompts import Asked, Prompts, encode_prompts, read_prompts
 from reparam.errors import ConfigError
-from reparam.evaluation.score import Answer, Score, complete
+from reparam.evaluation.complete import complete
+from reparam.evaluation.score import Answer, Score
 from reparam.train import processes
 from reparam.train.config import Config
 from reparam.train.data import Data, divided
@@ -23,6 +25,7 @@ from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import Reference, before_training
 from reparam.train.objectives.with_trl import ARGUMENTS, FromTRL, score_any_head, without_dropout
 from reparam.train.order import ByEpoch
+from reparam.train.reading import check_chats, prompt_format
 from reparam.train.reward import EXAMPLE, Reward
 from reparam.train.trainer import Resumable
 
@@ -56,6 +59,8 @@ class GRPO(Objective):
             "data.bad_rows": data.bad_rows != "error",
             "data.too_long": data.too_long not in ("auto", "error"),
             "data.loss_on": data.loss_on != "answers",
+            "data.system": data.system is not None,
+            "data.thinking": data.thinking is not None,
             "optim.label_smoothing": config.optim.label_smoothing > 0,
         }
         if wrong := [key for key, given in unread.items() if given]:
@@ -73,7 +78,9 @@ class GRPO(Objective):
             encode_prompts(part, tokenizer, samples=config.prefer.samples, max_length=data.max_length)
             for part in (train, valid)
         ]
-        return Data(parts[0], parts[1], [], config.method, tuple(parts))
+        kinds = Counter("completion" if isinstance(each.prompt, str) else "chat" for each in train)
+        check_chats(data, kinds)
+        return Data(parts[0], parts[1], [], config.method, tuple(parts), prompt_format(data, tokenizer, kinds))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""
