@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 1024  # rows per tokenizer call: large enough for speed, small enough to keep the offsets in memory
-CHARACTERS = 1 << 21  # of a batch of long rows
+CHARACTERS = 1 << 19  # of a batch of long rows
 SHORTEST = 3  # smallest max_length with which every piece of a text row has a predicted token
 
 

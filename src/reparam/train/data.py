@@ -22,6 +22,7 @@ from reparam.data.files import files_of
 from reparam.data.files.about import rows_about
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
@@ -40,13 +41,13 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -153,6 +154,13 @@ def held_out(config: Config, total: int) -> np.ndarray:
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
     return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

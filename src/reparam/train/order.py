@@ -76,6 +76,19 @@ class WithEmpty(Dataset[Any]):
         return {**first, "labels": none}
 
 
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Set the epoch of the sampler in a data loader.
+
+    In a resumed epoch, transformers wraps the loader's batch sampler to skip what was trained. With several processes
+    there are then two wrappers, and its own `set_epoch` does not reach the sampler.
+    """
+    inner = loader
+    while getattr(inner, "batch_sampler", None) is not None:
+        inner = inner.batch_sampler
+    if hasattr(sampler := getattr(inner, "sampler", None), "set_epoch"):
+        sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
 def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
     """All settings that determine the order of the rows, by name; saved in checkpoints and compared on resume."""
     return {

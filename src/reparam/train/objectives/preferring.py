@@ -13,7 +13,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.preferences import log_probabilities, score_rewards
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
-from reparam.train.data import Data, held_out
+from reparam.train.data import Data, divided
 from reparam.train.job import Job
 from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
@@ -40,6 +40,7 @@ class Preferring(Objective):
         unread = {
             "data.weights": bool(config.data.weights),
             "data.max_rows": bool(config.data.max_rows),
+            "data.packing": config.data.packing,
             "data.bad_rows": config.data.bad_rows != "error",
             "data.too_long": config.data.too_long in ("drop", "split"),
             "optim.label_smoothing": config.optim.label_smoothing > 0,
@@ -64,10 +65,9 @@ class Preferring(Objective):
         data, seed = config.data, config.run.seed
         items = [item for source in data.sources() for item in self.read(config, source)]
         if data.valid is None:
-            held = held_out(config, len(items))
-            parts = [[item for item, out in zip(items, held, strict=True) if out is this] for this in (False, True)]
+            parts = divided(config, items)
         else:
-            parts = [items, [item for source in data.sources("valid") for item in self.read(config, source)]]
+            parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
         train, valid = (self.ordered(part, seed) for part in parts)
         method, tasks = by_task(config.method, lambda: task_names([row for item in train for row in item.answers]))
         encoded, others = (
