@@ -68,13 +68,13 @@ def test_weights_leave_rows_out_or_repeat_them(base: str, files: list[str]) -> N
         assert all(abs(names.count(name) - count) <= 6 for name, count in zip(files, expected, strict=True))
         assert names.count(few) == names.count(many)
         assert not set(found.train.sources) & set(found.valid.sources)
-        assert len(found.train.report.sources) == 2
+        assert len(found.train.report.lines) == 2
 
 
 def test_the_lines_on_the_sources_say_what_is_used(base: str, files: list[str], tmp_path: Path) -> None:
     valid = write(tmp_path / "valid.jsonl", "v", 3)
     found = data(base, train=",".join(files), weights="0.75,0.25", valid=valid)
-    assert found.train.report.sources == (
+    assert found.train.report.lines == (
         f"{files[0]}: 20 of 20 rows (74% of all)",
         f"{files[1]}: 7 of 100 rows (26% of all)",
     )

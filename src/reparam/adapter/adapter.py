@@ -75,9 +75,12 @@ class Adapter:
                 yield f"{site}.{name}", parameter, updates[site].roles[name]
             if self.name in module.biases:
                 yield f"{site}.bias", module.biases[self.name], None
+        seen: set[nn.Parameter] = set()
         for path, holder in self.replaced.items():
             for name, parameter in holder.updates[self.name].named_parameters():
-                yield f"{path}.{name}", parameter, None
+                if parameter not in seen:  # copies of modules that share a weight share it, too
+                    seen.add(parameter)
+                    yield f"{path}.{name}", parameter, None
         for name, parameter in self.shared.named_parameters() if self.shared is not None else ():
             yield f"{SHARED}.{name}", parameter, "core"
 

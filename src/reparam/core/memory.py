@@ -8,6 +8,8 @@ import re
 
 import torch
 
+from reparam.core.text import sized
+
 _WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _AMOUNT = re.compile(r"(?:allocate|requested)\s+(\d[\d.,]*\s*(?:bytes|[kmgt]i?b)\b)", re.IGNORECASE)
 
@@ -53,9 +55,4 @@ def _sized(text: str) -> str:
     digits, _, unit = text.partition(" ")
     if unit.lower() != "bytes" or not digits.isdigit():
         return text
-    size = float(digits)
-    for name in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {name}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
+    return sized(int(digits))

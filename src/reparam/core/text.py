@@ -16,6 +16,19 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def sized(size: float) -> str:
+    """A number of bytes with a unit.
+
+    >>> sized(1000), sized(3 << 20)
+    ('1000 bytes', '3 MiB')
+    """
+    for name in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {name}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
+
+
 def visible(text: str) -> str:
     """The text with control characters, but for newlines and tabs, replaced by symbols or escape sequences.
 

@@ -45,8 +45,8 @@ class Report:
     """Number of rows that were split into pieces, and of chats split into one example for each answer."""
     dropped: int = 0
     """Number of rows that were left out, because they are too long or cannot be trained on."""
-    sources: tuple[str, ...] = ()
-    """One line for each source of several: its rows, and its share of all rows."""
+    lines: tuple[str, ...] = ()
+    """What is taken from each source of several, and where the encoded rows are kept."""
     unused: tuple[str, ...] = ()
     """Keys of the rows and of their messages that change nothing in the examples."""
     warnings: tuple[str, ...] = ()

@@ -37,6 +37,8 @@ class Arrays:
         self.of = files
         self.names: dict[str, int] = {}
         self.tasks: dict[str, int] = {}
+        self.largest = -1
+        """The largest token id so far."""
 
     def add_row(self, row: Row, tokens: int, flags: int, *, with_task: bool) -> None:
         """Add what is known of a row: its place, its length in tokens, its flags and, if it has one, its task."""
@@ -51,15 +53,16 @@ class Arrays:
             "flags": flags,
         }
         for key, value in values.items():
-            self.of[key].append([value])
+            self.of[key].add(value)
 
     def add_example(self, row: int, ids: np.ndarray, loss: np.ndarray, text_bytes: int) -> None:
         """Add an example of the row with this number. `ids` and `loss` are [T]."""
-        self.of["ids"].append(ids)
-        self.of["loss"].append(loss)
+        self.largest = max(self.largest, int(ids.max()))
+        self.of["ids"].extend(ids)
+        self.of["loss"].extend(loss)
         values = {"lengths": len(ids), "loss_tokens": int(loss.sum()), "text_bytes": text_bytes, "row": row}
         for key, value in values.items():
-            self.of[key].append([value])
+            self.of[key].add(value)
 
 
 class Places(Sequence[str]):
@@ -104,10 +107,14 @@ class Corpus:
     unused: Sequence[str]
     """Keys of rows and messages that change nothing."""
     max_length: int
+    largest: int
+    """The largest token id."""
     counts: Sequence[int] = ()
     """Number of rows read from each source, in order."""
     notes: tuple[str, ...] = ()
     """What was left out while reading."""
+    lines: tuple[str, ...] = ()
+    """Where the arrays are kept."""
 
     def __len__(self) -> int:
         """Number of rows that were read."""
@@ -119,6 +126,8 @@ class Corpus:
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError, with the first row of each, for token ids of at least `size`."""
+        if self.largest < size:
+            return
         ids = self._of("ids")
         found: dict[int, tuple[str, int]] = {}
         for start in range(0, len(ids), BLOCK):
@@ -127,8 +136,7 @@ class Corpus:
             for token, row in sorted(set(zip(ids[at].tolist(), rows.tolist(), strict=True)), key=lambda pair: pair[1]):
                 first, count = found.get(token, (self.place(row), 0))
                 found[token] = (first, count + 1)
-        if found:
-            raise DataError(beyond_vocabulary(found, size, tokenizer))
+        raise DataError(beyond_vocabulary(found, size, tokenizer))
 
     def task_names(self, rows: np.ndarray | None = None) -> tuple[str, ...]:
         """The distinct tasks of the rows, sorted. Raises DataError that lists all rows without a task."""
@@ -199,6 +207,7 @@ class Corpus:
             truncated=int((flags & CUT > 0).sum()),
             split=int((flags & SPLIT > 0).sum()),
             dropped=int((flags & DROPPED > 0).sum()),
+            lines=self.lines if notes else (),
             unused=tuple(key for key in self.unused if key not in exclude),
             warnings=(*(self.notes if notes else ()), *self._warnings(rows)),
         )

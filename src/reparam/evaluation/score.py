@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reparam.adapter.context import context, tasks_of, told
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
@@ -21,6 +21,7 @@ from reparam.data.messages import Messages
 from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
+from reparam.hf.chunked import RowLosses
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop
 
@@ -42,6 +43,10 @@ class Score:
     rows: int
     """Number of scored rows; for the two losses, of examples (a long text row is split into several)."""
     larger_is_better: bool
+
+    def worse_than(self, other: Score) -> bool:
+        """Whether this score is worse than the same score of another model, or is no number."""
+        return not (self.value >= other.value if self.larger_is_better else self.value <= other.value)
 
     def __str__(self) -> str:
         interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
@@ -97,16 +102,14 @@ def token_losses(
     by_length = torch.argsort(encoded.lengths).tolist()
     training = model.training
     model.eval()
-    for start in range(0, len(by_length), batch):
+    row_losses = RowLosses(model)
+    for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
-        labels = examples["labels"][:, 1:].to(device)
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
         with told(model, examples):
-            logits = model(**inputs).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        nats[rows] = losses.sum(1).double().cpu()
-        tokens[rows] = (labels != -100).sum(1).double().cpu()
+            nats[rows] = row_losses(inputs).double().cpu()
+        tokens[rows] = (examples["labels"][:, 1:] != -100).sum(1).double()
     model.train(training)
     return nats, tokens
 
@@ -115,11 +118,15 @@ def score_answers(answers: Sequence[Answer]) -> Score:
     """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
-    n, right = len(answers), sum(answer.right for answer in answers)
+    return share("exact match", sum(answer.right for answer in answers), len(answers))
+
+
+def share(name: str, right: float, n: int) -> Score:
+    """The share of `n` rows that are right (0 ... 1) with its Wilson score interval. Larger is better."""
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Score("exact match", p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
+    return Score(name, p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
 
 
 def answer(
@@ -183,7 +190,8 @@ def complete(
     found = [""] * len(prompts)
     training = model.training
     model.eval()
-    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
+    chunks = list(_batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)))
+    for chosen in tracked(chunks, "generating answers", unit="batches"):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)

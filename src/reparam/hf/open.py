@@ -13,6 +13,7 @@ from reparam.adapter.adapter import Adapter
 from reparam.adapter.fitted import fitted
 from reparam.adapter.load import place
 from reparam.adapter.quantize import quantize
+from reparam.adapter.tie import copies_together
 from reparam.adapter.untie import untie
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
@@ -53,8 +54,9 @@ def open_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `place` gives these warnings
         found_here = fitted(model, dict(walk(model)), record, folder)
-    leaders = {tie.to for tie in found_here.tied.values()}
-    if tied(model, [*found_here.replaced, *(path for path in found_here.sites if path not in leaders)]):
+    ties = copies_together(model, found_here.tensors, found_here.replaced)
+    leaders = {*ties, *ties.values(), *(tie.to for tie in found_here.tied.values())}
+    if tied(model, [path for path in (*found_here.replaced, *found_here.sites) if path not in leaders]):
         untie(model)  # the adapter can only have been trained on an untied base
     return model, tokenizer, place(model, record, folder, name="adapter")
 

@@ -215,7 +215,7 @@ class Loop:
         ticket.leave()
 
     def _watch(self) -> None:
-        """Make another loop whenever one has died. Ends with the engine, or, so that the process ends, with its main."""
+        """Make another loop whenever one has died. Ends with the engine, or with the main thread of the process."""
         while self.state != "closed":
             self._wait(POLL)
             if not threading.main_thread().is_alive():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import os
 import random
+from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +18,15 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
+from reparam.data.files import files_of
+from reparam.data.files.about import rows_about
 from reparam.data.mixture import mixed, told
+from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
+from reparam.train.cache import content_of, default_folder, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
 from reparam.train.sections import DataConfig
@@ -25,24 +34,25 @@ from reparam.train.sections import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WORTH_KEEPING = 1 << 24  # bytes of files whose encoded rows are kept without being asked to
 KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them are encoded
 
 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded
-    valid: Encoded
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
-    """The first held-out rows: `data.score_rows`, and at least 1,000."""
+    """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    corpora: tuple[Corpus, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
-        for corpus in self.corpora:
-            corpus.check_vocabulary(size, tokenizer)
+        for rows in self.checked:
+            rows.check_vocabulary(size, tokenizer)
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -56,7 +66,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     other = None
     if data.valid is not None:
         other = _corpus(data, data.sources("valid"), tokenizer, with_tasks=with_tasks)
-    rows, held = _split(config, corpus) if other is None else (np.arange(len(corpus)), np.arange(len(other)))
+    rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
+    if other is None:
+        out = held_out(config, len(corpus))
+        rows, held = np.flatnonzero(~out), np.flatnonzero(out)
     ends = np.cumsum(corpus.counts)[:-1]
     parts = np.split(rows, np.searchsorted(rows, ends))
     full = corpus.with_examples()
@@ -67,7 +80,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     train = corpus.part(chosen, tasks=tasks)
     if len(parts) > 1:
         lines = told(data.sources(), parts, taken)
-        train = dataclasses.replace(train, report=dataclasses.replace(train.report, sources=lines))
+        train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
     return Data(train, valid, _held_out(data, other or corpus, held), method, (corpus, *([other] if other else [])))
 
@@ -80,22 +93,56 @@ def _corpus(
     with_tasks: bool,
     most: tuple[int, ...] = (),
 ) -> Corpus:
-    reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-    corpus = encode_all(
-        reading,
-        tokenizer,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        bad_rows=data.bad_rows,
-        with_tasks=with_tasks,
-    )
-    return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
+    """The encoded rows of these sources, from the cache if there is one."""
+    settings: dict[str, Any] = {
+        "max_length": data.max_length,
+        "loss_on": data.loss_on,
+        "too_long": data.too_long,
+        "bad_rows": data.bad_rows,
+        "with_tasks": with_tasks,
+    }
+
+    def make(folder: Path | None) -> Corpus:
+        reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
+        about = None if None in found or most else rows_about(files)
+        corpus = encode_all(reading, tokenizer, **settings, folder=folder, about=about)
+        return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
+
+    found = [files_of(source) for source in sources]
+    files = [file for part in found if part is not None for file in part]
+    folder = _cache_folder(data.cache, files)
+    if folder is None or None in found:
+        return make(None)
+    shapes = [len(part or ()) for part in found]
+    template = str(tokenizer.chat_template)
+    everything = {
+        **settings,
+        "columns": data.renamed(),
+        "most": most,
+        "files of each source": shapes,
+        "tokenizer": content_of(tokenizer),
+        "template": template,
+        "date": str(datetime.date.today()) if "strftime_now" in template else "",  # the template may write it
+    }
+    corpus, told = kept(folder, key_of(files, everything), files, make)
+    return dataclasses.replace(corpus, lines=(f"encoded rows: {told}",))
 
 
-def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the training rows and of the held-out rows."""
-    share, total = config.data.holdout, len(corpus)
+def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
+    """The folder of the cache, or None if the rows of these files are not kept."""
+    if wish == "off":
+        return None
+    if wish != "auto":
+        return Path(wish)
+    place = default_folder()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    large = sum(file.stat().st_size for file in files) >= WORTH_KEEPING
+    return place if large and os.access(existing, os.W_OK) else None
+
+
+def held_out(config: Config, total: int) -> np.ndarray:
+    """Which of so many rows are held out, [total] bool. Raises ConfigError if there are too few."""
+    share = config.data.holdout
     if not 0 < share < 1:
         raise ConfigError(f"data.holdout: {share} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(total * share))
@@ -106,7 +153,14 @@ def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         )
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

@@ -54,6 +54,18 @@ def objects(name: str | Path) -> Objects:
     raise DataError([f"{path}: no such file{_nearby(path)}"])
 
 
+def files_of(name: str | Path) -> list[Path] | None:
+    """The files that hold the rows of a source, or None if it is standard input or a data set on the hub."""
+    path = Path(name)
+    if str(name) == "-":
+        return None
+    if path.is_dir():
+        return [each for each in sorted(path.rglob("*")) if each.is_file()] if hub.is_saved(path) else _files_in(path)
+    if path.exists():
+        return [path]
+    return [Path(each) for each in sorted(glob.glob(str(name), recursive=True)) if Path(each).is_file()] or None
+
+
 def split_sources(value: str | Sequence[str]) -> tuple[str, ...]:
     """The names in a list of sources: separated by commas, unless there is a file of the whole name.
 
