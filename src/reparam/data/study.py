@@ -271,7 +271,7 @@ def _question(row: Row) -> list[object]:
         case "chat":
             return list(_parts(row, 0, _last_answer(row)))
         case "completion":
-            return [_squeezed(row.prompt)]
+            return [asked] if (asked := _squeezed(row.prompt)) else []
         case _:
             return []
 
