@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as as_command
 
 from reparam.cli.help import Verb, described, heading, row, write
+from reparam.cli.screen import console as console
 
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
@@ -117,8 +117,6 @@ def _top(
 ) -> None: ...
 
 
-console = Console()
-messages = Console(stderr=True)  # for what is no result
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")

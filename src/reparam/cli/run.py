@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console, messages
+from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console
+from reparam.cli.screen import messages
 
 
 def generate(

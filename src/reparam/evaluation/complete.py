@@ -14,6 +14,7 @@ from torch import nn
 from reparam.adapter.context import context
 from reparam.adapter.selection import select
 from reparam.core.checks import finite, whole
+from reparam.core.progress import tracked
 from reparam.data.batches import padding_id
 from reparam.hf.prompts import is_prompted
 from reparam.hf.stops import stop_tokens, until_stop
@@ -104,7 +105,8 @@ def complete(
         if not sampling.greedy:
             seeded.enter_context(torch.random.fork_rng())
             torch.manual_seed(sampling.seed)
-        for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
+        chunks = list(_batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)))
+        for chosen in tracked(chunks, "generating answers", unit="batches"):
             width = max(len(prompts[i]) for i in chosen)
             free = {i: width - len(prompts[i]) for i in chosen}
             ids = torch.tensor([[pad] * free[i] + prompts[i] for i in chosen], device=device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.context import tasks_of, told
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
@@ -99,7 +100,7 @@ def token_losses(
     training = model.training
     model.eval()
     row_losses = RowLosses(model)
-    for start in range(0, len(by_length), batch):
+    for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
         inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}

@@ -72,6 +72,10 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     similar known one), and a value of the wrong type or out of range.
     """
     tables = read_tables(Path(file)) if file is not None else {}
+    if "reward" in tables.get("prefer", {}):
+        raise ConfigError(
+            f"{file}: prefer.reward names code to run, so it is taken from the command line alone: --reward"
+        )
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         tables.setdefault(section, {})[name] = value
@@ -109,11 +113,12 @@ def check_inputs(config: Config) -> None:
 
 
 def dump(config: Config, *, absolute: bool = False) -> str:
-    """The configuration as TOML; `resolve` reads an equal configuration from it.
+    """The configuration as TOML; `resolve` reads an equal configuration from it, except for `prefer.reward`.
 
     With `absolute`, existing paths of `PATHS` are written as absolute paths, so that any folder can use the file.
     """
     found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
+    found["prefer"].pop("reward", None)  # code is taken from the command line alone
     for key in PATHS if absolute else ():
         section, _, name = key.partition(".")
         if name in found[section] and not (key == "data.chat_template" and not is_path(found[section][name])):

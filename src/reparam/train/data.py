@@ -19,9 +19,11 @@ from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import files_of
+from reparam.data.files.about import rows_about
 from reparam.data.framing import Frame
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
@@ -42,13 +44,13 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
     """All that was encoded; the first one holds the training rows."""
     prompt_format: PromptFormat
     """How an adapter that is trained on the rows is prompted."""
@@ -113,7 +115,8 @@ def _corpus(
 
     def make(folder: Path | None) -> Corpus:
         reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder)
+        about = None if None in found or most else rows_about(files)
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
@@ -163,6 +166,13 @@ def held_out(config: Config, total: int) -> np.ndarray:
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
     return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

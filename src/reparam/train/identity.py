@@ -17,13 +17,14 @@ from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_writable
+from reparam.io.outputs import OVERWRITE, check_writable
 from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
 from reparam.train.loggers import EVENTS
+from reparam.train.reward import code_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ FREE = {
         "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
-    *("base.revision", *PATHS),
+    *("base.revision", "prefer.reward", *PATHS),
 }
 
 
@@ -67,6 +68,7 @@ def identity(job: Job) -> dict[str, Any]:
         of_files = [digest(name) for name in names] if all(Path(name).is_file() for name in names) else None
         content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
         found[f"content of data.{key}"] = content or None
+    found["content of prefer.reward"] = code_of(config.prefer.reward) if config.prefer.reward else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -111,7 +113,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
-            f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
+            f"choose another run.output for a new run, or pass {OVERWRITE} to delete the earlier run"
         )
 
 

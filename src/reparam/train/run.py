@@ -24,7 +24,6 @@ from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
 from reparam.data.batches import Encoded
 from reparam.data.packing import Packed
-from reparam.data.preferences import Preferences
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, vocabulary
@@ -148,7 +147,7 @@ def prepare(config: Config) -> Job:
     return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed)
 
 
-def _packed(config: Config, adapter: Adapter, rows: Encoded | Preferences) -> Packed | None:
+def _packed(config: Config, adapter: Adapter, rows: Any) -> Packed | None:
     """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
     if not config.data.packing:
         return None

@@ -19,6 +19,7 @@ from reparam.data.preferences import flat
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
+from reparam.io.outputs import OVERWRITE
 from reparam.train import processes
 from reparam.train.checkpoint import step_of
 from reparam.train.config import dump
@@ -38,10 +39,13 @@ if TYPE_CHECKING:
 
 
 class Show:
-    """Prints the progress and the result of a training run to a console."""
+    """Prints the progress and the result of a training run to a console.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    With `fixed`, the command has no settings for the number of steps, so none is advised.
+    """
+
+    def __init__(self, console: Console, *, fixed: bool = False) -> None:
+        self.console, self._fixed = console, fixed
 
     def job(self, job: Job) -> None:
         """Print what will be trained and a preview of the data."""
@@ -67,7 +71,10 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
-        say(self.console, preview(flat(job.train), job.tokenizer, rows=3 * len(flat(job.train)) // len(job.train)))
+        say(
+            self.console,
+            preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),
+        )
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""
@@ -108,7 +115,7 @@ class Show:
             say(self.console, note("skipped", f"{path}: {reason}"))
         if found.path is not None:
             say(self.console, f"resuming from {found.path}")
-            for line in _remaining(step_of(found.path), steps, before, schedule):
+            for line in _remaining(step_of(found.path), steps, before, schedule, fixed=self._fixed):
                 say(self.console, line)
 
     def plan(self, config: Config, steps: int, found: Found) -> None:
@@ -148,12 +155,13 @@ class Show:
         say(self.console, f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
 
 
-def _remaining(done: int, steps: int, before: int, schedule: str) -> list[str]:
+def _remaining(done: int, steps: int, before: int, schedule: str, *, fixed: bool) -> list[str]:
     """Sentences about a run that has done some steps, and had `before` steps in the call before."""
     if done >= steps:
+        further = "" if fixed else "raise run.max_steps or run.epochs to train further, or "
         return [
-            f"the run is finished ({done} of {steps} steps), so nothing is trained; raise run.max_steps or run.epochs "
-            f"to train further, or pass --run.fresh to start anew"
+            f"the run is finished ({done} of {steps} steps), so nothing is trained; {further}pass {OVERWRITE} to start "
+            f"anew"
         ]
     if steps == before:
         return []

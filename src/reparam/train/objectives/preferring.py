@@ -15,7 +15,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.preferences import log_probabilities, score_rewards
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
-from reparam.train.data import Data, held_out
+from reparam.train.data import Data, divided
 from reparam.train.job import Job
 from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
@@ -68,10 +68,9 @@ class Preferring(Objective):
         data, seed = config.data, config.run.seed
         items = [item for source in data.sources() for item in self.read(config, source)]
         if data.valid is None:
-            held = held_out(config, len(items))
-            parts = [[item for item, out in zip(items, held, strict=True) if out == this] for this in (False, True)]
+            parts = divided(config, items)
         else:
-            parts = [items, [item for source in data.sources("valid") for item in self.read(config, source)]]
+            parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
         train, valid = (self.ordered(part, seed) for part in parts)
         framed = frame_of(data, tokenizer)
         kinds: Counter[str] = Counter(row.kind for item in items for row in item.answers)
