@@ -92,6 +92,10 @@ def test_rows_that_training_refuses_are_refused_and_still_shown(base, tmp_path, 
     out, err = capsys.readouterr()
     assert "max_length      20 is shorter than 1 row" in out
     assert "cuts off the whole answer" in err
+    dropping = told(capsys, *arguments, "--data.too_long", "drop", "--data.bad_rows", "drop")
+    assert dropping["lengths"] == found["lengths"]
+    assert dropping["cut"] == found["cut"]
+    assert (dropping["recommended_max_length"], dropping["problems"]) == (found["recommended_max_length"], [])
     assert train(base, file, tmp_path / "out", "--max_length", 20) == 2
     assert "cuts off the whole answer" in capsys.readouterr().err
 

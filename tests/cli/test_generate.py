@@ -92,7 +92,7 @@ def test_the_terminal_says_that_a_prompt_is_continued(runs, capsys):
     assert reparam("generate", "3 + 1 =", "-a", runs["completion"], "--max-new-tokens", 1) == 0
     assert "was trained on completions, so the prompt is continued as it is" in capsys.readouterr().err
     assert reparam("generate", "3 + 1 =", "-a", runs["completion"], "--max-new-tokens", 1, "--raw") == 0
-    assert capsys.readouterr().err == ""
+    assert "was trained on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

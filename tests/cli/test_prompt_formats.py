@@ -148,3 +148,23 @@ def test_preferences_are_framed_as_other_chats_are(base, tmp_path):
     file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     with pytest.raises(ConfigError, match="only chats depend on it"):
         objective_of(config).data(resolve(None, given | {"data.valid": str(file)}), tokenizer)
+
+
+def test_a_base_without_a_template_gets_one(base, rows, tmp_path, capsys):
+    bare = tmp_path / "base"
+    shutil.copytree(base, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(bare).chat_template is None
+    assert train(bare, rows, tmp_path / "run") == 2
+    assert "--data.chat_template plain" in capsys.readouterr().err
+    assert reparam("data", rows, "--base", bare, "--data.chat_template", "plain") == 0
+    assert train(bare, rows, tmp_path / "run", "--data.chat_template", "plain") == 0
+    capsys.readouterr()
+    assert reparam("generate", "def f(a):", "-a", tmp_path / "run", "--compare", "--max-new-tokens", 2) == 0
+    assert reparam("eval", rows, "-a", tmp_path / "run") == 0
+    assert reparam("merge", tmp_path / "merged", "-a", tmp_path / "run") == 0
+    assert reparam("generate", "def f(a):", "--base", tmp_path / "merged", "--max-new-tokens", 2) == 0
+    capsys.readouterr()
+    assert reparam("generate", "def f(a):", "--base", bare, "--max-new-tokens", 2) == 2
+    assert "--chat-template" in capsys.readouterr().err
+    assert reparam("generate", "a", "--base", bare, "--chat-template", "plain", "--max-new-tokens", 2) == 0

@@ -159,8 +159,8 @@ def _with_template(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> I
             raise DataError(
                 [
                     f"{row.source}: the tokenizer has no chat template, which {counted(count, 'chat row')} need; "
-                    "train on prompt and completion instead, add a chat_template.jinja to the tokenizer's folder, or "
-                    "use a base model that was tuned for chats"
+                    "train on prompt and completion instead, choose a template (--data.chat_template plain suits every "
+                    "base), add a chat_template.jinja to the tokenizer's folder, or use a base that was tuned for chats"
                 ]
             )
         yield row

@@ -23,6 +23,7 @@ from reparam.data.row import Row
 ROUNDED = 8  # a recommended length is a multiple of this, which suits tensor cores
 KEPT = 0.99  # share of the rows that a recommended length keeps whole, if keeping all would take twice as much
 BINS = 12  # of a histogram
+SIZE = 16  # bytes of a digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,8 @@ def survey(rows: Iterable[Row]) -> tuple[Contents, list[Trait]]:
     traits = []
     for row in rows:
         question = _question(row)
-        traits.append(Trait(row.source, _digest(_content(row)), _digest(question) if question else None))
+        asked, answered = _digest(question) if question else None, _digest(_answer(row))
+        traits.append(Trait(row.source, hashlib.blake2b((asked or b"") + answered, digest_size=SIZE).digest(), asked))
         kinds[row.kind] += 1
         if row.kind != "chat":
             continue
@@ -256,25 +258,22 @@ def _histogram(ordered: Tensor) -> tuple[Bin, ...]:
     return (*bars, *([Bin(edges[-1], int(ordered[-1]), beyond)] if beyond else []))
 
 
-def _content(row: Row) -> Iterator[object]:
-    yield row.kind
-    yield from _question(row) or ()
-    yield "answer"
+def _answer(row: Row) -> list[object]:
+    """What stands after the question."""
     if row.kind == "chat":
-        yield from _parts(row, _last_answer(row), len(row.messages))
-    else:
-        yield _squeezed(row.completion or row.text)
+        return [row.kind, *_parts(row, _last_answer(row), len(row.messages))]
+    return [row.kind, _squeezed(row.completion or row.text)]
 
 
-def _question(row: Row) -> tuple[object, ...]:
-    """What stands before the last answer; () for a text."""
+def _question(row: Row) -> list[object]:
+    """What stands before the last answer; nothing for a text."""
     match row.kind:
         case "chat":
-            return tuple(_parts(row, 0, _last_answer(row)))
+            return list(_parts(row, 0, _last_answer(row)))
         case "completion":
-            return (_squeezed(row.prompt),)
+            return [asked] if (asked := _squeezed(row.prompt)) else []
         case _:
-            return ()
+            return []
 
 
 def _last_answer(row: Row) -> int:
@@ -292,6 +291,5 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _digest(parts: object) -> bytes:
-    values = list(parts) if not isinstance(parts, list) else parts  # type: ignore[call-overload]
-    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).digest()
+def _digest(parts: list[object]) -> bytes:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=SIZE).digest()

@@ -142,8 +142,8 @@ def _measured(found: Study, config: Config) -> Studied:
     found = dataclasses.replace(found, context=sizes.context, problems=tuple(dict.fromkeys(problems)))
     if corpus is None or shown is None:
         return Studied(found)
-    sizes_of_rows = corpus.arrays["tokens"][torch.from_numpy(corpus.with_examples())]
-    measured = study.lengths(sizes_of_rows)
+    found_sizes = corpus.arrays["tokens"]
+    measured = study.lengths(found_sizes[found_sizes > 0])  # a row that cannot be tokenized has none
     report = shown.report
     found = dataclasses.replace(
         found,
