@@ -17,7 +17,7 @@ from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_writable
+from reparam.io.outputs import OVERWRITE, check_writable
 from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
@@ -113,7 +113,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
-            f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
+            f"choose another run.output for a new run, or pass {OVERWRITE} to delete the earlier run"
         )
 
 
