@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import reparam
+from reparam.io.peft_config import _defaults_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TEXT = {
@@ -189,3 +191,48 @@ def test_excluded_modules_of_a_plain_model(tmp_path: Path) -> None:
     _, (message,) = loaded(llama, tmp_path)
     assert "left out the factors of model.layers." in message
     assert "self_attn.v_proj" in message
+
+
+@dataclasses.dataclass
+class Later(peft.LoraConfig):  # type: ignore[misc]
+    """The settings of a later PEFT."""
+
+    gamma_init: float = 0.5
+    route_order: list[str] = dataclasses.field(default_factory=lambda: ["a", "b"])
+    plan: dict[str, int] = dataclasses.field(default_factory=lambda: {"depth": 2})
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ({"gamma_init": 0.5, "route_order": ["a", "b"], "plan": {"depth": 2}}, None),
+        ({"gamma_init": 0.4}, "gamma_init = 0.4"),
+        ({"plan": {"depth": 3}}, "plan = "),
+        ({"gamma_init": True}, "gamma_init = True"),
+        ({"other": 1}, "other = 1"),
+        ({"gamma_init": 0, "other": [None, {}]}, None),
+    ],
+    ids=str,
+)
+def test_settings_of_a_later_peft(
+    more: dict[str, Any], refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting at its default changes nothing; another value of a setting that we do not know can."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "peft_version": "0.99.0", **more}))
+    monkeypatch.setitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", Later)
+    _defaults_of.cache_clear()
+    found = llama()
+    try:
+        if refused is None:
+            reparam.load(found, tmp_path)
+            with torch.no_grad():
+                ids = torch.arange(8).view(2, 4)
+                assert_equal_but_for_rounding(found(ids).logits, model(ids).logits)
+        else:
+            with pytest.raises(reparam.FormatError, match=rf"{refused}.*unknown key .peft_version '0.99.0'.; install"):
+                reparam.load(found, tmp_path)
+    finally:
+        _defaults_of.cache_clear()

@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match=r"shares its weight with .*untie"):
         reparam.attach(model, reparam.LoRA(), targets=["lm_head"], name="alone")
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens, so .* modules_to_save"):
-        reparam.attach(tied_llama(), reparam.LoRA(), modules_to_save=["lm_head"], tie=True)
+        reparam.attach(tied_llama(), reparam.LoRA(), modules_to_save=["lm_head"])
     with pytest.warns(UserWarning, match=r"tie has no effect: none of the modules .* shares its weight"):
         reparam.attach(tied_llama(), reparam.LoRA(r=1), tie=True)
 
@@ -270,11 +270,57 @@ def test_where_nothing_is_tied_peft_trains_two_updates(tmp_path: Path) -> None:
 def test_a_whole_tied_module_is_read_at_both_places(part: str, tmp_path: Path) -> None:
     expected = in_peft(tmp_path, tied_llama, target_modules=["q_proj"], modules_to_save=[part])
     model = tied_llama()
-    with pytest.raises(reparam.FormatError, match=r"shares its weight with .*untie"):
-        reparam.load(model, tmp_path)
+    adapter = reparam.load(model, tmp_path)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    adapter.save(tmp_path / "ours", format="peft")
+    back = peft.PeftModel.from_pretrained(tied_llama(), str(tmp_path / "ours")).eval()
+    assert torch.allclose(logits(back), expected, atol=1e-5)
+    reparam.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    model = tied_llama()
     reparam.untie(model)
     reparam.load(model, tmp_path)
     assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_a_whole_tied_module_trains_one_copy(part: str, tmp_path: Path) -> None:
+    model, plain = tied_llama(), tied_llama()
+    before = logits(model)
+    adapter = reparam.attach(model, reparam.LoRA(r=2), targets=["q_proj", part], modules_to_save=[part], tie=True)
+    assert torch.equal(logits(model), before)
+    whole = [p for name, p, _ in adapter.named_parameters() if "q_proj" not in name]
+    assert [p.shape for p in whole] == [(97, 32)]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    plain(input_ids=IDS, labels=IDS).loss.backward()
+    torch.testing.assert_close(whole[0].grad, plain.model.embed_tokens.weight.grad)
+    with torch.no_grad():
+        whole[0] += 0.1 * torch.randn(97, 32, generator=torch.Generator().manual_seed(0))
+        plain.model.embed_tokens.weight.copy_(whole[0])
+    expected = logits(plain)
+    assert torch.allclose(logits(model), expected, atol=1e-6)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    adapter.save(tmp_path / "a")
+    model.save_pretrained(tmp_path / "whole")
+    for folder in ("a", "whole"):
+        again = tied_llama()
+        found = reparam.load(again, tmp_path / folder, trainable=True)
+        assert torch.allclose(logits(again), expected, atol=1e-6)
+        assert len(found.parameters()) == len(adapter.parameters())
+        with reparam.select(again, ["default", None, "default"]):
+            mixed = logits(again)
+        assert torch.allclose(mixed[[0, 2]], expected[[0, 2]], atol=1e-5)
+        assert torch.allclose(mixed[1], before[1], atol=1e-5)
+        reparam.merge(again)
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+        assert torch.allclose(logits(again), expected, atol=1e-6)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(logits(stock), before)
+    twin = copy.deepcopy(model)
+    assert len(reparam.adapters(twin)["default"].parameters()) == len(adapter.parameters())
+    reparam.remove(model, "default")
+    assert torch.equal(logits(model), before)
 
 
 def test_peft_has_no_other_ties(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import warnings
@@ -18,20 +17,19 @@ import reparam.weights  # noqa: F401  (importing both packages registers the met
 from reparam.adapter.adapter import Adapter, saved
 from reparam.adapter.experts import assemble
 from reparam.adapter.quantize import describe
+from reparam.adapter.replacing import check_whole, copies_of
 from reparam.adapter.selection import AdapterState, select, state_of
-from reparam.adapter.tie import check_ties, together
+from reparam.adapter.tie import check_ties, together, whole_together
 from reparam.core.base import Update
 from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
-from reparam.core.surface import advice
 from reparam.sites import targets as targets_
 from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Shared
 from reparam.sites.reads import announce
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import newly_initialized, put, walk
-from reparam.sites.walk import tied as tied_
 from reparam.sites.wrapped import at, bare, check_trainable
 
 
@@ -62,7 +60,8 @@ def attach(
             such as a newly initialized head.
         tie: let one update act on all modules that share a weight with a targeted one, such as the embedding and the
             output head: W' = W + s·B·A in both (PEFT: `ensure_weight_tying`). The weights stay tied, also when merged.
-            The methods lora, dora, adalora and full can do this. `reparam.untie` lets you adapt each alone instead.
+            The methods lora, dora, adalora and full can do this. A module in `modules_to_save` gets one trained weight
+            for all places. `reparam.untie` lets you adapt each alone instead.
         settings: settings of the method, if `method` is a name.
 
     Raises ValueError, before the model is changed, if the targets match nothing or a module that the method cannot
@@ -82,15 +81,17 @@ def attach(
     method = _configured(method, settings)
     wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
     names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
-    names, leaders = together(model, method, names) if tie else (names, {})
     ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
     whole = [path for end in ends for path in targets_.ending(model, end)]
-    inside = sorted({n for n in names for w in whole if n == w or n.startswith(w + ".")})
-    names = [n for n in names if n not in inside]  # as in PEFT: modules that train whole get no update
+    whole, linked = whole_together(model, whole) if tie else (whole, {})
+    # As in PEFT, modules that train whole get no update.
+    names = [n for n in names if not any(n == w or n.startswith(w + ".") for w in whole)]
+    names, leaders = together(model, method, names, warns=not linked) if tie else (names, {})
     method, experts = assemble(model, method, names)
     names = [n for n in names if f"{n}.A" in experts] if experts else names
     bias = bias or method.biases
-    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, tied=leaders, warns=True)
+    ties = leaders | linked
+    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, tied=ties, warns=True)
     tensors = adapter.tensors()
     for key, value in experts.items():
         tensors[key].copy_(value)
@@ -208,13 +209,16 @@ def install(
 ) -> Adapter:
     """Build all updates and then put them into the model. If building fails or `check` raises, the model is unchanged.
 
-    `tied` gives, for modules among `names`, the path of the site whose update they use, because they share its weight.
-    `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the method's
-    notes become warnings, which point at the line that called `attach`; a loaded adapter needs no notes.
+    `tied` gives, for modules that share a weight, the path of the one whose update, or trained copy, they use.
+    `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the adapter
+    is a new one: the method's notes become warnings, which point at the line that called `attach`, and settings without
+    effect are refused. A loaded adapter needs no notes, and may have such settings.
     """
     check_name(model, name)
+    linked = {path: leader for path, leader in tied.items() if path in replaced}
+    tied = {path: leader for path, leader in tied.items() if path not in linked}
     check_ties(model, names, tied, bias=bias or not method.ties)
-    _check_whole(model, names, replaced)
+    check_whole(model, names, replaced, linked)
     fresh = [path for path in names if not isinstance(at(model, path), Adapted)]
     trains = {path: bool(at(model, path).weight.requires_grad) for path in fresh}
     modules: dict[str, Adapted] = {}
@@ -223,6 +227,11 @@ def install(
             modules[path] = targets_.wrap(at(model, path))
         sites = {path: module.site(path) for path, module in modules.items() if path not in tied}
         method.check(list(sites.values()))
+        idle = method.idle_settings()
+        if idle and warns:
+            raise ValueError("; ".join(idle))
+        for note in idle:
+            warnings.warn(note, stacklevel=4)
         for note in method.notes(list(sites.values())) if warns else ():
             warnings.warn(note, stacklevel=3)
         shared = method.shared(list(sites.values()))
@@ -231,7 +240,7 @@ def install(
         own = {path: method.build(site, modules[path].frozen, shared) for path, site in sites.items()}
         updates: dict[str, Update] = own | {path: Follower(own[leader]) for path, leader in tied.items()}
         holders = {path: h if isinstance(h := at(model, path), Replaced) else Replaced(h) for path in replaced}
-        copies = {path: _copied(holder.origin) for path, holder in holders.items()}
+        copies = copies_of(holders, linked)
         for path in names:
             _check_form(path, updates[path], modules[path])
         if check is not None:
@@ -263,12 +272,6 @@ def install(
     return adapter
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy of the module. It shares the hooks of accelerate in it, which can hold weights of other modules."""
-    hooks = {id(hook): hook for part in module.modules() for hook in [vars(part).get("_hf_hook")] if hook is not None}
-    return copy.deepcopy(module, hooks)
-
-
 @torch.no_grad()
 def _check_form(path: str, update: Update, module: Adapted) -> None:
     """Check that the module can compute with the update.
@@ -279,25 +282,3 @@ def _check_form(path: str, update: Update, module: Adapted) -> None:
     module.check_update(update)
     if module.bias is None and not module.can_add_bias and update.bias_delta() is not None:
         raise ValueError(f"{path}: the update changes the bias, but this {module.kind} module cannot have a bias")
-
-
-def _check_whole(model: nn.Module, names: list[str], replaced: list[str]) -> None:
-    """Raise ValueError if a module cannot be trained whole: it is tied, or contains a site of an adapter."""
-    for path, others in tied_(model, replaced).items():
-        remedy = advice("call reparam.untie(model) first", "pass --base.untie")
-        raise ValueError(
-            f"{path} shares its weight with {', '.join(others)}, so changing one would change the other; {remedy}, or "
-            f"leave {path} out of modules_to_save"
-        )
-    for path in replaced:
-        module = at(model, path)
-        why = targets_.unsupported_whole(module)
-        if why:
-            raise ValueError(f"{path} cannot be trained whole: {why}; name those of its submodules that can")
-        inside = () if isinstance(module, Replaced) else module.named_modules()
-        taken = [f"{path}.{name}".rstrip(".") for name, part in inside if isinstance(part, Adapted | Replaced)]
-        taken += [n for n in (*names, *replaced) if n.startswith(f"{path}.") or (n == path and n in names)]
-        if taken:
-            raise ValueError(
-                f"{path} cannot be trained whole, because an adapter already changes {taken[0]}; remove that first"
-            )

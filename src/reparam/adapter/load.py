@@ -15,6 +15,7 @@ from reparam.adapter.attach import check_name, install
 from reparam.adapter.fitted import fitted
 from reparam.adapter.same_base import check_base_of, check_frozen, check_has_values, warn_of_other_base
 from reparam.adapter.selection import select
+from reparam.adapter.tie import copies_together
 from reparam.core.checks import listed, nearest
 from reparam.core.text import counted
 from reparam.errors import FormatError
@@ -85,7 +86,8 @@ def place(
             replaced=[path for path in have if path in record.replaced],
             name=name,
             bias=biased,
-            tied={path: tie.to for path, tie in record.tied.items()},
+            tied={path: tie.to for path, tie in record.tied.items()}
+            | copies_together(model, record.tensors, record.replaced),
             check=lambda wanted: _check_fit(wanted, record, folder),
         )
     except FormatError:
@@ -93,6 +95,7 @@ def place(
     except (ValueError, re.error, RuntimeError) as error:  # tied weights, conflicts; an invalid pattern or rank
         raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
     fill(adapter, record, folder)
+    adapter.prompt_format = record.prompt_format
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     adapter.requires_grad_(False)

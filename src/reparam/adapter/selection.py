@@ -256,6 +256,14 @@ def _add_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, metadata:
         for name, adapter in state_of(model).adapters.items()
     }
     tensors[prefix + whole.ENTRY] = whole.entry(records)
+    # Copies of modules that share a weight share it, too; transformers saves only the base's own shared tensors.
+    seen: set[Any] = set()
+    for name, adapter in state_of(model).adapters.items():
+        for path, holder in adapter.replaced.items():
+            key, weight = f"{prefix}{path}.{whole.UPDATES}.{name}.weight", getattr(holder.updates[name], "weight", None)
+            if weight in seen and key in tensors:
+                tensors[key] = tensors[key].detach().clone()
+            seen.add(weight)
 
 
 def _drop_entry(model: nn.Module, tensors: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from reparam.core.method import Method
 from reparam.core.registry import METHODS
@@ -15,20 +16,41 @@ from reparam.sites.walk import same_weight, tied, walk
 from reparam.sites.wrapped import at
 
 
-def together(model: nn.Module, method: Method, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def whole_together(model: nn.Module, whole: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Add the modules that share their weight with one of `whole`, the modules that train whole.
+
+    Also returns, for each module whose copy has the trained weight of another copy, the path of that one.
+    """
+    groups = [group for group in same_weight(model) if set(group) & set(whole)]
+    leaders = {path: group[0] for group in groups for path in group[1:]}
+    return list(dict.fromkeys([*whole, *(path for group in groups for path in group)])), leaders
+
+
+def copies_together(model: nn.Module, tensors: Mapping[str, Tensor], replaced: Sequence[str]) -> dict[str, str]:
+    """The same for the copies in a file: they have one weight if they were saved with equal values."""
+    _, leaders = whole_together(model, replaced)
+    pairs = {path: (tensors.get(f"{path}.weight"), tensors.get(f"{to}.weight")) for path, to in leaders.items()}
+    return {p: leaders[p] for p, (a, b) in pairs.items() if a is not None and b is not None and torch.equal(a, b)}
+
+
+def together(
+    model: nn.Module, method: Method, names: Sequence[str], *, warns: bool = True
+) -> tuple[list[str], dict[str, str]]:
     """Add the modules that share a weight with one of `names`, in the model's order.
 
     Also returns, for each module that uses the update of another one, the path of that one: an embedding, if the group
     has one, because its kind of initialization fits both uses.
 
-    Raises ValueError if one of them cannot be adapted, or if the method cannot do this. Warns if none shares a weight.
+    Raises ValueError if one of them cannot be adapted, or if the method cannot do this. Warns if none shares a weight,
+    unless `warns` is False.
     """
     groups = [group for group in same_weight(model) if set(group) & set(names)]
     if not groups:
-        warnings.warn(
-            "tie has no effect: none of the modules that the targets name shares its weight with another one",
-            stacklevel=3,
-        )
+        if warns:
+            warnings.warn(
+                "tie has no effect: none of the modules that the targets name shares its weight with another one",
+                stacklevel=3,
+            )
         return list(names), {}
     if not method.ties:
         known = ", ".join(name for name, cls in METHODS.items() if cls.ties)

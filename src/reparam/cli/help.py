@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.cli.screen import waits
+from reparam.cli.spelling import spelled
 from reparam.core.surface import on_command_line
 from reparam.train import processes
 
@@ -34,7 +36,18 @@ class Verb(TyperCommand):
         with on_command_line(), _told_by_the_first():
             if processes.count() > 1 and self.name != "train":
                 raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
-            return super().invoke(ctx)
+            with waits(str(self.name), ctx.params):
+                return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments, also as users of transformers' scripts type them."""
+        try:
+            return super().parse_args(ctx, spelled(args, self.params))
+        except _USAGE as error:
+            name = str(getattr(error, "option_name", ""))
+            if self.name == "train" and (told := _told_of(name)):
+                raise typer.BadParameter(f"{name} has no counterpart: {told}", ctx=ctx) from None
+            raise
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         """Parse the arguments; of several processes, the first one alone reports wrong usage."""
@@ -63,6 +76,13 @@ def _told_by_the_first() -> Iterator[None]:
         if processes.rank() > 0:
             raise SystemExit(2) from None
         raise
+
+
+def _told_of(option: str) -> str | None:
+    """What is to be done without an option that other tools have."""
+    from reparam.train.foreign.convert import reason
+
+    return reason(option.lstrip("-").replace("-", "_"))
 
 
 def described(command: Any, ctx: Any) -> list[RenderableType]:

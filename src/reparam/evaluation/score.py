@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from reparam.adapter.context import context, tasks_of, told
+from reparam.adapter.context import tasks_of, told
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
@@ -21,8 +19,8 @@ from reparam.data.messages import Messages
 from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
-from reparam.hf.prompts import is_prompted
-from reparam.hf.stops import stop_tokens, until_stop
+from reparam.evaluation.complete import complete
+from reparam.hf.chunked import RowLosses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +40,10 @@ class Score:
     rows: int
     """Number of scored rows; for the two losses, of examples (a long text row is split into several)."""
     larger_is_better: bool
+
+    def worse_than(self, other: Score) -> bool:
+        """Whether this score is worse than the same score of another model, or is no number."""
+        return not (self.value >= other.value if self.larger_is_better else self.value <= other.value)
 
     def __str__(self) -> str:
         interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
@@ -97,16 +99,14 @@ def token_losses(
     by_length = torch.argsort(encoded.lengths).tolist()
     training = model.training
     model.eval()
-    for start in range(0, len(by_length), batch):
+    row_losses = RowLosses(model)
+    for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
-        labels = examples["labels"][:, 1:].to(device)
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
         with told(model, examples):
-            logits = model(**inputs).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        nats[rows] = losses.sum(1).double().cpu()
-        tokens[rows] = (labels != -100).sum(1).double().cpu()
+            nats[rows] = row_losses(inputs).double().cpu()
+        tokens[rows] = (examples["labels"][:, 1:] != -100).sum(1).double()
     model.train(training)
     return nats, tokens
 
@@ -115,11 +115,15 @@ def score_answers(answers: Sequence[Answer]) -> Score:
     """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
-    n, right = len(answers), sum(answer.right for answer in answers)
+    return share("exact match", sum(answer.right for answer in answers), len(answers))
+
+
+def share(name: str, right: float, n: int) -> Score:
+    """The share of `n` rows that are right (0 ... 1) with its Wilson score interval. Larger is better."""
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Score("exact match", p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
+    return Score(name, p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
 
 
 def answer(
@@ -156,60 +160,6 @@ def answer(
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
         for row, (question, want), got in zip(asked, pairs, given, strict=True)
     ]
-
-
-@torch.no_grad()
-def complete(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    batch: int = 32,
-    max_new_tokens: int = 64,
-    tasks: Sequence[int | str] | None = None,
-) -> list[str]:
-    """Generate greedy continuations of prompts, which are lists of token ids, up to the first of `stop_tokens`.
-
-    Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
-    would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
-    are the names or numbers of the prompts' tasks, for an adapter that depends on them. Raises ValueError for a prompt
-    without tokens.
-    """
-    if not all(prompts):
-        raise ValueError("a prompt has no tokens, so there is nothing to continue; give a prompt with text")
-    device = next(model.parameters()).device
-    pad, stops = padding_id(tokenizer), stop_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)
-        told_tasks = context(model, tasks=[tasks[i] for i in chosen]) if tasks is not None else nullcontext()
-        with told_tasks:
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=stops or None,
-            )
-        answers = [until_stop(row, stops) for row in out[:, width:].tolist()]
-        for i, text in zip(chosen, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            found[i] = text
-    model.train(training)
-    return found
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:
-    """Split `order` into batches of up to `size` indices; unless `padded`, all prompts of a batch have one length."""
-    groups = [order] if padded else [list(g) for _, g in itertools.groupby(order, key=lambda i: lengths[i])]
-    for group in groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 def _split(row: Row) -> tuple[str | Messages, str] | None:

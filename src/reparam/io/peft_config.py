@@ -1,13 +1,16 @@
 """The keys of PEFT's `adapter_config.json` (LoraConfig of PEFT 0.21): supported, refused or ignored.
 
 A key that changes the outputs of a trained adapter is in `Honored` (supported) or in `REFUSED`. The keys in `NEUTRAL`
-do not change outputs and are ignored. Other keys come from another release of PEFT and are refused unless their value
-is empty.
+do not change outputs and are ignored. Other keys come from another release of PEFT. They are refused unless their value
+is empty or the default of the installed PEFT, in which a setting that is left alone changes nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,11 +121,14 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
     """Decode the supported keys. Raises FormatError that names each unsupported key."""
     fields = {field.name for field in dataclasses.fields(Honored)}
     problems = [f"{key} = {config[key]!r}: {why}" for key, why in REFUSED.items() if not _empty(config.get(key))]
+    unknown = {key: v for key, v in config.items() if not _empty(v) and key not in fields | NEUTRAL | REFUSED.keys()}
+    usual = _defaults_of(str(config.get("peft_type"))) if unknown else {}
+    version = config.get("peft_version")
     problems += [
-        f"{key} = {value!r}: unknown key (peft_version {config.get('peft_version')!r}); remove it from the file if it "
-        f"does not change the adapter's outputs"
-        for key, value in config.items()
-        if not _empty(value) and key not in fields | NEUTRAL | REFUSED.keys()
+        f"{key} = {value!r}: unknown key (peft_version {version!r}); install that release of peft, which tells whether "
+        f"this is its default, or remove the key from the file if it does not change the adapter's outputs"
+        for key, value in unknown.items()
+        if key not in usual or type(usual[key]) is not type(value) or usual[key] != value
     ]
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
@@ -137,6 +143,18 @@ def parse(config: Mapping[str, Any], file: Path) -> Honored:
     found = decode(Honored, {key: value for key, value in config.items() if key in fields - null}, file)
     _check_patterns(found, file)
     return found
+
+
+@functools.cache
+def _defaults_of(peft_type: str) -> dict[str, Any]:
+    """The settings of a new configuration of this type, as the installed PEFT writes them; empty without PEFT."""
+    try:
+        peft = importlib.import_module("peft")
+        found = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]().to_dict()
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=lambda x: sorted(x) if isinstance(x, set) else ""))
+    except Exception:  # an optional package, in any release: what it does not tell is unknown
+        return {}
+    return plain
 
 
 def _check_patterns(config: Honored, file: Path) -> None:

@@ -70,8 +70,17 @@ class DataConfig:
     are truncated and texts split."""
     bad_rows: BadRows = "error"
     """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
+    packing: bool = False
+    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a name such as chatml, plain (for a base without one) or llama3; a
+    .jinja file or a folder with a tokenizer; or trl, TRL's twin for training of the tokenizer's own template."""
+    system: str | None = None
+    """System message for chats without one."""
+    thinking: bool | None = None
+    """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
     cache: str = "auto"
     """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
     $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
@@ -149,6 +158,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
+    label_smoothing: float = 0.0
+    """Label smoothing: the weight of all tokens, in equal parts, in the target of the loss; 0 for none."""
     budget: int | str = "512MiB"
     """Maximum memory on the device for the states of a paged optimizer, in bytes or as 64MiB or 2GiB. The rest is paged
     out."""
@@ -160,6 +171,9 @@ class OptimConfig:
     """LoRA+: learning rate of adapted embeddings, as an absolute value."""
     lora_plus_vectors: Literal["out", "in"] = "out"
     """LoRA+: whether biases, norms and DoRA's magnitudes have the learning rate of B (out) or of A (in)."""
+    beta: float | None = None
+    """Preference tuning: how closely the model stays to its start (dpo, kto, grpo), or the weight of the odds ratio
+    (orpo). By default 0.1, and 0 for grpo."""
 
     def __post_init__(self) -> None:
         _check(
@@ -168,9 +182,48 @@ class OptimConfig:
             learning_rate=_ABOVE,
             warmup=_LEAST,
             weight_decay=_LEAST,
+            label_smoothing=("a number from 0 to below 1", lambda share: 0 <= share < 1),
             max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
             lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
             lora_plus_embedding=_LEAST,
+            beta=("a finite number above 0", lambda beta: beta is None or (finite(beta) and beta > 0)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferConfig:
+    """Preference tuning. The first four have TRL's names and meanings."""
+
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"
+    ] = "sigmoid"
+    """dpo: the loss of a pair. sigmoid is that of the paper; ipo, hinge (SLiC), robust and the others are TRL's."""
+    label_smoothing: float = 0.0
+    """dpo: share of pairs whose answers may be in the wrong order, for the losses robust and exo_pair."""
+    desirable_weight: float = 1.0
+    """kto: weight of good answers. Raise it if there are fewer of them than bad ones."""
+    undesirable_weight: float = 1.0
+    """kto: weight of bad answers."""
+    reward: str | None = None
+    """grpo: the function that rewards answers, as FILE.py:function. It is code, so it is taken from the command line
+    alone."""
+    samples: int = 8
+    """grpo: number of answers that are generated for each prompt and compared with each other."""
+    new_tokens: int = 256
+    """grpo: maximum length of a generated answer in tokens."""
+    temperature: float = 1.0
+    """grpo: temperature at which answers are sampled."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "prefer",
+            label_smoothing=("a share from 0 to below 0.5", lambda share: 0 <= share < 0.5),
+            desirable_weight=_LEAST,
+            undesirable_weight=_LEAST,
+            samples=_count(2),
+            new_tokens=_count(1),
+            temperature=_ABOVE,
         )
 
 
@@ -178,6 +231,9 @@ class OptimConfig:
 class RunConfig:
     """Length of the run, batch size, checkpoints, and the output folder."""
 
+    objective: Literal["sft", "dpo", "orpo", "kto", "grpo"] = "sft"
+    """What is trained: answers or texts with sft, pairs of answers with dpo or orpo, judged answers with kto, and the
+    model's own answers, by a reward, with grpo."""
     output: str = "out"
     """Output folder for the adapter, checkpoints, configuration, figures and plots."""
     epochs: float = 1.0
@@ -190,6 +246,8 @@ class RunConfig:
     """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
+    chunked_loss: bool = True
+    """Compute the loss from a few logits at a time, only of tokens that carry loss: less memory, the same loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
@@ -201,7 +259,9 @@ class RunConfig:
     log_every: int = 10
     """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
-    """Loggers of transformers, such as tensorboard, separated by commas."""
+    """Loggers of transformers, separated by commas: tensorboard, wandb, mlflow, trackio and others."""
+    name: str | None = None
+    """Name of the run in the loggers. By default, that of the output folder."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     fresh: bool = False

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
+from reparam.data.preferences import flat
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import note, say
+from reparam.io.outputs import OVERWRITE
+from reparam.train import processes
 from reparam.train.checkpoint import step_of
+from reparam.train.config import dump
+from reparam.train.live import Dashboard, Lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
 
     from reparam.adapter.adapter import Adapter
     from reparam.evaluation.score import Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
+    from reparam.train.config import Config
     from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
 
 
 class Show:
-    """Prints the progress and the result of a training run to a console."""
+    """Prints the progress and the result of a training run to a console.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    With `fixed`, the command has no settings for the number of steps, so none is advised.
+    """
+
+    def __init__(self, console: Console, *, fixed: bool = False) -> None:
+        self.console, self._fixed = console, fixed
 
     def job(self, job: Job) -> None:
         """Print what will be trained and a preview of the data."""
@@ -55,12 +61,17 @@ class Show:
         say(self.console, f"training rows   {job.train.report}")
         for line in job.train.report.lines:
             say(self.console, f"                {line}")
+        if job.packed is not None:
+            say(self.console, f"packed          {job.packed}")
         say(self.console, f"held-out rows   {job.valid.report}")
         for line in job.valid.report.lines:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
-        say(self.console, preview(job.train, job.tokenizer))
+        say(
+            self.console,
+            preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),
+        )
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""
@@ -72,9 +83,13 @@ class Show:
         if early is not None:
             say(self.console, note("note", early))
 
+    def note(self, text: str) -> None:
+        """Print a note about how the run works."""
+        say(self.console, note("note", text))
+
     def worse(self, before: Score, after: Score) -> None:
-        """Print a warning if the held-out loss with the adapter is worse than that of the base."""
-        if not after.value <= before.value:
+        """Print a warning if the first held-out score with the adapter is worse than that of the base."""
+        if after.worse_than(before):
             say(
                 self.console,
                 note(
@@ -97,12 +112,29 @@ class Show:
             say(self.console, note("skipped", f"{path}: {reason}"))
         if found.path is not None:
             say(self.console, f"resuming from {found.path}")
-            for line in _remaining(step_of(found.path), steps, before, schedule):
+            for line in _remaining(step_of(found.path), steps, before, schedule, fixed=self._fixed):
                 say(self.console, line)
+
+    def plan(self, config: Config, steps: int, found: Found) -> None:
+        """Print the resolved configuration, the steps and the files of a run that `--dry-run` describes."""
+        run, tenth = config.run, max(1, steps // 10)
+        say(self.console, "resolved configuration")
+        say(self.console, "\n".join(f"    {line}".rstrip() for line in dump(config).splitlines()))
+        rows = run.batch_size * run.accumulation * processes.count()
+        say(
+            self.console,
+            f"{counted(steps, 'step')} of {counted(rows, 'row')}, with an evaluation every {run.eval_every or tenth} "
+            f"and a checkpoint every {run.save_every or tenth} steps",
+        )
+        self.found(found, steps=steps, before=steps, schedule=config.optim.schedule)
+        folder = Path(run.output)
+        names = ("adapter", "config.toml", "run.json", "figures.json", "loss.png", "checkpoint-N")
+        say(self.console, f"files           {folder}/{{{', '.join(names)}}}")
+        say(self.console, f"dry run: nothing was trained, and nothing was written to {folder}")
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
-        return _Progress(self.console, steps)
+        return (Dashboard if self.console.is_terminal else Lines)(self.console, steps)
 
     def result(self, result: Result, difference: float) -> None:
         """Print the scores before and after training, up to five answers, and the paths of the results."""
@@ -120,12 +152,13 @@ class Show:
         say(self.console, f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
 
 
-def _remaining(done: int, steps: int, before: int, schedule: str) -> list[str]:
+def _remaining(done: int, steps: int, before: int, schedule: str, *, fixed: bool) -> list[str]:
     """Sentences about a run that has done some steps, and had `before` steps in the call before."""
     if done >= steps:
+        further = "" if fixed else "raise run.max_steps or run.epochs to train further, or "
         return [
-            f"the run is finished ({done} of {steps} steps), so nothing is trained; raise run.max_steps or run.epochs "
-            f"to train further, or pass --run.fresh to start anew"
+            f"the run is finished ({done} of {steps} steps), so nothing is trained; {further}pass {OVERWRITE} to start "
+            f"anew"
         ]
     if steps == before:
         return []
@@ -176,75 +209,3 @@ def paging_line(paging: Paging) -> str:
         f"{counted(paging.faults, 'page fault')}, {counted(paging.prefetched, 'page')} prefetched, "
         f"{paging.evictions:,} evicted"
     )
-
-
-class _Progress(TrainerCallback):
-    """Shows a progress bar on a terminal; elsewhere prints one line per log entry."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
-        self.live = console.is_terminal
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  held out {task.fields[held_out]}  {task.fields[speed]} tokens/s"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=False,
-        )
-        self.task = self.bar.add_task("", total=steps, loss="-", held_out="-", speed="-")
-        self.since, self.tokens, self.began, self.first = time.monotonic(), 0, time.monotonic(), 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began = self.since = time.monotonic()
-        self.first, self.steps = state.global_step, state.max_steps
-        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
-        if self.live:
-            self.bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self.bar.update(self.task, held_out=f"{logs['eval_loss']:.4f}")
-        if "loss" in logs:
-            seen = state.num_input_tokens_seen
-            now = time.monotonic()
-            speed = f"{(seen - self.tokens) / max(now - self.since, 1e-9):,.0f}"
-            self.tokens, self.since = seen, now
-            self.bar.update(self.task, loss=f"{logs['loss']:.4f}", speed=speed)
-        if not self.live and ("loss" in logs or "eval_loss" in logs):
-            say(self.console, self._line(state, logs))
-
-    def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
-        if "eval_loss" in logs:
-            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}"
-        done = max(1, state.global_step - self.first)
-        left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
-        speed = self.bar.tasks[0].fields["speed"]
-        return (
-            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}  {speed} tokens/s  {_duration(left)} left"
-        )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.live:
-            self.bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -24,6 +24,8 @@ class Format(NamedTuple):
     """A row, as JSON."""
     read: Callable[[dict[str, Any], str], Row]
     """Makes the row from an object with these keys, and "file:line". Raises DataError with all problems."""
+    beside: tuple[str, ...] = ()
+    """Keys of other formats that data sets of this format also have; they are not used."""
 
 
 def chat_row(messages: object, columns: dict[str, Any], source: str) -> Row:
@@ -39,6 +41,14 @@ def chat_row(messages: object, columns: dict[str, Any], source: str) -> Row:
             raise DataError([f'{source}: has "system" and a message with this role; keep one of them'])
         messages = [{"role": "system", "content": system}, *messages]
     return Row("chat", source, messages=checked_messages(messages, source), variables=variables, columns=columns)
+
+
+def without_loss(prompt: Sequence[Any]) -> list[Any]:
+    """The messages of a prompt: only the answers that follow it carry loss."""
+    return [
+        {**message, "train": False} if isinstance(message, dict) and message.get("role") == "assistant" else message
+        for message in prompt
+    ]
 
 
 def _variables(columns: dict[str, Any], source: str) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""How a run computes its loss: in chunks of the vocabulary's logits, and with smoothed labels."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from reparam.errors import ConfigError
+from reparam.hf.chunked import ChunkedLoss, NotChunked
+from reparam.train import processes
+from reparam.train.job import Job
+from reparam.train.show import Show
+
+_AT_ONCE = 2**62  # more tokens than any batch has
+
+
+def loss_of(job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+    """A context for training, in which the model computes its loss as configured.
+
+    A model whose loss cannot be computed in chunks computes it as usual, and a note says so. Raises ConfigError if its
+    labels are to be smoothed.
+    """
+    chunked, smoothing = job.config.run.chunked_loss, job.config.optim.label_smoothing
+    if not chunked and not smoothing:
+        return contextlib.nullcontext()
+    try:
+        if torch.cuda.device_count() > 1 and processes.count() == 1:  # transformers uses DataParallel then
+            raise NotChunked("one process trains on several devices; start one process for each with torchrun")
+        return ChunkedLoss(job.model, smoothing=smoothing, chunk=None if chunked else _AT_ONCE)
+    except NotChunked as error:
+        if smoothing:
+            raise ConfigError(f"optim.label_smoothing cannot be used with this model: {error}") from None
+        show.note(f"the loss is computed from all logits of a batch at once: {error}")
+        return contextlib.nullcontext()
