@@ -175,11 +175,18 @@ class Pieces:
             for text in texts
         ]
         words = [[_words(plain) if plain else [] for plain in each[::2]] for each in segments]
-        made = self._unknown(plain for each in words for plain in each)
-        return [self._one(*each, made) for each in zip(texts, segments, words, strict=True)]
+        found = [[self._known(plain) for plain in each] for each in words]
+        pairs = (pair for each in zip(words, found, strict=True) for pair in zip(*each, strict=True))
+        made = self._unknown(plain for plain, known in pairs if known is None)
+        return [self._one(*each, made) for each in zip(texts, segments, words, found, strict=True)]
 
     def _one(
-        self, text: str, segments: Sequence[str], words: Sequence[list[str]], made: Mapping[str, bytes]
+        self,
+        text: str,
+        segments: Sequence[str],
+        words: Sequence[list[str]],
+        known: Sequence[bytes | None],
+        made: Mapping[str, bytes],
     ) -> ByPieces:
         parts: list[_Part] = []
         found: list[bytes] = []
@@ -189,19 +196,23 @@ class Pieces:
                 continue
             added = number % 2 == 1
             parts.append(_Part(start, first, None if added else words[number // 2]))
-            found.append(self._added[segment] if added else self._tokens(words[number // 2], made))
+            ids = self._added[segment] if added else known[number // 2]
+            found.append(ids if ids is not None else self._tokens(words[number // 2], made))
             start += len(segment)
             first += len(found[-1]) // 4
         return ByPieces(self, text, parts, np.frombuffer(b"".join(found), dtype=np.int32))
 
-    def _tokens(self, words: list[str], made: Mapping[str, bytes]) -> bytes:
-        """The token ids of consecutive pieces, as bytes of int32. `made` has those of pieces that are not known."""
-        head, *tail = words
-        first = self._first.get(head) or made[head]
+    def _known(self, words: list[str]) -> bytes | None:
+        """The token ids of consecutive pieces, as bytes of int32; None if one of them is not known."""
         try:
-            return first + b"".join(map(self._later.__getitem__, tail))
+            return self._first[words[0]] + b"".join(map(self._later.__getitem__, words[1:])) if words else b""
         except KeyError:
-            return first + b"".join([self._later.get(word) or made[f" {word}"] for word in tail])
+            return None
+
+    def _tokens(self, words: list[str], made: Mapping[str, bytes]) -> bytes:
+        """As `_known`; `made` has the token ids of pieces that are not known."""
+        first = self._first.get(words[0]) or made[words[0]]
+        return b"".join([first, *(self._later.get(word) or made[f" {word}"] for word in words[1:])])
 
     def _unknown(self, texts: Iterable[list[str]]) -> dict[str, bytes]:
         """The token ids of the pieces of these texts that are not known."""
