@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stopping import Stopping
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_processes import two_processes
 
 import reparam as library
 from reparam.train.config import Config, resolve
@@ -311,3 +313,28 @@ def test_orpo_and_kto_are_those_of_the_formulas(base: str, tmp_path: Path) -> No
     odds = [mean - torch.log1p(-mean.exp()) for mean in means]
     expected = nll - 0.3 * logsigmoid(odds[0] - odds[1]).mean()
     assert loss == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
+    """Two processes with 2 pairs each, and one with 4: DPO's loss is the mean over the pairs of a step."""
+    written(tmp_path / "twelve.jsonl", rows(12))
+    more = ["--data.train", tmp_path / "twelve.jsonl", "--optim.max_grad_norm", 0]
+    two, one = tmp_path / "two", tmp_path / "one"
+    (code, _, err), (other, *silent) = two_processes(
+        lambda: sys.exit(train(base, two, "dpo", *more, "--batch_size", 2)), tmp_path / "log"
+    )
+    assert (code, other) == (0, 0), err
+    assert silent == ["", ""]
+    assert train(base, one, "dpo", *more) == 0
+    for own, alone in zip(history(two), history(one), strict=True):
+        for key in ("loss", "rewards/margins", "rewards/accuracies"):
+            assert own[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-5), (key, own["step"])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_rows_are_held_out(base: str, tmp_path: Path, objective: str) -> None:
+    """Without data.valid, a share of the rows, which the seed chooses."""
+    more = {"data.valid": None, "data.holdout": 0.3}
+    job = prepare(config(base, tmp_path / "out", objective, **more))
+    kept, out = set(job.train.sources), set(job.valid.sources)
+    assert (len(kept), len(out), kept & out) == (10, 4, set())

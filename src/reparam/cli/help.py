@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.cli.screen import waits
 from reparam.cli.spelling import spelled
 from reparam.core.surface import on_command_line
 from reparam.train import processes
@@ -35,7 +36,8 @@ class Verb(TyperCommand):
         with on_command_line(), _told_by_the_first():
             if processes.count() > 1 and self.name != "train":
                 raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
-            return super().invoke(ctx)
+            with waits(str(self.name), ctx.params):
+                return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments, also as users of transformers' scripts type them."""

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as as_command
 
 from reparam.cli.help import Verb, described, heading, row, write
+from reparam.cli.screen import console as console
 
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
     "train": ("train.train", "Train an adapter and score it."),
+    "data": ("data.data", "Show what training would make of a file of rows."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
     "lm_eval": ("harness.lm_eval", "Score them on the public tasks of EleutherAI's harness."),
@@ -116,7 +117,6 @@ def _top(
 ) -> None: ...
 
 
-console = Console()
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")

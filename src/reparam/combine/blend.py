@@ -41,6 +41,7 @@ from reparam.combine.operands import (
 )
 from reparam.core.base import Factors, Site, Weight
 from reparam.core.checks import finite, listed, whole
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.errors import FormatError, InputDependentError
 from reparam.io import files
@@ -165,7 +166,7 @@ def blend(
 
     rule = _Rule(space, rank, density, seed)
     sites, found, tensors = all_sites(operands), [], {}
-    for name, site in sites.items():
+    for name, site in tracked(sites.items(), "combining", unit="sites"):
         here = [(s, w) for s, w in used if name in s.record.sites]
         weight = None if base is None else base_weight(base, site)
         changes = [factors_of(label, record, name, weight) for (label, record), _ in here]
@@ -183,7 +184,15 @@ def blend(
     method = LoRA(r=most, alpha=float(most), scaling="none", rank_pattern=differing)
     bases = [record.base for _, record in operands if record.base is not None]
     told = max(bases, key=lambda b: bool(b.digests)) if bases else None
-    summed = Record(method, sites, tensors, base=told, tied=all_ties(operands))
+    asked = {record.prompt_format for _, record in operands}
+    summed = Record(
+        method,
+        sites,
+        tensors,
+        base=told,
+        tied=all_ties(operands),
+        prompt_format=asked.pop() if len(asked) == 1 else None,
+    )
     return Blend(summed, tuple(found), space, idle)
 
 

@@ -62,7 +62,7 @@ def steps_of(plan: Plan, sides: Sides, place: Path) -> int:
     if config.run.max_steps > 0:
         return config.run.max_steps
     job = prepare(plan.config(plan.contestants[0], {**files, "run.output": str(place)}))
-    return config.run.steps(len(job.train))
+    return config.run.steps(len(job.drawn))
 
 
 def metric_of(wanted: str, kind: str) -> str:

@@ -20,8 +20,8 @@ from torch import Tensor
 from reparam.data.batches import Encoded, Report
 from reparam.data.encode import encode
 from reparam.data.files import objects
-from reparam.data.findings import beyond_vocabulary
 from reparam.data.formats.preference import PAIR, read_judged, read_pair
+from reparam.data.prompts import Prompts, check_vocabulary
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -66,14 +66,7 @@ class Preferences:
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError, with the first answer of each, for token ids of at least `size`."""
-        found: dict[int, tuple[str, int]] = {}
-        for index, source in enumerate(self.encoded.sources):
-            ids = self.encoded[index]["input_ids"]
-            for token in ids[ids >= size].unique().tolist():
-                first, count = found.get(token, (source, 0))
-                found[token] = (first, count + 1)
-        if found:
-            raise DataError(beyond_vocabulary(found, size, tokenizer))
+        check_vocabulary(self.encoded, size, tokenizer)
 
     def digest(self) -> str:
         """SHA-256 of all answers and of which of them are good."""
@@ -136,6 +129,6 @@ def encode_preferences(
     return Preferences(encoded, torch.tensor(good), paired)
 
 
-def flat(examples: Encoded | Preferences) -> Encoded:
+def flat(examples: Encoded | Preferences | Prompts) -> Encoded:
     """The encoded texts, one after another: of preferences, those of all answers."""
-    return examples.encoded if isinstance(examples, Preferences) else examples
+    return examples if isinstance(examples, Encoded) else examples.encoded

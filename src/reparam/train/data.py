@@ -19,14 +19,19 @@ from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import files_of
+from reparam.data.files.about import rows_about
+from reparam.data.framing import Frame
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
+from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, default_folder, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
+from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.sections import DataConfig
 
 if TYPE_CHECKING:
@@ -39,13 +44,16 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
+    """All that was encoded; the first one holds the training rows."""
+    prompt_format: PromptFormat
+    """How an adapter that is trained on the rows is prompted."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -60,10 +68,12 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """
     data, seed = config.data, config.run.seed
     with_tasks = config.method.known_tasks is not None
-    corpus = _corpus(data, data.sources(), tokenizer, with_tasks=with_tasks, most=data.max_rows)
+    framed = frame_of(data, tokenizer)
+    corpus = _corpus(data, data.sources(), tokenizer, framed, with_tasks=with_tasks, most=data.max_rows)
+    check_chats(data, corpus.kinds)
     other = None
     if data.valid is not None:
-        other = _corpus(data, data.sources("valid"), tokenizer, with_tasks=with_tasks)
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=with_tasks)
     rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
     if other is None:
         out = held_out(config, len(corpus))
@@ -80,13 +90,16 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         lines = told(data.sources(), parts, taken)
         train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
-    return Data(train, valid, _held_out(data, other or corpus, held), method, (corpus, *([other] if other else [])))
+    shown = list(framed.rows(_held_out(data, other or corpus, held)))
+    checked = (corpus, *([other] if other else []))
+    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
 
 
 def _corpus(
     data: DataConfig,
     sources: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
+    framed: Frame,
     *,
     with_tasks: bool,
     most: tuple[int, ...] = (),
@@ -102,7 +115,8 @@ def _corpus(
 
     def make(folder: Path | None) -> Corpus:
         reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-        corpus = encode_all(reading, tokenizer, **settings, folder=folder)
+        about = None if None in found or most else rows_about(files)
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
@@ -114,6 +128,7 @@ def _corpus(
     template = str(tokenizer.chat_template)
     everything = {
         **settings,
+        "frame": dataclasses.asdict(framed),
         "columns": data.renamed(),
         "most": most,
         "files of each source": shapes,
@@ -151,6 +166,13 @@ def held_out(config: Config, total: int) -> np.ndarray:
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
     return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

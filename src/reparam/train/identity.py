@@ -24,6 +24,7 @@ from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
 from reparam.train.loggers import EVENTS
+from reparam.train.reward import code_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ FREE = {
         "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
-    *("base.revision", *PATHS),
+    *("base.revision", "prefer.reward", *PATHS),
 }
 
 
@@ -54,7 +55,7 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     found = {key: value for key, value in _settings(config).items() if key not in FREE}
-    found[STEPS] = config.run.steps(len(job.train), processes.count())
+    found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
     found["content of the tokenizer"] = content_of(job.tokenizer)
@@ -67,6 +68,7 @@ def identity(job: Job) -> dict[str, Any]:
         of_files = [digest(name) for name in names] if all(Path(name).is_file() for name in names) else None
         content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
         found[f"content of data.{key}"] = content or None
+    found["content of prefer.reward"] = code_of(config.prefer.reward) if config.prefer.reward else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]

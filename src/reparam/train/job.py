@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
+from reparam.data.packing import Packed
 from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
@@ -26,10 +28,17 @@ class Job:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
-    train: Encoded | Preferences
-    valid: Encoded | Preferences
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
+    packed: Packed | None = None
+    """The training rows in packs, with `data.packing`."""
+
+    @property
+    def drawn(self) -> Encoded | Preferences | Prompts | Packed:
+        """What batches are drawn from: training rows, packs of them, preferences, or prompts."""
+        return self.train if self.packed is None else self.packed
 
 
 @dataclasses.dataclass(frozen=True)

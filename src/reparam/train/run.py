@@ -22,8 +22,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
+from reparam.data.batches import Encoded
+from reparam.data.packing import Packed
+from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
-from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.hf.models import check_not_base, vocabulary
+from reparam.hf.packed import unpackable_reason
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
@@ -36,6 +40,7 @@ from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.plot import plot_losses
+from reparam.train.reading import tokenizer_of
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable
@@ -131,18 +136,30 @@ def prepare(config: Config) -> Job:
     check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
+    tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes
     model = loaded(config.base)
     data.check_vocabulary(vocabulary(model), tokenizer)
     adapter = attached(config, model, data.method)
+    adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out)
+    packed = _packed(config, adapter, data.train)
+    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed)
+
+
+def _packed(config: Config, adapter: Adapter, rows: Any) -> Packed | None:
+    """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
+    if not config.data.packing:
+        return None
+    assert isinstance(rows, Encoded)  # the other objectives refuse to pack
+    if reason := unpackable_reason(adapter.model):
+        raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
+    return Packed(rows, config.data.max_length)
 
 
 def _steps(job: Job) -> int:
     """The number of steps of the run. Raises ValueError if a schedule of the method does not fit it."""
-    steps = job.config.run.steps(len(job.train), processes.count())
+    steps = job.config.run.steps(len(job.drawn), processes.count())
     if job.adapter.controller is not None:
         job.adapter.controller.plan(steps)
     return steps

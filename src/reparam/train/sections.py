@@ -70,8 +70,17 @@ class DataConfig:
     are truncated and texts split."""
     bad_rows: BadRows = "error"
     """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
+    packing: bool = False
+    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a name such as chatml, plain (for a base without one) or llama3; a
+    .jinja file or a folder with a tokenizer; or trl, TRL's twin for training of the tokenizer's own template."""
+    system: str | None = None
+    """System message for chats without one."""
+    thinking: bool | None = None
+    """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
     cache: str = "auto"
     """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
     $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
@@ -163,8 +172,8 @@ class OptimConfig:
     lora_plus_vectors: Literal["out", "in"] = "out"
     """LoRA+: whether biases, norms and DoRA's magnitudes have the learning rate of B (out) or of A (in)."""
     beta: float | None = None
-    """Preference tuning: how closely the model stays to its start (dpo, kto), or the weight of the odds ratio (orpo).
-    By default 0.1."""
+    """Preference tuning: how closely the model stays to its start (dpo, kto, grpo), or the weight of the odds ratio
+    (orpo). By default 0.1, and 0 for grpo."""
 
     def __post_init__(self) -> None:
         _check(
@@ -183,7 +192,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferConfig:
-    """Preference tuning. Names and meanings are those of TRL's DPOConfig and KTOConfig."""
+    """Preference tuning. The first four have TRL's names and meanings."""
 
     loss_type: Literal[
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"
@@ -195,6 +204,15 @@ class PreferConfig:
     """kto: weight of good answers. Raise it if there are fewer of them than bad ones."""
     undesirable_weight: float = 1.0
     """kto: weight of bad answers."""
+    reward: str | None = None
+    """grpo: the function that rewards answers, as FILE.py:function. It is code, so it is taken from the command line
+    alone."""
+    samples: int = 8
+    """grpo: number of answers that are generated for each prompt and compared with each other."""
+    new_tokens: int = 256
+    """grpo: maximum length of a generated answer in tokens."""
+    temperature: float = 1.0
+    """grpo: temperature at which answers are sampled."""
 
     def __post_init__(self) -> None:
         _check(
@@ -203,6 +221,9 @@ class PreferConfig:
             label_smoothing=("a share from 0 to below 0.5", lambda share: 0 <= share < 0.5),
             desirable_weight=_LEAST,
             undesirable_weight=_LEAST,
+            samples=_count(2),
+            new_tokens=_count(1),
+            temperature=_ABOVE,
         )
 
 
@@ -210,8 +231,9 @@ class PreferConfig:
 class RunConfig:
     """Length of the run, batch size, checkpoints, and the output folder."""
 
-    objective: Literal["sft", "dpo", "orpo", "kto"] = "sft"
-    """What is trained: answers or texts with sft, pairs of answers with dpo or orpo, judged answers with kto."""
+    objective: Literal["sft", "dpo", "orpo", "kto", "grpo"] = "sft"
+    """What is trained: answers or texts with sft, pairs of answers with dpo or orpo, judged answers with kto, and the
+    model's own answers, by a reward, with grpo."""
     output: str = "out"
     """Output folder for the adapter, checkpoints, configuration, figures and plots."""
     epochs: float = 1.0

@@ -14,7 +14,6 @@ how training stops:
 Private methods of transformers 5.23 are overridden only where there is no public way; comments give the reasons.
 """
 
-import logging
 import signal
 from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -36,12 +35,12 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from reparam.errors import StateError
 from reparam.io.staged import staged_folder
 from reparam.train import processes
+from reparam.train.between_steps import BetweenSteps
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
 from reparam.train.guard import Finite, Interrupts
-from reparam.train.order import ByEpoch, Filled, WithEmpty, begin_epoch, row_order, unsupported
+from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
-_log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     _Trainer = transformers.Trainer
 else:
@@ -106,9 +105,10 @@ class Resumable(_Trainer):
         self._save_trained, self._load_trained, self._extra_loss = save_trained, load_trained, extra_loss
         self._finite = Finite(self.run_folder, row_names)
         self._interrupts = Interrupts()
-        self._stopping, self._saved_step = False, 0
+        self._saved_step = 0
         self._loaded: TrainingState | None = None
-        self.add_callback(_Hooks(self))
+        self._between = BetweenSteps(self._interrupts, self._finite, begin=self._restore_progress)
+        self.add_callback(self._between)
 
     @property
     def interrupted(self) -> signal.Signals | None:
@@ -137,7 +137,7 @@ class Resumable(_Trainer):
             NotFinite: the loss, penalty or gradient is NaN or infinite.
             DiskFull: there was no disk space for a checkpoint; the previous one is intact.
         """
-        self._stopping = False
+        self._between.stopping = False
         with self.lock if self.is_world_process_zero() else nullcontext(), self._interrupts:
             self.accelerator.wait_for_everyone()
             path = self._read_checkpoint(resume_from_checkpoint)
@@ -230,7 +230,7 @@ class Resumable(_Trainer):
     def _load_best_model(self) -> None:
         # Overridden as _load_from_checkpoint is. After a signal, the weights of the last step are kept.
         best = self.state.best_model_checkpoint
-        if best is None or self._stopping:
+        if best is None or self._between.stopping:
             return
         if problems := verify(best):
             raise ValueError(f"cannot load the best weights from {best}: " + "; ".join(problems))
@@ -251,6 +251,7 @@ class Resumable(_Trainer):
             self._loaded = None
 
     def _restore_progress(self) -> None:
+        self._saved_step = self.state.global_step
         if self._loaded is not None:
             loss = self._loaded.progress["loss"]
             self._tr_loss = torch.tensor(loss, device=self.args.device)
@@ -268,7 +269,7 @@ class Resumable(_Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         # Overridden because the final save must come after the events of the last epoch (its evaluation draws random
         # numbers) and before the weights of the best checkpoint are loaded.
-        wanted = self._stopping or self.args.save_strategy != SaveStrategy.NO
+        wanted = self._between.stopping or self.args.save_strategy != SaveStrategy.NO
         if wanted and self._saved_step != self.state.global_step:
             self._save_checkpoint(cast(nn.Module, self.model), trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -342,8 +343,7 @@ class Resumable(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Overridden because transformers would drop `row`, which the model's forward does not take, before collating.
         super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if "row" not in columns:
+        if "row" not in (columns := cast(list[str], self._signature_columns)):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -359,42 +359,3 @@ class Resumable(_Trainer):
 
 class Trainer(Resumable, transformers.Trainer):
     """transformers' Trainer with the checkpoints of `Resumable`."""
-
-
-class _Hooks(TrainerCallback):
-    """Callbacks between steps. Added last, so that they see the decisions of all other callbacks."""
-
-    def __init__(self, trainer: Resumable) -> None:
-        self.trainer = trainer
-        self.save_after_epoch = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._saved_step = state.global_step
-        self.trainer._restore_progress()
-        begin_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._finite.batches.clear()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        received = self.trainer._interrupts.agreed(args.world_size, args.device)
-        if received is not None:
-            if self.trainer.is_world_process_zero():
-                _log.warning("%s: stopping after step %d", received.name, state.global_step)
-            self.trainer._stopping = control.should_training_stop = True
-        # Logging and evaluation at the end of an epoch follow; a run resumed from a save before them would skip them.
-        self.save_after_epoch = control.should_save and float(state.epoch).is_integer()
-        control.should_save = control.should_save and not self.save_after_epoch
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.save_after_epoch:
-            control.should_save = True
-        if self.trainer._stopping and not float(state.epoch).is_integer():
-            # transformers treats every stop as the end of an epoch; the resumed run will reach the real end.
-            control.should_log = control.should_evaluate = control.should_save = False

@@ -17,8 +17,9 @@ NAME = "__reference"  # under which the adapter that a run starts from is loaded
 def before_training(job: Job) -> str | None:
     """The name of the adapter that makes the model what it was before training; None for the base alone.
 
-    A new adapter changes no output, so the base is the model before training. A run that trains a finished adapter
-    further (`adapter.start`) has a frozen copy of this adapter, as TRL has.
+    A new adapter changes no output, so the base is the model before training. (New virtual tokens do change outputs;
+    their reference is the base, too, as in TRL.) A run that trains a finished adapter further (`adapter.start`) has a
+    frozen copy of this adapter, as TRL has.
     """
     start = job.config.adapter.start
     if start is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainingArguments
 
 from reparam.data.batches import Collator, padding_id
 from reparam.data.preferences import flat
 from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.hf.packed import packed_collator
 from reparam.train.config import Config
 from reparam.train.data import Data, read_data
 from reparam.train.job import Job
@@ -38,9 +40,9 @@ class SFT(Objective):
         return Trainer(
             job.model,
             TrainingArguments(**arguments),
-            train_dataset=flat(job.train),
+            train_dataset=job.packed or flat(job.train),
             eval_dataset=flat(job.valid),
-            data_collator=Collator(padding_id(job.tokenizer)),
+            data_collator=_collate(job),
             **others,
         )
 
@@ -51,6 +53,12 @@ class SFT(Objective):
         if answers:
             scores.append(score_answers(answers))
         return tuple(scores), answers
+
+
+def _collate(job: Job) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
+    """Batches of training rows or of packs of them, and of held-out rows, which are not packed."""
+    rows, packs = Collator(padding_id(job.tokenizer)), packed_collator(job.model, padding_id(job.tokenizer))
+    return lambda examples: packs(examples) if "position_ids" in examples[0] else rows(examples)
 
 
 OBJECTIVE = SFT()

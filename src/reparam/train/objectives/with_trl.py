@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-for _name in ("gradient_checkpointing", "is_gradient_checkpointing"):  # TRL uses the old names
-    warnings.filterwarnings("ignore", message=f"`{_name}` is deprecated")
+# TRL uses names that transformers has replaced.
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated")
 OLDER = "_stored_metrics"  # where the experimental trainers keep their metrics
 # Settings of TRL's arguments that are fixed: rows come encoded, and dropout is turned off by `without_dropout`.
 ARGUMENTS = {"max_length": None, "disable_dropout": False, "gradient_checkpointing": False}
@@ -130,7 +130,7 @@ def without_dropout(job: Job) -> None:
             module.p = 0.0
 
 
-def score_any_head(model: Any) -> Callable[[], None]:
+def score_any_head(model: Any, *, temperature: float = 1.0) -> Callable[[], None]:
     """Let TRL's log-probabilities be computed for any output head. Call the result after TRL's trainer is made.
 
     TRL multiplies by the `weight` of the head without calling it. That is exact for a plain head, and saves memory. A
@@ -143,7 +143,7 @@ def score_any_head(model: Any) -> Callable[[], None]:
     @functools.wraps(type(inner).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if fused_lm_head:
-            return from_logits(original(*args, **kwargs), labels)
+            return from_logits(original(*args, **kwargs), labels, temperature)
         return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
 
     def install() -> None:
@@ -153,11 +153,11 @@ def score_any_head(model: Any) -> Callable[[], None]:
     return install
 
 
-def from_logits(output: Any, labels: Tensor) -> FusedCausalLMOutput:
+def from_logits(output: Any, labels: Tensor, temperature: float) -> FusedCausalLMOutput:
     """What TRL's head gives for the labels [B, T], from the logits [B, T, V] of the model's own output."""
     targets = labels[:, 1:]  # [B, T - 1]
     mask = targets != IGNORED
-    logits = output.logits[:, :-1][mask].float()  # [N, V] of the N tokens that count
+    logits = output.logits[:, :-1][mask].float() / temperature  # [N, V] of the N tokens that count
     logs = logits.log_softmax(-1)
     chosen = targets[mask]
     values = {

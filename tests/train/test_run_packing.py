@@ -1,0 +1,45 @@
+"""`--packing`, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import reparam, train
+
+
+def test_a_packed_run(base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--packing", "--max_length", 128, "--max_steps", -1, "--epochs", 2)
+    assert train(base, rows, tmp_path / "out", *more) == 0
+    out = capsys.readouterr().out
+    assert "packed          76 examples in 15 packs of up to 128 tokens, 94% full" in out
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    assert record["number of steps"] == 8  # two epochs of four batches of up to four packs
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["history"][-1]["epoch"] == 2
+    assert train(base, rows, tmp_path / "out", "--max_length", 128, "--max_steps", -1, "--epochs", 2) == 2
+    assert "data.packing was True and is now False" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_row_with_a_loss_that_is_not_finite_is_named(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate so large that the second step diverges; the message names all rows of its packs."""
+    assert train(base, rows, tmp_path / "out", "--packing", "--learning_rate", 1e30, "--max_steps", 3) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "the loss is nan at step" in error
+    assert error.count("rows.jsonl:") > 8  # more rows than packs
+
+
+@pytest.mark.parametrize("method", ["mixture", "prompt"])
+def test_methods_that_read_whole_rows_are_refused(
+    method: str, base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "out", "--packing", "--method", method) == 2
+    assert "data.packing cannot be used here: " in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_option_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reparam("train", "--help-all") == 0
+    assert "--packing" in capsys.readouterr().out
