@@ -6,6 +6,8 @@ ends the turn, and then says the answer again, for ever.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,22 @@ def test_the_command_line_stops_there_too(tmp_path: Path, capsys: pytest.Capture
     assert reparam("eval", tmp_path / "rows.jsonl", "--base", tmp_path / "base", "--json") == 0
     assert '"exact match"' in (out := capsys.readouterr().out)
     assert '"value": 1.0' in out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"return_dict_in_generate": True},
+        {"output_hidden_states": "abc"},
+        {"output_scores": True, "output_logits": True},
+    ],
+    ids=str,
+)
+def test_settings_for_more_than_the_tokens(more: dict[str, Any], base: str, tmp_path: Path) -> None:
+    """A generation_config.json can ask for more than the answers need, or for something that it cannot ask for."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    call = ["generate", "def f(x):", "-b", folder, "--max-new-tokens", 2]
+    assert reparam(*call) == 0
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    assert reparam(*call) == 0

@@ -22,6 +22,12 @@ from reparam.hf.stops import stop_tokens, until_stop
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLAIN = {
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "output_scores", "output_logits"), False),
+    "return_dict_in_generate": False,
+}
+"""Settings of generation that give the tokens alone, whatever the model's own configuration asks for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -123,6 +129,7 @@ def complete(
                     max_new_tokens=max_new_tokens,
                     pad_token_id=pad,
                     eos_token_id=stops or None,
+                    **PLAIN,
                     **sampling.settings(),
                 )
             answers = [until_stop(row, stops) for row in out[:, width:].tolist()]

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam.data.files.opened import check_size
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
 
 BATCH = 1024  # rows in memory at a time
+FREE_ROWS = 2**20  # rows that every file may have
+ROWS_IN_BYTE = 100  # how many rows a larger file may have for each of its bytes; a column of nulls takes none
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -43,13 +46,23 @@ def read_ipc(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 def _rows(path: Path, batches: Any) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     import pyarrow
 
-    number = 0
+    if not path.is_file():
+        raise DataError([f"{path}: not a regular file"])
+    number = size = 0
+    most = max(FREE_ROWS, ROWS_IN_BYTE * path.stat().st_size)
     try:
         for batch in batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", value
+            size += batch.nbytes
+            check_size(path, size, "holds")
+            if number + batch.num_rows > most:
+                raise DataError([f"{path}: claims more than {most:,} rows, too many for a file of its size"])
+            for start in range(0, batch.num_rows, BATCH):
+                for value in batch.slice(start, BATCH).to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", value
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         reason = " ".join(str(error).split())
         raise DataError([f"{path}: cannot be read after row {number}: {reason}"]) from error
 

@@ -41,13 +41,17 @@ def read_standard_input() -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """The objects of a file with one list of objects, or of a JSONL file under the suffix .json."""
+    if not path.is_file():  # it is read twice
+        raise DataError([f"{path}: not a regular file; a pipe can hold JSONL"])
     with opened(path) as file:
         start = file.read(2**16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if start != b"[":
         yield from read(path)
         return
     with opened(path) as file:
-        content = file.read(LARGEST_LIST + 1)
+        content = bytearray()
+        while len(content) <= LARGEST_LIST and (part := file.read(2**20)):  # one read would take memory for all of it
+            content += part
     if len(content) > LARGEST_LIST:
         raise DataError([f"{path}: a list of more than {LARGEST_LIST:,} bytes; write one object per line (JSONL)"])
     values = _parsed(content.decode("utf-8-sig", errors="strict"), path)
