@@ -56,7 +56,7 @@ if "EASE_FILE" in os.environ:
 
 
 def write_rows(folder: Path) -> Path:
-    """Write the rows: chats of one or two turns, 20 to 120 words each, from the seed 0."""
+    """Write the rows: chats of one or two turns, 4 to 12 words a message, from the seed 0."""
     draw = random.Random(0)
     words = "value index name count self other result table path line key item node left right".split()  # noqa: SIM905
     file = folder / "rows" / "train.jsonl"
@@ -66,7 +66,7 @@ def write_rows(folder: Path) -> Path:
             turns = []
             for _ in range(draw.randint(1, 2)):
                 for role in ("user", "assistant"):
-                    text = " ".join(draw.choices(words, k=draw.randint(10, 60)))
+                    text = " ".join(draw.choices(words, k=draw.randint(4, 12)))
                     turns.append({"role": role, "content": text})
             out.write(json.dumps({"messages": turns}) + "\n")
     info = {"rows": {"file_name": str(file), "formatting": "sharegpt", "columns": {"messages": "messages"}}}
