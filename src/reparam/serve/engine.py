@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reparam.errors import Refused, ReparamError
+from reparam.errors import Refused, ReparamError, Unavailable
 from reparam.hf.stops import stop_tokens, until_stop
 from reparam.serve import stock
 from reparam.serve.admission import Bounds, check_choice, check_prompt, check_stops
@@ -226,6 +226,8 @@ class Engine:
 
     def _checked(self, request: Request) -> list[int]:
         """The ids of the prompt. Raises Refused unless the request can be computed."""
+        if self.state == "closed":
+            raise Unavailable("the engine is closed")
         if request.adapter is not None:
             self._store.check(request.adapter)
         check_choice(self._choice(request))

@@ -100,7 +100,7 @@ class Store:
             self.check(name)
             del self._folders[name]
             self._named.pop(name, None)
-            self._sweep()
+        self._worker.submit(self._sweep)
 
     def check(self, name: object) -> None:
         """Raise UnknownAdapter unless an adapter has this name."""
@@ -198,11 +198,12 @@ class Store:
         return sum(resident.nbytes for resident in self._residents.values() if resident.leases)
 
     def _sweep(self) -> None:
-        """Drop adapters that no name means and no request uses."""
-        named = list(self._named.values())
-        for resident in list(self._residents.values()):
-            if not resident.leases and resident not in named:
-                self._drop(resident)
+        """Drop adapters that no name means and no request uses. In the worker's thread, as all writing."""
+        with self._lock:
+            named = list(self._named.values())
+            for resident in list(self._residents.values()):
+                if not resident.leases and resident not in named:
+                    self._drop(resident)
 
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]
