@@ -108,6 +108,7 @@ def _figures(
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
         "worse than the base": not result.after[0].value <= result.before[0].value,
+        "best step": trainer.state.best_global_step if job.config.run.keeps_best else None,
         "largest change of a logit": difference,
         "LoRA+ ratio": job.config.optim.lora_plus,
         "LoRA+ groups": [dataclasses.asdict(group) for group in rates],

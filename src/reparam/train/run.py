@@ -36,6 +36,7 @@ from reparam.train.checkpoint import newest
 from reparam.train.conclude import conclude, history_of, scored
 from reparam.train.config import Config, dump
 from reparam.train.data import read_data
+from reparam.train.evaluating import RANK, Evaluated, evaluating
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
 from reparam.train.losses import loss_of
@@ -78,6 +79,7 @@ def train(config: Config, *, show: Show) -> Result:
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
+        show.best(trainer.state, run=config.run, early=trainer.stopped_early)
         show.ended(job.adapter.finish())
         return processes.first(lambda: conclude(job, trainer, rates, before, show))
 
@@ -138,12 +140,14 @@ def _packed(config: Config, adapter: Adapter, rows: Encoded) -> Packed | None:
     """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
     if not config.data.packing:
         return None
+    if config.run.group_by_length:
+        raise ConfigError("run.group_by_length has no effect on packs, which are all full: leave out one of the two")
     if reason := unpackable_reason(adapter.model):
         raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
     return Packed(rows, config.data.max_length)
 
 
-def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]]:
+def _trainer(job: Job, show: Show) -> tuple[Evaluated, tuple[optimizer.Rates, ...]]:
     config = job.config
     run, optim = config.run, config.optim
     steps = run.steps(len(job.drawn), processes.count())
@@ -169,8 +173,13 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         eval_strategy="steps",
         eval_steps=run.eval_every or tenth,
         save_strategy="steps",
-        save_steps=run.save_every or tenth,
+        save_steps=run.save_every or (run.eval_every if run.keeps_best else 0) or tenth,
         save_total_limit=run.keep,
+        load_best_model_at_end=run.keeps_best,
+        metric_for_best_model=(RANK if run.metric == "exact_match" else run.metric) if run.keeps_best else None,
+        greater_is_better=run.metric != "loss" if run.keeps_best else None,
+        train_sampling_strategy="group_by_length" if run.group_by_length else "random",
+        neftune_noise_alpha=optim.neftune,
         logging_steps=min(run.log_every, tenth),
         report_to=list(run.loggers) or "none",
         seed=run.seed,
@@ -181,7 +190,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         ddp_broadcast_buffers=False,  # all processes hold the same ones, quantized matrices among them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
+    trainer = Evaluated(
         job.model,
         arguments,
         train_dataset=job.drawn,
@@ -191,7 +200,7 @@ def _trainer(job: Job, show: Show) -> tuple[Trainer, tuple[optimizer.Rates, ...]
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[_Bind(job.adapter), show.callback(steps)],
+        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
     )
     rates = optimizer.install_optimizer(trainer, optim, job.adapter)
     trainer.remove_callback(PrinterCallback)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
 from reparam.data.preview import preview
-from reparam.evaluation.tables import answers_table, scores_table
+from reparam.evaluation.tables import answers_table, scores_table, short
 from reparam.evaluation.terminal import note, say
 from reparam.train.checkpoint import step_of
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from reparam.adapter.adapter import Adapter
-    from reparam.evaluation.score import Score
+    from reparam.evaluation.score import Answer, Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
     from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
+    from reparam.train.sections import RunConfig
 
 
 class Show:
@@ -77,6 +78,26 @@ class Show:
     def note(self, text: str) -> None:
         """Print a note about how the run works."""
         say(self.console, note("note", text))
+
+    def samples(self, answers: Sequence[Answer]) -> None:
+        """Print answers to held-out rows, one per line."""
+        for given in answers:
+            right = "right" if given.right else f"expected {short(given.expected)}"
+            say(self.console, f"sample  {short(given.question)} -> {short(given.given)}  ({right})", style="dim")
+
+    def best(self, state: TrainerState, *, run: RunConfig, early: bool) -> None:
+        """Print why the run stopped before its last step, and which weights it ends with."""
+        if early:
+            say(
+                self.console,
+                f"stopped early at step {state.global_step}: {counted(run.patience, 'evaluation')} in a row "
+                f"{'was' if run.patience == 1 else 'were'} no better than the best one",
+            )
+        if run.keeps_best and state.best_metric is not None:
+            step = state.best_global_step
+            key, name = ("eval_loss", "held-out loss") if run.metric == "loss" else ("eval_exact_match", "exact match")
+            found = [entry[key] for entry in state.log_history if entry["step"] == step and key in entry]
+            say(self.console, f"the best weights are those of step {step} ({name} {found[0]:.4f})")
 
     def worse(self, before: Score, after: Score) -> None:
         """Print a warning if the held-out loss with the adapter is worse than that of the base."""
@@ -236,7 +257,8 @@ class _Progress(TrainerCallback):
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         if "eval_loss" in logs:
-            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}"
+            right = f"  exact match {logs['eval_exact_match']:.3f}" if "eval_exact_match" in logs else ""
+            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}{right}"
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
         speed = self.bar.tasks[0].fields["speed"]
