@@ -41,6 +41,22 @@ class Verb(TyperCommand):
         with _told_by_the_first():
             return super().make_context(*args, **more)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments. A flag that has an opposite may be followed by true or false, as in scripts of TRL."""
+        opposites = {
+            name: parameter.secondary_opts[0]
+            for parameter in self.get_params(ctx)
+            if getattr(parameter, "is_flag", False) and parameter.secondary_opts
+            for name in parameter.opts
+        }
+        taken: list[str] = []
+        for argument in args:
+            if argument.lower() in ("true", "false") and taken and taken[-1] in opposites:
+                taken[-1] = taken[-1] if argument.lower() == "true" else opposites[taken[-1]]
+            else:
+                taken.append(argument)
+        return super().parse_args(ctx, taken)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usage line, the description, and the options grouped by panel."""
         panels: dict[str, list[Any]] = {"Arguments": [], "Options": []}
