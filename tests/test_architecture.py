@@ -46,7 +46,7 @@ OPEN = {
 }
 COMPILERS = {"numba", "llvmlite", "triton"}  # in kernels
 MOST_LINES = 320
-LONGER = {"train/trainer.py": 400}  # to be split; nothing is to be added here
+LONGER = {"train/trainer.py": 370}  # to be split; nothing is to be added here
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 

@@ -66,7 +66,12 @@ def test_help_of_a_verb_imports_no_transformers(verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "arguments"), [("typer", ["--help"]), ("transformers", ["train"]), ("pydantic", ["train", "--help"])]
+    ("missing", "arguments"),
+    [
+        ("typer", ["--help"]),
+        ("transformers", ["train", "--base", "model", "--data", "rows.jsonl"]),
+        ("pydantic", ["train", "--help"]),
+    ],
 )
 def test_a_missing_extra_gets_one_sentence(missing: str, arguments: list[str]) -> None:
     done = command(*arguments, missing=(missing,))

@@ -226,9 +226,20 @@ def test_text_does_not_mix_but_chats_and_completions_do(tmp_path):
 
 
 def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
-    path = write(tmp_path, *[{"x": 1}] * 1212)
+    path = write(tmp_path, *[{f"x{i}": 1} for i in range(1212)])
     with pytest.raises(ValueError, match="1,202 more") as caught:
         read_rows(path)
     lines = str(caught.value).splitlines()
     assert len(lines) == 11
     assert [line.startswith(f"{path}:{i}: ") for i, line in enumerate(lines[:10], start=1)] == [True] * 10
+
+
+def test_a_problem_of_several_rows_is_told_once(tmp_path):
+    path = write(tmp_path, *[{"qestion": "2 + 2 =", "answer": "4"}] * 80, {"question": 3, "answer": "1"})
+    with pytest.raises(DataError) as caught:
+        read_rows(path, {"prompt": "question", "completion": "answer"})
+    first, other = str(caught.value).splitlines()
+    assert first.startswith(f'{path}:1: no "question", which data.columns names')
+    assert first.endswith("(and in 79 more rows)")
+    assert other.startswith(f"{path}:81: ")
+    assert "more row" not in other

@@ -1,6 +1,8 @@
 """Refusals of mixtures: settings, missing experts, gates that were not computed."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -11,6 +13,7 @@ from models import IDS, logits
 import reparam
 from reparam.core.registry import METHODS
 from reparam.methods.mixture import Mixture
+from reparam.sites.module import Adapted
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,24 @@ def test_the_mlp_of_llava_mole_has_one_router_and_attention_plain_lora() -> None
     kinds = {path.split(".")[3]: type(update).__name__ for path, update in adapter.updates.items()}
     assert kinds == {"self_attn": "LoRAUpdate", "mlp": "MixtureUpdate"}
     assert dataclasses.asdict(adapter.method)["select"] == "top_k"
+
+
+@pytest.mark.parametrize("router", ["sequence", "task_logits", "task_embedding", "static"])
+def test_a_bias_of_a_router_that_has_none(router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New adapters with it are refused, before the model is changed; a saved one loads, with a warning."""
+    settings: dict[str, Any] = {"n": 2, "r": 2, "router": router, "router_bias": True}
+    settings |= {"tasks": ("a", "b")} if router.startswith("task") else {}
+    model = models.llama()
+    with pytest.raises(ValueError, match=rf"mixture: router_bias=true has no effect with router='{router}'"):
+        reparam.attach(model, "mixture", **settings)
+    assert not reparam.adapters(model)
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+    reparam.attach(models.llama(), "mixture", **{**settings, "router_bias": False})
+    with monkeypatch.context() as patch:  # as an earlier release
+        patch.setattr(Mixture, "idle_settings", lambda self: [])
+        reparam.attach(model, "mixture", **settings).save(tmp_path)
+    with pytest.warns(UserWarning, match="router_bias=true has no effect"):
+        adapter = reparam.load(models.llama(), tmp_path)
+    assert adapter.method.settings()["router_bias"]
+    settings.pop("tasks", None)
+    reparam.attach(models.llama(), "mixture", **{**settings, "router": "token"})

@@ -44,6 +44,8 @@ def test_tied_weights(base: str, rows: str, tmp_path: Path, capsys: pytest.Captu
         capsys.readouterr().err.split()
     )
     assert train(base, rows, tmp_path / "out", "--modules_to_save", "lm_head") == 2
-    assert "pass --base.untie, or leave lm_head out of modules_to_save" in " ".join(capsys.readouterr().err.split())
+    assert "--adapter.tie to train one weight for all of them, or leave lm_head out of modules_to_save" in " ".join(
+        capsys.readouterr().err.split()
+    )
     with pytest.raises(ValueError, match=r"give each its own copy, attach with tie=True"):
         library.attach(llama(tie_word_embeddings=True), "lora", targets=["lm_head"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,38 @@ def test_two_processes_train_what_one_does_with_the_same_rows_in_a_step(base: st
     (code, _, err), (other, *_) = two_processes(lambda: train(base, few, one, *options(8)), tmp_path / "log")
     assert (code, other) == (2, 1)
     assert "number of processes was 1 and is now 2" in " ".join(err.split())
+
+
+def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
+    base: str, few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the second epoch, by a signal to one process; with dropout."""
+    more = ["--max_steps", 7, "--save_steps", 2, "--logging_steps", 1, "--lora_dropout", 0.2]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert [code for code, *_ in two_processes(lambda: train(base, few, whole, *options(4, *more)), tmp_path)] == [0, 0]
+
+    loss = Trainer.compute_loss
+
+    def ending(trainer: Trainer, *args: object, **kwargs: object) -> object:
+        if trainer.state.global_step == 4 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(trainer, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compute_loss", ending)
+        ended = two_processes(lambda: train(base, few, stopped, *options(4, *more)), tmp_path)
+    assert [code for code, *_ in ended] == [143, 143]
+    assert not (stopped / "adapter").exists()
+    (code, out, err), (other, *_) = two_processes(lambda: train(base, few, stopped, *options(4, *more)), tmp_path)
+    assert (code, other) == (0, 0), err
+    assert "checkpoint-5" in out
+    found, wanted = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (stopped, whole))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    figures = [json.loads((folder / "figures.json").read_text())["history"] for folder in (stopped, whole)]
+    losses = [{entry["step"]: entry["loss"] for entry in history if "loss" in entry} for history in figures]
+    assert losses[0] == losses[1]
+    assert len(losses[1]) == 7
 
 
 def test_an_error_is_told_once_and_ends_both(base: str, few: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from models import llama, save_base
 from rich.console import Console
 from torch import nn
@@ -21,6 +22,7 @@ from reparam.errors import ConfigError, FormatError
 from reparam.hf.models import load_base
 from reparam.kernels.fastfood import fastfood, fastfood_adjoint
 from reparam.recipes import merge as recipe
+from reparam.train.plot import plot_losses
 from reparam.weights.layouts import layout_of
 
 
@@ -174,3 +176,17 @@ def test_entries_of_a_plan_are_checked_by_key(entry: dict[str, Any], message: st
     overrides = {"base.path": "model", "data.train": "rows.jsonl", "compare.methods": [{"name": "lora", **entry}]}
     with pytest.raises(ConfigError, match=message):
         read_plan(None, overrides)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 300])
+def test_the_ticks_of_a_loss_plot_are_whole_steps(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("reparam.train.plot.write_png", lambda figure, file: drawn.append(figure))
+    history = [{"step": step, "loss": 1 / step} for step in range(1, steps + 1)]
+    plot_losses([*history, {"step": steps, "eval_loss": 0.5}], tmp_path / "loss.png")
+    (axes,) = drawn[0].axes
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert ticks
+    assert all(float(tick).is_integer() for tick in ticks)
+    assert steps > 1 or axes.lines[0].get_marker() == "o"  # a single point without a marker cannot be seen

@@ -210,8 +210,9 @@ def install(
     """Build all updates and then put them into the model. If building fails or `check` raises, the model is unchanged.
 
     `tied` gives, for modules that share a weight, the path of the one whose update, or trained copy, they use.
-    `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the method's
-    notes become warnings, which point at the line that called `attach`; a loaded adapter needs no notes.
+    `check` receives the tensors that `save` will write, by their names in the file. If `warns` is true, the adapter
+    is a new one: the method's notes become warnings, which point at the line that called `attach`, and settings without
+    effect are refused. A loaded adapter needs no notes, and may have such settings.
     """
     check_name(model, name)
     linked = {path: leader for path, leader in tied.items() if path in replaced}
@@ -226,6 +227,11 @@ def install(
             modules[path] = targets_.wrap(at(model, path))
         sites = {path: module.site(path) for path, module in modules.items() if path not in tied}
         method.check(list(sites.values()))
+        idle = method.idle_settings()
+        if idle and warns:
+            raise ValueError("; ".join(idle))
+        for note in idle:
+            warnings.warn(note, stacklevel=4)
         for note in method.notes(list(sites.values())) if warns else ():
             warnings.warn(note, stacklevel=3)
         shared = method.shared(list(sites.values()))

@@ -26,6 +26,7 @@ from reparam.adapter.quantize import describe
 from reparam.adapter.selection import AdapterState, state_of
 from reparam.core.base import Weight
 from reparam.core.checks import listed
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.offloaded import check_placed
@@ -171,7 +172,7 @@ def merge(
 
     sites: list[SiteMerge] = []
     biased: list[str] = []
-    for path, module in adapter.modules.items():
+    for path, module in tracked(adapter.modules.items(), "merging", unit="modules"):
         if path in biases and module.bias is not None:
             module.bias.copy_(biases[path])
         elif path in biases:
@@ -253,7 +254,7 @@ def _quantized_again(adapter: Adapter, into: str, rounding: str, *, force: bool)
     if problems:
         raise ValueError(f"into={into!r} needs matrices stored in {into}, but {listed(problems)}; leave `into` out")
     found = {}
-    for path, module in adapter.modules.items():
+    for path, module in tracked(adapter.modules.items(), f"merging into {into}", unit="modules"):
         factors = module.updates[adapter.name].factors(module.frozen)  # type: ignore[operator]
         merged = module.frozen.requantize(factors, rounding)
         found[path] = merged, measured(path, module.frozen, merged, factors)

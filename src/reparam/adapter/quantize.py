@@ -12,6 +12,7 @@ from torch import nn
 
 from reparam.adapter.selection import state_of
 from reparam.core.base import Storage, Weight
+from reparam.core.progress import tracked
 from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.core.text import counted
@@ -93,7 +94,7 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     check_placed(model, names, "quantize")
     _check(model, names, chosen)
     sites = []
-    for path in names:
+    for path in tracked(names, f"quantizing into {chosen.name}", unit="matrices"):
         module = _requantized(path, at(model, path), chosen)
         sites.append(_site(path, module.frozen))
         plain = module.frozen.dense_or_none is not None and not module.updates

@@ -19,7 +19,19 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-EXTRA = {"accelerate", "cma", "jinja2", "matplotlib", "pydantic", "rich", "scipy", "tomli_w", "transformers", "typer"}
+EXTRA = {
+    "accelerate",
+    "cma",
+    "jinja2",
+    "matplotlib",
+    "pydantic",
+    "rich",
+    "scipy",
+    "tomli_w",
+    "transformers",
+    "typer",
+    "yaml",
+}
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ from reparam.core.registry import STORAGES
 
 @with_options
 def compare(
-    plan: Annotated[Path | None, typer.Argument(help="TOML file of the comparison; options override it.")] = None,
+    plan: Annotated[
+        Path | None, typer.Argument(help="File of the comparison, TOML or YAML; options override it.")
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Names of methods, separated by commas. Their settings go into the file.")
     ] = None,

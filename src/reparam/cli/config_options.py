@@ -19,34 +19,44 @@ from reparam.cli.help import heading, row
 from reparam.core.base import Storage
 from reparam.core.documentation import documentation
 from reparam.core.registry import METHODS, STORAGES, find_method
+from reparam.errors import ConfigError
 from reparam.train.base import KEYS
 from reparam.train.config import SECTIONS, fields_of
+from reparam.train.switches import SWITCHES, switched
 
 Key = tuple[type, dataclasses.Field[Any] | None]
 
 # Names of the same settings in the scripts of PEFT, TRL and transformers.
 ALIASES = {
-    "base.path": ["--model_name_or_path", "--base", "--model"],
+    "base.path": ["--model_name_or_path", "--base", "--model", "--base_model"],
     "base.dtype": ["--dtype", "--torch_dtype"],
+    "base.revision": ["--model_revision", "--revision_of_model"],
     "base.storage": ["--storage", "--quantization"],
     "base.block": ["--bnb_4bit_blocksize"],
-    "base.double": ["--use_nested_quant", "--bnb_4bit_use_double_quant"],
-    "data.train": ["--train_file", "--data"],
+    "base.double": [
+        "--use_nested_quant",
+        "--use_bnb_nested_quant",
+        "--double_quantization",
+        "--bnb_4bit_use_double_quant",
+    ],
+    "data.train": ["--train_file", "--data", "--dataset", "--dataset_name"],
     "data.valid": ["--validation_file"],
+    "data.holdout": ["--val_size", "--val_set_size"],
     "data.weights": ["--interleave_probs"],
     "data.max_rows": ["--max_samples"],
-    "data.max_length": ["--max_length", "--max_seq_length"],
+    "data.max_length": ["--max_length", "--max_seq_length", "--cutoff_len", "--sequence_len"],
     "data.packing": ["--packing"],
-    "adapter.targets": ["--target_modules", "--lora_target_modules"],
-    "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save"],
+    "adapter.targets": ["--target_modules", "--lora_target_modules", "--lora_target"],
+    "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save", "--additional_target"],
+    "adapter.start": ["--adapter_name_or_path", "--lora_model_dir"],
     "adapter.tie": ["--ensure_weight_tying", "--lora_ensure_weight_tying"],
     "method.name": ["--method", "--use_peft_method"],
-    "method.r": ["--lora_r"],
+    "method.r": ["--lora_r", "--lora_rank"],
     "method.alpha": ["--lora_alpha"],
     "method.dropout": ["--lora_dropout"],
-    "optim.name": ["--optim"],
+    "optim.name": ["--optim", "--optimizer"],
     "optim.learning_rate": ["--learning_rate", "--lr"],
-    "optim.schedule": ["--lr_scheduler_type"],
+    "optim.schedule": ["--lr_scheduler_type", "--lr_scheduler"],
     "optim.warmup": ["--warmup_ratio", "--warmup_steps"],
     "optim.weight_decay": ["--weight_decay"],
     "optim.max_grad_norm": ["--max_grad_norm"],
@@ -54,12 +64,20 @@ ALIASES = {
     "optim.label_smoothing": ["--label_smoothing_factor"],
     "optim.lora_plus": ["--loraplus_lr_ratio"],
     "optim.lora_plus_embedding": ["--loraplus_lr_embedding"],
+    "optim.beta": ["--beta"],
+    "prefer.loss_type": ["--loss_type"],
+    "prefer.desirable_weight": ["--desirable_weight"],
+    "prefer.undesirable_weight": ["--undesirable_weight"],
+    "prefer.reward": ["--reward"],
+    "prefer.samples": ["--num_generations"],
+    "prefer.new_tokens": ["--max_completion_length"],
+    "run.objective": ["--objective"],
     "run.output": ["--output_dir", "--output", "-o"],
-    "run.epochs": ["--num_train_epochs", "--epochs"],
+    "run.epochs": ["--num_train_epochs", "--epochs", "--num_epochs"],
     "run.max_steps": ["--max_steps"],
-    "run.batch_size": ["--per_device_train_batch_size", "--batch_size"],
+    "run.batch_size": ["--per_device_train_batch_size", "--micro_batch_size", "--batch_size"],
     "run.accumulation": ["--gradient_accumulation_steps"],
-    "run.gradient_checkpointing": ["--gradient_checkpointing"],
+    "run.gradient_checkpointing": ["--gradient_checkpointing", "--activation_checkpointing"],
     "run.eval_every": ["--eval_steps"],
     "run.group_by_length": ["--group_by_length"],
     "run.metric": ["--metric_for_best_model"],
@@ -69,6 +87,7 @@ ALIASES = {
     "run.keep": ["--save_total_limit"],
     "run.log_every": ["--logging_steps"],
     "run.loggers": ["--report_to"],
+    "run.name": ["--run_name"],
     "run.fresh": ["--fresh", "--overwrite_output_dir"],
     "run.seed": ["--seed"],
 }
@@ -78,6 +97,7 @@ TITLES = {
     "adapter": "Which modules are adapted  [adapter]",
     "method": "Method and its settings  [method]",
     "optim": "Optimizer  [optim]",
+    "prefer": "Preference tuning  [prefer]",
     "run": "Length, batch size, output  [run]",
 }
 
@@ -94,6 +114,7 @@ USUAL = (
     "method.r",
     "method.alpha",
     "optim.learning_rate",
+    "run.objective",
     "run.output",
     "run.epochs",
     "run.max_steps",
@@ -115,6 +136,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
                 key = (parameter.name or "").replace("__", ".", 1)
                 if key in keys:
                     parameter.hidden, parameter.help = False, _help(*keys[key], key)  # type: ignore[attr-defined]
+                elif parameter.name in SWITCHES:
+                    parameter.hidden = False  # type: ignore[attr-defined]
             typer.echo(ctx.get_help())
             raise typer.Exit
 
@@ -128,7 +151,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Show the settings of one method with their defaults, and exit.",
     )
     helps = {"help_all": (False, Annotated[bool, shown]), "help_method": (None, Annotated[str | None, method])}
-    return _extended(command, {key: _option(key, *pair) for key, pair in keys.items()}, helps)
+    return _extended(command, {key: _option(key, *pair) for key, pair in keys.items()}, helps, _switches())
 
 
 def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -142,22 +165,31 @@ def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:
     short = {key: [f"--{name}"] for key in keys if (name := key.removeprefix("base.")) not in taken}
     panel = "Settings of the storage  [base]"
     options = {key: _option(key, *pair, short=short.get(key, []), panel=panel) for key, pair in keys.items()}
-    return _extended(command, options, {})
+    return _extended(command, options, {}, {})
 
 
 def _extended(
-    command: Callable[..., None], options: dict[str, Any], more: dict[str, tuple[Any, Any]]
+    command: Callable[..., None],
+    options: dict[str, Any],
+    more: dict[str, tuple[Any, Any]],
+    switches: dict[str, Any],
 ) -> Callable[..., None]:
-    """Add `options`, by dotted key, and `more` parameters to a command; it gets the options' values as `overrides`."""
+    """Add `options`, by dotted key, `switches`, by name, and `more` parameters to a command.
+
+    It gets the settings of options and switches as `overrides`, by dotted key.
+    """
     names = {key.replace(".", "__", 1): key for key in options}
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        overrides = {names[n]: v for n, v in values.items() if n in names and v is not None}
-        own = {n: v for n, v in values.items() if n not in names and n not in more}
-        command(**own, overrides=overrides)
+        given = {name: value for name, value in values.items() if value is not None}
+        overrides = {names[n]: v for n, v in given.items() if n in names}
+        meant = {n: v for n, v in given.items() if n in switches}
+        own = {n: v for n, v in values.items() if n not in names and n not in more and n not in switches}
+        command(**own, overrides=_together(overrides, meant))
 
     made = {name: (None, options[key]) for name, key in names.items()}
+    made |= {name: (None, annotation) for name, annotation in switches.items()}
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "overrides"]
     parameters += [
@@ -168,6 +200,42 @@ def _extended(
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapped.__wrapped__  # otherwise typer would read the signature of the wrapped command
     return wrapped
+
+
+def _together(given: dict[str, Any], switches: dict[str, Any]) -> dict[str, Any]:
+    """The given settings and those that switches stand for. Raises ConfigError if they contradict each other."""
+    meant = switched(switches)
+    wrong = [
+        f"--{name} sets {key} to {value}, and another option sets it to {given[key]}; leave one of them out"
+        for name in switches
+        for key, value in switched({name: switches[name]}).items()
+        if str(given.get(key, value)) != str(value)
+    ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    return {**meant, **given}
+
+
+def _switches() -> dict[str, Any]:
+    """Annotations of the options for `SWITCHES`."""
+    return {
+        name: Annotated[
+            str | None,
+            typer.Option(
+                f"--{name}",
+                metavar="",
+                hidden=True,
+                show_default=False,
+                rich_help_panel="Options of other libraries",
+                help="; ".join(f"{value}: {_settings(settings)}" for value, settings in choices.items()),
+            ),
+        ]
+        for name, choices in SWITCHES.items()
+    }
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "the default"
 
 
 def _help_method(ctx: typer.Context, name: str | None) -> None:

@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.cli.screen import waits
+from reparam.cli.spelling import spelled
 from reparam.core.surface import on_command_line
 from reparam.train import processes
 
@@ -34,28 +36,23 @@ class Verb(TyperCommand):
         with on_command_line(), _told_by_the_first():
             if processes.count() > 1 and self.name != "train":
                 raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
-            return super().invoke(ctx)
+            with waits(str(self.name), ctx.params):
+                return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments, also as users of transformers' scripts type them."""
+        try:
+            return super().parse_args(ctx, spelled(args, self.params))
+        except _USAGE as error:
+            name = str(getattr(error, "option_name", ""))
+            if self.name == "train" and (told := _told_of(name)):
+                raise typer.BadParameter(f"{name} has no counterpart: {told}", ctx=ctx) from None
+            raise
 
     def make_context(self, *args: Any, **more: Any) -> Any:
         """Parse the arguments; of several processes, the first one alone reports wrong usage."""
         with _told_by_the_first():
             return super().make_context(*args, **more)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the arguments. A flag that has an opposite may be followed by true or false, as in scripts of TRL."""
-        opposites = {
-            name: parameter.secondary_opts[0]
-            for parameter in self.get_params(ctx)
-            if getattr(parameter, "is_flag", False) and parameter.secondary_opts
-            for name in parameter.opts
-        }
-        taken: list[str] = []
-        for argument in args:
-            if argument.lower() in ("true", "false") and taken and taken[-1] in opposites:
-                taken[-1] = taken[-1] if argument.lower() == "true" else opposites[taken[-1]]
-            else:
-                taken.append(argument)
-        return super().parse_args(ctx, taken)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usage line, the description, and the options grouped by panel."""
@@ -79,6 +76,13 @@ def _told_by_the_first() -> Iterator[None]:
         if processes.rank() > 0:
             raise SystemExit(2) from None
         raise
+
+
+def _told_of(option: str) -> str | None:
+    """What is to be done without an option that other tools have."""
+    from reparam.train.foreign.convert import reason
+
+    return reason(option.lstrip("-").replace("-", "_"))
 
 
 def described(command: Any, ctx: Any) -> list[RenderableType]:

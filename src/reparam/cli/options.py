@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as as_command
 
 from reparam.cli.help import Verb, described, heading, row, write
+from reparam.cli.screen import console as console
 
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
     "train": ("train.train", "Train an adapter and score it."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
+    "lm_eval": ("harness.lm_eval", "Score them on the public tasks of EleutherAI's harness."),
     "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
     "merge": ("adapters.merge", "Merge an adapter into its base and write a plain model."),
     "compose": ("adapters.compose", "Combine adapters into one, as a weighted sum."),
@@ -42,7 +43,8 @@ class _Loaded(MutableMapping[str, Any]):
         if name not in self._made:
             file, _, function = VERBS[name][0].partition(".")
             one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-            one.command(name, cls=Verb)(getattr(importlib.import_module(f"reparam.cli.{file}"), function))
+            verb = getattr(importlib.import_module(f"reparam.cli.{file}"), function)
+            one.command(name, cls=Verb, context_settings=getattr(verb, "context_settings", None))(verb)
             self._made[name] = as_command(one)
         return self._made[name]
 
@@ -114,13 +116,12 @@ def _top(
 ) -> None: ...
 
 
-console = Console()
 Base = Annotated[str | None, typer.Option("--base", "-b", help="Base model: a folder or a hub id.")]
 AdapterFolder = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Folder of an adapter (reparam's or PEFT's) or of a training run.")
 ]
 TaskName = Annotated[str | None, typer.Option(help="Task name, for an adapter with gates by task.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; options override it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML or YAML file; options override it.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto (as in its files), float32, bfloat16 or float16.")]
 Overwrite = Annotated[
     bool,

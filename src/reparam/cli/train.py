@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from reparam.cli.config_options import with_options
+from reparam.cli.config_options import ALIASES, with_options
 from reparam.cli.options import ConfigFile, console
+from reparam.errors import ConfigError
 from reparam.evaluation.terminal import say
 
 
 @with_options
 def train(
     config: ConfigFile = None,
+    foreign: Annotated[
+        Path | None,
+        typer.Option("--from", help="Configuration of LLaMA-Factory, Axolotl or TRL (YAML); options override it."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", "--dry_run", help="Show the resolved configuration and what would be trained; stop."),
+    ] = False,
     overrides: Any = None,
 ) -> None:
     """Train an adapter, check the saved adapter, and print held-out scores before and after.
@@ -25,23 +35,45 @@ def train(
     [bold]reparam train --base.path ./model --data.train rows.jsonl --method.r 16 --run.output out/first[/bold]
     """
     from reparam.train import processes
-    from reparam.train.config import resolve
+    from reparam.train.config import check_inputs, resolve
 
     if processes.count() > 1:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # transformers sets it
     if processes.rank() > 0:
         warnings.simplefilter("ignore")
         console.quiet = True
+    if foreign is not None:
+        overrides = {**_converted(foreign, config), **overrides}
     resolved = resolve(config, overrides)
-    base, rows = resolved.base.path, ", ".join(resolved.data.sources())
-    if base and rows:
-        line = f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}"
-        say(console, line)
+    check_inputs(resolved)
+    if not dry_run:
+        base, rows = resolved.base.path, ", ".join(resolved.data.sources())
+        say(console, f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}")
     # These import transformers, which takes seconds.
+    from reparam.train.run import rehearse
     from reparam.train.run import train as run
     from reparam.train.show import Show
 
+    if dry_run:
+        rehearse(resolved, show=Show(console))
+        return
     result = run(resolved, show=Show(console))
     if result.signal is not None:
         say(console, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)
+
+
+def _converted(file: Path, config: Path | None) -> dict[str, Any]:
+    """The settings in a file of another tool. Prints what it took from the tool, and what has no counterpart."""
+    from reparam.train.foreign.convert import convert
+
+    if config is not None:
+        raise ConfigError("--from and --config each name a whole configuration; leave one of them out")
+    names = {name.lstrip("-"): key for key, aliases in ALIASES.items() for name in aliases}
+    found = convert(file, names)
+    say(console, f"{file} is read as a configuration of {found.tool}")
+    if found.defaults:
+        say(console, f"defaults of {found.tool}: {', '.join(found.defaults)}")
+    for line in found.notes:
+        say(console, line)
+    return found.settings

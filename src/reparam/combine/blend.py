@@ -41,6 +41,7 @@ from reparam.combine.operands import (
 )
 from reparam.core.base import Factors, Site, Weight
 from reparam.core.checks import finite, listed, whole
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.errors import FormatError, InputDependentError
 from reparam.io import files
@@ -165,7 +166,7 @@ def blend(
 
     rule = _Rule(space, rank, density, seed)
     sites, found, tensors = all_sites(operands), [], {}
-    for name, site in sites.items():
+    for name, site in tracked(sites.items(), "combining", unit="sites"):
         here = [(s, w) for s, w in used if name in s.record.sites]
         weight = None if base is None else base_weight(base, site)
         changes = [factors_of(label, record, name, weight) for (label, record), _ in here]

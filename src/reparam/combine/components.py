@@ -21,6 +21,7 @@ from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Site, Update
 from reparam.core.method import Method
+from reparam.core.progress import tracked
 from reparam.core.registry import METHODS
 from reparam.errors import FormatError
 from reparam.io.record import Record
@@ -64,7 +65,9 @@ def parts_of(record: Record, label: str) -> dict[str, Part]:
         )
     if reason := record.method.no_components_reason():
         raise FormatError(f"{label}: {reason}")
-    parts = {name: _part(record, site, label) for name, site in record.sites.items()}
+    parts = {
+        name: _part(record, site, label) for name, site in tracked(record.sites.items(), "decomposing", unit="sites")
+    }
     if not any(float(part.values.sum()) for part in parts.values()):
         raise FormatError(f"{label}: this adapter changes nothing, because B A is zero at every site")
     return parts

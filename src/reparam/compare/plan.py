@@ -24,7 +24,8 @@ from reparam.core.checks import nearest
 from reparam.core.registry import METHODS, STORAGES, find_method
 from reparam.errors import ConfigError
 from reparam.train.base import KEYS
-from reparam.train.config import LORA_PLUS, SECTIONS, USUAL_RATIO, Config, build, read_tables, resolve
+from reparam.train.config import LORA_PLUS, SECTIONS, USUAL_RATIO, Config, build, resolve
+from reparam.train.documents import read_tables
 
 MOST = 1000  # contestants of one method
 OWN = ("label", "ranks", "storages")
@@ -65,7 +66,7 @@ class Plan:
 
 
 def read_plan(file: Path | None, overrides: Mapping[str, Any]) -> Plan:
-    """Read a plan from an optional TOML file, then apply overrides by dotted key, such as {"compare.seeds": 5}.
+    """Read a plan from an optional TOML or YAML file, then apply overrides by dotted key, such as {"compare.seeds": 5}.
 
     `compare.methods` may also be a string of names, such as "lora,dora". Raises ConfigError, with all problems at once,
     for: settings of a contestant that `resolve` rejects; unknown keys of [compare]; a learning rate outside
@@ -125,6 +126,11 @@ def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
     if "learning_rate" in tables.get("optim", {}):
         problems.append(
             "optim.learning_rate is tuned for each contestant: set the learning rates to try in compare.rates"
+        )
+    if (objective := tables.get("run", {}).get("objective", "sft")) != "sft":
+        problems.append(
+            f"run.objective is {objective!r}, and the methods are compared by supervised training: leave it out, and "
+            f"train each method on preferences with reparam train"
         )
     for key, value in (("base.path", "the base model"), ("data.train", "the rows to train on")):
         section, _, name = key.partition(".")

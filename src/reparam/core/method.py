@@ -73,6 +73,13 @@ class Method:
     def check(self, sites: list[Site]) -> None:
         """Raise ValueError if the settings do not fit these sites taken together."""
 
+    def idle_settings(self) -> list[str]:
+        """Settings that have no effect beside the others, one sentence each.
+
+        `attach` refuses them. Loading a saved adapter warns of them.
+        """
+        return []
+
     def notes(self, sites: list[Site]) -> list[str]:
         """Warnings about these settings on these sites, one sentence each. `attach` issues them."""
         return []

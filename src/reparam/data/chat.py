@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from reparam.data.answers import PROBE, Answers, Render, Rendered, Span
 from reparam.data.forms import Form
 from reparam.data.messages import Messages, learned
 from reparam.data.omissions import Omissions
-from reparam.data.rendering import render
+from reparam.data.rendering import render, render_texts
+from reparam.data.skeletons import Skeletons
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,12 +26,17 @@ LossOn = Literal["answers", "last", "all"]
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A regular expression for the tokenizer's special tokens; longer tokens match first."""
+    return _any_of(special_names(tokenizer))
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The special tokens, but for those that are white space, as some added tokens are."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return _any_of(added | set(tokenizer.all_special_tokens))
+    return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    """A regular expression for the tokens that are not white space, as some added tokens are."""
+    """A regular expression for the tokens that are not white space."""
     names = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) never matches
 
@@ -50,6 +57,8 @@ class ChatTemplate:
         self._form = Form()
         self._form = self._accepted_form()
         self._omissions = Omissions(self._renderer)
+        self._begin_special = {name[0] for name in special_names(tokenizer)}
+        self._plain: dict[str, Skeletons] = {}
 
     def render(
         self, messages: Messages, *, loss_on: LossOn, variables: Mapping[str, Any] | None = None
@@ -72,6 +81,19 @@ class ChatTemplate:
             result = Answers(rendered, self._specials, marked=self._marked).find(messages, wanted)
         self._omissions.check(messages, result, rendered, variables or {})
         return result
+
+    def render_plain(self, chats: Sequence[Messages], *, loss_on: LossOn) -> dict[int, list[Rendered]]:
+        """As `render` does, the chats that can be rendered together (see `data/skeletons.py`), by their number."""
+        if loss_on not in self._plain:
+            render = functools.partial(self.render, loss_on=loss_on)
+            self._plain[loss_on] = Skeletons(render, self._texts, self._specials, self._begin_special)
+        return self._plain[loss_on](chats)
+
+    def _texts(self, chats: Sequence[Messages]) -> Sequence[str | None]:
+        """The texts of several chats without further variables, or None."""
+        others = {"tools": None, "documents": None, **self._variables, "add_generation_prompt": False}
+        formed = [[self._form.of(message) for message in chat] for chat in chats]
+        return render_texts(self._template, others, formed)
 
     def prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> str:
         """The chat as text, up to where the next answer begins. Raises ValueError if the template refuses it."""

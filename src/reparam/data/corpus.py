@@ -53,16 +53,16 @@ class Arrays:
             "flags": flags,
         }
         for key, value in values.items():
-            self.of[key].append([value])
+            self.of[key].add(value)
 
     def add_example(self, row: int, ids: np.ndarray, loss: np.ndarray, text_bytes: int) -> None:
         """Add an example of the row with this number. `ids` and `loss` are [T]."""
         self.largest = max(self.largest, int(ids.max()))
-        self.of["ids"].append(ids)
-        self.of["loss"].append(loss)
+        self.of["ids"].extend(ids)
+        self.of["loss"].extend(loss)
         values = {"lengths": len(ids), "loss_tokens": int(loss.sum()), "text_bytes": text_bytes, "row": row}
         for key, value in values.items():
-            self.of[key].append([value])
+            self.of[key].add(value)
 
 
 class Places(Sequence[str]):

@@ -7,7 +7,7 @@ files when they are large. Rows without loss tokens are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import torch
 
+from reparam.core.progress import waiting
 from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.chat import LossOn
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 1024  # rows per tokenizer call: large enough for speed, small enough to keep the offsets in memory
-CHARACTERS = 1 << 21  # of a batch of long rows
+CHARACTERS = 1 << 19  # of a batch of long rows
 SHORTEST = 3  # smallest max_length with which every piece of a text row has a predicted token
 
 
@@ -81,11 +82,13 @@ def encode_all(
     bad_rows: BadRows = "error",
     with_tasks: bool = False,
     folder: Path | None = None,
+    about: int | None = None,
 ) -> Corpus:
     """As `encode`, but the result is a corpus, from which parts are taken. It can be larger than the memory.
 
     With `with_tasks`, it knows the tasks of the rows. The arrays are written into the files of `folder`, if one is
-    given. Raises DataError as `encode` does, but for tasks.
+    given. `about` is the approximate number of rows, to tell the time left. Raises DataError as `encode` does, but for
+    tasks.
     """
     iterator = iter(rows)
     start = next(iterator, None)
@@ -97,10 +100,12 @@ def encode_all(
     arrays = Arrays(growing(folder))
     lengths = Lengths(arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks)
     columns: set[str] = set()
-    for batch in _batches(_with_template(chain([start], iterator), tokenizer)):
-        findings.begin(batch, lengths.rows)
-        columns.update(*(row.columns for row in batch))
-        lengths.add(batch, tokenize(batch))
+    with waiting("encoding rows", len(rows) if isinstance(rows, Sized) else about, unit="rows") as advance:
+        for batch in _batches(_with_template(chain([start], iterator), tokenizer)):
+            findings.begin(batch, lengths.rows)
+            columns.update(*(row.columns for row in batch))
+            lengths.add(batch, tokenize(batch))
+            advance(len(batch))
     findings.raise_problems()
     return Corpus(
         arrays={name: array.values() for name, array in arrays.of.items()},

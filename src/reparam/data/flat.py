@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from array import array
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 IN_MEMORY = 1 << 25  # bytes of an array that is kept in memory
 BUFFER = 1 << 20  # bytes that are written to a file at a time
+CODES = {"int32": "i", "int64": "q", "bool": "b", "uint8": "B"}  # of the module array
 DTYPES = {"int32": torch.int32, "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8}
 
 # The values of an array, by its name, and what each is.
@@ -36,36 +38,43 @@ class Growing:
     def __init__(self, dtype: str, file: Path | None = None) -> None:
         """`file` is where the values are written; without it, memory is used and then a nameless temporary file."""
         self._dtype = np.dtype(dtype)
-        self._memory = bytearray()
+        self._memory = array(CODES[dtype])
         self._file: IO[bytes] | None = file.open("w+b") if file is not None else None
-        self._size = 0
+        self._written = 0
 
-    def append(self, values: Any) -> None:
-        """Append a list or an array of values."""
-        data = np.ascontiguousarray(values, dtype=self._dtype)
-        self._size += data.size
-        self._memory += data.view(np.uint8).data
-        if len(self._memory) > (IN_MEMORY if self._file is None else BUFFER):
-            self._write()
+    def add(self, value: int) -> None:
+        """Append one value."""
+        self._memory.append(value)
+        self._settle()
+
+    def extend(self, values: np.ndarray) -> None:
+        """Append an array of values."""
+        self._memory.frombytes(np.ascontiguousarray(values, dtype=self._dtype).view(np.uint8).data)
+        self._settle()
 
     def __len__(self) -> int:
-        return self._size
+        return self._written + len(self._memory)
 
     def values(self) -> Tensor:
         """All values. Nothing can be appended after this."""
         if self._file is None:
-            return (
-                torch.frombuffer(self._memory, dtype=DTYPES[self._dtype.name]) if self._size else _nothing(self._dtype)
-            )
+            if not len(self):
+                return _nothing(self._dtype)
+            return torch.frombuffer(self._memory, dtype=DTYPES[self._dtype.name])
         self._write()
         self._file.flush()
-        return mapped(self._file, self._dtype.name, self._size)
+        return mapped(self._file, self._dtype.name, len(self))
+
+    def _settle(self) -> None:
+        if len(self._memory) * self._memory.itemsize > (IN_MEMORY if self._file is None else BUFFER):
+            self._write()
 
     def _write(self) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it disappears with this object)
-        self._file.write(self._memory)
-        self._memory = bytearray()
+        self._memory.tofile(self._file)
+        self._written += len(self._memory)
+        self._memory = array(self._memory.typecode)
 
 
 def mapped(file: IO[bytes] | Path, dtype: str, size: int) -> Tensor:

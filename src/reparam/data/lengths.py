@@ -91,7 +91,7 @@ class Lengths:
             loss[max(first - begin, 0) : max(last - begin, 0)] = True
         loss[0] = False
         if loss.any():
-            size = len(tokens.text_between(begin, end).encode()) if row.kind == "text" else 0
+            size = tokens.text.text_bytes(begin, end) if tokens.text is not None else 0
             self._arrays.add_example(self.rows, tokens.ids[begin:end], loss, size)
 
 

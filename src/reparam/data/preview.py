@@ -48,11 +48,11 @@ class Preview:
         for index in range(self._rows):
             runs = list(self._runs(index))
             loss = sum(count for carries, count, _ in runs if carries)
-            source, tokens = visible(self._encoded.sources[index]), counted(sum(r[1] for r in runs), "token")
+            source, tokens = printable(self._encoded.sources[index]), counted(sum(r[1] for r in runs), "token")
             yield Text(f"{source}: {tokens}, {loss:,} with loss")
             body = Text()
             for carries, _, content in runs:
-                shown = visible(_shortened(content), ascii_only=options.ascii_only)
+                shown = printable(_shortened(content), ascii_only=options.ascii_only)
                 if color:
                     body.append(shown, LOSS if carries else NO_LOSS)
                 else:
@@ -68,12 +68,12 @@ class Preview:
             yield carries, len(ids), str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def visible(text: str, *, ascii_only: bool = False) -> str:
+def printable(text: str, *, ascii_only: bool = False) -> str:
     """The text with newlines marked, and control characters replaced by symbols or escape sequences.
 
-    >>> visible("a\\tb\\x1b[31m")
+    >>> printable("a\\tb\\x1b[31m")
     'a⇥b␛[31m'
-    >>> visible("a\\tb\\x1b[31mé", ascii_only=True)
+    >>> printable("a\\tb\\x1b[31mé", ascii_only=True)
     'a\\\\tb\\\\x1b[31m\\\\xe9'
     """
     if ascii_only:

@@ -14,7 +14,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class _Process:
         self._owner = 0  # a fork of this process starts its own
         atexit.register(self.end)
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    def ask(self, request: Mapping[str, Any]) -> Any:
         """The response, or None if it takes longer than `SECONDS`."""
         with self._lock:
             running = self._running if self._owner == os.getpid() else None
@@ -79,6 +79,12 @@ class _Process:
 
 
 _process = _Process()
+
+
+def render_texts(template: str, variables: Mapping[str, Any], chats: Sequence[Any]) -> Sequence[str | None]:
+    """The texts of several chats, which are lists of messages; None for each that cannot be rendered this way."""
+    found = _process.ask({"template": template, "variables": dict(variables), "chats": chats})
+    return found if isinstance(found, list) and len(found) == len(chats) else [None] * len(chats)
 
 
 def render(template: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:

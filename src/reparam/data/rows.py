@@ -65,6 +65,8 @@ class Reading:
         self.counts: list[int] = []
         """Number of rows of each source, after the stream has ended."""
         self._problems: list[str] = []
+        self._first_with: dict[str, str] = {}  # a problem without its place -> the same of the first row that has it
+        self._rows_with: Counter[str] = Counter()
         self._bad: list[str] = []
         self._bad_count = 0
         self._first: dict[str, str] = {}  # kind of rows -> source of the first one
@@ -86,7 +88,7 @@ class Reading:
         if not sum(self.counts) and not self._problems:
             self._problems.append(f"no rows are left: {self.notes()[0]}")
         if self._problems:
-            raise DataError(self._problems)
+            raise DataError(self._told())
 
     def notes(self) -> tuple[str, ...]:
         """What was left out, as a sentence with the first three places; empty if nothing was."""
@@ -103,21 +105,30 @@ class Reading:
                     raise value
                 row = read_row(value, place, self._columns)
             except DataError as error:
-                self._take(error)
+                self._take(error, place)
             else:
                 self._first.setdefault(row.kind, row.source)
                 self._kinds[row.kind] += 1
                 yield row
 
-    def _take(self, error: DataError) -> None:
+    def _take(self, error: DataError, place: str) -> None:
         if self._bad_rows == "drop":
             self._bad_count += 1
             if len(self._bad) < THREE:
                 self._bad.append(error.problems[0])
             return
-        self._problems.extend(error.problems)
-        if len(self._problems) >= MOST:
-            raise DataError([*self._problems, "and reading stopped there"])
+        for problem in error.problems:
+            first = self._first_with.setdefault(problem.removeprefix(place), problem)
+            self._rows_with[first] += 1
+            if self._rows_with[first] == 1:
+                self._problems.append(first)
+        if self._rows_with.total() >= MOST:
+            raise DataError([*self._told(), "and reading stopped there"])
+
+    def _told(self) -> list[str]:
+        """The problems. One that several rows have is told once, with the number of these rows."""
+        more = {problem: counted(rows - 1, "more row") for problem, rows in self._rows_with.items() if rows > 1}
+        return [f"{p} (and in {more[p]})" if p in more else p for p in self._problems]
 
     def _is_mixed(self) -> bool:
         return "text" in self._kinds and len(self._kinds) > 1

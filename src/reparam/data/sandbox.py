@@ -2,7 +2,8 @@
 
 Templates come from downloaded folders. They cannot call Python (jinja2's sandbox); this process bounds their memory,
 and its parent their time. Each request is a JSON object with `template` and `variables`; the response has `text` and
-`spans`, or `error` and `fatal`: whether the template itself is unusable, whatever the messages.
+`spans`, or `error` and `fatal`: whether the template itself is unusable, whatever the messages. A request with `chats`,
+a list of lists of messages, gets a list of their texts, with null for those that cannot be rendered.
 
 The environment is that of transformers. This file imports only jinja2 and the standard library, so it starts quickly.
 """
@@ -129,6 +130,12 @@ def rendered(template: str, variables: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"refuses the row: {reason}", "fatal": False}
 
 
+def several(chats: list[Any], request: dict[str, Any]) -> list[str | None]:
+    """The texts of several chats that share their other variables; None for one that cannot be rendered."""
+    shared = request["variables"]
+    return [rendered(request["template"], {**shared, "messages": chat}).get("text") for chat in chats]
+
+
 def main() -> None:
     """Answer the requests on standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -137,7 +144,9 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(rendered(request["template"], request["variables"])), flush=True)
+        chats = request.get("chats")
+        found = rendered(request["template"], request["variables"]) if chats is None else several(chats, request)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

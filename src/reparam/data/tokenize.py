@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,13 +15,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from reparam.data.answers import Rendered, Span
-from reparam.data.chat import ChatTemplate, LossOn, special_tokens
+from reparam.data.chat import ChatTemplate, LossOn, special_names, special_tokens
 from reparam.data.findings import Findings
+from reparam.data.pieces import Located, Pieces, with_offsets
 from reparam.data.row import Row
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Text(NamedTuple):
+    """The tokens of the content of a text row."""
+
+    tokens: Located
+    before: int
+    """Number of tokens that were added before those of the content."""
+
+    def text_bytes(self, start: int, end: int) -> int:
+        """UTF-8 bytes of the content that the tokens in this range, but for the first one, represent."""
+        first, last = max(start + 1 - self.before, 0), min(end - self.before, len(self.tokens.ids))
+        return self.tokens.text_bytes(first, last)
 
 
 class Tokens(NamedTuple):
@@ -32,14 +45,8 @@ class Tokens(NamedTuple):
     """Token ids, [T] int32."""
     spans: list[Span]
     """Token ranges [start, end) that carry loss, ascending."""
-    text: str = ""
-    """The content of a text row."""
-    ends: Sequence[int] = ()
-    """For a text row, the character position in the text at which each token ends."""
-
-    def text_between(self, start: int, end: int) -> str:
-        """The text of the tokens in this range, but for the first one."""
-        return self.text[self.ends[start] : self.ends[end - 1]]
+    text: Text | None = None
+    """For a text row: the tokens of its content."""
 
 
 class Tokenizer:
@@ -54,7 +61,10 @@ class Tokenizer:
         self._findings = findings
         self._loss_on: LossOn = loss_on
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._pieces = Pieces.of(tokenizer)
         self._specials = special_tokens(tokenizer)
+        # Looking for one character is much faster than looking for the tokens.
+        self._begin_special = {token[0] for token in special_names(tokenizer)}
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         probe = tokenizer("a", return_special_tokens_mask=True)
         leading = len(list(takewhile(bool, probe["special_tokens_mask"])))
@@ -76,32 +86,31 @@ class Tokenizer:
         """The keys of messages and of chats that changed nothing in the text of the rows so far."""
         return self._template.unused() if self._template else []
 
-    def _ids_and_offsets(self, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
-        """The token ids of each text and the character range of each token; no special tokens are added."""
-        if not texts:
-            return [], []
-        batch = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,  # do not warn of rows longer than the model's limit; they are truncated or split later
-        )
-        return batch["input_ids"], batch["offset_mapping"]
+    def _located(self, texts: Sequence[str]) -> Sequence[Located]:
+        """The tokens of each text, without added special tokens."""
+        if self._pieces is not None:
+            return self._pieces(texts)
+        return with_offsets(self._tokenizer, texts)
 
     # --- the three kinds of rows; each yields (position in `rows`, tokens) ---
 
     def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         assert self._template is not None
         chats: list[tuple[int, Rendered]] = []
+        plain = [i for i, row in enumerate(rows) if not row.variables]
+        try:
+            found = self._template.render_plain([rows[i].messages for i in plain], loss_on=self._loss_on)
+        except DataError as error:
+            raise DataError([f"{rows[plain[0]].source}: {error}"]) from error
+        done = {plain[number]: rendered for number, rendered in found.items()}
         for i, row in enumerate(rows):
             self._look_at(row, *(message["content"] for message in row.messages))
             if any(_is_empty(message) for message in row.messages):
                 self._findings.warn(row, "an answer is empty, so only its end token is learned")
             try:
-                rendered = self._template.render(row.messages, loss_on=self._loss_on, variables=row.variables)
+                rendered = done.get(i) or self._template.render(
+                    row.messages, loss_on=self._loss_on, variables=row.variables
+                )
             except DataError as error:
                 raise DataError([f"{row.source}: {error}"]) from error
             except ValueError as error:
@@ -110,70 +119,67 @@ class Tokenizer:
             chats += [(i, part) for part in rendered]
             for warning in dict.fromkeys(warning for part in rendered for warning in part.warnings):
                 self._findings.warn(row, warning)
-        batch = self._ids_and_offsets([chat.text for _, chat in chats])
-        for (i, chat), ids, offsets in zip(chats, *batch, strict=True):
-            spans = self._token_spans(rows[i], chat.spans, ids=ids, offsets=offsets)
-            yield i, Tokens(np.array(ids, dtype=np.int32), spans)
+        for (i, chat), tokens in zip(chats, self._located([chat.text for _, chat in chats]), strict=True):
+            yield i, Tokens(tokens.ids, self._token_spans(rows[i], chat.spans, tokens))
 
     def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
-        prompts, _ = self._ids_and_offsets([row.prompt for row in rows])
-        completions, _ = self._ids_and_offsets([row.completion for row in rows])
+        prompts = [tokens.ids for tokens in self._located([row.prompt for row in rows])]
+        completions = [tokens.ids for tokens in self._located([row.completion for row in rows])]
         for i, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
             self._look_at(row, row.prompt, row.completion)
-            if not completion:
+            if not len(completion):
                 self._findings.warn(row, "an answer is empty, so only its end token is learned")
-            ids = [*self._before(prompt), *prompt]
-            first = 0 if self._loss_on == "all" else len(ids)
-            ids += [*completion, *self._after(row, completion)]
-            yield i, Tokens(np.array(ids, dtype=np.int32), [(first, len(ids))])
+            before = self._before(prompt)
+            first = 0 if self._loss_on == "all" else len(before) + len(prompt)
+            ids = _joined(before, prompt, completion, self._after(row, completion))
+            yield i, Tokens(ids, [(first, len(ids))])
 
     def _texts(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
-        batch = self._ids_and_offsets([row.text for row in rows])
-        for i, (row, text, offsets) in enumerate(zip(rows, *batch, strict=True)):
+        for i, (row, text) in enumerate(zip(rows, self._located([row.text for row in rows]), strict=True)):
             self._look_at(row, row.text)
-            before, after = self._before(text), self._after(row, text)
-            ends = [0] * len(before) + [end for _, end in offsets]
-            ends += ends[-1:] * len(after)
-            ids = [*before, *text, *after]
-            yield i, Tokens(np.array(ids, dtype=np.int32), [(0, len(ids))], row.text, ends)
+            before = self._before(text.ids)
+            ids = _joined(before, text.ids, self._after(row, text.ids))
+            yield i, Tokens(ids, [(0, len(ids))], Text(text, len(before)))
 
     # --- details ---
 
-    def _before(self, ids: list[int]) -> list[int]:
+    def _before(self, ids: np.ndarray) -> list[int]:
         """The start tokens of the tokenizer, or none if the text already begins with them."""
-        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+        return [] if ids[: len(self._prefix)].tolist() == self._prefix else self._prefix
 
-    def _after(self, row: Row, ids: list[int]) -> list[int]:
+    def _after(self, row: Row, ids: np.ndarray) -> list[int]:
         """The end token, or none if the text already ends with it."""
         end = self._tokenizer.eos_token_id
         if end is None:
             self._findings.warn(row, "the tokenizer has no end token, so the model does not learn where to stop")
             return []
-        return [] if ids[-1:] == [end] else [end]
+        return [] if len(ids) and ids[-1] == end else [end]
 
     def _look_at(self, row: Row, *contents: str) -> None:
-        if any(self._specials.search(content) for content in contents):
+        begin = [content for content in contents if any(first in content for first in self._begin_special)]
+        if any(self._specials.search(content) for content in begin):
             self._findings.warn(
                 row, "the content contains the text of a special token, which is tokenized as that token"
             )
 
-    def _token_spans(
-        self, row: Row, spans: Sequence[Span], *, ids: Sequence[int], offsets: Sequence[Span]
-    ) -> list[Span]:
+    def _token_spans(self, row: Row, spans: Sequence[Span], tokens: Located) -> list[Span]:
         """Convert character ranges to token ranges.
 
         A token that begins before an answer and ends inside it belongs to the answer, unless it is a special token: the
         offsets of a special token may include the space after it.
         """
-        starts = [start for start, _ in offsets]
         result: list[Span] = []
         for start, end in spans:
-            first, last = bisect_left(starts, start), bisect_left(starts, end)
-            if first > 0 and offsets[first - 1][1] > start and ids[first - 1] not in self._special_ids:
+            (first, inside), (last, _) = tokens.before(start), tokens.before(end)
+            if inside and int(tokens.ids[first - 1]) not in self._special_ids:
                 first -= 1
                 self._findings.warn(row, "an answer begins inside a token that also ends its prompt")
             result.append((first, last))
         return result
+
+
+def _joined(*parts: np.ndarray | Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.context import context, tasks_of, told
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.chat import ChatTemplate
@@ -42,6 +43,10 @@ class Score:
     rows: int
     """Number of scored rows; for the two losses, of examples (a long text row is split into several)."""
     larger_is_better: bool
+
+    def worse_than(self, other: Score) -> bool:
+        """Whether this score is worse than the same score of another model, or is no number."""
+        return not (self.value >= other.value if self.larger_is_better else self.value <= other.value)
 
     def __str__(self) -> str:
         interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
@@ -98,7 +103,7 @@ def token_losses(
     training = model.training
     model.eval()
     row_losses = RowLosses(model)
-    for start in range(0, len(by_length), batch):
+    for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
         examples = collate([encoded[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
         inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
@@ -113,11 +118,15 @@ def score_answers(answers: Sequence[Answer]) -> Score:
     """The share of exact matches (0 ... 1) with its Wilson score interval. Raises ValueError if there are none."""
     if not answers:
         raise ValueError("there are no answers to score; give rows with a completion, or chats that end with an answer")
-    n, right = len(answers), sum(answer.right for answer in answers)
+    return share("exact match", sum(answer.right for answer in answers), len(answers))
+
+
+def share(name: str, right: float, n: int) -> Score:
+    """The share of `n` rows that are right (0 ... 1) with its Wilson score interval. Larger is better."""
     p, z = right / n, 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Score("exact match", p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
+    return Score(name, p, max(0.0, center - half), min(1.0, center + half), n, larger_is_better=True)
 
 
 def answer(
@@ -186,7 +195,8 @@ def complete(
     found = [""] * len(prompts)
     training = model.training
     model.eval()
-    for chosen in _batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)):
+    chunks = list(_batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)))
+    for chosen in tracked(chunks, "generating answers", unit="batches"):
         width = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)

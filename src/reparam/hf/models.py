@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from reparam.core.base import Storage
+from reparam.core.progress import waiting
 from reparam.hf import quantizer as hf_quantizer
+from reparam.hf.bars import waits_of_transformers
 from reparam.hf.config import (
     METHOD,
     StorageConfig,
@@ -58,7 +60,8 @@ def load_base(
     disable_progress_bar()
     place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    with from_files(path, "causal language model"), report_held() as reports:
+    loading = waiting(f"loading {path}")
+    with from_files(path, "causal language model"), report_held() as reports, loading, waits_of_transformers():
         config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
         check_config(config)
         quantized = _storage_config(config)
@@ -124,7 +127,7 @@ def save_model(
     entry = _entry(model, format)
     check_finite(model)
     with staged_folder(target, owned=overwrite) as staging:
-        with _quantizer_of(model):
+        with _quantizer_of(model), waiting(f"writing {target}"), waits_of_transformers():
             model.save_pretrained(staging, state_dict=model.state_dict())  # type: ignore[operator]
         order_metadata(staging)
         if entry is not None:

@@ -280,7 +280,12 @@ def _known(model: Any, method: Prompting, name: str) -> Prompts:
 
 
 def _trim(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Drop the logits of the virtual tokens; those of the text, [B, T, vocabulary], remain."""
+    """Drop the logits of the virtual tokens; those of the text, [B, T, vocabulary], remain.
+
+    TRL's outputs for preference tuning have none.
+    """
+    if "logits" not in output:
+        return output
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     output.logits = output.logits[:, -ids.shape[1] :]
     return output

@@ -10,6 +10,7 @@ from torch import nn
 
 from reparam.adapter.fold import SiteMerge
 from reparam.core.checks import listed
+from reparam.core.progress import tracked
 from reparam.errors import FormatError, InputDependentError
 from reparam.inspect.amplification import Amplification, amplification
 from reparam.inspect.similarity import Similarity, similarity
@@ -65,7 +66,7 @@ def view(folder: str | Path, model: nn.Module | None = None, *, survival: bool =
         raise ValueError("survival of a merge depends on the base weights; give the base (--base)")
     record = files.read(folder)
     found = []
-    for name, weight in weights(record, model).items():
+    for name, weight in tracked(weights(record, model).items(), "measuring", unit="sites"):
         seen = spectrum(record, name, weight)
         against = amplification(seen, weight) if seen is not None and weight is not None else None
         kept = None
@@ -93,7 +94,7 @@ def compared(folder: str | Path, other: str | Path, model: nn.Module | None = No
         )
     here, there = (spectra(_only(record, shared), model) for record in (one, its))
     found = {}
-    for name in shared:
+    for name in tracked(shared, "comparing", unit="sites"):
         if name in here and name in there:
             try:
                 alike = similarity(here[name], there[name])

@@ -22,6 +22,7 @@ from reparam.adapter.updates import update_of
 from reparam.combine.lowrank import numeric_rank, singular
 from reparam.combine.operands import nothing
 from reparam.core.base import Factors, Weight
+from reparam.core.progress import tracked
 from reparam.errors import InputDependentError
 from reparam.inspect.operators import leading, of_change
 from reparam.inspect.summary import frozen_weight
@@ -118,7 +119,8 @@ def spectrum(record: Record, name: str, weight: Weight | None = None) -> Spectru
 
 def spectra(record: Record, model: nn.Module | None = None) -> dict[str, Spectrum]:
     """Compute the spectra of all sites that have one. `model` is the base without adapters, or None."""
-    found = {name: spectrum(record, name, weight) for name, weight in weights(record, model).items()}
+    sites = tracked(weights(record, model).items(), "decomposing", unit="sites")
+    found = {name: spectrum(record, name, weight) for name, weight in sites}
     return {name: seen for name, seen in found.items() if seen is not None}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reparam.adapter.updates import update_of
 from reparam.core.base import Site, Weight
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.errors import InputDependentError
 from reparam.inspect.geometry import Axis, Directions, correlation, of_update
@@ -83,7 +84,7 @@ def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
     record.method.check(list(record.sites.values()))
     own = dict(base_tensors(model)) if model is not None else {}
     sites = []
-    for name, site in record.sites.items():
+    for name, site in tracked(record.sites.items(), "measuring", unit="sites"):
         sites.append(_summarize_site(record, name, site, frozen_weight(model, own, site)))
     return Summary(
         folder=str(folder),

@@ -117,6 +117,10 @@ class Several(Method):
         """The warnings of all parts."""
         return [note for own, members in self._members(sites) for note in own.notes(members)]
 
+    def idle_settings(self) -> list[str]:
+        """Those of all parts."""
+        return [note for own in self._methods().values() if own is not None for note in own.idle_settings()]
+
     def _members(self, sites: list[Site]) -> list[tuple[Method, list[Site]]]:
         by_name = {site.name: site for site in sites}
         parts = self._by_part(by_name)

@@ -56,7 +56,7 @@ def demo(output: Path, *, seed: int, console: Console, overwrite: bool = False) 
         optim=OptimConfig(learning_rate=5e-3),
         run=RunConfig(output=str(output / "run"), max_steps=300, batch_size=16, resume=True, seed=seed),
     )
-    result = train(config, show=Show(console))
+    result = train(config, show=Show(console, fixed=True))
     if result.signal is not None:
         raise KeyboardInterrupt
     say(console, Rule("2. merge"))

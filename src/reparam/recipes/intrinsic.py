@@ -116,6 +116,8 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
     subspace = config.method.subspace()
     if subspace is None:
         raise ConfigError(f"method.name {config.method.name!r} has no dimension d; use --method intrinsic to find d90")
+    if config.run.objective != "sft":
+        raise ConfigError(f"run.objective is {config.run.objective!r}, and d90 is measured by supervised training")
     folder = Path(config.run.output)
     check_not_base(folder, config.base.path)
     earlier = (folder / RESULTS[0]).is_dir() and not (folder / "plan.toml").exists()  # reparam compare has a plan

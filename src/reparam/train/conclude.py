@@ -14,20 +14,23 @@ from reparam.adapter.context import told
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import read_back
 from reparam.data.batches import Collator, padding_id
+from reparam.data.preferences import flat
 from reparam.errors import NothingLearned
-from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.evaluation.score import Answer, Score
 from reparam.io.staged import write_file
 from reparam.train import optimizer
 from reparam.train.job import Job, Result
+from reparam.train.objectives.objective import Objective
 from reparam.train.show import Show
-from reparam.train.trainer import Trainer
+from reparam.train.trainer import Resumable
 
 CHECK = "__proof"  # name under which the saved adapter is loaded for verification
 
 
 def conclude(
     job: Job,
-    trainer: Trainer,
+    objective: Objective,
+    trainer: Resumable,
     rates: tuple[optimizer.Rates, ...],
     before: tuple[tuple[Score, ...], list[Answer]],
     show: Show,
@@ -41,7 +44,7 @@ def conclude(
     except NothingLearned:
         shutil.rmtree(folder / "adapter")
         raise
-    after = scored(job)
+    after = objective.score(job)
     pairs = tuple(zip(before[1], after[1], strict=True))
     show.worse(before[0][0], after[0][0])
     result = Result(folder, before[0], after[0], pairs, paging=optimizer.paging(trainer.optimizer))
@@ -50,16 +53,7 @@ def conclude(
     return result
 
 
-def scored(job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
-    """Score the model, with the selected adapter, on the held-out rows. Returns the scores and the answers."""
-    scores = [score_loss(job.model, job.valid, job.tokenizer, batch=job.config.run.batch_size)]
-    answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
-    if answers:
-        scores.append(score_answers(answers))
-    return tuple(scores), answers
-
-
-def history_of(trainer: Trainer) -> list[dict[str, Any]]:
+def history_of(trainer: Resumable) -> list[dict[str, Any]]:
     """The log entries with a loss, in the order of the steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
@@ -70,13 +64,13 @@ def _prove(job: Job, folder: Path) -> float:
     Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
     for bit.
     """
-    collate = Collator(padding_id(job.tokenizer))
+    valid, collate = flat(job.valid), Collator(padding_id(job.tokenizer))
     device = next(job.model.parameters()).device
     read_back(job.adapter, folder, name=CHECK)
     job.model.eval()
     difference, same = 0.0, True
-    for index in range(min(4, len(job.valid))):  # one by one, because the logits of a long row are large
-        batch = collate([job.valid[index]])
+    for index in range(min(4, len(valid))):  # one by one, because the logits of a long row are large
+        batch = collate([valid[index]])
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         logits = {}
         with torch.no_grad():
@@ -98,7 +92,7 @@ def _prove(job: Job, folder: Path) -> float:
 
 
 def _figures(
-    job: Job, trainer: Trainer, result: Result, difference: float, rates: tuple[optimizer.Rates, ...]
+    job: Job, trainer: Resumable, result: Result, difference: float, rates: tuple[optimizer.Rates, ...]
 ) -> bytes:
     parameters = sum(p.numel() for p in job.adapter.parameters())
     figures = {
@@ -110,7 +104,7 @@ def _figures(
         "held-out rows": job.valid.report.rows,
         "before": [dataclasses.asdict(score) for score in result.before],
         "after": [dataclasses.asdict(score) for score in result.after],
-        "worse than the base": not result.after[0].value <= result.before[0].value,
+        "worse than the base": result.after[0].worse_than(result.before[0]),
         "best step": trainer.state.best_global_step if job.config.run.keeps_best else None,
         "largest change of a logit": difference,
         "LoRA+ ratio": job.config.optim.lora_plus,

@@ -1,4 +1,4 @@
-"""The configuration of a run: read from TOML, overridden by dotted keys, saved with the results.
+"""The configuration of a run: read from TOML or YAML, overridden by dotted keys, saved with the results.
 
 Each section is a table. `[method]` holds the `name` and the settings of the method, so that a new method needs no
 change in this file.
@@ -10,8 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import stat
-import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +28,10 @@ from reparam.data.files import split_sources
 from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
-from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, RunConfig
+from reparam.train.documents import read_tables
+from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, PreferConfig, RunConfig
 
 # Names that users give to LoRA+, which is an optimization rule, not a method.
-LARGEST = 1 << 20  # bytes of a TOML file
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
 PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
@@ -49,6 +47,7 @@ class Config:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     method: Method = dataclasses.field(default_factory=lambda: METHODS["lora"]())
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    prefer: PreferConfig = dataclasses.field(default_factory=PreferConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
@@ -57,12 +56,13 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "adapter": AdapterConfig,
     "optim": OptimConfig,
+    "prefer": PreferConfig,
     "run": RunConfig,
 }
 
 
 def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
-    """Read a configuration from a TOML file, if one is given, and apply dotted overrides such as {"method.r": 8}.
+    """Read a configuration from a TOML or YAML file, if one is given, and apply overrides such as {"method.r": 8}.
 
     `lora+`, `lora++` and other method names for LoRA+ select LoRA and, unless it is set, set `optim.lora_plus` to 16;
     a warning says so.
@@ -71,6 +71,10 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     similar known one), and a value of the wrong type or out of range.
     """
     tables = read_tables(Path(file)) if file is not None else {}
+    if "reward" in tables.get("prefer", {}):
+        raise ConfigError(
+            f"{file}: prefer.reward names code to run, so it is taken from the command line alone: --reward"
+        )
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         tables.setdefault(section, {})[name] = value
@@ -98,12 +102,22 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
+def check_inputs(config: Config) -> None:
+    """Raise ConfigError if the base model or the training rows are not given."""
+    missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set, as an option (--{missing[0]} ...) or in the configuration file"
+        )
+
+
 def dump(config: Config, *, absolute: bool = False) -> str:
-    """The configuration as TOML; `resolve` reads an equal configuration from it.
+    """The configuration as TOML; `resolve` reads an equal configuration from it, except for `prefer.reward`.
 
     With `absolute`, existing paths of `PATHS` are written as absolute paths, so that any folder can use the file.
     """
     found = {s: {k: v for k, v in t.items() if v is not None} for s, t in tables(config).items()}
+    found["prefer"].pop("reward", None)  # code is taken from the command line alone
     for key in PATHS if absolute else ():
         section, _, name = key.partition(".")
         if name in found[section]:
@@ -139,40 +153,6 @@ def fields_of(section: str) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
             for field in dataclasses.fields(storage):
                 found.setdefault(field.name, (storage, field))
     return found
-
-
-def read_tables(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the sections of a TOML file (UTF-8, with or without a byte order mark).
-
-    Raises ConfigError for a file that is missing, cannot be read or is malformed, or has loose keys.
-    """
-    try:
-        tables = tomllib.loads(_content(file))
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
-    loose = [key for key, value in tables.items() if not isinstance(value, dict)]
-    if loose:
-        raise ConfigError(
-            f"{file}: keys outside a section: {', '.join(loose)}; put them under one of [base], [data], ..."
-        )
-    return tables
-
-
-def _content(file: Path) -> str:
-    """The text of a TOML file, with or without a byte order mark. Raises ConfigError for anything but a small file."""
-    try:
-        found = os.stat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{file}: is {'a folder' if file.is_dir() else 'not a regular file'}; give a TOML file")
-        if found.st_size > LARGEST:
-            raise ConfigError(f"{file}: {found.st_size:,} bytes, more than the {LARGEST:,} that a TOML file can have")
-        return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:

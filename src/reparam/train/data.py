@@ -19,7 +19,10 @@ from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import files_of
+from reparam.data.files.about import rows_about
 from reparam.data.mixture import mixed, told
+from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
@@ -38,18 +41,18 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded
-    valid: Encoded
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
     held_out: list[Row]
-    """The first held-out rows: `data.score_rows`, and at least 1,000."""
+    """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    corpora: tuple[Corpus, ...]
+    checked: tuple[Corpus | Preferences | Prompts, ...]
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
-        for corpus in self.corpora:
-            corpus.check_vocabulary(size, tokenizer)
+        for rows in self.checked:
+            rows.check_vocabulary(size, tokenizer)
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -63,7 +66,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     other = None
     if data.valid is not None:
         other = _corpus(data, data.sources("valid"), tokenizer, with_tasks=with_tasks)
-    rows, held = _split(config, corpus) if other is None else (np.arange(len(corpus)), np.arange(len(other)))
+    rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
+    if other is None:
+        out = held_out(config, len(corpus))
+        rows, held = np.flatnonzero(~out), np.flatnonzero(out)
     ends = np.cumsum(corpus.counts)[:-1]
     parts = np.split(rows, np.searchsorted(rows, ends))
     full = corpus.with_examples()
@@ -98,7 +104,8 @@ def _corpus(
 
     def make(folder: Path | None) -> Corpus:
         reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
-        corpus = encode_all(reading, tokenizer, **settings, folder=folder)
+        about = None if None in found or most else rows_about(files)
+        corpus = encode_all(reading, tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
@@ -133,9 +140,9 @@ def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
     return place if large and os.access(existing, os.W_OK) else None
 
 
-def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the training rows and of the held-out rows."""
-    share, total = config.data.holdout, len(corpus)
+def held_out(config: Config, total: int) -> np.ndarray:
+    """Which of so many rows are held out, [total] bool. Raises ConfigError if there are too few."""
+    share = config.data.holdout
     if not 0 < share < 1:
         raise ConfigError(f"data.holdout: {share} is not between 0 and 1; change it, or set data.valid")
     count = max(1, round(total * share))
@@ -146,7 +153,14 @@ def _split(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         )
     held = np.zeros(total, dtype=bool)
     held[random.Random(config.run.seed).sample(range(total), count)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return held
+
+
+def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+    held = held_out(config, len(items)).tolist()
+    kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
+    return kept, out
 
 
 def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:

@@ -24,7 +24,7 @@ RANK = "exact_match_then_loss"
 
 
 class Evaluated(Trainer):
-    """A Trainer whose evaluations also measure what an `Answering` does. A run that has stopped early is finished."""
+    """A Trainer whose evaluations also measure what an `Answering` does."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in transformers, with what `Answering` measures."""
@@ -34,20 +34,6 @@ class Evaluated(Trainer):
                 measured = processes.first(callback.measure)
                 output = output._replace(metrics={**(output.metrics or {}), **measured})
         return output
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether so many evaluations were no better than an earlier one that training is over."""
-        return any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
-
-    def _init_training_state(self, max_steps: int, steps: int, epochs: int, *rest: Any) -> tuple[int, int]:
-        # Overridden because a run that has stopped early would go on to its next evaluation when it is resumed.
-        place = super()._init_training_state(max_steps, steps, epochs, *rest)
-        return (epochs, 0) if self.stopped_early else place
 
 
 def evaluating(job: Job, show: Show) -> list[TrainerCallback]:

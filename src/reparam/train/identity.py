@@ -17,12 +17,14 @@ from reparam.core.checks import listed
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_writable
+from reparam.io.outputs import OVERWRITE, check_writable
 from reparam.io.staged import digest, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
 from reparam.train.config import PATHS, Config, dump, tables
+from reparam.train.loggers import EVENTS
+from reparam.train.reward import code_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +45,10 @@ FREE = {
         "run.log_every",
         "run.loggers",
         "run.samples",
+        "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
-    *("base.revision", *PATHS),
+    *("base.revision", "prefer.reward", *PATHS),
 }
 BY_EVALUATION = {"run.eval_every", "run.save_every"}
 """Keys that change the adapter if the run ends with its best weights."""
@@ -69,6 +72,7 @@ def identity(job: Job) -> dict[str, Any]:
         of_files = [digest(name) for name in names] if all(Path(name).is_file() for name in names) else None
         content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
         found[f"content of data.{key}"] = content or None
+    found["content of prefer.reward"] = code_of(config.prefer.reward) if config.prefer.reward else None
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]
@@ -105,7 +109,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
     file = folder / RECORD
     if not file.is_file():
         return
-    then = _read(file)["identity"]
+    then = _defaults() | _read(file)["identity"]
     changed = [key for key in now if key in then and then[key] != now[key]]
     if longer and STEPS in changed and now[STEPS] > then[STEPS]:
         changed.remove(STEPS)
@@ -113,8 +117,15 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
         lines = "; ".join(_difference(key, then[key], now[key]) for key in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings: {lines}; to continue it, set {', '.join(changed)} as before, "
-            f"choose another run.output for a new run, or pass --run.fresh to delete the earlier run"
+            f"choose another run.output for a new run, or pass {OVERWRITE} to delete the earlier run"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """The default values of the keys that a record of an earlier version may lack."""
+    own = {key: value for key, value in _settings(Config()).items() if key not in FREE}
+    found: dict[str, Any] = json.loads(json.dumps(own))
+    return {key: value for key, value in found.items() if not key.startswith(("base.", "method."))}
 
 
 def write_record(folder: Path, now: dict[str, Any]) -> int:
@@ -156,7 +167,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
 from reparam.data.packing import Packed
-from reparam.data.row import Row
+from reparam.data.preferences import Preferences
+from reparam.data.prompts import Prompts
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
@@ -26,16 +28,16 @@ class Job:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
-    train: Encoded
-    valid: Encoded
-    held_out: Sequence[Row]
+    train: Encoded | Preferences | Prompts
+    valid: Encoded | Preferences | Prompts
+    held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
     packed: Packed | None = None
     """The training rows in packs, with `data.packing`."""
 
     @property
-    def drawn(self) -> Encoded | Packed:
-        """What a batch is drawn from: training rows, or packs of them."""
+    def drawn(self) -> Encoded | Preferences | Prompts | Packed:
+        """What batches are drawn from: training rows, packs of them, preferences, or prompts."""
         return self.train if self.packed is None else self.packed
 
 

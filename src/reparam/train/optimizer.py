@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from reparam.adapter.adapter import Adapter
-    from reparam.train.trainer import Trainer
+    from reparam.train.trainer import Resumable
 
 BITS = {"paged_adamw_32bit": 32, "paged_adamw_8bit": 8, "adamw_8bit": 8}
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -102,7 +102,7 @@ def groups(
         raise ConfigError(f"optim.lora_plus: {error}") from None
 
 
-def install_optimizer(trainer: Trainer, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
+def install_optimizer(trainer: Resumable, optim: OptimConfig, adapter: Adapter) -> tuple[Rates, ...]:
     """Set the optimizer that the Trainer will create and, if LoRA+ is on, its parameter groups.
 
     Without LoRA+, the Trainer makes two groups: with weight decay, and without it (biases and norms). LoRA+ divides

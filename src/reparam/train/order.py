@@ -76,6 +76,19 @@ class WithEmpty(Dataset[Any]):
         return {**first, "labels": none}
 
 
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Set the epoch of the sampler in a data loader.
+
+    In a resumed epoch, transformers wraps the loader's batch sampler to skip what was trained. With several processes
+    there are then two wrappers, and its own `set_epoch` does not reach the sampler.
+    """
+    inner = loader
+    while getattr(inner, "batch_sampler", None) is not None:
+        inner = inner.batch_sampler
+    if hasattr(sampler := getattr(inner, "sampler", None), "set_epoch"):
+        sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
 def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
     """All settings that determine the order of the rows, by name; saved in checkpoints and compared on resume."""
     return {
@@ -89,7 +102,7 @@ def row_order(args: TrainingArguments, rows: int) -> dict[str, Any]:
     }
 
 
-def unsupported(args: TrainingArguments) -> list[str]:
+def unsupported(args: TrainingArguments, rows: Any) -> list[str]:
     """Arguments with which a resumed run would differ or a checkpoint would be lost, each with the reason."""
     refused = {
         "push_to_hub": (args.push_to_hub, "is not supported; upload the result after training"),
@@ -113,4 +126,5 @@ def unsupported(args: TrainingArguments) -> list[str]:
             "the best checkpoint would replace the newest one, which a resumed run needs; use 2",
         ),
     }
-    return [f"{name}: {why}" for name, (given, why) in refused.items() if given]
+    problems = [f"{name}: {why}" for name, (given, why) in refused.items() if given]
+    return problems + ([] if hasattr(rows, "__len__") else ["train_dataset has no length"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from reparam.evaluation.png import write_png
 
@@ -18,7 +19,8 @@ def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
     for key, label, style in (("loss", "training", {"alpha": 0.7}), ("eval_loss", "held out", {"marker": "o"})):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, **({"marker": "o"} if len(points) == 1 else {}) | style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

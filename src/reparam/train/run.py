@@ -12,39 +12,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from
-from reparam.data.batches import Collator, Encoded, padding_id
+from reparam.data.batches import Encoded
 from reparam.data.packing import Packed
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
-from reparam.hf.packed import packed_collator, unpackable_reason
+from reparam.hf.packed import unpackable_reason
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
-from reparam.train.checkpoint import newest
-from reparam.train.conclude import conclude, history_of, scored
-from reparam.train.config import Config, dump
-from reparam.train.data import read_data
-from reparam.train.evaluating import RANK, Evaluated, evaluating
+from reparam.train.checkpoint import Found, newest
+from reparam.train.conclude import conclude, history_of
+from reparam.train.config import Config, check_inputs, dump
+from reparam.train.evaluating import RANK, evaluating
+from reparam.train.guard import stopped_early
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
-from reparam.train.losses import loss_of
+from reparam.train.loggers import check_loggers, name_of, place_files
 from reparam.train.model import attached, loaded, started
+from reparam.train.objectives import objective_of
+from reparam.train.objectives.objective import Objective
 from reparam.train.plot import plot_losses
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
-from reparam.train.trainer import Trainer
+from reparam.train.trainer import Resumable
 
 
 def train(config: Config, *, show: Show) -> Result:
@@ -60,28 +60,43 @@ def train(config: Config, *, show: Show) -> Result:
     processes.connect()
     if processes.rank() > 0:
         show = Show(Console(quiet=True))
+    objective = objective_of(config)
     job = processes.together(lambda: _prepared(config))
     config = job.config
     show.job(job)
     folder = Path(config.run.output)
-    losses = processes.together(lambda: loss_of(job, show))
+    losses = processes.together(lambda: objective.loss(job, show))
     own = processes.first(lambda: _identified(job))  # before anything is written
-    trainer, rates = processes.together(lambda: _trainer(job, show))
+    trainer, rates = processes.together(lambda: _trainer(job, objective, show))
     show.rates(rates)
     with contextlib.ExitStack() as held:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
-        before = processes.first(lambda: _scored_base(job, show))
+        before = processes.first(lambda: _scored_before(job, objective, show))
         with losses:
             trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
         if processes.rank() == 0 and history_of(trainer):
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
-        show.best(trainer.state, run=config.run, early=trainer.stopped_early)
+        show.best(trainer.state, run=config.run, early=stopped_early(trainer.callback_handler.callbacks))
         show.ended(job.adapter.finish())
-        return processes.first(lambda: conclude(job, trainer, rates, before, show))
+        return processes.first(lambda: conclude(job, objective, trainer, rates, before, show))
+
+
+def rehearse(config: Config, *, show: Show) -> None:
+    """Load and check everything that `train` needs, and show what it would do. Writes nothing.
+
+    Raises the errors that `train` would raise before its first step.
+    """
+    job = _prepared(config)
+    _identified(job)
+    steps = _steps(job)
+    TrainingArguments(**_arguments(job.config, steps))  # raises ValueError for a wrong one
+    show.job(job)
+    found = Found(None, []) if config.run.fresh else newest(Path(config.run.output))
+    show.plan(job.config, steps, found)
 
 
 def _prepared(config: Config) -> Job:
@@ -96,7 +111,7 @@ def _identified(job: Job) -> dict[str, Any]:
     return own
 
 
-def _begun(job: Job, own: dict[str, Any], trainer: Trainer, held: contextlib.ExitStack) -> int:
+def _begun(job: Job, own: dict[str, Any], trainer: Resumable, held: contextlib.ExitStack) -> int:
     """Lock the run folder, and record the run there. Returns the number of steps in the call before."""
     config, folder = job.config, trainer.run_folder
     held.enter_context(trainer.lock)
@@ -109,25 +124,22 @@ def _begun(job: Job, own: dict[str, Any], trainer: Trainer, held: contextlib.Exi
     return before
 
 
-def _scored_base(job: Job, show: Show) -> tuple[tuple[Score, ...], list[Answer]]:
+def _scored_before(job: Job, objective: Objective, show: Show) -> tuple[tuple[Score, ...], list[Answer]]:
     show.step("scoring the base model on held-out rows")
-    with select(job.model, None):
-        return scored(job)
+    with select(job.model, objective.start(job)):
+        return objective.score(job)
 
 
 def prepare(config: Config) -> Job:
     """Load and check everything that training needs. Writes nothing. Raises ValueError for errors the user can fix."""
-    missing = [key for key, value in (("base.path", config.base.path), ("data.train", config.data.train)) if not value]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} must be set, on the command line (--{missing[0]} ...) or in the TOML file"
-        )
-    config = started(config)
+    check_inputs(config)
+    config, objective = started(config), objective_of(config)
     optimizer.check_optimizer(config.optim)
+    check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
-    data = read_data(config, tokenizer)  # before the model, which may take minutes
+    data = objective.data(config, tokenizer)  # before the model, which may take minutes
     model = loaded(config.base)
     data.check_vocabulary(vocabulary(model), tokenizer)
     adapter = attached(config, model, data.method)
@@ -136,25 +148,31 @@ def prepare(config: Config) -> Job:
     return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed)
 
 
-def _packed(config: Config, adapter: Adapter, rows: Encoded) -> Packed | None:
+def _packed(config: Config, adapter: Adapter, rows: Any) -> Packed | None:
     """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
     if not config.data.packing:
         return None
     if config.run.group_by_length:
         raise ConfigError("run.group_by_length has no effect on packs, which are all full: leave out one of the two")
+    assert isinstance(rows, Encoded)  # the other objectives refuse to pack
     if reason := unpackable_reason(adapter.model):
         raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
     return Packed(rows, config.data.max_length)
 
 
-def _trainer(job: Job, show: Show) -> tuple[Evaluated, tuple[optimizer.Rates, ...]]:
-    config = job.config
-    run, optim = config.run, config.optim
-    steps = run.steps(len(job.drawn), processes.count())
-    tenth = max(1, steps // 10)
+def _steps(job: Job) -> int:
+    """The number of steps of the run. Raises ValueError if a schedule of the method does not fit it."""
+    steps = job.config.run.steps(len(job.drawn), processes.count())
     if job.adapter.controller is not None:
-        job.adapter.controller.plan(steps)  # raises ValueError now if the schedule does not fit
-    arguments = TrainingArguments(
+        job.adapter.controller.plan(steps)
+    return steps
+
+
+def _arguments(config: Config, steps: int) -> dict[str, Any]:
+    """transformers' arguments of a run of so many steps."""
+    run, optim = config.run, config.optim
+    tenth = max(1, steps // 10)
+    return dict(  # noqa: C408  (these are keyword arguments)
         output_dir=run.output,
         num_train_epochs=run.epochs,
         max_steps=run.max_steps,
@@ -182,6 +200,7 @@ def _trainer(job: Job, show: Show) -> tuple[Evaluated, tuple[optimizer.Rates, ..
         neftune_noise_alpha=optim.neftune,
         logging_steps=min(run.log_every, tenth),
         report_to=list(run.loggers) or "none",
+        run_name=name_of(run),
         seed=run.seed,
         disable_tqdm=True,
         include_num_input_tokens_seen="all",
@@ -190,27 +209,23 @@ def _trainer(job: Job, show: Show) -> tuple[Evaluated, tuple[optimizer.Rates, ..
         ddp_broadcast_buffers=False,  # all processes hold the same ones, quantized matrices among them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Evaluated(
-        job.model,
-        arguments,
-        train_dataset=job.drawn,
-        eval_dataset=job.valid,
-        data_collator=_collate(job),
+
+
+def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tuple[optimizer.Rates, ...]]:
+    steps = _steps(job)
+    trainer = objective.trainer(
+        job,
+        _arguments(job.config, steps),
         save_trained=lambda folder: _save(job.adapter, folder),
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.train.sources,
         extra_loss=job.adapter.penalty,
         callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
     )
-    rates = optimizer.install_optimizer(trainer, optim, job.adapter)
+    rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
+    place_files(trainer.callback_handler.callbacks, job.config.run)
     return trainer, rates
-
-
-def _collate(job: Job) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
-    """Batches of training rows or of packs of them, and of held-out rows, which are not packed."""
-    rows, packs = Collator(padding_id(job.tokenizer)), packed_collator(job.model, padding_id(job.tokenizer))
-    return lambda examples: packs(examples) if "position_ids" in examples[0] else rows(examples)
 
 
 class _Bind(TrainerCallback):

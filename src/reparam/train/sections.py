@@ -166,6 +166,9 @@ class OptimConfig:
     """LoRA+: learning rate of adapted embeddings, as an absolute value."""
     lora_plus_vectors: Literal["out", "in"] = "out"
     """LoRA+: whether biases, norms and DoRA's magnitudes have the learning rate of B (out) or of A (in)."""
+    beta: float | None = None
+    """Preference tuning: how closely the model stays to its start (dpo, kto, grpo), or the weight of the odds ratio
+    (orpo). By default 0.1, and 0 for grpo."""
 
     def __post_init__(self) -> None:
         _check(
@@ -179,6 +182,44 @@ class OptimConfig:
             max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
             lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
             lora_plus_embedding=_LEAST,
+            beta=("a finite number above 0", lambda beta: beta is None or (finite(beta) and beta > 0)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferConfig:
+    """Preference tuning. The first four have TRL's names and meanings."""
+
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"
+    ] = "sigmoid"
+    """dpo: the loss of a pair. sigmoid is that of the paper; ipo, hinge (SLiC), robust and the others are TRL's."""
+    label_smoothing: float = 0.0
+    """dpo: share of pairs whose answers may be in the wrong order, for the losses robust and exo_pair."""
+    desirable_weight: float = 1.0
+    """kto: weight of good answers. Raise it if there are fewer of them than bad ones."""
+    undesirable_weight: float = 1.0
+    """kto: weight of bad answers."""
+    reward: str | None = None
+    """grpo: the function that rewards answers, as FILE.py:function. It is code, so it is taken from the command line
+    alone."""
+    samples: int = 8
+    """grpo: number of answers that are generated for each prompt and compared with each other."""
+    new_tokens: int = 256
+    """grpo: maximum length of a generated answer in tokens."""
+    temperature: float = 1.0
+    """grpo: temperature at which answers are sampled."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "prefer",
+            label_smoothing=("a share from 0 to below 0.5", lambda share: 0 <= share < 0.5),
+            desirable_weight=_LEAST,
+            undesirable_weight=_LEAST,
+            samples=_count(2),
+            new_tokens=_count(1),
+            temperature=_ABOVE,
         )
 
 
@@ -186,6 +227,9 @@ class OptimConfig:
 class RunConfig:
     """Length of the run, batch size, checkpoints, and the output folder."""
 
+    objective: Literal["sft", "dpo", "orpo", "kto", "grpo"] = "sft"
+    """What is trained: answers or texts with sft, pairs of answers with dpo or orpo, judged answers with kto, and the
+    model's own answers, by a reward, with grpo."""
     output: str = "out"
     """Output folder for the adapter, checkpoints, configuration, figures and plots."""
     epochs: float = 1.0
@@ -224,7 +268,9 @@ class RunConfig:
     log_every: int = 10
     """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
-    """Loggers of transformers, such as tensorboard, separated by commas."""
+    """Loggers of transformers, separated by commas: tensorboard, wandb, mlflow, trackio and others."""
+    name: str | None = None
+    """Name of the run in the loggers. By default, that of the output folder."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the output folder, if there is one."""
     fresh: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,10 +15,14 @@ from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
+from reparam.data.preferences import flat
 from reparam.data.preview import preview
 from reparam.evaluation.tables import answers_table, scores_table, short
 from reparam.evaluation.terminal import note, say
+from reparam.io.outputs import OVERWRITE
+from reparam.train import processes
 from reparam.train.checkpoint import step_of
+from reparam.train.config import dump
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,16 +33,20 @@ if TYPE_CHECKING:
     from reparam.evaluation.score import Answer, Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
+    from reparam.train.config import Config
     from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
     from reparam.train.sections import RunConfig
 
 
 class Show:
-    """Prints the progress and the result of a training run to a console."""
+    """Prints the progress and the result of a training run to a console.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    With `fixed`, the command has no settings for the number of steps, so none is advised.
+    """
+
+    def __init__(self, console: Console, *, fixed: bool = False) -> None:
+        self.console, self._fixed = console, fixed
 
     def job(self, job: Job) -> None:
         """Print what will be trained and a preview of the data."""
@@ -63,7 +72,10 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
-        say(self.console, preview(job.train, job.tokenizer))
+        say(
+            self.console,
+            preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),
+        )
 
     def rates(self, rates: Sequence[Rates]) -> None:
         """Print the parameter groups of LoRA+, if there are any."""
@@ -100,8 +112,8 @@ class Show:
             say(self.console, f"the best weights are those of step {step} ({name} {found[0]:.4f})")
 
     def worse(self, before: Score, after: Score) -> None:
-        """Print a warning if the held-out loss with the adapter is worse than that of the base."""
-        if not after.value <= before.value:
+        """Print a warning if the first held-out score with the adapter is worse than that of the base."""
+        if after.worse_than(before):
             say(
                 self.console,
                 note(
@@ -124,8 +136,25 @@ class Show:
             say(self.console, note("skipped", f"{path}: {reason}"))
         if found.path is not None:
             say(self.console, f"resuming from {found.path}")
-            for line in _remaining(step_of(found.path), steps, before, schedule):
+            for line in _remaining(step_of(found.path), steps, before, schedule, fixed=self._fixed):
                 say(self.console, line)
+
+    def plan(self, config: Config, steps: int, found: Found) -> None:
+        """Print the resolved configuration, the steps and the files of a run that `--dry-run` describes."""
+        run, tenth = config.run, max(1, steps // 10)
+        say(self.console, "resolved configuration")
+        say(self.console, "\n".join(f"    {line}".rstrip() for line in dump(config).splitlines()))
+        rows = run.batch_size * run.accumulation * processes.count()
+        say(
+            self.console,
+            f"{counted(steps, 'step')} of {counted(rows, 'row')}, with an evaluation every {run.eval_every or tenth} "
+            f"and a checkpoint every {run.save_every or tenth} steps",
+        )
+        self.found(found, steps=steps, before=steps, schedule=config.optim.schedule)
+        folder = Path(run.output)
+        names = ("adapter", "config.toml", "run.json", "figures.json", "loss.png", "checkpoint-N")
+        say(self.console, f"files           {folder}/{{{', '.join(names)}}}")
+        say(self.console, f"dry run: nothing was trained, and nothing was written to {folder}")
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
@@ -147,12 +176,13 @@ class Show:
         say(self.console, f"figures, plot  {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
 
 
-def _remaining(done: int, steps: int, before: int, schedule: str) -> list[str]:
+def _remaining(done: int, steps: int, before: int, schedule: str, *, fixed: bool) -> list[str]:
     """Sentences about a run that has done some steps, and had `before` steps in the call before."""
     if done >= steps:
+        further = "" if fixed else "raise run.max_steps or run.epochs to train further, or "
         return [
-            f"the run is finished ({done} of {steps} steps), so nothing is trained; raise run.max_steps or run.epochs "
-            f"to train further, or pass --run.fresh to start anew"
+            f"the run is finished ({done} of {steps} steps), so nothing is trained; {further}pass {OVERWRITE} to start "
+            f"anew"
         ]
     if steps == before:
         return []
@@ -257,13 +287,15 @@ class _Progress(TrainerCallback):
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         if "eval_loss" in logs:
-            right = f"  exact match {logs['eval_exact_match']:.3f}" if "eval_exact_match" in logs else ""
-            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}{right}"
+            more = f"  exact match {logs['eval_exact_match']:.3f}" if "eval_exact_match" in logs else ""
+            more += _rewards(logs, "eval_rewards/")
+            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}{more}"
         done = max(1, state.global_step - self.first)
         left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
         speed = self.bar.tasks[0].fields["speed"]
         return (
-            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}  {speed} tokens/s  {_duration(left)} left"
+            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}{_rewards(logs, 'rewards/')}  "
+            f"{speed} tokens/s  {_duration(left)} left"
         )
 
     def on_train_end(
@@ -271,6 +303,12 @@ class _Progress(TrainerCallback):
     ) -> None:
         if self.live:
             self.bar.stop()
+
+
+def _rewards(logs: dict[str, float], prefix: str) -> str:
+    """The margin and the accuracy of rewards, of objectives that log them."""
+    names = {"margin": f"{prefix}margins", "accuracy": f"{prefix}accuracies"}
+    return "".join(f"  {name} {logs[key]:.3f}" for name, key in names.items() if key in logs)
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """transformers' Trainer with atomic checkpoints and exact resuming.
 
 transformers does the training itself (accumulation, bf16, activation checkpointing, evaluation, schedules, several
-devices, loggers). This class changes how state is saved and restored, and how training stops:
+devices, loggers). `Resumable`, put before it or a trainer made from it, changes how state is saved and restored, and
+how training stops:
 
 - Checkpoints are those of `reparam.train.checkpoint`. They hold what `save_trained` writes, not the whole model.
 - On one CPU machine, with the same number of threads, a resumed run has the same weights, losses and logs, bit for bit,
@@ -13,12 +14,11 @@ devices, loggers). This class changes how state is saved and restored, and how t
 Private methods of transformers 5.23 are overridden only where there is no public way; comments give the reasons.
 """
 
-import logging
 import signal
 from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -35,16 +35,20 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from reparam.errors import StateError
 from reparam.io.staged import staged_folder
 from reparam.train import processes
+from reparam.train.between_steps import BetweenSteps
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
-from reparam.train.guard import Finite, Interrupts
+from reparam.train.guard import Finite, Interrupts, stopped_early
 from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    _Trainer = transformers.Trainer
+else:
+    _Trainer = object  # `Resumable` is put before transformers' Trainer, or one made from it
 
 
-class Trainer(transformers.Trainer):
-    """A transformers Trainer that writes and resumes from reparam's checkpoints.
+class Resumable(_Trainer):
+    """Makes a Trainer of transformers write and resume from reparam's checkpoints.
 
     Args:
         model: a model in which only the parameters to train require gradients.
@@ -57,14 +61,18 @@ class Trainer(transformers.Trainer):
         row_names: the name of each row index, such as "file:line": a sequence or a function.
         extra_loss: a penalty whose gradient is added in each micro-batch, averaged over gradient accumulation. It is
             not part of the reported loss.
+        others: further arguments of the trainer.
 
     Attributes:
+        filled: whether rows without loss fill up the last batches of several processes; else, rows come twice.
         resumed: the checkpoint that `train` resumed from and those it skipped, or None.
         lock: the lock of the run folder. `train` acquires it; acquire it first to write into the folder yourself.
 
     Raises:
         ValueError: arguments that this class does not support; the message lists all of them.
     """
+
+    filled = True
 
     def __init__(
         self,
@@ -74,18 +82,11 @@ class Trainer(transformers.Trainer):
         train_dataset: Dataset,
         save_trained: Callable[[Path], object],
         load_trained: Callable[[Path], object],
-        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         row_names: Callable[[int], str] | Sequence[str] | None = None,
         extra_loss: Callable[[], Tensor | None] | None = None,
+        **others: Any,
     ) -> None:
-        problems = unsupported(args) + ([] if hasattr(train_dataset, "__len__") else ["train_dataset has no length"])
-        if problems:
+        if problems := unsupported(args, train_dataset):
             raise ValueError("unsupported training arguments: " + "; ".join(problems))
         # Otherwise the order of the data depends on the last seed that torch got before `train`.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -93,18 +94,8 @@ class Trainer(transformers.Trainer):
         args.restore_callback_states_from_checkpoint = True
         # compute_loss already checks the loss, and a second check would synchronize with the device again.
         args.logging_nan_inf_filter = False
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=WithEmpty(train_dataset) if args.world_size > 1 else train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        train_dataset = WithEmpty(train_dataset) if self.filled and args.world_size > 1 else train_dataset
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **others)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed shard the optimizer state, which checkpoints cannot hold: use DDP")
         assert args.output_dir is not None  # transformers has a default
@@ -114,10 +105,10 @@ class Trainer(transformers.Trainer):
         self._save_trained, self._load_trained, self._extra_loss = save_trained, load_trained, extra_loss
         self._finite = Finite(self.run_folder, row_names)
         self._interrupts = Interrupts()
-        self._stopping = False
-        self._loaded: TrainingState | None = None
         self._saved_step = 0
-        self.add_callback(_Hooks(self))
+        self._loaded: TrainingState | None = None
+        self._between = BetweenSteps(self._interrupts, self._finite, begin=self._restore_progress)
+        self.add_callback(self._between)
 
     @property
     def interrupted(self) -> signal.Signals | None:
@@ -146,7 +137,7 @@ class Trainer(transformers.Trainer):
             NotFinite: the loss, penalty or gradient is NaN or infinite.
             DiskFull: there was no disk space for a checkpoint; the previous one is intact.
         """
-        self._stopping = False
+        self._between.stopping = False
         with self.lock if self.is_world_process_zero() else nullcontext(), self._interrupts:
             self.accelerator.wait_for_everyone()
             path = self._read_checkpoint(resume_from_checkpoint)
@@ -181,15 +172,16 @@ class Trainer(transformers.Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        # Overridden because resuming a complete run would train one more step, and because the stored path of the best
-        # checkpoint is wrong if the folder has been moved.
+        # Overridden because resuming a complete run, or one that stopped early, would train on, and because the stored
+        # path of the best checkpoint is wrong if the folder has been moved.
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if self.state.best_global_step:
             best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else place
+        over = self.state.global_step >= max_steps or stopped_early(self.callback_handler.callbacks)
+        return (num_train_epochs, 0) if over else place
 
     # ---- checkpoints
 
@@ -208,6 +200,7 @@ class Trainer(transformers.Trainer):
             "row_order": self._row_order(),
             "loss": self._tr_loss.item(),
             "logged": self._globalstep_last_logged,
+            "unlogged": self.unlogged(),
         }
 
         def write(folder: Path) -> None:
@@ -238,7 +231,7 @@ class Trainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         # Overridden as _load_from_checkpoint is. After a signal, the weights of the last step are kept.
         best = self.state.best_model_checkpoint
-        if best is None or self._stopping:
+        if best is None or self._between.stopping:
             return
         if problems := verify(best):
             raise ValueError(f"cannot load the best weights from {best}: " + "; ".join(problems))
@@ -259,16 +252,25 @@ class Trainer(transformers.Trainer):
             self._loaded = None
 
     def _restore_progress(self) -> None:
+        self._saved_step = self.state.global_step
         if self._loaded is not None:
             loss = self._loaded.progress["loss"]
             self._tr_loss = torch.tensor(loss, device=self.args.device)
             self._globalstep_last_logged = self._loaded.progress["logged"]
+            self.log_later(self._loaded.progress.get("unlogged"))
             self._total_loss_scalar = -loss  # so that train_loss is the mean over the steps of this call
+
+    def unlogged(self) -> Any:
+        """What the trainer collected for its next log entry besides the loss: plain values, for a checkpoint."""
+        return None
+
+    def log_later(self, values: Any) -> None:
+        """Restore what `unlogged` returned."""
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         # Overridden because the final save must come after the events of the last epoch (its evaluation draws random
         # numbers) and before the weights of the best checkpoint are loaded.
-        wanted = self._stopping or self.args.save_strategy != SaveStrategy.NO
+        wanted = self._between.stopping or self.args.save_strategy != SaveStrategy.NO
         if wanted and self._saved_step != self.state.global_step:
             self._save_checkpoint(cast(nn.Module, self.model), trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -310,7 +312,8 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """As in transformers. In training, checks the loss, and adds the penalty's gradient but not its value."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = found if return_outputs else (found, None)
         if model.training:
             self._check("loss", loss)
             penalty = self._extra_loss() if self._extra_loss is not None else None
@@ -341,8 +344,7 @@ class Trainer(transformers.Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Overridden because transformers would drop `row`, which the model's forward does not take, before collating.
         super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if "row" not in columns:
+        if "row" not in (columns := cast(list[str], self._signature_columns)):
             columns.append("row")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -350,45 +352,11 @@ class Trainer(transformers.Trainer):
         sampler, seed = super()._get_train_sampler(train_dataset), cast(int, self.args.data_seed)
         if isinstance(sampler, LengthGroupedSampler):
             sampler = ByEpoch(sampler, seed)
-        if self.args.world_size == 1 or not isinstance(sampler, RandomSampler | ByEpoch) or train_dataset is None:
+        alone = self.args.world_size == 1 or not self.filled
+        if alone or not isinstance(sampler, RandomSampler | ByEpoch) or train_dataset is None:
             return sampler
         return Filled(sampler, train_dataset, multiple=self.args.train_batch_size * self.args.world_size, seed=seed)
 
 
-class _Hooks(TrainerCallback):
-    """Callbacks between steps. Added last, so that they see the decisions of all other callbacks."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.save_after_epoch = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._saved_step = state.global_step
-        self.trainer._restore_progress()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._finite.batches.clear()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        received = self.trainer._interrupts.agreed(args.world_size, args.device)
-        if received is not None:
-            if self.trainer.is_world_process_zero():
-                _log.warning("%s: stopping after step %d", received.name, state.global_step)
-            self.trainer._stopping = control.should_training_stop = True
-        # The log entry and evaluation at the end of an epoch follow this event. A run that resumes from a checkpoint
-        # saved before them would skip them, so the save is moved to the end of the epoch.
-        self.save_after_epoch = control.should_save and float(state.epoch).is_integer()
-        control.should_save = control.should_save and not self.save_after_epoch
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.save_after_epoch:
-            control.should_save = True
-        if self.trainer._stopping and not float(state.epoch).is_integer():
-            # transformers treats every stop as the end of an epoch; the resumed run will reach the real end.
-            control.should_log = control.should_evaluate = control.should_save = False
+class Trainer(Resumable, transformers.Trainer):
+    """transformers' Trainer with the checkpoints of `Resumable`."""

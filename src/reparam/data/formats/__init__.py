@@ -24,10 +24,7 @@ def read_row(value: Mapping[str, Any], source: str, columns: Mapping[str, str] |
     wrong type.
     """
     columns = columns or {}
-    if missing := [column for column in columns.values() if column not in value]:
-        raise DataError([f'{source}: no "{missing[0]}", which data.columns names{near_key(value, missing[:1])}'])
-    given = {key: held for key, held in value.items() if key not in columns.values()}
-    given |= {key: value[column] for key, column in columns.items()}
+    given = renamed(value, source, columns)
     tried = [each for each in FORMATS if not columns or set(each.keys) & columns.keys()]
     matching = [each for each in tried if all(key in given for key in each.keys)]
     if len(matching) == 1:
@@ -41,9 +38,20 @@ def read_row(value: Mapping[str, Any], source: str, columns: Mapping[str, str] |
     raise DataError([f"{source}: {_why_none(given, tried)}"])
 
 
+def renamed(value: Mapping[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The object under the keys of a format. Raises DataError if it lacks a key that `columns` names."""
+    if missing := [column for column in columns.values() if column not in value]:
+        raise DataError([f'{source}: no "{missing[0]}", which data.columns names{near_key(value, missing[:1])}'])
+    given = {key: held for key, held in value.items() if key not in columns.values()}
+    return given | {key: value[column] for key, column in columns.items()}
+
+
 def _why_none(given: Mapping[str, Any], tried: list[Format]) -> str:
     if given.keys() >= PREFERENCE:
-        return 'the row is a preference ("chosen" and "rejected"), and supervised training needs one answer'
+        return (
+            'the row is a preference ("chosen" and "rejected"), and supervised training needs one answer; train on '
+            "preferences with --objective dpo, orpo or kto"
+        )
     for each in tried:
         present = [key for key in each.keys if key in given]
         if present:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reparam.data.formats.format import Format, chat_row, check_strings
+from reparam.data.formats.format import Format, chat_row, check_strings, without_loss
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -12,12 +12,7 @@ from reparam.errors import DataError
 def _read(value: dict[str, Any], source: str) -> Row:
     prompt, completion = value.pop("prompt"), value.pop("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        # Only answers of the completion carry loss.
-        earlier = [
-            {**message, "train": False} if isinstance(message, dict) and message.get("role") == "assistant" else message
-            for message in prompt
-        ]
-        return chat_row([*earlier, *completion], value, source)
+        return chat_row([*without_loss(prompt), *completion], value, source)
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError([f'{source}: "prompt" and "completion" must both be strings, or both lists of messages'])
     check_strings({"prompt": prompt, "completion": completion}, ("prompt", "completion"), source)

@@ -41,6 +41,14 @@ def chat_row(messages: object, columns: dict[str, Any], source: str) -> Row:
     return Row("chat", source, messages=checked_messages(messages, source), variables=variables, columns=columns)
 
 
+def without_loss(prompt: Sequence[Any]) -> list[Any]:
+    """The messages of a prompt: only the answers that follow it carry loss."""
+    return [
+        {**message, "train": False} if isinstance(message, dict) and message.get("role") == "assistant" else message
+        for message in prompt
+    ]
+
+
 def _variables(columns: dict[str, Any], source: str) -> dict[str, Any]:
     """The variables of the chat template, taken out of the columns."""
     found: dict[str, Any] = {}

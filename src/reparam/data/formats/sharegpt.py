@@ -20,11 +20,12 @@ ROLES = {
 def _read(value: dict[str, Any], source: str) -> Row:
     turns = read_json(value.pop("conversations"))
     if isinstance(turns, list):
-        turns = [_message(turn, f"{source}: message {n}") for n, turn in enumerate(turns, start=1)]
+        turns = [message_of(turn, f"{source}: message {n}") for n, turn in enumerate(turns, start=1)]
     return chat_row(turns, value, source)
 
 
-def _message(turn: object, where: str) -> Any:
+def message_of(turn: object, where: str) -> Any:
+    """The message of a turn with `from` and `value`; anything else as it is. `where` is for the error message."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn  # a message with role and content is read as it is
     others = {key: held for key, held in turn.items() if key not in ("from", "value") and held is not None}

@@ -59,6 +59,15 @@ class Mixture(MixtureSettings):
         if all(map(self.is_plain, sites)):
             raise ValueError(f"{self.name}: plain={self.plain!r} matches all {len(sites)} sites and leaves no mixture")
 
+    def idle_settings(self) -> list[str]:
+        """A sentence if the router that was asked to have a bias has none."""
+        if not self.router_bias or self.router in ("token", "two_pass"):
+            return []
+        return [
+            f"{self.name}: router_bias=true has no effect with router={self.router!r}, which has no bias; set "
+            f"router_bias=false, or use router='token' or 'two_pass'"
+        ]
+
     def notes(self, sites: list[Site]) -> list[str]:
         """A warning if the task's loss gives the router no gradient."""
         if self.select != "top_k" or self.gate != "one":

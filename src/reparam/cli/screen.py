@@ -1,0 +1,35 @@
+"""The console of the command line, and where its waits are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from reparam.core.progress import listening
+from reparam.train import processes
+
+console = Console()
+
+
+@contextmanager
+def waits(verb: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Show the waits inside the block, unless the verb prints JSON, or another process prints.
+
+    They are bars on a terminal. If standard output is none, they go to standard error: as bars if that is a terminal,
+    otherwise as lines.
+    """
+    if settings.get("json") or console.quiet or processes.rank() > 0:
+        yield
+        return
+    from reparam.evaluation.waits import Waits
+
+    shown = Waits(console if console.is_terminal else Console(stderr=True))
+    shown.opening(f"starting {verb}")
+    try:
+        with listening(shown):
+            yield
+    finally:
+        shown.close()

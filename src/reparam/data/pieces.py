@@ -1,0 +1,308 @@
+"""Tokenize texts piece by piece, and remember the tokens of the pieces that occur often, which is much faster.
+
+Byte-level BPE first divides a text into words with a regular expression, and then each word into tokens. With the
+expressions below, a word ends before a single space between two other characters that are not white space, whatever
+else stands around it. So a text can be cut there: the tokens of the pieces are the tokens of the text. Pieces that have
+been seen are looked up. Other pieces, and all texts of other kinds of tokenizers, go through the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The expressions of GPT-2; Llama 3 and GPT-4; Qwen 2 and 3; GPT-4o; as tokenizer.json holds them.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+EXPRESSIONS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
+    rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+KNOWN = 1 << 17  # pieces that are remembered
+LONGEST = 64  # characters of a piece that is remembered
+_SAFE = re.compile(r"(?<=\S) (?=\S)")
+_BESIDE = [f"{a}{b}" for space in "\t\n\v\f\r\x1c\x1d\x1e\x1f " for a, b in ((space, " "), (" ", space))]
+
+
+class Located(Protocol):
+    """The tokens of a text, and where they stand in it."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids, [T] int32."""
+
+    def before(self, position: int) -> tuple[int, bool]:
+        """Number of tokens that begin before a character, and whether the last of them ends behind its start."""
+
+    def text_bytes(self, first: int, end: int) -> int:
+        """UTF-8 bytes of the text of the tokens first ... end - 1."""
+
+
+class ByOffsets(NamedTuple):
+    """Tokens with the character range of each."""
+
+    text: str
+    ids: np.ndarray
+    offsets: Sequence[tuple[int, int]]
+
+    def before(self, position: int) -> tuple[int, bool]:
+        """As `Located.before`."""
+        count = bisect_left(self.offsets, position, key=lambda pair: pair[0])
+        return count, count > 0 and self.offsets[count - 1][1] > position
+
+    def text_bytes(self, first: int, end: int) -> int:
+        """As `Located.text_bytes`."""
+        start = self.offsets[first - 1][1] if first else 0
+        return len(self.text[start : self.offsets[end - 1][1]].encode()) if first < end else 0
+
+
+class _Part(NamedTuple):
+    """A part of a text: an added token, or what stands between two of them."""
+
+    start: int  # its first character
+    first: int  # the number of its first token
+    words: list[str] | None  # the pieces, without the space before all but the first one; None for an added token
+
+
+class ByPieces:
+    """Tokens that were found piece by piece."""
+
+    def __init__(self, pieces: Pieces, text: str, parts: Sequence[_Part], ids: np.ndarray) -> None:
+        self._pieces, self._text, self._parts, self.ids = pieces, text, parts, ids
+        self._ends: dict[int, np.ndarray] = {}  # the character behind each piece of a part
+        self._whole: Located | None = None
+
+    def before(self, position: int) -> tuple[int, bool]:
+        """As `Located.before`."""
+        number = bisect_left(self._parts, position, key=lambda part: part.start) - 1
+        if number < 0:
+            return 0, False
+        part = self._parts[number]
+        end, following = self._behind(number)
+        if part.words is None:
+            return part.first + 1, end > position
+        if position == end and not self._text[end - 1].isspace():
+            return following, False
+        piece, start, first = self._piece(number, position)
+        count, inside = self._pieces.located(piece).before(position - start)
+        return first + count, inside
+
+    def text_bytes(self, first: int, end: int) -> int:
+        """As `Located.text_bytes`."""
+        sizes = self._pieces.sizes
+        if sizes is not None:
+            return int(sizes[self.ids[first:end]].sum())
+        if self._whole is None:
+            (self._whole,) = self._pieces.with_offsets([self._text])
+        return self._whole.text_bytes(first, end)
+
+    def _behind(self, number: int) -> tuple[int, int]:
+        """The character and the token behind a part."""
+        if number + 1 < len(self._parts):
+            return self._parts[number + 1].start, self._parts[number + 1].first
+        return len(self._text), len(self.ids)
+
+    def _piece(self, number: int, position: int) -> tuple[str, int, int]:
+        """The piece of a part that ends at or behind a character: its text, its first character, its first token."""
+        part, (end, following) = self._parts[number], self._behind(number)
+        words = part.words or []
+        if position <= part.start + len(words[0]):
+            return words[0], part.start, part.first
+        last = f" {words[-1]}"
+        if position > end - len(last):
+            return last, end - len(last), following - self._pieces.count(last)
+        if number not in self._ends:
+            sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words)) + 1
+            self._ends[number] = part.start - 1 + np.cumsum(sizes)
+        at = int(np.searchsorted(self._ends[number], position))
+        first = part.first + self._pieces.count(words[0]) + sum(self._pieces.count(f" {w}") for w in words[1:at])
+        return f" {words[at]}", int(self._ends[number][at - 1]), first
+
+
+class Pieces:
+    """Tokenizes texts, without adding special tokens. `of` makes it for a tokenizer that it suits."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._added = {token.content: np.int32(number).tobytes() for number, token in added.items()}
+        names = sorted(filter(None, self._added), key=len, reverse=True)
+        self._between_added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self._begin_added = {name[0] for name in names}
+        self._first: dict[str, bytes] = {}  # pieces -> their token ids
+        self._later: dict[str, bytes] = {}  # pieces without the space that they begin with -> their token ids
+        self._located: dict[str, ByOffsets] = {}
+        self.sizes = None if tokenizer.backend_tokenizer.normalizer is not None else self._sizes()
+        """Number of bytes of each token, [V]; None if the tokens are those of a normalized text."""
+
+    def _sizes(self) -> np.ndarray:
+        """Each character of a token of the vocabulary stands for one byte; added tokens are written as they are."""
+        names = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
+        return np.array([len(name.encode() if name in self._added else name) for name in names], dtype=np.int64)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
+        """For this tokenizer; None if its texts cannot be cut at spaces for certain."""
+        if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
+            return None
+        state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        plain = all(not (t["lstrip"] or t["rstrip"] or t["single_word"]) for t in state["added_tokens"])
+        kinds = {t["normalized"] for t in state["added_tokens"]}
+        one_kind = len(kinds) <= 1 and (state["normalizer"] is None or True not in kinds)
+        model = state["model"]
+        bpe = model["type"] == "BPE" and not model.get("dropout") and not model.get("end_of_word_suffix")
+        fits = plain and one_kind and bpe and _divides_words(state) and _keeps_offsets(state["post_processor"])
+        return cls(tokenizer) if fits else None
+
+    def __call__(self, texts: Sequence[str]) -> list[Located]:
+        """The tokens of each text."""
+        # Every second segment is an added token. Most texts hold none; looking for a character is much faster.
+        segments = [
+            self._between_added.split(text) if any(start in text for start in self._begin_added) else [text]
+            for text in texts
+        ]
+        words = [[_words(plain) if plain else [] for plain in each[::2]] for each in segments]
+        made = self._unknown(plain for each in words for plain in each)
+        return [self._one(*each, made) for each in zip(texts, segments, words, strict=True)]
+
+    def _one(
+        self, text: str, segments: Sequence[str], words: Sequence[list[str]], made: Mapping[str, bytes]
+    ) -> ByPieces:
+        parts: list[_Part] = []
+        found: list[bytes] = []
+        start = first = 0
+        for number, segment in enumerate(segments):
+            if not segment:
+                continue
+            added = number % 2 == 1
+            parts.append(_Part(start, first, None if added else words[number // 2]))
+            found.append(self._added[segment] if added else self._tokens(words[number // 2], made))
+            start += len(segment)
+            first += len(found[-1]) // 4
+        return ByPieces(self, text, parts, np.frombuffer(b"".join(found), dtype=np.int32))
+
+    def _tokens(self, words: list[str], made: Mapping[str, bytes]) -> bytes:
+        """The token ids of consecutive pieces, as bytes of int32. `made` has those of pieces that are not known."""
+        head, *tail = words
+        first = self._first.get(head) or made[head]
+        try:
+            return first + b"".join(map(self._later.__getitem__, tail))
+        except KeyError:
+            return first + b"".join([self._later.get(word) or made[f" {word}"] for word in tail])
+
+    def _unknown(self, texts: Iterable[list[str]]) -> dict[str, bytes]:
+        """The token ids of the pieces of these texts that are not known."""
+        heads: set[str] = set()
+        tails: set[str] = set()  # the heads, too: that is faster than to leave them out
+        for words in texts:
+            heads.update(words[:1])
+            tails.update(words)
+        unknown = [head for head in heads if head not in self._first]
+        unknown += [f" {word}" for word in tails if word not in self._later]
+        return self._encoded(sorted(unknown)) if unknown else {}
+
+    def _encoded(self, pieces: list[str]) -> dict[str, bytes]:
+        """The token ids of pieces that are not known; short ones are known from now on, while there is room."""
+        found = self._plain().encode_batch_fast(pieces, add_special_tokens=False)
+        made = {piece: np.array(each.ids, dtype=np.int32).tobytes() for piece, each in zip(pieces, found, strict=True)}
+        for piece, ids in made.items():
+            if len(piece) <= LONGEST:
+                known, name = (self._later, piece[1:]) if piece.startswith(" ") else (self._first, piece)
+                if len(known) < KNOWN:
+                    known[name] = ids
+        return made
+
+    def count(self, piece: str) -> int:
+        """Number of tokens of a piece."""
+        known = self._later.get(piece[1:]) if piece.startswith(" ") else self._first.get(piece)
+        return len(known if known is not None else self._encoded([piece])[piece]) // 4
+
+    def located(self, piece: str) -> ByOffsets:
+        """A piece with the character range of each token."""
+        if piece not in self._located:
+            if len(self._located) >= KNOWN // 8:
+                self._located.clear()
+            found = self._plain().encode(piece, add_special_tokens=False)
+            self._located[piece] = ByOffsets(piece, np.array(found.ids, dtype=np.int32), found.offsets)
+        return self._located[piece]
+
+    def with_offsets(self, texts: Sequence[str]) -> Sequence[Located]:
+        """The tokens of each text, found by the tokenizer."""
+        return with_offsets(self._tokenizer, texts)
+
+    def _plain(self) -> Any:
+        """The tokenizer of the library tokenizers, without truncation and padding, which other calls may have set."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+
+def with_offsets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Located]:
+    """The tokens of each text with the character range of each token; no special tokens are added."""
+    if not texts:
+        return []
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,  # do not warn of rows longer than the model's limit; they are truncated or split later
+    )
+    found = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+    return [ByOffsets(text, np.array(ids, dtype=np.int32), offsets) for text, ids, offsets in found]
+
+
+def _words(text: str) -> list[str]:
+    """The text, divided at every single space between two characters that are not white space."""
+    core = text.strip()
+    if not core or not text.isascii() or any(beside in core for beside in _BESIDE):
+        return _SAFE.split(text)
+    words = core.split(" ")  # faster than the expression
+    start = text.index(words[0])
+    words[0] = text[:start] + words[0]
+    words[-1] += text[start + len(core) :]
+    return words
+
+
+def _divides_words(state: dict[str, Any]) -> bool:
+    """Whether the tokenizer divides texts into words with one of EXPRESSIONS and without a space before the text."""
+    if state["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    steps = state["pre_tokenizer"] or {"type": ""}
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return False
+    if steps[-1].get("use_regex", True):
+        return all(step["type"] == "Digits" for step in steps[:-1])
+    split = steps[0]
+    return (
+        len(steps) == 2
+        and split["type"] == "Split"
+        and split["pattern"].get("Regex") in EXPRESSIONS
+        and split["behavior"] == "Isolated"
+        and not split["invert"]
+    )
+
+
+def _keeps_offsets(processor: dict[str, Any] | None) -> bool:
+    """Whether the ranges of a piece's tokens are those in the text: the first token must not be an exception."""
+    steps = [] if processor is None else processor.get("processors", [processor])
+    return not any(s["type"] == "ByteLevel" and s["trim_offsets"] and s["add_prefix_space"] for s in steps)

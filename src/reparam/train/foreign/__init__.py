@@ -1,0 +1,1 @@
+"""Configurations of other tools, read as ones of reparam: one file for each tool."""

@@ -1,0 +1,65 @@
+"""What an objective is: how it reads rows, what it trains, and how it scores held-out rows."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from reparam.errors import ConfigError
+from reparam.evaluation.score import Answer, Score
+from reparam.train.config import Config
+from reparam.train.data import Data
+from reparam.train.job import Job
+from reparam.train.sections import PreferConfig
+from reparam.train.show import Show
+from reparam.train.trainer import Resumable
+
+
+class Objective(abc.ABC):
+    """One value of `run.objective`."""
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    """The keys of the configuration for preferences that change something."""
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for settings that the objective does not use or cannot use."""
+        given = {
+            f"prefer.{f.name}": getattr(config.prefer, f.name) != f.default for f in dataclasses.fields(PreferConfig)
+        }
+        if self.name != "sft":
+            alone = {
+                "run.metric": config.run.metric != "loss",
+                "run.samples": config.run.samples > 0,
+                "run.group_by_length": config.run.group_by_length,
+            }
+            if unread := [key for key, changed in alone.items() if changed]:
+                raise ConfigError(f"{unread[0]}: the objective {self.name} does not support it; leave it out")
+        given["optim.beta"] = config.optim.beta is not None
+        if idle := [key for key, changed in given.items() if changed and key not in self.reads]:
+            raise ConfigError(
+                f"{idle[0]}: the objective {self.name} does not use it; leave it out, or choose another run.objective"
+            )
+
+    @abc.abstractmethod
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Read and encode all rows. Raises DataError for rows, and ConfigError for settings, that cannot be used."""
+
+    def loss(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+        """A context for training, in which the model computes its loss as configured."""
+        return contextlib.nullcontext()
+
+    @abc.abstractmethod
+    def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Resumable:
+        """The trainer. `arguments` are those of transformers' TrainingArguments, `others` those of the trainer."""
+
+    def start(self, job: Job) -> str | None:
+        """The name of the adapter to which the trained one is compared; None for the base alone."""
+        return None
+
+    @abc.abstractmethod
+    def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
+        """Score the model with the selected adapter on the held-out rows. Returns scores and any answers."""

@@ -1,0 +1,102 @@
+"""What the objectives for preferences share: how they read, encode and score pairs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from reparam.adapter.selection import select
+from reparam.data.preferences import Preference, Preferences, encode_preferences, read_pairs
+from reparam.data.tasks import task_names
+from reparam.errors import ConfigError
+from reparam.evaluation.preferences import log_probabilities, score_rewards
+from reparam.evaluation.score import Answer, Score
+from reparam.train.config import Config
+from reparam.train.data import Data, divided
+from reparam.train.job import Job
+from reparam.train.model import by_task
+from reparam.train.objectives.objective import Objective
+from reparam.train.objectives.reference import before_training
+
+BETA = 0.1  # TRL's default for all of them
+
+
+def beta_of(config: Config) -> float:
+    """β, or its default."""
+    return BETA if config.optim.beta is None else config.optim.beta
+
+
+class Preferring(Objective):
+    """An objective for preferences."""
+
+    reads: ClassVar[tuple[str, ...]] = ("optim.beta",)
+    compared = True
+    """Whether rewards are relative to the model before training."""
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for settings that the objective cannot use."""
+        super().check(config)
+        unread = {
+            "data.weights": bool(config.data.weights),
+            "data.max_rows": bool(config.data.max_rows),
+            "data.packing": config.data.packing,
+            "data.bad_rows": config.data.bad_rows != "error",
+            "data.too_long": config.data.too_long in ("drop", "split"),
+            "optim.label_smoothing": config.optim.label_smoothing > 0,
+        }
+        if wrong := [key for key, given in unread.items() if given]:
+            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
+        if config.data.loss_on == "all":
+            raise ConfigError(
+                f"data.loss_on: {self.name} compares answers; leave it out, or set it to last for the last answer alone"
+            )
+
+    def read(self, config: Config, source: str) -> list[Preference]:
+        """Read pairs of a chosen and a rejected answer. Raises DataError for rows of another form."""
+        return read_pairs(source, config.data.renamed())
+
+    def ordered(self, items: list[Preference], seed: int) -> list[Preference]:
+        """The items in the order in which they are encoded."""
+        return items
+
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Preferences, and those that are held out."""
+        data, seed = config.data, config.run.seed
+        items = [item for source in data.sources() for item in self.read(config, source)]
+        if data.valid is None:
+            parts = divided(config, items)
+        else:
+            parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
+        train, valid = (self.ordered(part, seed) for part in parts)
+        method, tasks = by_task(config.method, lambda: task_names([row for item in train for row in item.answers]))
+        encoded, others = (
+            encode_preferences(
+                part,
+                tokenizer,
+                max_length=data.max_length,
+                loss_on=data.loss_on,
+                too_long=data.too_long,
+                tasks=tasks,
+            )
+            for part in (train, valid)
+        )
+        return Data(encoded, others, [], method, (encoded, others))
+
+    def start(self, job: Job) -> str | None:
+        """The model before training."""
+        return before_training(job)
+
+    def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
+        """The margin and the accuracy of the rewards on the held-out preferences."""
+        assert isinstance(job.valid, Preferences)
+        return score_rewards(beta_of(job.config) * self._log_ratios(job, job.valid), job.valid), []
+
+    def _log_ratios(self, job: Job, valid: Preferences) -> Tensor:
+        """What rewards are β times of, [E] float64."""
+        size = job.config.run.batch_size
+        own, tokens = log_probabilities(job.model, valid, job.tokenizer, batch=size)
+        if not self.compared:
+            return own / tokens
+        with select(job.model, before_training(job)):
+            return own - log_probabilities(job.model, valid, job.tokenizer, batch=size)[0]

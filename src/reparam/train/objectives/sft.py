@@ -1,0 +1,65 @@
+"""Supervised training: the loss of answers or texts, and exact matches of generated answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainingArguments
+
+from reparam.data.batches import Collator, padding_id
+from reparam.data.preferences import flat
+from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.hf.packed import packed_collator
+from reparam.train.config import Config
+from reparam.train.data import Data, read_data
+from reparam.train.evaluating import Evaluated
+from reparam.train.job import Job
+from reparam.train.losses import loss_of
+from reparam.train.objectives.objective import Objective
+from reparam.train.show import Show
+from reparam.train.trainer import Trainer
+
+
+class SFT(Objective):
+    """The objective sft."""
+
+    name = "sft"
+
+    def data(self, config: Config, tokenizer: Any) -> Data:
+        """Rows of one answer or text each."""
+        return read_data(config, tokenizer)
+
+    def loss(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
+        """The loss in chunks of logits, with smoothed labels."""
+        return loss_of(job, show)
+
+    def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Trainer:
+        """transformers' Trainer."""
+        return Evaluated(
+            job.model,
+            TrainingArguments(**arguments),
+            train_dataset=job.packed or flat(job.train),
+            eval_dataset=flat(job.valid),
+            data_collator=_collate(job),
+            **others,
+        )
+
+    def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
+        """The loss, and exact matches if the rows have answers in words."""
+        scores = [score_loss(job.model, flat(job.valid), job.tokenizer, batch=job.config.run.batch_size)]
+        answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
+        if answers:
+            scores.append(score_answers(answers))
+        return tuple(scores), answers
+
+
+def _collate(job: Job) -> Callable[[list[dict[str, Tensor]]], dict[str, Any]]:
+    """Batches of training rows or of packs of them, and of held-out rows, which are not packed."""
+    rows, packs = Collator(padding_id(job.tokenizer)), packed_collator(job.model, padding_id(job.tokenizer))
+    return lambda examples: packs(examples) if "position_ids" in examples[0] else rows(examples)
+
+
+OBJECTIVE = SFT()
