@@ -39,6 +39,9 @@ _LARGEST = 16 << 20  # bytes of dataset_info.json
 
 
 def _special(given: Given) -> None:
+    if given.take("neat_packing"):  # packs are always such that rows do not see each other
+        given.take("packing")
+        given.put("data.packing", True)
     arguments(given)
     folder = str(given.take("dataset_dir") or "data")
     for key, target in (("dataset", "data.train"), ("eval_dataset", "data.valid")):
@@ -137,6 +140,7 @@ _OTHER = "it is another method or optimizer, which has no counterpart"
 LLAMA_FACTORY = Tool(
     name="LLaMA-Factory",
     own=(
+        "neat_packing",
         *("stage", "finetuning_type", "cutoff_len", "lora_target", "lora_rank", "template", "dataset_dir", "dataset"),
         *("quantization_bit", "plot_loss", "val_size", "overwrite_cache", "preprocessing_num_workers", "max_samples"),
         *("flash_attn", "mask_history", "train_on_prompt", "pure_bf16"),
@@ -181,8 +185,6 @@ LLAMA_FACTORY = Tool(
         "disable_shuffling": "rows are shuffled in each epoch",
         "fp8": "the storages are nf4 and int8",
         "enable_thinking": "reasoning is trained as the rows and the chat template have it",
-        "packing": "rows are not packed",
-        "neat_packing": "rows are not packed",
     },
     defaults={
         "run.epochs": 3,

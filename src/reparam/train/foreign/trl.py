@@ -95,7 +95,6 @@ TRL = Tool(
         "router_aux_loss_coef": "the auxiliary loss of a base's own experts has no counterpart",
         "chat_template_path": "the tokenizer's own chat template is used; save the tokenizer with the other template",
         "lora_target_parameters": "adapters act on modules",
-        "packing": "rows are not packed",
     },
     defaults={
         "run.epochs": 3,
