@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOMS = (
-    *("core", "kernels", "data", "weights", "methods", "optim", "sites", "io", "adapter", "hf", "combine"),
-    *("evaluation", "train", "inspect", "compare", "recipes", "cli"),
+    *("core", "kernels", "data", "weights", "methods", "optim", "sites", "io", "adapter", "hf", "serve"),
+    *("combine", "evaluation", "train", "inspect", "compare", "recipes", "cli"),
 )
 Graph = dict[str, set[str]]
 

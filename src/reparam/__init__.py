@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from reparam import methods as methods
     from reparam import optim as optim
     from reparam import recipes as recipes
+    from reparam import serve as serve
     from reparam import sites as sites
     from reparam import train as train
     from reparam import weights as weights
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from reparam.core.method import Method
     from reparam.core.registry import method, storage
     from reparam.errors import (
+        AnswerFailed,
         BaseError,
         ConfigError,
         DataError,
@@ -62,10 +64,13 @@ if TYPE_CHECKING:
         InputDependentError,
         NotFinite,
         NothingLearned,
+        Refused,
         ReparamError,
         RunLocked,
         StateError,
         Stopped,
+        Unavailable,
+        UnknownAdapter,
         WriteFailed,
     )
     from reparam.hf import prompts
@@ -101,6 +106,7 @@ __all__ = [
     "NF4",
     "AdaLoRA",
     "Adapter",
+    "AnswerFailed",
     "BaseError",
     "BitFit",
     "Blend",
@@ -135,6 +141,7 @@ __all__ = [
     "NothingLearned",
     "Poly",
     "QuantizeReport",
+    "Refused",
     "ReparamError",
     "RunLocked",
     "Selection",
@@ -145,6 +152,8 @@ __all__ = [
     "Storage",
     "TaskGated",
     "Tokens",
+    "Unavailable",
+    "UnknownAdapter",
     "Update",
     "Weight",
     "WriteFailed",
@@ -195,6 +204,7 @@ _HOMES = {  # the module that defines each name
     "Weight": "reparam.core.base",
     "method": "reparam.core.registry",
     "storage": "reparam.core.registry",
+    "AnswerFailed": "reparam.errors",
     "BaseError": "reparam.errors",
     "ConfigError": "reparam.errors",
     "DataError": "reparam.errors",
@@ -204,10 +214,13 @@ _HOMES = {  # the module that defines each name
     "InputDependentError": "reparam.errors",
     "NotFinite": "reparam.errors",
     "NothingLearned": "reparam.errors",
+    "Refused": "reparam.errors",
     "ReparamError": "reparam.errors",
     "RunLocked": "reparam.errors",
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
+    "Unavailable": "reparam.errors",
+    "UnknownAdapter": "reparam.errors",
     "WriteFailed": "reparam.errors",
     "Int8Config": "reparam.hf.quantizer",
     "NF4Config": "reparam.hf.quantizer",
@@ -253,6 +266,7 @@ _MODULES = {  # submodules that are attributes of the package
     "optim": "reparam.optim",
     "prompts": "reparam.hf.prompts",
     "recipes": "reparam.recipes",
+    "serve": "reparam.serve",
     "sites": "reparam.sites",
     "train": "reparam.train",
     "weights": "reparam.weights",

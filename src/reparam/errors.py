@@ -9,6 +9,10 @@
     ├── DuplicateKey         (ValueError)          a JSON object has a key twice
     ├── StateError           (ValueError)          a training state cannot be saved or restored
     ├── RunLocked            (ValueError)          another process is using the run folder
+    ├── Refused              (ValueError)          a request that the serving engine cannot answer
+    │   └── UnknownAdapter   (Refused)             no adapter has the name that a request gives
+    ├── Unavailable          (RuntimeError)        the serving engine is full, starts again, or is closed
+    ├── AnswerFailed         (RuntimeError)        the serving engine failed while it computed an answer
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
     ├── DiskFull             (OSError)             the disk has no room for a result
@@ -87,6 +91,22 @@ class StateError(ReparamError, ValueError):
 
 class RunLocked(ReparamError, ValueError):  # noqa: N818  (reads as what happened)
     """Another process is using the run folder."""
+
+
+class Refused(ReparamError, ValueError):  # noqa: N818  (reads as what happened)
+    """The serving engine cannot answer this request; the message names what is wrong in it. Nothing was computed."""
+
+
+class UnknownAdapter(Refused):
+    """No adapter has the name that a request gives. The base never answers instead."""
+
+
+class Unavailable(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
+    """The serving engine takes no request: it is full, starts again after a fault, or is closed. Try again later."""
+
+
+class AnswerFailed(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
+    """The serving engine failed while it computed an answer, or an adapter's scores are not numbers."""
 
 
 class NotFinite(ReparamError, FloatingPointError):  # noqa: N818  (reads as what happened)

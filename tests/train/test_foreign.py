@@ -380,3 +380,23 @@ def test_options_override_the_file_and_the_notes_are_printed(
     assert not (tmp_path / "out").exists()
     assert reparam("train", "--from", file, "--config", file) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "expected"),
+    [
+        (AXOLOTL, "chat_template: chatml", {"chat_template": "chatml"}),
+        (AXOLOTL, "chat_template: tokenizer_default", {}),
+        (TRL, "chat_template_path: ./chat.jinja", {"chat_template": "./chat.jinja"}),
+        (
+            LLAMA_FACTORY,
+            "default_system: Be kind.\nenable_thinking: false",
+            {"system": "Be kind.", "thinking": False},
+        ),
+    ],
+)
+def test_how_chats_are_written(tmp_path: Path, text: str, more: str, expected: dict[str, Any]) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"names": {"file_name": "names.json"}}))
+    _, config = read(f"{text.replace('DIR', str(tmp_path))}\n{more}\n", tmp_path)
+    keys = ("chat_template", "system", "thinking")
+    assert {key: value for key in keys if (value := getattr(config.data, key)) is not None} == expected

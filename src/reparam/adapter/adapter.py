@@ -17,6 +17,7 @@ from reparam.core.controller import Controller
 from reparam.core.method import Method
 from reparam.core.text import counted
 from reparam.io import files
+from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted
@@ -46,6 +47,8 @@ class Adapter:
         self.replaced: dict[str, Replaced] = {}
         self.shared: nn.Module | None = None
         self.controller: Controller | None = None
+        self.prompt_format: PromptFormat | None = None
+        """How the adapter is prompted, which `save` writes beside it; None when unknown."""
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -178,6 +181,7 @@ class Adapter:
             ),
             tied={path: Tied(site, self.modules[path].kind) for path, site in self.tied.items()},
             modules=tuple(path for path, _ in walk(self.model)),
+            prompt_format=self.prompt_format,
         )
 
     def check_values(self, what: str) -> None:

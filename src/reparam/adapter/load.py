@@ -95,6 +95,7 @@ def place(
     except (ValueError, re.error, RuntimeError) as error:  # tied weights, conflicts; an invalid pattern or rank
         raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
     fill(adapter, record, folder)
+    adapter.prompt_format = record.prompt_format
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     adapter.requires_grad_(False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from reparam.core.base import Factors, Update
+from reparam.core.base import Factors
 from reparam.sites.bank import Bank
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
@@ -59,7 +59,7 @@ class Slots:
         taken = set(self._by_name.values())
         slot = self._by_name.setdefault(adapter.name, next(i for i in range(len(taken) + 1) if i not in taken))
         for path in self._sites:
-            self._bank(path).write(slot, *self._contents(adapter, path), exact)
+            self._bank(path).write(slot, *contents_of(self._sites[path], adapter.name), exact)
 
     def remove(self, name: str) -> None:
         """Free the slot of an adapter that is removed, if it has one, and the memory of tables that are half empty."""
@@ -80,15 +80,6 @@ class Slots:
             site.updates[BANK] = Bank(site.frozen, self._routing).train(site.training)
             site.updates[BANK].free(max(self._by_name.values(), default=0))  # type: ignore[operator]
         return site.updates[BANK]  # type: ignore[return-value]
-
-    def _contents(self, adapter: Adapter, path: str) -> tuple[Factors | None, Tensor | None]:
-        """What the bank at a site holds for this adapter: its factors, and its change of the bias [O]."""
-        site = self._sites[path]
-        update: Update | None = adapter.modules.get(path) and site.updates[adapter.name]  # type: ignore[assignment]
-        own = site.biases[adapter.name] - site.bias if adapter.name in site.biases else None
-        offset = None if update is None else update.bias_delta()
-        change = own if offset is None else offset if own is None else own + offset
-        return None if update is None else update.factors(site.frozen), change
 
     @torch.no_grad()
     def _make_room(self, used: Sequence[Adapter], stale: Sequence[Adapter], budget: int) -> None:
@@ -111,7 +102,19 @@ class Slots:
                 del others[name]
 
     def _bytes_for(self, adapter: Adapter) -> int:
-        return sum(self._bank(path).bytes_for(*self._contents(adapter, path)) for path in self._sites)
+        return sum(self._bank(path).bytes_for(*contents_of(self._sites[path], adapter.name)) for path in self._sites)
 
     def _bytes_of(self, name: str) -> int:
         return sum(bank.bytes_of(self._by_name[name]) for bank in self.banks().values())
+
+
+def contents_of(site: Adapted, name: str) -> tuple[Factors | None, Tensor | None]:
+    """What a bank at a site holds for this adapter: its factors, and its change of the bias [O].
+
+    Raises InputDependentError if the adapter's update has no factors.
+    """
+    update: Any = site.updates[name] if name in site.updates else None  # noqa: SIM401  (a ModuleDict has no `get`)
+    own = site.biases[name] - site.bias if name in site.biases else None
+    offset = None if update is None else update.bias_delta()
+    change = own if offset is None else offset if own is None else own + offset
+    return None if update is None else update.factors(site.frozen), change

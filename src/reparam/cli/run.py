@@ -8,30 +8,142 @@ from typing import Annotated
 import typer
 
 from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console
+from reparam.cli.screen import messages
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to answer or continue. Without it, a chat starts.")] = None,
     base: Base = None,
-    adapter: AdapterFolder = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Folder of an adapter (reparam's or PEFT's) or of a training run. Several adapters of one base answer "
+            "side by side, in one batch.",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     storage: StorageName = None,
-    compare: Annotated[bool, typer.Option(help="Show the base model's answer beside the adapter's.")] = False,
-    raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 128,
+    compare: Annotated[bool, typer.Option(help="Also show the base model's answer.")] = False,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Continue the prompt as plain text, or put it into the chat template. By default, as the adapter was "
+            "trained; without an adapter, as a chat.",
+            show_default=False,
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            "--chat_template",
+            help="Chat template: a name such as plain or llama3, a .jinja file, or a folder. By default, the one that "
+            "the adapter was trained with.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="System message; an empty one for none. By default, the one that the adapter was trained with."
+        ),
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Let the model think before it answers, for chat templates with a variable for it.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample tokens, with logits divided by this number; 0 takes the likeliest token. By default, tokens "
+            "are sampled only if --top-p or --top-k is given."
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", "--top_p", help="Sample only among the likeliest tokens with this sum of probabilities."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "--top_k", help="Sample only among this number of the likeliest tokens.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            "--repetition_penalty",
+            help="Above 1, tokens that stand in the text already become less likely.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Maximum length of an answer in tokens."),
+    ] = 128,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts to answer: rows in any format, whose answers may be absent.")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="With --prompts: under which keys its rows hold those of a format, such as prompt=question."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --prompts: JSONL file for the answers.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch_size", min=1, help="With --prompts: prompts per forward pass.")
+    ] = 16,
     task: TaskName = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Generate text with a base model and, optionally, an adapter.
+    """Generate text with a base model and, optionally, adapters.
 
     [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
-    """
-    from reparam.recipes.chat import Chat
 
-    chat = Chat(base, adapter, dtype=dtype, raw=raw, max_new_tokens=max_new_tokens, storage=storage, task=task)
-    if prompt is not None:
-        chat.answer(prompt, console, compare=compare)
+    [bold]reparam generate --prompts test.jsonl -o answers.jsonl --adapter out/first --adapter out/second[/bold]
+    """
+    from reparam.data.questions import read_questions
+    from reparam.evaluation.complete import Sampling
+    from reparam.evaluation.terminal import note, say
+    from reparam.recipes.answers import check_output, write_answers
+    from reparam.recipes.chat import Asking, Chat
+    from reparam.train.sections import DataConfig
+
+    if prompts is None and (output is not None or columns is not None):
+        raise ValueError("--output and --columns are for --prompts, a file of prompts; leave them out, or add it")
+    if prompts is not None and prompt is not None:
+        raise ValueError("a prompt and --prompts are both given; leave one out")
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+    questions = read_questions(prompts, renamed) if prompts is not None else []
+    chat = Chat(
+        base,
+        adapter or [],
+        compare=compare,
+        asking=Asking(raw, chat_template, system, thinking),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        storage=storage,
+        task=task,
+    )
+    for told in chat.notes():
+        say(messages, note("note", told))
+    if prompts is not None:
+        write_answers(chat, questions, output, batch=batch_size, console=console)
+    elif prompt is not None:
+        chat.answer(prompt, console)
     else:
-        chat.loop(console, compare=compare)
+        chat.loop(console)
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from reparam.core.progress import listening
 from reparam.train import processes
 
 console = Console()
+messages = Console(stderr=True)  # for what is no result
 
 
 @contextmanager

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from reparam.cli.config_options import ALIASES, with_options
 from reparam.cli.options import ConfigFile, console
 from reparam.errors import ConfigError
-from reparam.evaluation.terminal import say
+from reparam.evaluation.terminal import say, say_line
 
 
 @with_options
@@ -24,6 +25,9 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", "--dry_run", help="Show the resolved configuration and what would be trained; stop."),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print progress and result as lines of JSON, and nothing else.")
     ] = False,
     overrides: Any = None,
 ) -> None:
@@ -42,28 +46,33 @@ def train(
     if processes.rank() > 0:
         warnings.simplefilter("ignore")
         console.quiet = True
+    words = Console(quiet=True) if json else console
     if foreign is not None:
-        overrides = {**_converted(foreign, config), **overrides}
+        overrides = {**_converted(foreign, config, words), **overrides}
     resolved = resolve(config, overrides)
     check_inputs(resolved)
     if not dry_run:
         base, rows = resolved.base.path, ", ".join(resolved.data.sources())
-        say(console, f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}")
+        say(words, f"training {resolved.method.name} on {base} with {rows}; results go to {resolved.run.output}")
     # These import transformers, which takes seconds.
     from reparam.train.run import rehearse
     from reparam.train.run import train as run
     from reparam.train.show import Show
+    from reparam.train.show_json import ShowJson
 
+    show = ShowJson(console) if json else Show(console)
     if dry_run:
-        rehearse(resolved, show=Show(console))
+        rehearse(resolved, show=show)
         return
-    result = run(resolved, show=Show(console))
+    result = run(resolved, show=show)
     if result.signal is not None:
-        say(console, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
+        if json:
+            say_line(console, {"event": "stopped", "signal": result.signal, "folder": str(result.folder)})
+        say(words, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)
 
 
-def _converted(file: Path, config: Path | None) -> dict[str, Any]:
+def _converted(file: Path, config: Path | None, console: Console) -> dict[str, Any]:
     """The settings in a file of another tool. Prints what it took from the tool, and what has no counterpart."""
     from reparam.train.foreign.convert import convert
 

@@ -184,7 +184,15 @@ def blend(
     method = LoRA(r=most, alpha=float(most), scaling="none", rank_pattern=differing)
     bases = [record.base for _, record in operands if record.base is not None]
     told = max(bases, key=lambda b: bool(b.digests)) if bases else None
-    summed = Record(method, sites, tensors, base=told, tied=all_ties(operands))
+    asked = {record.prompt_format for _, record in operands}
+    summed = Record(
+        method,
+        sites,
+        tensors,
+        base=told,
+        tied=all_ties(operands),
+        prompt_format=asked.pop() if len(asked) == 1 else None,
+    )
     return Blend(summed, tuple(found), space, idle)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from reparam.data.answers import PROBE, Answers, Render, Rendered, Span
+from reparam.data.answers import PROBE, Answers, Render, Rendered, Span, text_or_none
 from reparam.data.forms import Form
 from reparam.data.messages import Messages, learned
 from reparam.data.omissions import Omissions
@@ -21,6 +21,7 @@ from reparam.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THINKING = ("enable_thinking", "thinking")  # names of the variable in the templates of model families
 LossOn = Literal["answers", "last", "all"]
 
 
@@ -111,6 +112,24 @@ class ChatTemplate:
         if at >= 0 and (found := self._added.search(text, at + len(PROBE))):
             return found.group()
         return Answers(rendered, self._specials, marked=self._marked).closing(messages, text)
+
+    def takes_system(self) -> bool:
+        """Whether the template writes a system message."""
+        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+        return PROBE in (text_or_none(self._renderer({}), messages, generation_prompt=True) or "")
+
+    def thinking_variable(self) -> str | None:
+        """The variable that turns thinking on and off: one of `THINKING` that changes a text; None if none does."""
+        asked = [{"role": "user", "content": "a"}]
+        answered = [*asked, {"role": "assistant", "content": "b"}]
+        for name in THINKING:
+            on, off = (
+                (text_or_none(render, asked, generation_prompt=True), text_or_none(render, answered))
+                for render in (self._renderer({name: value}) for value in (True, False))
+            )
+            if on != off:
+                return name
+        return None
 
     def unused(self) -> list[str]:
         """The keys of messages and the variables that changed no text so far."""

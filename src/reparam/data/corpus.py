@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -109,6 +109,8 @@ class Corpus:
     max_length: int
     largest: int
     """The largest token id."""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows of each kind: chat, completion and text."""
     counts: Sequence[int] = ()
     """Number of rows read from each source, in order."""
     notes: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ files when they are large. Rows without loss tokens are refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain
 from pathlib import Path
@@ -100,10 +101,12 @@ def encode_all(
     arrays = Arrays(growing(folder))
     lengths = Lengths(arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks)
     columns: set[str] = set()
+    kinds: Counter[str] = Counter()
     with waiting("encoding rows", len(rows) if isinstance(rows, Sized) else about, unit="rows") as advance:
         for batch in _batches(_with_template(chain([start], iterator), tokenizer)):
             findings.begin(batch, lengths.rows)
             columns.update(*(row.columns for row in batch))
+            kinds.update(row.kind for row in batch)
             lengths.add(batch, tokenize(batch))
             advance(len(batch))
     findings.raise_problems()
@@ -116,6 +119,7 @@ def encode_all(
         unused=[*sorted(columns), *tokenize.unused()],
         max_length=max_length,
         largest=arrays.largest,
+        kinds=dict(kinds),
     )
 
 
@@ -155,8 +159,8 @@ def _with_template(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> I
             raise DataError(
                 [
                     f"{row.source}: the tokenizer has no chat template, which {counted(count, 'chat row')} need; "
-                    "train on prompt and completion instead, add a chat_template.jinja to the tokenizer's folder, or "
-                    "use a base model that was tuned for chats"
+                    "train on prompt and completion instead, choose a template (--data.chat_template plain suits every "
+                    "base), add a chat_template.jinja to the tokenizer's folder, or use a base that was tuned for chats"
                 ]
             )
         yield row

@@ -35,8 +35,6 @@ EXPRESSIONS = (
 )
 KNOWN = 1 << 17  # pieces that are remembered
 LONGEST = 64  # characters of a piece that is remembered
-_SAFE = re.compile(r"(?<=\S) (?=\S)")
-_BESIDE = [f"{a}{b}" for space in "\t\n\v\f\r\x1c\x1d\x1e\x1f " for a, b in ((space, " "), (" ", space))]
 
 
 class Located(Protocol):
@@ -272,14 +270,16 @@ def with_offsets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Se
 
 def _words(text: str) -> list[str]:
     """The text, divided at every single space between two characters that are not white space."""
-    core = text.strip()
-    if not core or not text.isascii() or any(beside in core for beside in _BESIDE):
-        return _SAFE.split(text)
-    words = core.split(" ")  # faster than the expression
-    start = text.index(words[0])
-    words[0] = text[:start] + words[0]
-    words[-1] += text[start + len(core) :]
-    return words
+    words = text.split(" ")
+    if "" not in words and words == list(map(str.strip, words)):
+        return words
+    found = words[:1]
+    for word in words[1:]:
+        if word and not word[0].isspace() and found[-1] and not found[-1][-1].isspace():
+            found.append(word)
+        else:
+            found[-1] = f"{found[-1]} {word}"
+    return found
 
 
 def _divides_words(state: dict[str, Any]) -> bool:

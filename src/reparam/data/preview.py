@@ -46,7 +46,7 @@ class Preview:
             ("tokens without loss", NO_LOSS if color else ""),
         )
         for index in range(self._rows):
-            runs = list(self._runs(index))
+            runs = list(self.runs(index))
             loss = sum(count for carries, count, _ in runs if carries)
             source, tokens = printable(self._encoded.sources[index]), counted(sum(r[1] for r in runs), "token")
             yield Text(f"{source}: {tokens}, {loss:,} with loss")
@@ -59,7 +59,7 @@ class Preview:
                     body.append(f"{opening}{shown}{closing}" if carries else shown)
             yield body
 
-    def _runs(self, index: int) -> Iterator[tuple[bool, int, str]]:
+    def runs(self, index: int) -> Iterator[tuple[bool, int, str]]:
         """Runs of consecutive tokens that all carry loss or all do not: (carries loss, number of tokens, text)."""
         example = self._encoded[index]
         pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)

@@ -21,7 +21,7 @@ from reparam.evaluation.score import Answer, Score, answer, score_answers, score
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import say, say_json
 from reparam.hf.models import vocabulary
-from reparam.hf.open import open_model
+from reparam.hf.open import frame_of, open_model
 from reparam.io.record import Record
 
 
@@ -67,6 +67,7 @@ def evaluate(
     """
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
+    rows = list(frame_of(tokenizer, loaded).rows(rows))
     size, tasks = vocabulary(model), tasks_of(model)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
     if loaded is None:
@@ -97,6 +98,7 @@ def shrunk(
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype)
     assert loaded is not None
+    rows = list(frame_of(tokenizer, loaded).rows(rows))
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model), tasks=tasks_of(model))
     before, _ = scores(model, tokenizer, rows, encoded, batch=batch)
     place(model, small, Path("the smaller adapter"), name="smaller")

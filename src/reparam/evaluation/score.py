@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reparam.adapter.context import context, tasks_of, told
+from reparam.adapter.context import tasks_of, told
 from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
@@ -21,9 +19,8 @@ from reparam.data.messages import Messages
 from reparam.data.row import Row
 from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
+from reparam.evaluation.complete import complete
 from reparam.hf.chunked import RowLosses
-from reparam.hf.prompts import is_prompted
-from reparam.hf.stops import stop_tokens, until_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,61 +165,6 @@ def answer(
 def answerable(rows: Sequence[Row]) -> list[Row]:
     """The rows with an expected answer: completions, and chats that end with an answer in words."""
     return [row for row in rows if row.kind != "text" and _split(row) is not None]
-
-
-@torch.no_grad()
-def complete(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    batch: int = 32,
-    max_new_tokens: int = 64,
-    tasks: Sequence[int | str] | None = None,
-) -> list[str]:
-    """Generate greedy continuations of prompts, which are lists of token ids, up to the first of `stop_tokens`.
-
-    Prompts are padded on the left, so that batching does not change the result. With prefix and prompt tuning, padding
-    would separate the virtual tokens from the text, so each batch has prompts of one length and no padding. `tasks`
-    are the names or numbers of the prompts' tasks, for an adapter that depends on them. Raises ValueError for a prompt
-    without tokens.
-    """
-    if not all(prompts):
-        raise ValueError("a prompt has no tokens, so there is nothing to continue; give a prompt with text")
-    device = next(model.parameters()).device
-    pad, stops = padding_id(tokenizer), stop_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    chunks = list(_batches(order, [len(prompt) for prompt in prompts], batch, padded=not is_prompted(model)))
-    for chosen in tracked(chunks, "generating answers", unit="batches"):
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=device)
-        told_tasks = context(model, tasks=[tasks[i] for i in chosen]) if tasks is not None else nullcontext()
-        with told_tasks:
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=stops or None,
-            )
-        answers = [until_stop(row, stops) for row in out[:, width:].tolist()]
-        for i, text in zip(chosen, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            found[i] = text
-    model.train(training)
-    return found
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:
-    """Split `order` into batches of up to `size` indices; unless `padded`, all prompts of a batch have one length."""
-    groups = [order] if padded else [list(g) for _, g in itertools.groupby(order, key=lambda i: lengths[i])]
-    for group in groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 def _split(row: Row) -> tuple[str | Messages, str] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -30,6 +32,23 @@ def say(console: Console, what: RenderableType, *, style: str = "") -> None:
 def say_json(console: Console, values: Any) -> None:
     """Print values as JSON, with an escape sequence for every character that is not ASCII."""
     say(console, json.dumps(values, indent=2))
+
+
+def say_line(console: Console, values: Any) -> None:
+    """Print values as JSON on one line. Numbers that are not finite become null.
+
+    >>> say_line(Console(width=80), {"step": 1, "loss": float("nan")})
+    {"step": 1, "loss": null}
+    """
+    say(console, json.dumps(_finite(values), allow_nan=False))
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def note(word: str, text: str, style: str = "yellow") -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from reparam.adapter.tie import copies_together
 from reparam.adapter.untie import untie
 from reparam.core.base import Storage
 from reparam.core.registry import find_storage
+from reparam.data.framing import Frame, frame
 from reparam.errors import FormatError
 from reparam.hf import prompts
 from reparam.hf.models import load_base, load_tokenizer
@@ -34,7 +36,7 @@ def open_model(
     Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
     are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
     storage of all linear maps. Tied weights are untied if the adapter changes one of them, unless it was attached with
-    `tie`.
+    `tie`. The tokenizer has the chat template that the adapter was trained with.
 
     Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
     do not fit, and BaseError if the base model cannot be loaded.
@@ -45,7 +47,7 @@ def open_model(
         if base is None:
             check_there(path, folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
-        return found.model, load_tokenizer(path), found
+        return found.model, prompted(load_tokenizer(path), found), found
     record = files.read(folder) if folder is not None else None
     path = base or base_of(record, folder)
     model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
@@ -58,7 +60,26 @@ def open_model(
     leaders = {*ties, *ties.values(), *(tie.to for tie in found_here.tied.values())}
     if tied(model, [path for path in (*found_here.replaced, *found_here.sites) if path not in leaders]):
         untie(model)  # the adapter can only have been trained on an untied base
-    return model, tokenizer, place(model, record, folder, name="adapter")
+    adapted = place(model, record, folder, name="adapter")
+    return model, prompted(tokenizer, adapted), adapted
+
+
+def prompted(tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that the adapter was trained with; a copy if it is not the tokenizer's."""
+    template = adapter.prompt_format.chat_template if adapter.prompt_format is not None else None
+    if template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None) -> Frame:
+    """What was added to the chats that the adapter was trained on. Raises DataError if the template has changed."""
+    told = adapter.prompt_format if adapter is not None else None
+    if told is None:
+        return Frame()
+    return frame(tokenizer, system=told.system, thinking=told.thinking, key="the adapter's ")
 
 
 def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> nn.Module:

@@ -24,7 +24,8 @@ from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.core.plain import decode
 from reparam.errors import FormatError
-from reparam.io.files import check_holds_only
+from reparam.io import prompt_format
+from reparam.io.files import check_holds_only, prompt_format_of
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.peft_formats import CONFIG
 from reparam.io.peft_weights import LARGEST, WEIGHTS
@@ -87,7 +88,7 @@ class Prompts(Adapter):
 
         Raises ValueError if a value is NaN or infinite, or the folder holds files other than those of an adapter.
         """
-        check_holds_only(Path(folder), (CONFIG, WEIGHTS))
+        check_holds_only(Path(folder), (CONFIG, WEIGHTS, prompt_format.FILE))
         model: Any = self.model
         tensors = {"prompt_embeddings": model.get_prompt_embedding_to_save(self.name)}
         if not torch.isfinite(tensors["prompt_embeddings"]).all():
@@ -96,6 +97,8 @@ class Prompts(Adapter):
         config.inference_mode = True
         with staged_folder(folder, owned=True) as staging:
             config.save_pretrained(staging)
+            if self.prompt_format is not None:
+                (staging / prompt_format.FILE).write_bytes(self.prompt_format.content())
             (staging / WEIGHTS).write_bytes(pack_tensors(tensors, metadata={"format": "pt"}))
 
     @torch.no_grad()
@@ -179,6 +182,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", activat
     made = _with(model, peft, config, name)
     adapter = _known(made, kind, name)
     adapter.fill(folder)
+    adapter.prompt_format = prompt_format_of(folder)
     adapter.requires_grad_(False)
     state = state_of(made)
     with state.select(name):

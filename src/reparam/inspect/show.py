@@ -15,7 +15,7 @@ from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import note, say, say_json
 from reparam.hf.models import load_base, vocabulary
-from reparam.hf.open import open_model
+from reparam.hf.open import frame_of, open_model
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
@@ -124,7 +124,8 @@ def _show_routing(
 ) -> None:
     model, tokenizer, adapter = open_model(base, folder)
     assert adapter is not None
-    encoded = encode(read_rows(probe), tokenizer, max_length=1024, vocab_size=vocabulary(model), tasks=tasks_of(model))
+    rows = list(frame_of(tokenizer, adapter).rows(read_rows(probe)))
+    encoded = encode(rows, tokenizer, max_length=1024, vocab_size=vocabulary(model), tasks=tasks_of(model))
     found = routing.routing(adapter, encoded, tokenizer)
     if plot is not None:
         plot.mkdir(parents=True, exist_ok=True)

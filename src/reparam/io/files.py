@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from reparam.core.checks import listed
+from reparam.core.plain import decode
 from reparam.errors import FormatError
-from reparam.io import native, peft, whole
+from reparam.io import native, peft, prompt_format, whole
+from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.io.staged import between_renames, staged_folder
 from reparam.io.steady import steady
@@ -32,7 +35,7 @@ def _read(folder: Path, name: str | None) -> Record:
         raise FormatError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
     if len(found) == 1:
-        return found[0].read(folder)
+        return dataclasses.replace(found[0].read(folder), prompt_format=prompt_format_of(folder))
     if found:
         raise FormatError(f"{folder}: holds both {native.CONFIG} and {peft.CONFIG}; move one of the two adapters away")
     if whole.has_adapters(folder):
@@ -53,6 +56,12 @@ def adapter_folder(folder: str | Path) -> Path:
     return inside if not _holds(path) and (_holds(inside) or between_renames(inside) or _holds(inside)) else path
 
 
+def prompt_format_of(folder: Path) -> PromptFormat | None:
+    """How the adapter in `folder` is prompted; None if its files do not say. Raises FormatError for a damaged file."""
+    file = folder / prompt_format.FILE
+    return decode(PromptFormat, native.read_json(file), file) if file.exists() else None
+
+
 def _holds(folder: Path) -> bool:
     return any((folder / module.CONFIG).exists() for module in FORMATS.values())
 
@@ -70,7 +79,9 @@ def write(folder: str | Path, record: Record, *, format: str = "reparam") -> Non
     if bad:
         raise ValueError(f"{folder}: the adapter has NaN or infinity in {listed(bad)}, so it was not written")
     contents = FORMATS[format].files(record)
-    check_holds_only(folder, contents)
+    if record.prompt_format is not None:
+        contents[prompt_format.FILE] = record.prompt_format.content()
+    check_holds_only(folder, {*contents, prompt_format.FILE})
     with staged_folder(folder, owned=True) as staging:
         for name, content in contents.items():
             (staging / name).write_bytes(content)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from reparam.errors import WriteFailed
+from reparam.io import prompt_format
 from reparam.io.failures import reason
 from reparam.io.files import FORMATS
 
@@ -29,7 +30,7 @@ def check_adapter_folder(output: Path, format: str, *, overwrite: bool) -> None:
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
-    own = {FORMATS[format].CONFIG, FORMATS[format].WEIGHTS}
+    own = {FORMATS[format].CONFIG, FORMATS[format].WEIGHTS, prompt_format.FILE}
     _check_replaceable(output, own.__contains__, overwrite=overwrite)
 
 

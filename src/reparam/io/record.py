@@ -11,6 +11,7 @@ from reparam.core.base import Kind, Site
 from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.errors import FormatError
+from reparam.io.prompt_format import PromptFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Record:
     """Name and settings of the method of each module in `beside`, by path, as `Several` takes them."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
+    prompt_format: PromptFormat | None = None
+    """How the adapter is prompted; None when unknown."""
     claims: Claims | None = None
     """The modules for which the file states to hold tensors, if this can be checked only with the model."""
 

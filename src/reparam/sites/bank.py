@@ -73,6 +73,11 @@ class Bank(Update):
                 self._put(name, slot, rows, exact)
             self._note(slot)
 
+    def has_room(self, slot: int, factors: Factors | None, bias: Tensor | None) -> bool:
+        """Whether a slot that is empty can be filled with these contents without moving or replacing a table."""
+        sizes = self._sizes(factors, bias)
+        return slot < len(self.spans) and all(self.places[name].has_room(rows) for name, rows in sizes.items())
+
     def free(self, slot: int) -> None:
         """Empty a slot. Its rows can be used again."""
         with torch.inference_mode(False), torch.no_grad():

@@ -29,15 +29,23 @@ class Places:
 
     def take(self, slot: object, count: int) -> range | None:
         """Give the first `count` free rows that are together to a slot that has none. None if there are not so many."""
+        start = self._first(count)
+        if start is None:
+            return None
+        self.by_slot[slot] = range(start, start + count)
+        return self.by_slot[slot]
+
+    def has_room(self, count: int) -> bool:
+        """Whether `take` would find so many rows."""
+        return self._first(count) is not None
+
+    def _first(self, count: int) -> int | None:
         start = 0
         for rows in sorted(self.by_slot.values(), key=lambda rows: rows.start):
             if rows.start - start >= count:
                 break
             start = rows.stop
-        if start + count > self.size:
-            return None
-        self.by_slot[slot] = range(start, start + count)
-        return self.by_slot[slot]
+        return start if start + count <= self.size else None
 
     def free(self, slot: object) -> None:
         """Take the rows of a slot back."""

@@ -31,7 +31,7 @@ from reparam.errors import ConfigError
 from reparam.io.outputs import check_writable
 from reparam.io.staged import digest, staged_folder
 
-FORMAT = 1
+FORMAT = 2
 REST = "corpus.json"
 LARGEST = 1 << 26  # bytes of corpus.json
 
@@ -107,6 +107,7 @@ def _write(folder: Path, corpus: Corpus, files: Sequence[Path]) -> None:
         "unused": corpus.unused,
         "max_length": corpus.max_length,
         "largest": corpus.largest,
+        "kinds": corpus.kinds,
         "counts": corpus.counts,
         "notes": corpus.notes,
     }
@@ -139,6 +140,7 @@ def _checked(folder: Path, files: Sequence[Path]) -> Corpus:
         unused=rest["unused"],
         max_length=rest["max_length"],
         largest=rest["largest"],
+        kinds={str(kind): int(count) for kind, count in rest["kinds"].items()},
         counts=tuple(rest["counts"]),
         notes=tuple(rest["notes"]),
     )

@@ -25,6 +25,7 @@ from reparam.core.method import Method
 from reparam.core.registry import METHODS, STORAGES, find_method, find_storage, load_installed
 from reparam.core.strict_json import loads
 from reparam.data.files import split_sources
+from reparam.data.templates import is_path
 from reparam.errors import ConfigError, DuplicateKey
 from reparam.train.base import KEYS, split_keys
 from reparam.train.base import BaseConfig as BaseConfig
@@ -34,7 +35,7 @@ from reparam.train.sections import AdapterConfig, DataConfig, OptimConfig, Prefe
 # Names that users give to LoRA+, which is an optimization rule, not a method.
 LORA_PLUS = ("lora+", "lora_plus", "loraplus", "lora++", "loraplusplus")
 USUAL_RATIO = 16
-PATHS = ("base.path", "data.train", "data.valid", "adapter.start", "method.experts")
+PATHS = ("base.path", "data.train", "data.valid", "data.chat_template", "adapter.start", "method.experts")
 """Keys whose values are paths of inputs. A run with other paths is the same run if their content is the same."""
 
 
@@ -120,9 +121,9 @@ def dump(config: Config, *, absolute: bool = False) -> str:
     found["prefer"].pop("reward", None)  # code is taken from the command line alone
     for key in PATHS if absolute else ():
         section, _, name = key.partition(".")
-        if name in found[section]:
+        if name in found[section] and not (key == "data.chat_template" and not is_path(found[section][name])):
             value = found[section][name]
-            several = split_sources(value) if section == "data" else ()
+            several = split_sources(value) if key in ("data.train", "data.valid") else ()
             found[section][name] = _absolute(several if len(several) > 1 else value)
     return tomli_w.dumps(found)
 

@@ -20,15 +20,18 @@ from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
 from reparam.data.files import files_of
 from reparam.data.files.about import rows_about
+from reparam.data.framing import Frame
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.errors import ConfigError
+from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, default_folder, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
+from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.sections import DataConfig
 
 if TYPE_CHECKING:
@@ -48,6 +51,9 @@ class Data(NamedTuple):
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
     checked: tuple[Corpus | Preferences | Prompts, ...]
+    """All that was encoded; the first one holds the training rows."""
+    prompt_format: PromptFormat
+    """How an adapter that is trained on the rows is prompted."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -62,10 +68,12 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """
     data, seed = config.data, config.run.seed
     with_tasks = config.method.known_tasks is not None
-    corpus = _corpus(data, data.sources(), tokenizer, with_tasks=with_tasks, most=data.max_rows)
+    framed = frame_of(data, tokenizer)
+    corpus = _corpus(data, data.sources(), tokenizer, framed, with_tasks=with_tasks, most=data.max_rows)
+    check_chats(data, corpus.kinds)
     other = None
     if data.valid is not None:
-        other = _corpus(data, data.sources("valid"), tokenizer, with_tasks=with_tasks)
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=with_tasks)
     rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
     if other is None:
         out = held_out(config, len(corpus))
@@ -82,13 +90,16 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         lines = told(data.sources(), parts, taken)
         train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
-    return Data(train, valid, _held_out(data, other or corpus, held), method, (corpus, *([other] if other else [])))
+    shown = list(framed.rows(_held_out(data, other or corpus, held)))
+    checked = (corpus, *([other] if other else []))
+    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
 
 
 def _corpus(
     data: DataConfig,
     sources: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
+    framed: Frame,
     *,
     with_tasks: bool,
     most: tuple[int, ...] = (),
@@ -105,7 +116,7 @@ def _corpus(
     def make(folder: Path | None) -> Corpus:
         reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
         about = None if None in found or most else rows_about(files)
-        corpus = encode_all(reading, tokenizer, **settings, folder=folder, about=about)
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
@@ -117,6 +128,7 @@ def _corpus(
     template = str(tokenizer.chat_template)
     everything = {
         **settings,
+        "frame": dataclasses.asdict(framed),
         "columns": data.renamed(),
         "most": most,
         "files of each source": shapes,

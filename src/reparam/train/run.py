@@ -26,7 +26,7 @@ from reparam.data.batches import Encoded
 from reparam.data.packing import Packed
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
-from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.hf.models import check_not_base, vocabulary
 from reparam.hf.packed import unpackable_reason
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
@@ -42,6 +42,7 @@ from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.plot import plot_losses
+from reparam.train.reading import tokenizer_of
 from reparam.train.show import Show
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable
@@ -138,11 +139,12 @@ def prepare(config: Config) -> Job:
     check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
     set_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
+    tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes
     model = loaded(config.base)
     data.check_vocabulary(vocabulary(model), tokenizer)
     adapter = attached(config, model, data.method)
+    adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     packed = _packed(config, adapter, data.train)
     return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed)

@@ -74,6 +74,13 @@ class DataConfig:
     """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
     loss_on: LossOn = "answers"
     """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: a name such as chatml, plain (for a base without one) or llama3; a
+    .jinja file or a folder with a tokenizer; or trl, TRL's twin for training of the tokenizer's own template."""
+    system: str | None = None
+    """System message for chats without one."""
+    thinking: bool | None = None
+    """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
     cache: str = "auto"
     """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
     $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""

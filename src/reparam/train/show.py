@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
@@ -23,11 +19,12 @@ from reparam.io.outputs import OVERWRITE
 from reparam.train import processes
 from reparam.train.checkpoint import step_of
 from reparam.train.config import dump
+from reparam.train.live import Dashboard, Lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerState
 
     from reparam.adapter.adapter import Adapter
     from reparam.evaluation.score import Answer, Score
@@ -158,7 +155,7 @@ class Show:
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
-        return _Progress(self.console, steps)
+        return (Dashboard if self.console.is_terminal else Lines)(self.console, steps)
 
     def result(self, result: Result, difference: float) -> None:
         """Print the scores before and after training, up to five answers, and the paths of the results."""
@@ -233,84 +230,3 @@ def paging_line(paging: Paging) -> str:
         f"{counted(paging.faults, 'page fault')}, {counted(paging.prefetched, 'page')} prefetched, "
         f"{paging.evictions:,} evicted"
     )
-
-
-class _Progress(TrainerCallback):
-    """Shows a progress bar on a terminal; elsewhere prints one line per log entry."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
-        self.live = console.is_terminal
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  held out {task.fields[held_out]}  {task.fields[speed]} tokens/s"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=False,
-        )
-        self.task = self.bar.add_task("", total=steps, loss="-", held_out="-", speed="-")
-        self.since, self.tokens, self.began, self.first = time.monotonic(), 0, time.monotonic(), 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began = self.since = time.monotonic()
-        self.first, self.steps = state.global_step, state.max_steps
-        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
-        if self.live:
-            self.bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self.bar.update(self.task, held_out=f"{logs['eval_loss']:.4f}")
-        if "loss" in logs:
-            seen = state.num_input_tokens_seen
-            now = time.monotonic()
-            speed = f"{(seen - self.tokens) / max(now - self.since, 1e-9):,.0f}"
-            self.tokens, self.since = seen, now
-            self.bar.update(self.task, loss=f"{logs['loss']:.4f}", speed=speed)
-        if not self.live and ("loss" in logs or "eval_loss" in logs):
-            say(self.console, self._line(state, logs))
-
-    def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
-        if "eval_loss" in logs:
-            more = f"  exact match {logs['eval_exact_match']:.3f}" if "eval_exact_match" in logs else ""
-            more += _rewards(logs, "eval_rewards/")
-            return f"step {state.global_step}/{self.steps}  held-out loss {logs['eval_loss']:.4f}{more}"
-        done = max(1, state.global_step - self.first)
-        left = (time.monotonic() - self.began) / done * (self.steps - state.global_step)
-        speed = self.bar.tasks[0].fields["speed"]
-        return (
-            f"step {state.global_step}/{self.steps}  loss {logs['loss']:.4f}{_rewards(logs, 'rewards/')}  "
-            f"{speed} tokens/s  {_duration(left)} left"
-        )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.live:
-            self.bar.stop()
-
-
-def _rewards(logs: dict[str, float], prefix: str) -> str:
-    """The margin and the accuracy of rewards, of objectives that log them."""
-    names = {"margin": f"{prefix}margins", "accuracy": f"{prefix}accuracies"}
-    return "".join(f"  {name} {logs[key]:.3f}" for name, key in names.items() if key in logs)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

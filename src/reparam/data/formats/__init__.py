@@ -27,6 +27,8 @@ def read_row(value: Mapping[str, Any], source: str, columns: Mapping[str, str] |
     given = renamed(value, source, columns)
     tried = [each for each in FORMATS if not columns or set(each.keys) & columns.keys()]
     matching = [each for each in tried if all(key in given for key in each.keys)]
+    beside = {key for each in matching for key in each.beside}
+    matching = [each for each in matching if not set(each.keys) <= beside]
     if len(matching) == 1:
         return matching[0].read(given, source)
     if matching:

@@ -26,4 +26,9 @@ def _read(value: dict[str, Any], source: str) -> Row:
     return chat_row(messages, value, source)
 
 
-FORMAT = Format(("instruction", "output"), '{"instruction": "...", "input": "...", "output": "..."}', _read)
+FORMAT = Format(
+    ("instruction", "output"),
+    '{"instruction": "...", "input": "...", "output": "..."}',
+    _read,
+    beside=("text",),  # the original data set holds each row as a text, too
+)

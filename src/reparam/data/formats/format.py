@@ -24,6 +24,8 @@ class Format(NamedTuple):
     """A row, as JSON."""
     read: Callable[[dict[str, Any], str], Row]
     """Makes the row from an object with these keys, and "file:line". Raises DataError with all problems."""
+    beside: tuple[str, ...] = ()
+    """Keys of other formats that data sets of this format also have; they are not used."""
 
 
 def chat_row(messages: object, columns: dict[str, Any], source: str) -> Row:

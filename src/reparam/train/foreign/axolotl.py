@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from reparam.data.templates import names
 from reparam.train.foreign.rules import (
     ARGUMENT_NOTES,
     ARGUMENT_REFUSED,
@@ -36,6 +37,11 @@ def _special(given: Given) -> None:
     }
     arguments(given)
     _adapter(given)
+    template = given.take("chat_template")
+    if template in names():
+        given.put("data.chat_template", template)
+    elif template not in (*EMPTY, "tokenizer_default"):
+        given.note("chat_template", "the tokenizer's own chat template is used; data.chat_template chooses another one")
     for key, target in (("datasets", "data.train"), ("test_datasets", "data.valid")):
         values = given.take(key)
         if values not in (*EMPTY, []):
@@ -152,7 +158,6 @@ AXOLOTL = Tool(
     },
     notes={
         **ARGUMENT_NOTES,
-        "chat_template": "the tokenizer's own chat template is used; the preview before training shows it",
         "special_tokens": "those of the tokenizer are used; padding has no loss",
         "chat_template_jinja": "the tokenizer's own chat template is used; save the tokenizer with the other template",
         **each("the base's files say it", "model_type tokenizer_type tokenizer_config processor_type"),

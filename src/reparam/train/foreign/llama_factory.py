@@ -149,9 +149,8 @@ LLAMA_FACTORY = Tool(
     renamed={},
     notes={
         **ARGUMENT_NOTES,
-        "template": "the tokenizer's own chat template is used; the preview before training shows it",
+        "template": "the tokenizer's own chat template is used; data.chat_template chooses another one",
         "tool_format": "the tokenizer's own chat template writes tools",
-        "default_system": "write the system message into the rows",
         **each("nothing is cached", "overwrite_cache preprocessing_num_workers preprocessing_batch_size"),
         **each("nothing is cached", "cache_dir tokenized_path data_shared_file_system"),
         **each(OUTPUT, "plot_loss print_param_status include_effective_tokens_per_second"),
@@ -184,7 +183,6 @@ LLAMA_FACTORY = Tool(
         "train_from_scratch": "reparam adapts trained models",
         "disable_shuffling": "rows are shuffled in each epoch",
         "fp8": "the storages are nf4 and int8",
-        "enable_thinking": "reasoning is trained as the rows and the chat template have it",
     },
     defaults={
         "run.epochs": 3,

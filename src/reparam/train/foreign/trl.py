@@ -93,7 +93,6 @@ TRL = Tool(
         "model_init_kwargs": "arguments of the model's class have no counterpart",
         "dataset_kwargs": "arguments of the data set's class have no counterpart",
         "router_aux_loss_coef": "the auxiliary loss of a base's own experts has no counterpart",
-        "chat_template_path": "the tokenizer's own chat template is used; save the tokenizer with the other template",
         "lora_target_parameters": "adapters act on modules",
     },
     defaults={

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from reparam.adapter.context import tasks_of
+from reparam.data.framing import Frame
 from reparam.data.prompts import Asked, Prompts, encode_prompts, read_prompts
 from reparam.errors import ConfigError
-from reparam.evaluation.score import Answer, Score, complete
+from reparam.evaluation.complete import complete
+from reparam.evaluation.score import Answer, Score
 from reparam.train import processes
 from reparam.train.config import Config
 from reparam.train.data import Data, divided
@@ -23,6 +27,7 @@ from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import Reference, before_training
 from reparam.train.objectives.with_trl import ARGUMENTS, FromTRL, score_any_head, without_dropout
 from reparam.train.order import ByEpoch
+from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.reward import EXAMPLE, Reward
 from reparam.train.trainer import Resumable
 
@@ -56,6 +61,7 @@ class GRPO(Objective):
             "data.bad_rows": data.bad_rows != "error",
             "data.too_long": data.too_long not in ("auto", "error"),
             "data.loss_on": data.loss_on != "answers",
+            "data.thinking": data.thinking is not None,
             "optim.label_smoothing": config.optim.label_smoothing > 0,
         }
         if wrong := [key for key, given in unread.items() if given]:
@@ -69,11 +75,15 @@ class GRPO(Objective):
             train, valid = divided(config, train)
         else:
             valid = [each for source in data.sources("valid") for each in read_prompts(source, data.renamed())]
+        framed = frame_of(data, tokenizer)
+        kinds: Counter[str] = Counter("completion" if isinstance(each.prompt, str) else "chat" for each in train)
+        check_chats(data, kinds)
+        train, valid = ([_framed(each, framed) for each in part] for part in (train, valid))
         parts = [
             encode_prompts(part, tokenizer, samples=config.prefer.samples, max_length=data.max_length)
             for part in (train, valid)
         ]
-        return Data(parts[0], parts[1], [], config.method, tuple(parts))
+        return Data(parts[0], parts[1], [], config.method, tuple(parts), prompt_format(data, tokenizer, kinds))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""
@@ -132,6 +142,13 @@ class GRPO(Objective):
         half = 1.96 * float(rewards.std()) / math.sqrt(len(rewards)) if len(rewards) > 1 else 0.0
         mean = float(rewards.mean())
         return (Score("mean reward", mean, mean - half, mean + half, len(rewards), larger_is_better=True),), []
+
+
+def _framed(asked: Asked, framed: Frame) -> Asked:
+    """The prompt with the system message of the run, if it is a chat without one."""
+    if isinstance(asked.prompt, str):
+        return asked
+    return dataclasses.replace(asked, prompt=tuple(framed.messages(asked.prompt)))
 
 
 def _answer(asked: Asked, text: str) -> Any:

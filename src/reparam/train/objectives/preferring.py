@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,6 +20,7 @@ from reparam.train.job import Job
 from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import before_training
+from reparam.train.reading import check_chats, frame_of, prompt_format
 
 BETA = 0.1  # TRL's default for all of them
 
@@ -69,6 +72,13 @@ class Preferring(Objective):
         else:
             parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
         train, valid = (self.ordered(part, seed) for part in parts)
+        framed = frame_of(data, tokenizer)
+        kinds: Counter[str] = Counter(row.kind for item in items for row in item.answers)
+        check_chats(data, kinds)
+        train, valid = (
+            [dataclasses.replace(item, answers=tuple(framed.rows(item.answers))) for item in part]
+            for part in (train, valid)
+        )
         method, tasks = by_task(config.method, lambda: task_names([row for item in train for row in item.answers]))
         encoded, others = (
             encode_preferences(
@@ -81,7 +91,7 @@ class Preferring(Objective):
             )
             for part in (train, valid)
         )
-        return Data(encoded, others, [], method, (encoded, others))
+        return Data(encoded, others, [], method, (encoded, others), prompt_format(data, tokenizer, kinds))
 
     def start(self, job: Job) -> str | None:
         """The model before training."""

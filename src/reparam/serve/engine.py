@@ -1,0 +1,298 @@
+"""The engine: many requests over one base, each with an adapter of its own, in one batch.
+
+    with Engine(model, tokenizer, adapters="adapters") as engine:
+        answers = engine.answer([Request("def area(", adapter="signatures"), Request("def area(")])
+
+From asyncio: `async for token in engine.generate("def area(", adapter="signatures")`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import queue
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from reparam.errors import Refused, ReparamError
+from reparam.hf.stops import stop_tokens, until_stop
+from reparam.serve import stock
+from reparam.serve.admission import Bounds, check_choice, check_prompt, check_stops
+from reparam.serve.banks import Banks
+from reparam.serve.limits import Limits
+from reparam.serve.loop import Loop
+from reparam.serve.proof import Prover
+from reparam.serve.sampling import Choice
+from reparam.serve.store import Resident, Store
+from reparam.serve.text import Decoder
+from reparam.serve.tickets import End, Ticket
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, the adapter that answers it, and how its tokens are chosen."""
+
+    prompt: str | Sequence[int]
+    """Text, which the tokenizer encodes, or ids of tokens."""
+    adapter: str | None = None
+    """The name of an adapter; None for the base model."""
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the most likely token each time; above it, tokens are drawn."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    """With a seed, the same request gets the same tokens again."""
+    stop_tokens: Sequence[int] | None = None
+    """Ids that end the answer; None for those of the model and its tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token of an answer."""
+
+    id: int
+    text: str
+    """What it adds to the text; empty for a stop token, and while a character is not complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    ids: list[int]
+    """All new tokens, with the stop token if one ended the answer."""
+    text: str
+    """Their text, without the stop token; empty without a tokenizer."""
+    end: Literal["stop", "length"]
+    digest: str | None
+    """The digest of the adapter that answered; None for the base."""
+
+
+class Engine:
+    """Answers requests over one base model and the adapters in a folder.
+
+    `model` is a transformers model without adapters on it, dense or quantized by reparam. While the engine is open,
+    nobody else can call the model. `adapters` is a folder with one folder for each adapter, whose name requests give.
+
+    Raises FormatError if `adapters` holds none, ValueError if the model has adapters on it or transformers cannot batch
+    it, and ReparamError if this release of transformers lacks what the engine needs. An adapter is read when it is
+    first used, so a damaged one raises FormatError there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        adapters: str | Path | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if getattr(model, "reparam_state", None) is not None:
+            raise ValueError(
+                f"this {type(model).__name__} has adapters on it; remove them, and pass their folder as adapters="
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.limits = limits or Limits()
+        self._banks = Banks(model)
+        self._loop = Loop(model, self._banks, self.limits)
+        self._store = Store(self._banks, Prover(model), self.limits.adapter_bytes, self._loop.quiet)
+        if adapters is not None:
+            self._store.register(Path(adapters))
+        self._loop.start()
+        self._stops = frozenset(_stops_of(model, tokenizer))
+        config: Any = model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._bounds = Bounds(stock.vocabulary_of(model), context, self._loop.largest)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that requests can give."""
+        return self._store.names()
+
+    @property
+    def state(self) -> Literal["running", "restarting", "closed"]:
+        """Whether requests are taken, or the engine starts again after a fault, or is closed."""
+        return self._loop.state
+
+    def load(self, name: str, folder: str | Path) -> str:
+        """Read an adapter and let requests use it by this name. Returns its digest.
+
+        A name that is in use means the new adapter for later requests; those that have begun end with the old one.
+        Raises FormatError, without a change, if the adapter cannot be served, and ValueError for an invalid name.
+        """
+        return self._store.load(name, Path(folder)).result()
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Requests that have begun end with it. Raises UnknownAdapter if no adapter has the name."""
+        self._store.unload(name)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests together, of any number; blocks until all are answered.
+
+        Raises Refused, before anything is computed, if one of them cannot be answered (UnknownAdapter for its adapter),
+        FormatError if an adapter cannot be served, Unavailable if the engine is full or closed, and AnswerFailed if it
+        fails at one of them.
+        """
+        prompts = [self._checked(request) for request in requests]
+        ends: queue.SimpleQueue[tuple[int, End]] = queue.SimpleQueue()
+        answers: dict[int, Answer] = {}
+        most = min(self.limits.open_requests, 2 * self.limits.requests)  # of this call that are open at once
+        tickets: dict[int, Ticket] = {}
+        try:
+            for number in sorted(range(len(requests)), key=lambda number: not self._is_ready(requests[number])):
+                while len(tickets) - len(answers) >= most:
+                    self._take(ends, tickets, answers)
+                held = self._acquire(requests[number].adapter)
+                lease = held.result() if isinstance(held, Future) else held
+                ticket = self._ticket(requests[number], prompts[number], lease)
+                ticket.on_end = functools.partial(_put, ends, number)
+                self._loop.submit(ticket, wait=True)
+                tickets[number] = ticket
+            while len(answers) < len(tickets):
+                self._take(ends, tickets, answers)
+        except BaseException:
+            for ticket in tickets.values():
+                self._loop.cancel(ticket)
+            raise
+        return [answers[number] for number in range(len(requests))]
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> AsyncIterator[Token]:
+        """The tokens of one answer, as they are computed. Leaving the loop, or cancelling the task, ends the request.
+
+        Raises what `answer` raises.
+        """
+        request = Request(prompt, adapter, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
+        ids = self._checked(request)
+        held = self._acquire(adapter)
+        if isinstance(held, Future):
+            try:
+                held = await asyncio.shield(asyncio.wrap_future(held))
+            except asyncio.CancelledError:
+                self._give_back(held)
+                raise
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[int | str | ReparamError]()
+
+        def send(event: int | str | ReparamError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = self._ticket(request, ids, held)
+        ticket.on_token = ticket.on_end = send
+        self._loop.submit(ticket)
+        decoder = Decoder(self.tokenizer)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, ReparamError):
+                    raise event
+                if isinstance(event, str):
+                    return
+                yield Token(event, "" if event in ticket.stops else decoder.add(event))
+        finally:
+            if not ticket.ended:
+                self._loop.cancel(ticket)
+
+    def close(self) -> None:
+        """End all requests, and give the model back as it was."""
+        self._loop.close()
+        self._store.close()
+        self._banks.leave()
+
+    def _checked(self, request: Request) -> list[int]:
+        """The ids of the prompt. Raises Refused unless the request can be computed."""
+        if request.adapter is not None:
+            self._store.check(request.adapter)
+        check_choice(self._choice(request))
+        check_stops(request.stop_tokens)
+        if isinstance(request.prompt, str):
+            if self.tokenizer is None:
+                raise Refused("the prompt is a text, but the engine has no tokenizer; give ids, or pass a tokenizer")
+            ids = list(self.tokenizer(request.prompt)["input_ids"])
+        else:
+            ids = list(request.prompt)
+        check_prompt(ids, request.max_new_tokens, self._bounds)
+        return ids
+
+    def _choice(self, request: Request) -> Choice:
+        return Choice(request.temperature, request.top_k, request.top_p, request.seed)
+
+    def _acquire(self, name: str | None) -> Resident | Future[Resident] | None:
+        return None if name is None else self._store.acquire(name)
+
+    def _give_back(self, held: Resident | Future[Resident] | None) -> None:
+        """Release a lease that no ticket holds, also one that is still to come."""
+        if isinstance(held, Future):
+            held.add_done_callback(self._give_back_done)
+        elif held is not None:
+            self._store.release(held)
+
+    def _give_back_done(self, done: Future[Resident]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._store.release(done.result())
+
+    def _is_ready(self, request: Request) -> bool:
+        return request.adapter is None or self._store.is_ready(request.adapter)
+
+    def _ticket(self, request: Request, ids: list[int], lease: Resident | None) -> Ticket:
+        stops = self._stops if request.stop_tokens is None else frozenset(request.stop_tokens)
+        return Ticket(
+            prompt=tuple(ids),
+            most=request.max_new_tokens,
+            stops=stops,
+            choice=self._choice(request),
+            slot=-1 if lease is None else lease.slot,
+            digest=None if lease is None else lease.digest,
+            release=functools.partial(self._give_back, lease),
+        )
+
+    def _take(
+        self, ends: queue.SimpleQueue[tuple[int, End]], tickets: dict[int, Ticket], answers: dict[int, Answer]
+    ) -> None:
+        """Wait for the next answer that ends. Raises its error, if it has one."""
+        number, end = ends.get()
+        if isinstance(end, ReparamError):
+            raise end
+        answers[number] = self._answer(tickets[number])
+
+    def _answer(self, ticket: Ticket) -> Answer:
+        ids = list(ticket.tokens)
+        decoder = Decoder(self.tokenizer)
+        text = "".join(decoder.add(token) for token in until_stop(ids, ticket.stops))
+        return Answer(ids, text, "stop" if ids[-1] in ticket.stops else "length", ticket.digest)
+
+
+def _put(ends: queue.SimpleQueue[tuple[int, End]], number: int, end: End) -> None:
+    ends.put((number, end))
+
+
+def _stops_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if tokenizer is not None:
+        return stop_tokens(model, tokenizer)
+    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if told is None else [told] if isinstance(told, int) else list(told)

@@ -1,0 +1,141 @@
+"""Read an adapter and prove that it can be served, on a copy of the model that shares all tensors with it.
+
+The copy is never called by the engine, so that an adapter can be put on it, and taken off, while steps run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.adapter.adapter import Adapter
+from reparam.adapter.attach import remove
+from reparam.adapter.load import place
+from reparam.adapter.selection import select
+from reparam.adapter.slots import contents_of
+from reparam.core.checks import listed
+from reparam.errors import FormatError, InputDependentError
+from reparam.hf import prompts
+from reparam.hf.digest import digest_of
+from reparam.io import files
+from reparam.io.record import Record
+from reparam.serve.banks import Contents
+from reparam.sites.layout import Order
+from reparam.sites.routing import SMALL, orders_of
+
+PROBE = 16  # tokens of the probe, in two sequences
+CHANGED = 8  # tokens that the adapter itself changes, at most, in the probe
+NAME = "served"
+
+
+@dataclasses.dataclass(frozen=True)
+class Proven:
+    """An adapter that can be served."""
+
+    digest: str
+    """SHA-256 of the method, its settings and all tensors, in hexadecimal."""
+    method: str
+    contents: Contents
+
+
+class Prover:
+    """Reads adapters for one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self.model: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+    def prove(self, folder: Path) -> Proven:
+        """The adapter in a folder. Raises FormatError, which says why, if it is damaged or cannot be served.
+
+        Its files must match the base and fit exactly, it must change outputs, all of them finite, and its outputs in a
+        batch with the base must be those that it has alone.
+        """
+        if prompts.prompting_of(folder) is not None:
+            raise _refused(folder, "it adds virtual tokens and changes no weights, so it has no place in a mixed batch")
+        record = files.read(folder)
+        if record.replaced:
+            raise _refused(folder, f"it trains whole modules ({listed(list(record.replaced))}), which no matrix holds")
+        if record.tied:
+            raise _refused(folder, f"it changes modules that share a weight ({listed(list(record.tied))})")
+        adapter = place(self.model, record, folder, name=NAME, activate=False)
+        try:
+            return self._proven(adapter, record, folder)
+        finally:
+            remove(self.model, NAME)
+
+    @torch.no_grad()
+    def _proven(self, adapter: Adapter, record: Record, folder: Path) -> Proven:
+        try:
+            contents = {path: contents_of(site, NAME) for path, site in adapter.modules.items()}
+        except InputDependentError as error:
+            raise _refused(folder, f"no matrix stands for it: {error}") from None
+        contents = {path: (own, bias) for path, (own, bias) in contents.items() if own is not None or bias is not None}
+        for path, (factors, bias) in contents.items():
+            for tensor in (*(factors or ()), bias):
+                if tensor is not None and not bool(tensor.isfinite().all()):
+                    raise FormatError(f"{folder}: its change of {path} is not finite")
+        self._probe(adapter, contents, folder)
+        return Proven(_digest(record), record.method.name, contents)
+
+    def _probe(self, adapter: Adapter, contents: Contents, folder: Path) -> None:
+        ids = self._ids(adapter, contents)
+        cut = len(ids) // 2
+        rows = [ids[:cut], ids[cut:]]
+        base, own = ([self._scores(row, name) for row in rows] for name in (None, NAME))
+        if not all(bool(row.isfinite().all()) for row in own):
+            raise FormatError(f"{folder}: with it, the model's scores are not finite")
+        if all(torch.equal(a, b) for a, b in zip(own, base, strict=True)):
+            raise FormatError(f"{folder}: it does not change the model's outputs, so it is not trained, or damaged")
+        positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(ids.device)
+        try:
+            with select(self.model, [NAME, None], spans=[len(row) for row in rows]):
+                found = self.model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0].float()
+        except ValueError as error:
+            raise _refused(folder, str(error)) from None
+        wanted = torch.cat([own[0], base[1]])
+        bound = 1e-3 if self.model.dtype is torch.float32 else 10 * SMALL
+        if float((found - wanted).abs().max()) > bound * float(wanted.abs().max()):
+            raise _refused(folder, "in a batch with the base, its outputs are not those that it has alone")
+        odd = [path for path in contents if None in self._orders(path)]
+        if odd:
+            raise _refused(folder, f"which tokens {listed(odd)} get cannot be told, as for experts")
+
+    def _orders(self, path: str) -> list[Order | None]:
+        bank = self.model.get_submodule(path).updates["*"]
+        found: list[Order | None] = [order for (packed, _), order in orders_of(bank).items() if packed]
+        return found or [None]
+
+    def _scores(self, ids: Tensor, name: str | None) -> Tensor:
+        with select(self.model, name):
+            scores: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        return scores
+
+    def _ids(self, adapter: Adapter, contents: Contents) -> Tensor:
+        """The ids of the probe: some of the vocabulary, and of those that the adapter changes at an embedding."""
+        embedding = self.model.get_input_embeddings()
+        count = len(embedding.weight)
+        ids = torch.randint(count, (PROBE,), generator=torch.Generator().manual_seed(0))
+        for path, site in adapter.modules.items():
+            factors = contents.get(path, (None, None))[0]
+            if site is embedding and factors is not None:
+                changed = factors.B.abs().sum(1).nonzero().flatten()[:CHANGED].cpu()
+                ids = torch.cat([changed, ids])
+        return ids.to(embedding.weight.device)
+
+
+def _digest(record: Record) -> str:
+    settings = json.dumps([record.method.name, record.method.settings()], sort_keys=True, default=str)
+    return hashlib.sha256(f"{settings}\n{digest_of(record.tensors)}".encode()).hexdigest()
+
+
+def _refused(folder: Path, why: str) -> FormatError:
+    return FormatError(f"{folder}: cannot be served in a batch with others: {why}; merge it into a model of its own")
