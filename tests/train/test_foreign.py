@@ -222,13 +222,32 @@ MINIMAL = {
 }
 
 
+PACKING = {"LLaMA-Factory": "neat_packing", "Axolotl": "sample_packing", "TRL": "packing"}
+
+
+@pytest.mark.parametrize("tool", MINIMAL)
+def test_what_training_offers_is_read(tool: str, tmp_path: Path) -> None:
+    keys = {
+        PACKING[tool]: True,
+        "neftune_noise_alpha": 5,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "label_smoothing_factor": 0.1,
+    }
+    _, config = read(yaml.safe_dump({**MINIMAL[tool], **keys}), tmp_path)
+    assert config.data.packing
+    assert (config.optim.neftune, config.optim.label_smoothing) == (5, 0.1)
+    assert config.run.best
+    assert config.run.metric == "loss"
+
+
 @pytest.mark.parametrize("tool", MINIMAL)
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
         ({"learning_rat": 1}, "learning_rat: it is unknown (did you mean 'learning_rate'"),
         ({"fp16": True}, "fp16: True: expected false; float16 needs a scaled loss"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end: the adapter of the last step is saved"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last: the last batch of an epoch is trained on"),
         ({"adam_beta2": 0.95}, "adam_beta2: the optimizer has torch's own value"),
         ({"datasets": 5}, "datasets"),
         ({"plugins": ["some.Code"]}, "plugins"),

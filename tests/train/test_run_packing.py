@@ -40,6 +40,12 @@ def test_methods_that_read_whole_rows_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_option_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert reparam("train", "--help-all") == 0
-    assert "--packing" in capsys.readouterr().out
+def test_the_flag_can_have_a_value_as_in_trl(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path / "no", "--packing", "False", "--max_length", 128) == 0
+    assert "packed  " not in capsys.readouterr().out
+    assert train(base, rows, tmp_path / "yes", "--packing", "True", "--max_length", 128) == 0
+    assert "packed  " in capsys.readouterr().out
+    assert reparam("train", "--run.best", "maybe") == 2
+    assert "maybe" in capsys.readouterr().err

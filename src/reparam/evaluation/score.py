@@ -141,7 +141,7 @@ def answer(
     Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
     tokens.
     """
-    asked = [row for row in rows if row.kind != "text" and _split(row) is not None]
+    asked = answerable(rows)
     pairs = [pair for pair in map(_split, asked) if pair is not None]
     template = ChatTemplate(tokenizer) if any(row.kind == "chat" for row in asked) else None
     prompts = [
@@ -160,6 +160,11 @@ def answer(
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
         for row, (question, want), got in zip(asked, pairs, given, strict=True)
     ]
+
+
+def answerable(rows: Sequence[Row]) -> list[Row]:
+    """The rows with an expected answer: completions, and chats that end with an answer in words."""
+    return [row for row in rows if row.kind != "text" and _split(row) is not None]
 
 
 def _split(row: Row) -> tuple[str | Messages, str] | None:

@@ -37,14 +37,15 @@ def answers_table(pairs: Sequence[tuple[Answer, Answer]]) -> Table:
         table.add_column(column, overflow="fold", max_width=44)
     for base, adapted in pairs:
         mark = "green" if adapted.right else "red"
-        plain = (_cell(text) for text in (base.question, base.expected, base.given))
-        table.add_row(*plain, Text(visible(_cell(adapted.given)), mark))
+        plain = (short(text) for text in (base.question, base.expected, base.given))
+        table.add_row(*plain, Text(visible(short(adapted.given)), mark))
     return table
 
 
-def _cell(text: str) -> str:
-    short = text if len(text) <= 80 else text[:77] + "..."
-    return short.replace("\n", "⏎ ")
+def short(text: str) -> str:
+    """The text in at most 80 characters, on one line."""
+    found = text if len(text) <= 80 else text[:77] + "..."
+    return found.replace("\n", "⏎ ")
 
 
 def _interval(score: Score, color: str) -> Text:

@@ -2,16 +2,26 @@
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from reparam.errors import NotFinite
 from reparam.train import processes
 from reparam.train.checkpoint import newest
+
+
+def stopped_early(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether so many evaluations were no better than an earlier one that early stopping has ended the run."""
+    return any(
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    )
 
 
 class Interrupts:

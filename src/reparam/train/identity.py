@@ -44,17 +44,21 @@ FREE = {
         "run.eval_every",
         "run.log_every",
         "run.loggers",
+        "run.samples",
         "run.name",
     ),
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", "prefer.reward", *PATHS),
 }
+BY_EVALUATION = {"run.eval_every", "run.save_every"}
+"""Keys that change the adapter if the run ends with its best weights."""
 
 
 def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
-    found = {key: value for key, value in _settings(config).items() if key not in FREE}
+    free = FREE - (BY_EVALUATION if config.run.keeps_best else set())
+    found = {key: value for key, value in _settings(config).items() if key not in free}
     found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)

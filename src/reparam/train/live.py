@@ -24,6 +24,14 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # characters of a sparkline
 
 
+MEASURED = {
+    "exact match": "eval_exact_match",
+    "margin": "eval_rewards/margins",
+    "accuracy": "eval_rewards/accuracies",
+}
+"""What evaluations measure beside the loss, by the key of the log entry."""
+
+
 class Progress(TrainerCallback):
     """Collects the figures of a run while it trains; subclasses show them.
 
@@ -40,6 +48,7 @@ class Progress(TrainerCallback):
         self.console, self.step, self.steps = console, 0, steps
         self.losses: list[float] = []
         self.held_out: list[float] = []
+        self.measured: dict[str, float] = {}
         self.speed: float | None = None
         self.rate: float | None = None
         self._began = self._since = time.monotonic()
@@ -105,6 +114,7 @@ class Progress(TrainerCallback):
             self.logged()
         if "eval_loss" in logs:
             self.held_out.append(logs["eval_loss"])
+            self.measured = {name: logs[key] for name, key in MEASURED.items() if key in logs}
             self.evaluated()
 
     def on_train_end(
@@ -126,7 +136,8 @@ class Lines(Progress):
 
     def evaluated(self) -> None:
         """Print the held-out loss."""
-        say(self.console, f"step {self.step}/{self.steps}  held-out loss {self.held_out[-1]:.4f}")
+        others = "".join(f"  {name} {value:.3f}" for name, value in self.measured.items())
+        say(self.console, f"step {self.step}/{self.steps}  held-out loss {self.held_out[-1]:.4f}{others}")
 
 
 class Dashboard(Progress):
@@ -179,7 +190,8 @@ class JsonLines(Progress):
 
     def evaluated(self) -> None:
         """Print the held-out loss."""
-        say_line(self.console, self._place("evaluation") | {"held_out_loss": self.held_out[-1]})
+        measured = {name.replace(" ", "_"): value for name, value in self.measured.items()}
+        say_line(self.console, self._place("evaluation") | {"held_out_loss": self.held_out[-1]} | measured)
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:

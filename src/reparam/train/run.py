@@ -33,6 +33,8 @@ from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, check_inputs, dump
+from reparam.train.evaluating import RANK, evaluating
+from reparam.train.guard import stopped_early
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
 from reparam.train.job import Job, Result
 from reparam.train.loggers import check_loggers, name_of, place_files
@@ -79,6 +81,7 @@ def train(config: Config, *, show: Show) -> Result:
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)
+        show.best(trainer.state, run=config.run, early=stopped_early(trainer.callback_handler.callbacks))
         show.ended(job.adapter.finish())
         return processes.first(lambda: conclude(job, objective, trainer, rates, before, show))
 
@@ -151,6 +154,8 @@ def _packed(config: Config, adapter: Adapter, rows: Any) -> Packed | None:
     """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
     if not config.data.packing:
         return None
+    if config.run.group_by_length:
+        raise ConfigError("run.group_by_length has no effect on packs, which are all full: leave out one of the two")
     assert isinstance(rows, Encoded)  # the other objectives refuse to pack
     if reason := unpackable_reason(adapter.model):
         raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
@@ -188,8 +193,13 @@ def _arguments(config: Config, steps: int) -> dict[str, Any]:
         eval_strategy="steps",
         eval_steps=run.eval_every or tenth,
         save_strategy="steps",
-        save_steps=run.save_every or tenth,
+        save_steps=run.save_every or (run.eval_every if run.keeps_best else 0) or tenth,
         save_total_limit=run.keep,
+        load_best_model_at_end=run.keeps_best,
+        metric_for_best_model=(RANK if run.metric == "exact_match" else run.metric) if run.keeps_best else None,
+        greater_is_better=run.metric != "loss" if run.keeps_best else None,
+        train_sampling_strategy="group_by_length" if run.group_by_length else "random",
+        neftune_noise_alpha=optim.neftune,
         logging_steps=min(run.log_every, tenth),
         report_to=list(run.loggers) or "none",
         run_name=name_of(run),
@@ -212,7 +222,7 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[_Bind(job.adapter), show.callback(steps)],
+        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)

@@ -158,6 +158,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
+    neftune: float | None = None
+    """NEFTune: strength of the noise that is added to the embeddings in training; usually 5. transformers adds it."""
     label_smoothing: float = 0.0
     """Label smoothing: the weight of all tokens, in equal parts, in the target of the loss; 0 for none."""
     budget: int | str = "512MiB"
@@ -182,6 +184,7 @@ class OptimConfig:
             learning_rate=_ABOVE,
             warmup=_LEAST,
             weight_decay=_LEAST,
+            neftune=("a number above 0", lambda alpha: alpha is None or (finite(alpha) and alpha > 0)),
             label_smoothing=("a number from 0 to below 1", lambda share: 0 <= share < 1),
             max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
             lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
@@ -242,6 +245,8 @@ class RunConfig:
     """Number of optimizer steps. If it is above 0, run.epochs is ignored."""
     batch_size: int = 8
     """Rows per forward pass on each device."""
+    group_by_length: bool = False
+    """Make batches of rows of similar length, which need less padding."""
     accumulation: int = 1
     """Number of forward passes per optimizer step."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -252,10 +257,21 @@ class RunConfig:
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
     """Number of steps between evaluations of the held-out loss; 0 means a tenth of the run."""
+    metric: Literal["loss", "exact_match"] = "loss"
+    """What evaluations during training measure on held-out rows, beside the loss: loss, or exact_match: the share of
+    right answers to run.eval_rows of them. run.best and run.patience go by it."""
+    eval_rows: int = 50
+    """Number of held-out rows to answer at each evaluation, with run.metric exact_match."""
+    samples: int = 0
+    """Number of answers to held-out rows to print and to store at each evaluation."""
+    best: bool = False
+    """End with the weights of the best evaluation by run.metric. A checkpoint is saved at each evaluation."""
+    patience: int = 0
+    """Stop after this number of evaluations without a better one, with the best weights; 0 for never."""
     save_every: int = 0
-    """Number of steps between checkpoints; 0 means a tenth of the run."""
+    """Number of steps between checkpoints; 0 means a tenth of the run, or run.eval_every with run.best."""
     keep: int = 2
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep, beside the best one."""
     log_every: int = 10
     """Number of steps between log lines."""
     loggers: tuple[str, ...] = ()
@@ -277,8 +293,21 @@ class RunConfig:
             max_steps=("-1 or a whole number of at least 1", lambda steps: steps == -1 or whole(steps, 1)),
             seed=("a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32),
             **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), _count(1)),
-            **dict.fromkeys(("eval_every", "save_every"), _count(0)),
+            **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), _count(0)),
+            eval_rows=_count(1),
         )
+        if self.keeps_best and self.keep == 1:
+            raise ConfigError("run.keep: 1 with run.best or run.patience: expected at least 2, the newest and the best")
+        if self.keeps_best and self.save_every not in (0, self.eval_every):
+            raise ConfigError(
+                f"run.save_every: {self.save_every} with run.best or run.patience, which save a checkpoint at each "
+                f"evaluation: leave it out, or set run.eval_every to the same number"
+            )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with its best weights."""
+        return self.best or self.patience > 0
 
     def steps(self, examples: int, processes: int = 1) -> int:
         """Number of optimizer steps of a run over this many training examples, as transformers counts them.

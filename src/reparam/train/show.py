@@ -13,7 +13,7 @@ from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
 from reparam.data.preferences import flat
 from reparam.data.preview import preview
-from reparam.evaluation.tables import answers_table, scores_table
+from reparam.evaluation.tables import answers_table, scores_table, short
 from reparam.evaluation.terminal import note, say
 from reparam.io.outputs import OVERWRITE
 from reparam.train import processes
@@ -24,15 +24,16 @@ from reparam.train.live import Dashboard, Lines
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
     from reparam.adapter.adapter import Adapter
-    from reparam.evaluation.score import Score
+    from reparam.evaluation.score import Answer, Score
     from reparam.optim import Paging
     from reparam.train.checkpoint import Found
     from reparam.train.config import Config
     from reparam.train.job import Job, Result
     from reparam.train.optimizer import Rates
+    from reparam.train.sections import RunConfig
 
 
 class Show:
@@ -86,6 +87,26 @@ class Show:
     def note(self, text: str) -> None:
         """Print a note about how the run works."""
         say(self.console, note("note", text))
+
+    def samples(self, answers: Sequence[Answer]) -> None:
+        """Print answers to held-out rows, one per line."""
+        for given in answers:
+            right = "right" if given.right else f"expected {short(given.expected)}"
+            say(self.console, f"sample  {short(given.question)} -> {short(given.given)}  ({right})", style="dim")
+
+    def best(self, state: TrainerState, *, run: RunConfig, early: bool) -> None:
+        """Print why the run stopped before its last step, and which weights it ends with."""
+        if early:
+            say(
+                self.console,
+                f"stopped early at step {state.global_step}: {counted(run.patience, 'evaluation')} in a row "
+                f"{'was' if run.patience == 1 else 'were'} no better than the best one",
+            )
+        if run.keeps_best and state.best_metric is not None:
+            step = state.best_global_step
+            key, name = ("eval_loss", "held-out loss") if run.metric == "loss" else ("eval_exact_match", "exact match")
+            found = [entry[key] for entry in state.log_history if entry["step"] == step and key in entry]
+            say(self.console, f"the best weights are those of step {step} ({name} {found[0]:.4f})")
 
     def worse(self, before: Score, after: Score) -> None:
         """Print a warning if the first held-out score with the adapter is worse than that of the base."""

@@ -37,7 +37,7 @@ from reparam.io.staged import staged_folder
 from reparam.train import processes
 from reparam.train.between_steps import BetweenSteps
 from reparam.train.checkpoint import Found, RunLock, commit, prune, resume_point, verify
-from reparam.train.guard import Finite, Interrupts
+from reparam.train.guard import Finite, Interrupts, stopped_early
 from reparam.train.order import ByEpoch, Filled, WithEmpty, row_order, unsupported
 from reparam.train.state import TrainingState, load_state, random_state, restore, save_state, set_random_state
 
@@ -172,15 +172,16 @@ class Resumable(_Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        # Overridden because resuming a complete run would train one more step, and because the stored path of the best
-        # checkpoint is wrong if the folder has been moved.
+        # Overridden because resuming a complete run, or one that stopped early, would train on, and because the stored
+        # path of the best checkpoint is wrong if the folder has been moved.
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if self.state.best_global_step:
             best = self.run_folder / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else place
+        over = self.state.global_step >= max_steps or stopped_early(self.callback_handler.callbacks)
+        return (num_train_epochs, 0) if over else place
 
     # ---- checkpoints
 

@@ -155,6 +155,7 @@ AXOLOTL = Tool(
         **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha"), "optim.beta"),
         "kto_desirable_weight": "prefer.desirable_weight",
         "kto_undesirable_weight": "prefer.undesirable_weight",
+        "noisy_embedding_alpha": "neftune_noise_alpha",
     },
     notes={
         **ARGUMENT_NOTES,
@@ -178,7 +179,6 @@ AXOLOTL = Tool(
         **each(OUTPUT, "save_first_step loss_watchdog_threshold loss_watchdog_patience profiler_steps"),
         **each(OUTPUT, "auto_resume_from_checkpoints strict hf_use_auth_token hub_strategy"),
         "local_rank": "torchrun sets it",
-        "early_stopping_patience": "stop the run with run.max_steps",
         "fsdp_version": "torchrun gives each device a process (DDP)",
     },
     refused={
@@ -187,10 +187,8 @@ AXOLOTL = Tool(
         **each(_OTHER, "s2_attention sequence_parallel_degree context_parallel_size pretraining_dataset"),
         **each(_OTHER, "lora_layers_to_transform lora_layers_pattern lora_target_parameters lr_groups"),
         **each("the schedules have no floor", "cosine_min_lr_ratio cosine_constant_lr_ratio loraplus_lr_groups"),
-        **each("noise on embeddings has no counterpart", "noisy_embedding_alpha"),
         **each("the tokenizer stays as it is", "added_tokens_overrides tokens resize_token_embeddings_to_32x"),
         **each("the base is used as it is", "overrides_of_model_config model_kwargs rope_theta"),
-        "packing": "rows are not packed",
         "gptq": "the storages are nf4 and int8",
     },
     defaults={

@@ -41,6 +41,9 @@ _LARGEST = 16 << 20  # bytes of dataset_info.json
 
 
 def _special(given: Given) -> None:
+    if given.take("neat_packing"):  # packs are always such that rows do not see each other
+        given.take("packing")
+        given.put("data.packing", True)
     arguments(given)
     folder = str(given.take("dataset_dir") or "data")
     for key, target in (("dataset", "data.train"), ("eval_dataset", "data.valid")):
@@ -146,6 +149,7 @@ _OTHER = "it is another method or optimizer, which has no counterpart"
 LLAMA_FACTORY = Tool(
     name="LLaMA-Factory",
     own=(
+        "neat_packing",
         *("stage", "finetuning_type", "cutoff_len", "lora_target", "lora_rank", "template", "dataset_dir", "dataset"),
         *("quantization_bit", "plot_loss", "val_size", "overwrite_cache", "preprocessing_num_workers", "max_samples"),
         *("flash_attn", "mask_history", "train_on_prompt", "pure_bf16"),
@@ -195,8 +199,6 @@ LLAMA_FACTORY = Tool(
         "pref_ftx": "a supervised loss beside the loss of pairs has no counterpart; use pref_loss: orpo",
         "dpo_label_smoothing": "the loss of a pair with smoothed labels has no counterpart",
         "ref_model": "the reference is the model before training",
-        "packing": "rows are not packed",
-        "neat_packing": "rows are not packed",
     },
     defaults={
         "run.epochs": 3,

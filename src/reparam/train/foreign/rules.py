@@ -93,7 +93,7 @@ ARGUMENT_NOTES = {
     **each(OUTPUT, "save_safetensors save_only_model save_on_each_node logging_nan_inf_filter"),
     **each(_ENCODED, "dataloader_multiprocessing_context dataloader_in_order length_column_name"),
     **each(OUTPUT, "include_for_metrics eval_do_concat_batches eval_use_gather_object enable_jit_checkpoint"),
-    **each("it belongs to load_best_model_at_end", "metric_for_best_model greater_is_better"),
+    "greater_is_better": "a lower loss and more exact matches are better",
     **each("torchrun sets it", "local_rank ddp_static_graph"),
     **each("a resumed run equals an uninterrupted one", "ignore_data_skip restore_callback_states_from_checkpoint"),
     **each("set it with the logger's own environment variable", "trackio_bucket_id trackio_static_space_id"),
@@ -115,12 +115,9 @@ ARGUMENT_NOTES = {
 }
 ARGUMENT_REFUSED = {
     **each(_DECAY, "adam_beta1 adam_beta2 adam_epsilon optim_args"),
-    "neftune_noise_alpha": "noise on embeddings has no counterpart",
     "train_sampling_strategy": "rows are in random order",
-    "group_by_length": "rows are in random order",
     "optim_target_modules": "it belongs to optimizers that have no counterpart",
     "lr_scheduler_kwargs": "the schedules have transformers' own values",
-    "load_best_model_at_end": "the adapter of the last step is saved; stop earlier with run.max_steps",
     "dataloader_drop_last": "the last batch of an epoch is trained on",
 }
 
@@ -145,6 +142,9 @@ def arguments(given: Given) -> None:
         given.note(f"resume_from_checkpoint: {resume}", "a run goes on from the newest checkpoint in run.output")
     if given.values.get("train_sampling_strategy") == "group_by_length":
         given.values["group_by_length"] = bool(given.take("train_sampling_strategy"))
+    metric = given.values.get("metric_for_best_model")
+    if isinstance(metric, str):
+        given.values["metric_for_best_model"] = metric.removeprefix("eval_")
     for key, known in _DEFAULTS.items():
         if given.values.get(key) == known:
             given.take(key)

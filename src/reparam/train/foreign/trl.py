@@ -94,7 +94,6 @@ TRL = Tool(
         "dataset_kwargs": "arguments of the data set's class have no counterpart",
         "router_aux_loss_coef": "the auxiliary loss of a base's own experts has no counterpart",
         "lora_target_parameters": "adapters act on modules",
-        "packing": "rows are not packed",
     },
     defaults={
         "run.epochs": 3,

@@ -30,6 +30,14 @@ class Objective(abc.ABC):
         given = {
             f"prefer.{f.name}": getattr(config.prefer, f.name) != f.default for f in dataclasses.fields(PreferConfig)
         }
+        if self.name != "sft":
+            alone = {
+                "run.metric": config.run.metric != "loss",
+                "run.samples": config.run.samples > 0,
+                "run.group_by_length": config.run.group_by_length,
+            }
+            if unread := [key for key, changed in alone.items() if changed]:
+                raise ConfigError(f"{unread[0]}: the objective {self.name} does not support it; leave it out")
         given["optim.beta"] = config.optim.beta is not None
         if idle := [key for key, changed in given.items() if changed and key not in self.reads]:
             raise ConfigError(

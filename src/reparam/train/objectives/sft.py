@@ -15,6 +15,7 @@ from reparam.evaluation.score import Answer, Score, answer, score_answers, score
 from reparam.hf.packed import packed_collator
 from reparam.train.config import Config
 from reparam.train.data import Data, read_data
+from reparam.train.evaluating import Evaluated
 from reparam.train.job import Job
 from reparam.train.losses import loss_of
 from reparam.train.objectives.objective import Objective
@@ -37,7 +38,7 @@ class SFT(Objective):
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Trainer:
         """transformers' Trainer."""
-        return Trainer(
+        return Evaluated(
             job.model,
             TrainingArguments(**arguments),
             train_dataset=job.packed or flat(job.train),
