@@ -84,7 +84,10 @@ def commands(folder: Path, rows: Path, steps: int, other: str | None, *, packing
     reparam = [python, "-m", "reparam", "train"]
     shared = ["--max_steps", str(steps + 1), "--per_device_train_batch_size", str(BATCH), "--lora_r", "8"]
     shared += ["--learning_rate", "1e-3", "--max_length", "1024", "--model_name_or_path", str(BASE)]
-    ours = f"--val_size 0.001 --data.score_rows 0 --data.cache off --eval_steps 1000 --save_steps 1000 --data {rows}"
+    ours = (
+        "--dtype float32 --val_size 0.001 --data.score_rows 0 --data.cache off --eval_steps 1000 --save_steps 1000 "
+        f"--data {rows}"
+    )
     theirs = (
         "--use_peft --lora_alpha 16 --lora_dropout 0 --lora_target_modules all-linear --report_to none --bf16 false "
         "--dtype float32 --gradient_checkpointing false --save_strategy no --use_cpu true --shuffle_dataset true "
