@@ -33,7 +33,7 @@ def test_a_key_has_its_default_as_files_have_it(site: ModuleType) -> None:
     assert "| `run.precision` | `Literal['float32', 'bfloat16']` | `\"float32\"` |" in text
     assert '| `base.quantized` | `tuple[str, ...]` | `["all-linear"]` |' in text
     assert "| `run.resume` | `bool` | `true` |" in text
-    assert "| `data.valid` | `str | None` |  |" in text
+    assert "| `adapter.start` | `str | None` |  |" in text
 
 
 def test_the_command_line_has_every_verb_with_its_options(site: ModuleType) -> None:

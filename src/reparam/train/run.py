@@ -44,6 +44,7 @@ from reparam.train.objectives.objective import Objective
 from reparam.train.plot import plot_losses
 from reparam.train.reading import tokenizer_of
 from reparam.train.show import Show
+from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable
 
@@ -65,6 +66,8 @@ def train(config: Config, *, show: Show) -> Result:
     job = processes.together(lambda: _prepared(config))
     config = job.config
     show.job(job)
+    if slow := slow_dtype(job.model, config.run.precision):
+        show.note(slow)
     folder = Path(config.run.output)
     losses = processes.together(lambda: objective.loss(job, show))
     own = processes.first(lambda: _identified(job))  # before anything is written
