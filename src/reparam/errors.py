@@ -7,6 +7,7 @@
     ├── DataError            (ValueError)          the data has rows that cannot be trained on
     ├── ConfigError          (ValueError)          the configuration is invalid
     ├── DuplicateKey         (ValueError)          a JSON object has a key twice
+    ├── NotChunked           (ValueError)          a model's loss cannot be computed in chunks of logits
     ├── StateError           (ValueError)          a training state cannot be saved or restored
     ├── RunLocked            (ValueError)          another process is using the run folder
     ├── Refused              (ValueError)          a request that the serving engine cannot answer
@@ -83,6 +84,10 @@ class ConfigError(ReparamError, ValueError):
 
 class DuplicateKey(ReparamError, ValueError):  # noqa: N818  (reads as what happened)
     """A JSON object has a key twice. Errors of files begin with the place, and end with this message."""
+
+
+class NotChunked(ReparamError, ValueError):  # noqa: N818  (a property of the model)
+    """The model computes its loss in a way that `ChunkedLoss` cannot follow; the message is the end of a sentence."""
 
 
 class StateError(ReparamError, ValueError):

@@ -91,7 +91,6 @@ def test_it_means_what_it_means_there(typed: str, section: str, key: str, value:
     [
         ("--fp16", "fp16: 'true': expected false; float16 needs a scaled loss"),
         ("--quantization_bit 3", "quantization_bit: '3': expected 4 or 8"),
-        ("--stage dpo", "preferences and rewards have no counterpart"),
         (
             "--bf16 --run.precision float32",
             "another option sets it to float32",

@@ -97,7 +97,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("default::UserWarning:reparam")  # which the command line prints
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page: Path, place: Path, adapters: dict[str, Path]) -> None:
-    """Finished adapters exist unless the page creates them; a TOML block of the page is the file `plan.toml`."""
+    """Finished adapters exist unless the page makes them; its TOML is `plan.toml`, its YAML `axolotl.yaml`."""
     found = commands(page)
     made = set().union(*map(written, found))
     (place / "out").mkdir()
@@ -106,6 +106,8 @@ def test_the_commands_of_a_page_run(page: Path, place: Path, adapters: dict[str,
             (place / name).symlink_to(folder)
     for plan in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
         (place / "plan.toml").write_text(plan)
+    for foreign in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        (place / "axolotl.yaml").write_text(foreign)
     for arguments in found:
         assert run(*smaller(arguments)) == 0, shlex.join(["reparam", *arguments])
 

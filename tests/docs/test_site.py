@@ -41,7 +41,7 @@ def test_the_command_line_has_every_verb_with_its_options(site: ModuleType) -> N
     assert all(f"\n## {verb}\n" in text for verb in VERBS)
     assert "[bold]" not in text
     assert "`--learning_rate" in text.replace("`--optim.learning_rate, ", "`")
-    assert "`--max-new-tokens`" in text
+    assert "`--max-new-tokens" in text
 
 
 def test_the_first_page_links_within_the_site(site: ModuleType) -> None:

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 import reparam
-from reparam.hf.chunked import ChunkedLoss, NotChunked, RowLosses, Tail
+from reparam.errors import NotChunked
+from reparam.hf.chunked import ChunkedLoss, RowLosses, Tail
 
 SIZES = {
     "vocab_size": 97,

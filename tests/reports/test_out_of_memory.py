@@ -35,7 +35,7 @@ def little_memory() -> Iterator[None]:
 def long_rows(tmp_path: Path) -> str:
     file = tmp_path / "long.jsonl"
     line = json.dumps({"prompt": "def f(", "completion": "a, b, c, d " * 1200}) + "\n"  # 2048 tokens of 16 KiB logits
-    file.write_text(line * 16)
+    file.write_text(line * 64)
     return str(file)
 
 
@@ -45,9 +45,9 @@ def test_a_command_says_what_lowers_the_memory(
     verb: str, base: str, long_rows: str, tmp_path: Path, little_memory: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if verb == "eval":
-        code = reparam("eval", long_rows, "--base", base, "--batch-size", 16, "--max-length", 2048)
+        code = reparam("eval", long_rows, "--base", base, "--batch-size", 64, "--max-length", 2048)
     else:
-        code = train(base, long_rows, tmp_path / "out", "--batch_size", 16, "--max_length", 2048)
+        code = train(base, long_rows, tmp_path / "out", "--batch_size", 64, "--max_length", 2048)
     said = capsys.readouterr().err.strip()
     assert code == 1
     assert "Traceback" not in said

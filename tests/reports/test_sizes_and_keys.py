@@ -90,7 +90,7 @@ def test_a_configuration_and_data(base: str, tmp_path: Path, little_memory: None
         resolve(tmp_path / "run.toml", {})
     assert reparam("compare", tmp_path / "run.toml") == 2
     for name, start in (("rows.jsonl", b""), ("rows.txt", b'{"text": "a"}\n')):
-        sparse(tmp_path / name, 30 * GB, start)
+        sparse(tmp_path / name, 3 * GB, start)
         with pytest.raises(DataError, match="a line of more than"):
             read_rows(tmp_path / name)
     assert train(base, str(tmp_path / "rows.jsonl"), tmp_path / "out") == 2

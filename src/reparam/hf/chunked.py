@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reparam.adapter.selection import select, state_of
+from reparam.errors import NotChunked
 from reparam.sites.wrapped import bare
 
 LOGITS = 2**22
@@ -32,10 +33,6 @@ TOKENS = {"cpu": 128}
 """The fewest tokens in a chunk by type of device: products of fewer rows are slower."""
 _OTHER = 1024  # on other devices
 _FAR = 1e6  # a logit at which every softcap is saturated
-
-
-class NotChunked(ValueError):  # noqa: N818  (a property of the model)
-    """The model computes its loss in a way that `ChunkedLoss` cannot follow; the message is the end of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from reparam.errors import ConfigError
-from reparam.hf.chunked import ChunkedLoss, NotChunked
+from reparam.errors import ConfigError, NotChunked
+from reparam.hf.chunked import ChunkedLoss
 from reparam.train import processes
 from reparam.train.job import Job
 from reparam.train.show import Show

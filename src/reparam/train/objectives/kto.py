@@ -64,7 +64,7 @@ class KTO(Preferring):
         without_dropout(job)
         prefer = job.config.prefer
         given = KTOConfig(
-            **{**arguments, **ARGUMENTS},
+            **{**arguments, **ARGUMENTS, "train_sampling_strategy": "sequential"},
             beta=beta_of(job.config),
             desirable_weight=prefer.desirable_weight,
             undesirable_weight=prefer.undesirable_weight,
