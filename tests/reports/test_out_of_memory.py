@@ -47,7 +47,7 @@ def test_a_command_says_what_lowers_the_memory(
     if verb == "eval":
         code = reparam("eval", long_rows, "--base", base, "--batch-size", 64, "--max-length", 2048)
     else:
-        code = train(base, long_rows, tmp_path / "out", "--batch_size", 64, "--max_length", 2048)
+        code = train(base, long_rows, tmp_path / "out", "--batch_size", 16, "--max_length", 2048)
     said = capsys.readouterr().err.strip()
     assert code == 1
     assert "Traceback" not in said
