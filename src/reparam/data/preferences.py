@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from reparam.data.batches import Encoded, Report
 from reparam.data.encode import encode
-from reparam.data.files import objects
 from reparam.data.formats.preference import PAIR, read_judged, read_pair
-from reparam.data.prompts import Prompts, check_vocabulary
+from reparam.data.prompts import Prompts, check_vocabulary, read_items
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -78,32 +77,16 @@ def read_pairs(source: str | Path, columns: Mapping[str, str] | None = None) -> 
 
     Raises DataError, with all problems, for a source that cannot be read, and for a row that is no pair.
     """
-    return _read(source, lambda value, place: [Preference(place, read_pair(value, place, columns))])
+    return read_items(source, lambda value, place: [Preference(place, read_pair(value, place, columns))], expected=PAIR)
 
 
 def read_answers(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Preference]:
     """Read single answers with a label; a pair becomes a good and a bad answer. Otherwise as `read_pairs`."""
-    return _read(
+    return read_items(
         source,
         lambda value, place: [Preference(row.source, (row,), good) for row, good in read_judged(value, place, columns)],
+        expected=PAIR,
     )
-
-
-def _read(source: str | Path, read: Callable[[Mapping[str, Any], str], list[Preference]]) -> list[Preference]:
-    found: list[Preference] = []
-    problems: list[str] = []
-    for place, value in objects(source):
-        try:
-            if isinstance(value, DataError):
-                raise value
-            found += read(value, place)
-        except DataError as error:
-            problems.extend(error.problems)
-    if not found and not problems:
-        problems.append(f"{source}: the file is empty; expected objects with {PAIR}")
-    if problems:
-        raise DataError(problems)
-    return found
 
 
 def encode_preferences(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,25 +87,30 @@ def check_vocabulary(encoded: Encoded, size: int, tokenizer: PreTrainedTokenizer
         raise DataError(beyond_vocabulary(found, size, tokenizer))
 
 
-def read_prompts(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Asked]:
-    """Read the prompts of a file, a glob, a folder, a data set or standard input, as `read_rows` reads rows.
-
-    Raises DataError, with all problems, for a source that cannot be read, and for rows without a prompt.
-    """
-    found: list[Asked] = []
+def read_items(source: str | Path, read: Callable[[Mapping[str, Any], str], list[T]], *, expected: str) -> list[T]:
+    """What `read` makes of each object of a source and its place. Raises DataError with the problems of all objects."""
+    found: list[T] = []
     problems: list[str] = []
     for place, value in objects(source):
         try:
             if isinstance(value, DataError):
                 raise value
-            found.append(_asked(value, place, columns or {}))
+            found += read(value, place)
         except DataError as error:
             problems.extend(error.problems)
     if not found and not problems:
-        problems.append(f'{source}: the file is empty; expected objects with "prompt"')
+        problems.append(f"{source}: the file is empty; expected objects with {expected}")
     if problems:
         raise DataError(problems)
     return found
+
+
+def read_prompts(source: str | Path, columns: Mapping[str, str] | None = None) -> list[Asked]:
+    """Read the prompts of a file, a glob, a folder, a data set or standard input, as `read_rows` reads rows.
+
+    Raises DataError, with all problems, for a source that cannot be read, and for rows without a prompt.
+    """
+    return read_items(source, lambda value, place: [_asked(value, place, columns or {})], expected='"prompt"')
 
 
 def _asked(value: Mapping[str, Any], source: str, columns: Mapping[str, str]) -> Asked:

@@ -6,10 +6,10 @@ import dataclasses
 import datetime
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from reparam.train.sections import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 WORTH_KEEPING = 1 << 24  # bytes of files whose encoded rows are kept without being asked to
 KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them are encoded
 
@@ -168,8 +169,14 @@ def held_out(config: Config, total: int) -> np.ndarray:
     return held
 
 
-def divided(config: Config, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The items to train on, and those that are held out. Raises ConfigError as `held_out` does."""
+def read_parts(config: Config, read: Callable[[str], list[T]]) -> tuple[list[T], list[T]]:
+    """The items to train on, and those that are held out: of `data.valid`, or a share of the others.
+
+    `read` reads the items of one source. Raises ConfigError as `held_out` does.
+    """
+    items = [item for source in config.data.sources() for item in read(source)]
+    if config.data.valid is not None:
+        return items, [item for source in config.data.sources("valid") for item in read(source)]
     held = held_out(config, len(items)).tolist()
     kept, out = ([item for item, is_out in zip(items, held, strict=True) if is_out is side] for side in (False, True))
     return kept, out

@@ -12,15 +12,12 @@ from reparam.errors import ConfigError
 from reparam.train.config import Config
 from reparam.train.job import Job
 from reparam.train.objectives.preferring import Preferring, beta_of
-from reparam.train.objectives.reference import Reference
 from reparam.train.objectives.with_trl import (
     ARGUMENTS,
     Answers,
     FromTRL,
+    compared_with_start,
     numbers,
-    row_numbers,
-    score_any_head,
-    without_dropout,
 )
 from reparam.train.trainer import Resumable
 
@@ -47,7 +44,6 @@ class DPO(Preferring):
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Resumable:
         """TRL's DPOTrainer."""
-        without_dropout(job)
         prefer = job.config.prefer
         given = DPOConfig(
             **{**arguments, **ARGUMENTS},
@@ -55,18 +51,7 @@ class DPO(Preferring):
             loss_type=[prefer.loss_type],
             label_smoothing=prefer.label_smoothing,
         )
-        install = score_any_head(job.model)
-        made = _DPOTrainer(
-            job.model,
-            given,
-            ref_model=Reference(job.model, self.start(job)),
-            data_collator=_Batches(job),
-            processing_class=job.tokenizer,
-            **row_numbers(job),
-            **others,
-        )
-        install()
-        return made
+        return compared_with_start(_DPOTrainer, job, self.start(job), given, _Batches(job), **others)
 
 
 class _Batches(Answers):

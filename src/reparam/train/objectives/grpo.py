@@ -21,7 +21,7 @@ from reparam.evaluation.complete import complete
 from reparam.evaluation.score import Answer, Score
 from reparam.train import processes
 from reparam.train.config import Config
-from reparam.train.data import Data, divided
+from reparam.train.data import Data, read_parts
 from reparam.train.job import Job
 from reparam.train.objectives.objective import Objective
 from reparam.train.objectives.reference import Reference, before_training
@@ -41,7 +41,7 @@ class GRPO(Objective):
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective cannot use, and if there is no reward."""
         super().check(config)
-        run, prefer, data = config.run, config.prefer, config.data
+        run, prefer = config.run, config.prefer
         if prefer.reward is None:
             raise ConfigError(
                 f"prefer.reward must be set for grpo: the function that rewards answers, such as {EXAMPLE}"
@@ -54,27 +54,20 @@ class GRPO(Objective):
             )
         if processes.count() > 1:
             raise ConfigError("run.objective: grpo runs in one process here: call it without torchrun")
-        unread = {
-            "data.weights": bool(data.weights),
-            "data.max_rows": bool(data.max_rows),
-            "data.packing": data.packing,
-            "data.bad_rows": data.bad_rows != "error",
+
+    def unsupported(self, config: Config) -> dict[str, bool]:
+        """The keys of settings that the objective does not support, and whether each is set."""
+        data = config.data
+        return super().unsupported(config) | {
             "data.too_long": data.too_long not in ("auto", "error"),
             "data.loss_on": data.loss_on != "answers",
             "data.thinking": data.thinking is not None,
-            "optim.label_smoothing": config.optim.label_smoothing > 0,
         }
-        if wrong := [key for key, given in unread.items() if given]:
-            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
 
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Read and encode the prompts."""
         data = config.data
-        train = [each for source in data.sources() for each in read_prompts(source, data.renamed())]
-        if data.valid is None:
-            train, valid = divided(config, train)
-        else:
-            valid = [each for source in data.sources("valid") for each in read_prompts(source, data.renamed())]
+        train, valid = read_parts(config, lambda source: read_prompts(source, data.renamed()))
         framed = frame_of(data, tokenizer)
         kinds: Counter[str] = Counter("completion" if isinstance(each.prompt, str) else "chat" for each in train)
         check_chats(data, kinds)

@@ -20,15 +20,12 @@ from reparam.errors import ConfigError, DataError
 from reparam.train.config import Config
 from reparam.train.job import Job
 from reparam.train.objectives.preferring import Preferring, beta_of
-from reparam.train.objectives.reference import Reference
 from reparam.train.objectives.with_trl import (
     ARGUMENTS,
     Answers,
     FromTRL,
+    compared_with_start,
     numbers,
-    row_numbers,
-    score_any_head,
-    without_dropout,
 )
 from reparam.train.trainer import Resumable
 
@@ -61,7 +58,6 @@ class KTO(Preferring):
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Resumable:
         """TRL's KTOTrainer."""
-        without_dropout(job)
         prefer = job.config.prefer
         given = KTOConfig(
             **{**arguments, **ARGUMENTS, "train_sampling_strategy": "sequential"},
@@ -69,18 +65,7 @@ class KTO(Preferring):
             desirable_weight=prefer.desirable_weight,
             undesirable_weight=prefer.undesirable_weight,
         )
-        install = score_any_head(job.model)
-        made = _KTOTrainer(
-            job.model,
-            given,
-            ref_model=Reference(job.model, self.start(job)),
-            data_collator=_Batches(job),
-            processing_class=job.tokenizer,
-            **row_numbers(job),
-            **others,
-        )
-        install()
-        return made
+        return compared_with_start(_KTOTrainer, job, self.start(job), given, _Batches(job), **others)
 
 
 class _Batches(Answers):

@@ -27,22 +27,30 @@ class Objective(abc.ABC):
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective does not use or cannot use."""
+        if wrong := [key for key, changed in self.unsupported(config).items() if changed]:
+            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
         given = {
             f"prefer.{f.name}": getattr(config.prefer, f.name) != f.default for f in dataclasses.fields(PreferConfig)
         }
-        if self.name != "sft":
-            alone = {
-                "run.metric": config.run.metric != "loss",
-                "run.samples": config.run.samples > 0,
-                "run.group_by_length": config.run.group_by_length,
-            }
-            if unread := [key for key, changed in alone.items() if changed]:
-                raise ConfigError(f"{unread[0]}: the objective {self.name} does not support it; leave it out")
         given["optim.beta"] = config.optim.beta is not None
         if idle := [key for key, changed in given.items() if changed and key not in self.reads]:
             raise ConfigError(
                 f"{idle[0]}: the objective {self.name} does not use it; leave it out, or choose another run.objective"
             )
+
+    def unsupported(self, config: Config) -> dict[str, bool]:
+        """The keys of settings that the objective does not support, and whether each is set."""
+        data, run = config.data, config.run
+        return {
+            "run.metric": run.metric != "loss",
+            "run.samples": run.samples > 0,
+            "run.group_by_length": run.group_by_length,
+            "data.weights": bool(data.weights),
+            "data.max_rows": bool(data.max_rows),
+            "data.packing": data.packing,
+            "data.bad_rows": data.bad_rows != "error",
+            "optim.label_smoothing": config.optim.label_smoothing > 0,
+        }
 
     @abc.abstractmethod
     def data(self, config: Config, tokenizer: Any) -> Data:

@@ -15,7 +15,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.preferences import log_probabilities, score_rewards
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
-from reparam.train.data import Data, divided
+from reparam.train.data import Data, read_parts
 from reparam.train.job import Job
 from reparam.train.model import by_task
 from reparam.train.objectives.objective import Objective
@@ -40,20 +40,14 @@ class Preferring(Objective):
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective cannot use."""
         super().check(config)
-        unread = {
-            "data.weights": bool(config.data.weights),
-            "data.max_rows": bool(config.data.max_rows),
-            "data.packing": config.data.packing,
-            "data.bad_rows": config.data.bad_rows != "error",
-            "data.too_long": config.data.too_long in ("drop", "split"),
-            "optim.label_smoothing": config.optim.label_smoothing > 0,
-        }
-        if wrong := [key for key, given in unread.items() if given]:
-            raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
         if config.data.loss_on == "all":
             raise ConfigError(
                 f"data.loss_on: {self.name} compares answers; leave it out, or set it to last for the last answer alone"
             )
+
+    def unsupported(self, config: Config) -> dict[str, bool]:
+        """The keys of settings that the objective does not support, and whether each is set."""
+        return super().unsupported(config) | {"data.too_long": config.data.too_long in ("drop", "split")}
 
     def read(self, config: Config, source: str) -> list[Preference]:
         """Read pairs of a chosen and a rejected answer. Raises DataError for rows of another form."""
@@ -66,14 +60,11 @@ class Preferring(Objective):
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Preferences, and those that are held out."""
         data, seed = config.data, config.run.seed
-        items = [item for source in data.sources() for item in self.read(config, source)]
-        if data.valid is None:
-            parts = divided(config, items)
-        else:
-            parts = items, [item for source in data.sources("valid") for item in self.read(config, source)]
+        parts = read_parts(config, lambda source: self.read(config, source))
         train, valid = (self.ordered(part, seed) for part in parts)
         framed = frame_of(data, tokenizer)
-        kinds: Counter[str] = Counter(row.kind for item in items for row in item.answers)
+        kept = train if data.valid is not None else [*train, *valid]
+        kinds: Counter[str] = Counter(row.kind for item in kept for row in item.answers)
         check_chats(data, kinds)
         train, valid = (
             [dataclasses.replace(item, answers=tuple(framed.rows(item.answers))) for item in part]

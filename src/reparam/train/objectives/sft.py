@@ -28,6 +28,10 @@ class SFT(Objective):
 
     name = "sft"
 
+    def unsupported(self, config: Config) -> dict[str, bool]:
+        """None: all settings but those of preferences are for this objective."""
+        return {}
+
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Rows of one answer or text each."""
         return read_data(config, tokenizer)

@@ -17,6 +17,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from reparam.data.batches import IGNORED, Collator, padding_id
 from reparam.data.preferences import Preferences
 from reparam.train.job import Job
+from reparam.train.objectives.reference import Reference
 from reparam.train.trainer import Resumable
 
 if TYPE_CHECKING:
@@ -128,6 +129,25 @@ def without_dropout(job: Job) -> None:
     for module in job.model.modules():
         if isinstance(module, nn.Dropout) and id(module) not in own:
             module.p = 0.0
+
+
+def compared_with_start(
+    trainer: Callable[..., Resumable], job: Job, start: str | None, arguments: Any, batches: Answers, **others: Any
+) -> Resumable:
+    """A trainer of TRL that compares the model with itself before training; `start` is the adapter it had then."""
+    without_dropout(job)
+    install = score_any_head(job.model)
+    made = trainer(
+        job.model,
+        arguments,
+        ref_model=Reference(job.model, start),
+        data_collator=batches,
+        processing_class=job.tokenizer,
+        **row_numbers(job),
+        **others,
+    )
+    install()
+    return made
 
 
 def score_any_head(model: Any, *, temperature: float = 1.0) -> Callable[[], None]:
