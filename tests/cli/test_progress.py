@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import reparam, train
+from terminal import on_terminal
 
 from reparam.train.live import BLOCKS, duration, sparkline
 
@@ -70,24 +68,8 @@ def test_piped_there_is_one_line_for_each_loss(
 def test_on_a_terminal_there_is_a_dashboard(base: str, rows: str, tmp_path: Path) -> None:
     settings = ["--max_steps", "6", "--lr", "0.05", "--logging_steps", "1", "--data.score_rows", "0"]
     command = [sys.executable, "-m", "reparam", "train", "--base", base, "--data", rows, *settings]
-    leader, follower = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "LINES": "40", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "out")], stdout=follower, stderr=follower, env=environment
-    )
-    os.close(follower)
-    told = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        told += part
-    os.close(leader)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())
-    assert process.wait() == 0, text
+    shown = on_terminal([*command, "-o", str(tmp_path / "out")])
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     last = text[text.rindex("training ") :]
     assert "6/6" in last
     assert re.search(r"loss +\d+\.\d{4} +[▁▂▃▄▅▆▇█]{6}\s", last)

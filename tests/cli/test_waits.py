@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 from command import train
 from rich.console import Console
+from terminal import on_terminal
 
 from reparam.cli import screen
 from reparam.core.progress import heard, listening, tracked, waiting
@@ -102,29 +101,8 @@ def test_on_standard_error_when_piped(base: str, rows: str, tmp_path: Path) -> N
     assert json.loads(quiet.stdout)["base"]
 
 
-def on_terminal(arguments: list[str]) -> str:
-    """What a command shows on a pseudo-terminal of 120 columns."""
-    leader, follower = pty.openpty()
-    settings = {**os.environ, "COLUMNS": "120", "LINES": "40", "TERM": "xterm"}
-    command = [sys.executable, "-c", RUN, *arguments]
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=settings)
-    os.close(follower)
-    told = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        told += part
-    os.close(leader)
-    assert process.wait() == 0, told.decode()
-    return told.decode()
-
-
 def test_on_a_terminal(base: str, rows: str, tmp_path: Path) -> None:
-    told = on_terminal(["quantize", base, str(tmp_path / "out"), "--block", "32"])
+    told = on_terminal([sys.executable, "-c", RUN, *["quantize", base, str(tmp_path / "out"), "--block", "32"]])
     for what in ("starting quantize", f"loading {base}", f"writing {tmp_path / 'out'}"):
         assert what in told
     assert f"quantized model   {tmp_path / 'out'}" in told

@@ -96,27 +96,37 @@ def test_beside_lora_in_one_adapter(tmp_path: Path) -> None:
     assert (logits(again) - logits(llama())).abs().max() > 0.1
 
 
+def save_moved(model: Any, folder: Path) -> None:
+    """Move the trained parameters of a PEFT model, and save it."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.eval().save_pretrained(str(folder))
+
+
+def check_back(make: Callable[[], Any], found: Any, adapter: Any, place: Path, expected: torch.Tensor) -> None:
+    """PEFT reads what is written, under the same keys, and merging keeps the outputs."""
+    adapter.save(place / "ours", format="peft")
+    back = peft.PeftModel.from_pretrained(make(), str(place / "ours")).eval()
+    assert_equal_but_for_rounding(logits(back), logits(found))
+    before, after = (load_file(place / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    reparam.merge(found)
+    assert_equal_but_for_rounding(logits(found), expected)
+
+
 @pytest.mark.parametrize("make", [llama, tied_llama])
 @pytest.mark.parametrize("ids", [[94, 72], {"embed_tokens": [72, 28, 94]}], ids=str)
 def test_peft_folders(make: Callable[[], Any], ids: Any, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=ids)
     model = peft.get_peft_model(make(), config)
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.eval().save_pretrained(str(tmp_path / "theirs"))
+    save_moved(model, tmp_path / "theirs")
     found = make()
     adapter = reparam.load(found, tmp_path / "theirs")
     assert_equal_but_for_rounding(logits(found), logits(model).detach())
     assert adapter.tied == ({"lm_head": EMBEDDING} if make is tied_llama else {})
-    adapter.save(tmp_path / "ours", format="peft")
-    back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    assert_equal_but_for_rounding(logits(back), logits(found))
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
-    assert before.keys() == after.keys()
-    reparam.merge(found)
-    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+    check_back(make, found, adapter, tmp_path, logits(model).detach())
 
 
 @pytest.mark.parametrize(
@@ -140,24 +150,14 @@ def test_folders_of_pefts_own_method(make: Callable[[], Any], where: list[str] |
     if make is tied_llama and where:
         return  # PEFT cannot compute with both; for the head alone, see below
     model = peft.get_peft_model(make(), config)
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.eval().save_pretrained(str(tmp_path / "theirs"))
+    save_moved(model, tmp_path / "theirs")
     found = make()
     adapter = reparam.load(found, tmp_path / "theirs")
     assert adapter.method == reparam.Tokens(ids=TOKENS)
     assert (logits(found) - logits(make())).abs().max() > 0.1
     assert_equal_but_for_rounding(logits(found), logits(model).detach())
     assert adapter.tied == ({"lm_head": EMBEDDING} if make is tied_llama else {})
-    adapter.save(tmp_path / "ours", format="peft")
-    back = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    assert_equal_but_for_rounding(logits(back), logits(found))
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
-    assert before.keys() == after.keys()
-    reparam.merge(found)
-    assert_equal_but_for_rounding(logits(found), logits(model).detach())
+    check_back(make, found, adapter, tmp_path, logits(model).detach())
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from stopping import Stopping
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_settings import PLAIN
 
 import reparam as library
 from reparam.train.config import Config, resolve
@@ -93,20 +94,10 @@ def trl_history(base: str, folder: Path, code: Path, *, beta: float) -> list[dic
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
+        **PLAIN,
         "num_generations": SAMPLES,
         "max_completion_length": NEW,
         "beta": beta,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "seed": 0,
-        "data_seed": 0,
     }
     made = GRPOTrainer(
         model,

@@ -19,6 +19,7 @@ from stopping import Stopping
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_settings import PLAIN
 from two_processes import two_processes
 
 import reparam as library
@@ -85,17 +86,7 @@ def trl_history(base: str, folder: Path, objective: str) -> list[dict[str, float
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
         "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "seed": 0,
-        "data_seed": 0,
+        **PLAIN,
     }
     if objective == "dpo":
         from trl import DPOConfig, DPOTrainer
