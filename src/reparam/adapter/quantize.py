@@ -17,6 +17,7 @@ from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites import targets as targets_
+from reparam.sites.experts import close_idle, opened
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.offloaded import check_placed
 from reparam.sites.replaced import Replaced
@@ -90,7 +91,11 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     model = bare(model)
-    names = targets_.resolve(model, targets)
+    with opened(model):
+        return _quantized(model, chosen, targets_.resolve(model, targets))
+
+
+def _quantized(model: nn.Module, chosen: Storage, names: list[str]) -> QuantizeReport:
     check_placed(model, names, "quantize")
     _check(model, names, chosen)
     sites = []
@@ -99,6 +104,7 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
         sites.append(_site(path, module.frozen))
         plain = module.frozen.dense_or_none is not None and not module.updates
         put(model, {path: module.restore() if plain else module})
+    close_idle(model)
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)
