@@ -62,12 +62,12 @@ class Opened(nn.Module):
 
     def experts_of(self, name: str) -> list[Expert]:
         """The sites of a stacked parameter, by the number of the expert."""
-        slots = (child for child in self._modules.values() if isinstance(child, ExpertSlot))
-        return [cast(Expert, bare(slot._modules[name])) for slot in slots]  # type: ignore[arg-type]
+        children = self._modules  # in each forward of each layer, so without the lookups of nn.Module
+        return [children[number]._modules[name] for number in self.__dict__["numbers"]]  # type: ignore[misc, union-attr]
 
     def is_idle(self) -> bool:
         """Whether the module's own parameters compute its output: no update is active and nothing is quantized."""
-        return all(e.active is None and e.stacked for name in self.stacks for e in self.experts_of(name))
+        return all(e.active is None and type(e.frozen) is Part for name in self.stacks for e in self.experts_of(name))
 
     def _standing(self) -> nn.Module:
         """A module of the original class, with the same parameters and children and stacks for the experts' weights."""
@@ -165,7 +165,7 @@ def open_experts(module: nn.Module) -> None:
             slot._modules[name] = Expert(weight, layout, module.training)
         slot.training = module.training
         module._modules[str(number)] = slot
-    module.__dict__["stacks"] = stacks
+    module.__dict__ |= {"stacks": stacks, "numbers": tuple(map(str, range(count)))}
     _become(module, _opened_class(type(module)))  # type: ignore[arg-type]
 
 
@@ -198,8 +198,8 @@ def settle(module: nn.Module) -> None:
             module._parameters.pop(name, None)
     sites = [expert for name in module.stacks for expert in module.experts_of(name)]
     if all(expert.stacked and not expert.updates for expert in sites):
-        for key in [key for key, child in module._modules.items() if isinstance(child, ExpertSlot)]:
-            del module._modules[key]
+        for number in module.__dict__.pop("numbers"):
+            del module._modules[number]
         del module.__dict__["stacks"]
         _become(module, original_class(module))
 

@@ -232,7 +232,9 @@ class Stack(_Stands):
 
 def _fast(hit: Sequence[tuple[Expert, int, int]]) -> list[Group] | None:
     """The groups for one op, if all weights are dense and all updates are a product of two factors in this call."""
-    groups = []
+    groups: list[Group] = []
+    if not hit or torch.is_autocast_enabled(hit[0][0].frozen.device.type):
+        return None
     for expert, start, stop in hit:
         weight, factors = expert.frozen.dense_or_none, None
         if expert.active is not None:
@@ -240,7 +242,7 @@ def _fast(hit: Sequence[tuple[Expert, int, int]]) -> list[Group] | None:
             factors = update.product()
             if factors is None:
                 return None
-        if weight is None or torch.is_autocast_enabled(weight.device.type):
+        if weight is None:
             return None
         groups.append(Group(start, stop, weight, factors))
     return groups
