@@ -55,6 +55,8 @@ class Expert(Adapted):
 
     plural = "experts"
     is_map = True
+    has_bank = False
+    packed_at = "packed."  # transformers' rules for names take `experts.3.down_proj.weight` for a part of the stack
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
@@ -69,7 +71,6 @@ class Expert(Adapted):
     def __init__(self, frozen: Weight, layout: Layout, training: bool) -> None:
         nn.Module.__init__(self)
         self.layout = layout
-        self._parameters["weight"] = None  # only where experts of one stack have different storages
         self._parameters["bias"] = None
         self.frozen = frozen
         self.updates = nn.ModuleDict()
@@ -106,28 +107,27 @@ class Expert(Adapted):
 
     def stock(self) -> dict[str, Tensor]:
         """The matrix, if it is not a part of the stacked parameter, which the module of experts has."""
-        return {} if self.stacked else {"weight": self.weight}
+        return {} if self.stacked else {"weight": as_parameter(self.frozen.tensor(), self.layout)}
 
     def restore(self) -> Self:
         """A site with the same matrix and no updates; the module of experts is closed later."""
-        return type(self)(self.frozen, self.layout, self.training)._keep(self)
+        return type(self)(self.frozen, self.layout, self.training)
 
-    def _keep(self, other: Expert) -> Self:
-        self._parameters["weight"] = other._parameters["weight"]
-        if self._parameters["weight"] is not None:
-            self.frozen = DenseWeight.of(self, self.layout)
-        return self
+    def await_packed(self) -> None:
+        """Show a parameter under the name that the packed matrix has in files, until `hold` gets it."""
+        part = self.frozen
+        assert isinstance(part, Part)
+        self.frozen = Part({part.name: nn.Parameter(part.whole)}, part.name, part.number, self.layout)
+        self.packed = nn.Module()
+        self.packed.weight = nn.Parameter(part.held()[0], requires_grad=False)
 
     def hold(self, weight: Weight) -> None:
         """Replace the matrix by `weight` [O, I], in the storage of that."""
-        dense = weight.dense_or_none
-        self._parameters["weight"] = None
-        if dense is None or isinstance(weight, Part):
+        self._modules.pop("packed", None)
+        if weight.dense_or_none is None or isinstance(weight, Part):
             self.frozen = weight
-        else:
-            matrix = as_parameter(dense.detach(), self.layout).contiguous()
-            self._parameters["weight"] = nn.Parameter(matrix, requires_grad=False)
-            self.frozen = DenseWeight.of(self, self.layout)
+        elif weight is not self.frozen:
+            self.frozen = DenseWeight(weight.tensor().detach())
 
     def extra_repr(self) -> str:
         """Sizes, storage and the active adapter, for `repr`."""

@@ -12,20 +12,23 @@ Shapes: E experts, O out_features, I in_features.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam.core.placing import hooks_of, patched
 from reparam.sites.expert import Expert, Part
+from reparam.sites.layout import groups
 from reparam.sites.module import Adapted
 from reparam.sites.router import is_router
+from reparam.sites.routing import Routing
 from reparam.sites.stacks import Stack
-from reparam.sites.wrapped import bare
+from reparam.sites.wrapped import at, bare
 from reparam.weights.dense import DenseWeight, Layout
 
 UNDECORATED: dict[str, Layout] = {
@@ -50,9 +53,56 @@ class Opened(nn.Module):
     stacks: dict[str, Layout]
     """The names of the stacked parameters, and how each keeps a matrix."""
 
+    routing: Routing | None
+    """In a mixed batch: the adapter of each row."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module's own class, with the active updates and the quantized weights of its experts."""
+        if self.routing is not None:
+            return self._mixed(self.routing, args, kwargs)
         return original_class(self).forward(self if self.is_idle() else self._standing(), *args, **kwargs)
+
+    def _mixed(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A mixed batch: the tokens of each adapter go through the experts with that adapter."""
+        if torch.is_grad_enabled() and self.training:
+            raise ValueError("a mixed batch is for inference: select one adapter to train it, or call model.eval()")
+        given = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        x: Tensor = next(iter(given.values()))
+        blocks = 1 if len(given) > 1 else len(self.__dict__["numbers"])  # Llama 4: all tokens for each expert
+        if blocks > 1:
+            x = x.view(blocks, -1, x.shape[-1]).sum(0)
+        if routing.trial is not None:
+            routing.trial.see(self, x)
+            return self._of(None, *args, **kwargs)
+        layout = routing.layout(self, x.shape)
+        if not all(isinstance(value, Tensor) and len(value) == blocks * len(x) for value in given.values()):
+            routing.refuse(x.shape)
+        held = {name for stack in self.stacks for expert in self.experts_of(stack) for name in expert.updates}
+        parts = groups([name if name in held else None for name in routing.names[: layout.rows]])
+        if len(parts) == 1:
+            return self._of(next(iter(parts)), *args, **kwargs)
+        tokens = [layout.pick(torch.arange(len(x), device=x.device), rows) for rows in parts.values()]
+        y: list[Tensor] = []
+        for name, own in zip(parts, tokens, strict=True):
+            if blocks > 1:
+                own = (torch.arange(blocks, device=own.device)[:, None] * len(x) + own).flatten()
+            y.append(self._of(name, **{key: value.index_select(0, own) for key, value in given.items()}))
+        if blocks > 1:
+            y = [part.view(blocks, -1, part.shape[-1]) for part in y]
+            return torch.cat(y, 1).index_select(1, torch.cat(tokens).argsort()).flatten(0, 1)
+        return torch.cat(y).index_select(0, torch.cat(tokens).argsort())
+
+    def _of(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The output with the updates of one adapter, or of none."""
+        experts = [expert for stack in self.stacks for expert in self.experts_of(stack)]
+        for expert in experts:
+            expert.active = name if name is not None and name in expert.updates else None
+        try:
+            return original_class(self).forward(self if self.is_idle() else self._standing(), *args, **kwargs)
+        finally:
+            for expert in experts:
+                expert.active = None
 
     def __getattr__(self, name: str) -> Any:
         """A stack in the place of a parameter that is quantized."""
@@ -122,15 +172,18 @@ def closed_reason(module: nn.Module) -> str | None:
 @contextmanager
 def opened(model: nn.Module) -> Iterator[None]:
     """Open all modules of experts inside the block; those that nothing needs are closed at its end."""
-    found = [module for module in bare(model).modules() if not isinstance(module, Opened) and stacks_of(module)]
-    for module in found:
-        if closed_reason(module) is None:
+    before = set()
+    for module in list(bare(model).modules()):
+        if isinstance(module, Opened):
+            before.add(module)
+        elif stacks_of(module) and closed_reason(module) is None:
             open_experts(module)
     try:
         yield
     finally:
-        for module in found:
-            settle(module)
+        for module in list(bare(model).modules()):  # also copies that were made inside the block
+            if module not in before:
+                settle(module)
 
 
 def routers(modules: Mapping[str, nn.Module]) -> dict[str, None]:
@@ -165,8 +218,41 @@ def open_experts(module: nn.Module) -> None:
             slot._modules[name] = Expert(weight, layout, module.training)
         slot.training = module.training
         module._modules[str(number)] = slot
-    module.__dict__ |= {"stacks": stacks, "numbers": tuple(map(str, range(count)))}
+    module.__dict__ |= {"stacks": stacks, "numbers": tuple(map(str, range(count))), "routing": None}
     _become(module, _opened_class(type(module)))  # type: ignore[arg-type]
+
+
+def stacked(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The stacked parameters of the experts at these paths, by name in the model, with the paths of the experts."""
+    holders = {name for name, module in bare(model).named_modules() if stacks_of(module)}
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        above, _, name = path.rpartition(".")
+        holder = above.rpartition(".")[0]
+        if holder in holders:
+            found.setdefault(f"{holder}.{name}", []).append(path)
+    return {name: tuple(sorted(own, key=lambda path: int(path.split(".")[-2]))) for name, own in found.items()}
+
+
+def make_room(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> None:
+    """Open the modules of these stacks, and give each expert a parameter for the name of its packed matrix in files."""
+    for key, paths in stacks.items():
+        module = at(model, key.rpartition(".")[0])
+        if not isinstance(module, Opened):
+            open_experts(module)
+        for path in paths:
+            expert = at(model, path)
+            assert isinstance(expert, Expert)
+            expert.await_packed()
+        module._parameters.pop(key.rpartition(".")[2])
+        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialize the parameter
+
+
+def experts_with(model: nn.Module, path: str) -> Opened | None:
+    """The opened module of experts that has the site at this path; None for other sites."""
+    parts = path.split(".")
+    above = at(model, ".".join(parts[:-2])) if len(parts) > 2 else None
+    return above if isinstance(above, Opened) else None
 
 
 def close_idle(model: nn.Module) -> None:
@@ -186,7 +272,7 @@ def settle(module: nn.Module) -> None:
         experts = module.experts_of(name)
         dense = [expert for expert in experts if expert.frozen.dense_or_none is not None]
         if len(dense) == len(experts) and not all(expert.stacked for expert in experts):
-            whole = nn.Parameter(torch.stack([expert.weight.detach() for expert in experts]), requires_grad=False)
+            whole = nn.Parameter(torch.stack([expert.weight for expert in experts]), requires_grad=False)
             whole._is_hf_initialized = True  # type: ignore[attr-defined]  # as transformers marks what it loads
             module._parameters[name] = whole
             for number, expert in enumerate(experts):
@@ -200,7 +286,7 @@ def settle(module: nn.Module) -> None:
     if all(expert.stacked and not expert.updates for expert in sites):
         for number in module.__dict__.pop("numbers"):
             del module._modules[number]
-        del module.__dict__["stacks"]
+        del module.__dict__["stacks"], module.__dict__["routing"]
         _become(module, original_class(module))
 
 

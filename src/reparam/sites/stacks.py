@@ -37,7 +37,7 @@ class _Stands:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self = next(arg for arg in args if isinstance(arg, _Stands))
+        self = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Stands))
         found = self.computed(getattr(function, "__name__", str(function)).removeprefix("_"), args, kwargs or {})
         if found is None:
             raise ValueError(
