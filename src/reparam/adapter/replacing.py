@@ -61,6 +61,6 @@ def check_whole(model: nn.Module, names: list[str], replaced: list[str], linked:
 
 def _is_taken(module: nn.Module) -> bool:
     """Whether an adapter or a quantized weight needs this module. An expert's site may be without both."""
-    return isinstance(module, Replaced) or (
-        isinstance(module, Adapted) and (bool(module.updates) or is_quantized(module))
-    )
+    if isinstance(module, Adapted):
+        return bool(module.updates) or is_quantized(module)
+    return isinstance(module, Replaced)

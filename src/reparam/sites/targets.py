@@ -15,7 +15,7 @@ from reparam.core.checks import nearest
 from reparam.core.placing import patched
 from reparam.core.surface import advice
 from reparam.core.text import counted
-from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, routers, stacks_of
+from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, original_class, routers, stacks_of
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
 from reparam.sites.offloaded import beneath_offload, offloads
@@ -246,7 +246,8 @@ def unsupported_whole(module: nn.Module) -> str | None:
         return f"the forward of this {kind} or of a module in it is patched, and a copy would call the original"
     if type(module).forward is nn.Module.forward:
         return f"{kind} does not define forward"
-    takes = inspect.signature(module.forward).parameters.values()
+    forward = original_class(module).forward.__get__(module) if isinstance(module, Opened) else module.forward
+    takes = inspect.signature(forward).parameters.values()
     names = [p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
 
