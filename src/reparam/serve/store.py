@@ -52,7 +52,13 @@ class Store:
         """The adapters of names that have been used. Those that have lost their slot are not among `_residents`."""
         self._residents: dict[str, Resident] = {}
         """By digest, the least recently used first."""
+        self.loads = 0
+        """How often an adapter was put into the banks."""
         self._worker = ThreadPoolExecutor(1, "reparam-serve-store")
+
+    def __len__(self) -> int:
+        """The number of adapters that are ready."""
+        return len(self._residents)
 
     def names(self) -> list[str]:
         """All names."""
@@ -171,6 +177,7 @@ class Store:
         with self._lock:
             resident = Resident(proven.digest, proven.method, slot, need, leases=1)
             self._residents[proven.digest] = resident
+            self.loads += 1
         return resident
 
     def _make_room(self, need: int, folder: Path) -> None:
