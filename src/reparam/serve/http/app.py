@@ -81,7 +81,7 @@ class _Application:
         """Answer a chat."""
         model = await self._model(request, http)
         ids, stops = await self.prompts.chat(request, model.prompt_format)
-        most = self._most(request.most, ids, "max_completion_tokens")
+        most = self._most(*request.most, ids)
         wanted = (request.top_logprobs or 0) if request.logprobs else None
         made = self._requests(request, http, model, ids, most, stops, wanted)
         return await self._answer(request, http, made, ChatShape)
@@ -92,7 +92,7 @@ class _Application:
         made: list[Request] = []
         for prompt in request.prompts:
             ids = await self.prompts.text(prompt) if isinstance(prompt, str) else prompt
-            most = self._most(request.max_tokens, ids, "max_tokens")
+            most = self._most("max_tokens", request.max_tokens, ids)
             made += self._requests(request, http, model, ids, most, None, request.logprobs)
         return await self._answer(request, http, made, TextShape)
 
@@ -144,7 +144,7 @@ class _Application:
         caller_of(http.scope).told = f"model={found.label[:128]}"
         return found
 
-    def _most(self, wanted: int | None, ids: Sequence[int], field: str) -> int:
+    def _most(self, field: str, wanted: int | None, ids: Sequence[int]) -> int:
         """The most tokens of an answer to this prompt. Raises Problem 400 if more are asked for than allowed."""
         most = self.settings.max_tokens
         if wanted is not None and wanted > most:

@@ -144,14 +144,16 @@ class ChatRequest(Asked):
         if self.tool_choice == "auto" and not self.tools:
             raise _problem("tool_choice is for requests with tools; leave it out, or give tools")
         most = (self.max_tokens, self.max_completion_tokens)
-        if None not in most and most[0] != most[1]:
+        if None not in most and len(set(most)) > 1:
             raise _problem("max_tokens and max_completion_tokens differ; give one of them")
         return self
 
     @property
-    def most(self) -> int | None:
-        """The most tokens of the answer; None for as many as there is room for."""
-        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+    def most(self) -> tuple[str, int | None]:
+        """The field with the most tokens of the answer, and its value; None for as many as there is room for."""
+        if self.max_tokens is None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
 
 class CompletionRequest(Asked):
