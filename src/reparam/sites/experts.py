@@ -248,6 +248,17 @@ def make_room(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialize the parameter
 
 
+def numbers_of_experts(model: nn.Module) -> dict[str, int]:
+    """The modules with stacked weights of experts, by path, with the number of experts in each."""
+    found: dict[str, int] = {}
+    for path, module in bare(model).named_modules():
+        if isinstance(module, Opened):
+            found[path] = len(module.__dict__["numbers"])
+        elif stacks_of(module):
+            found[path] = min(len(module.get_parameter(name)) for name in stacks_of(module))
+    return found
+
+
 def experts_with(model: nn.Module, path: str) -> Opened | None:
     """The opened module of experts that has the site at this path; None for other sites."""
     parts = path.split(".")
