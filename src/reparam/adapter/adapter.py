@@ -183,6 +183,7 @@ class Adapter:
             tied={path: Tied(site, self.modules[path].kind) for path, site in self.tied.items()},
             modules=tuple(path for path, _ in walk(self.model)),
             experts=numbers_of_experts(self.model),
+            model_type=str(getattr(config, "model_type", "") or ""),
             prompt_format=self.prompt_format,
         )
 

@@ -7,7 +7,7 @@ experts are in one tensor each: A [E·R, I], with the rank fastest, and B [O, R�
 PEFT takes the first dimension of a parameter [E, O, I] for the outputs unless the module says that it is transposed. So
 for Llama 4, whose parameters are [E, I, O] without saying so, its A is our Bᵀ and its B is our Aᵀ.
 
-In models whose experts transformers has fused, PEFT takes the targets `gate_proj`, `up_proj`, `down_proj`, `gate`,
+In most models whose experts transformers has fused, PEFT takes the targets `gate_proj`, `up_proj`, `down_proj`, `gate`,
 `w1`, `w2` and `w3` for the experts, whole paths too, and drops the updates of ordinary linear maps with these names.
 Those are written as targets of their parameter `weight`, which have the same keys.
 """
@@ -15,6 +15,7 @@ Those are written as targets of their parameter `weight`, which have the same ke
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 import warnings
@@ -73,7 +74,7 @@ def add(config: dict[str, Any], record: Record, method: Any) -> dict[str, Tensor
     """
     stacks = parameters(record)
     apart = [name for name, s in record.sites.items() if s.kind != "expert" and name.rpartition(".")[2] in TAKEN]
-    apart = [name for name in apart if record.experts]
+    apart = apart if record.experts and _is_converted(record.model_type) else []
     routers = [name for name, site in record.sites.items() if site.kind == "router" and name not in apart]
     weights = [f"{name}.weight" for name in (*apart, *routers)]
     if not stacks and not weights:
@@ -111,6 +112,15 @@ def add(config: dict[str, Any], record: Record, method: Any) -> dict[str, Tensor
             tensors[f"{start}.lora_A.weight"] = A.reshape(-1, A.shape[2])
             tensors[f"{start}.lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1)
     return tensors
+
+
+def _is_converted(model_type: str) -> bool:
+    """Whether PEFT converts the settings of this type of model, by transformers' own table."""
+    try:
+        table = importlib.import_module("transformers.conversion_mapping")._MODEL_TO_CONVERSION_PATTERN
+    except (ImportError, AttributeError):
+        return True
+    return model_type == "mixtral" or table.get(model_type) in ("mixtral", "qwen2_moe")
 
 
 def _names(stacks: Mapping[str, Any], record: Record) -> list[str]:

@@ -28,6 +28,7 @@ from reparam.sites.module import Adapted
 from reparam.sites.router import is_router
 from reparam.sites.routing import Routing
 from reparam.sites.stacks import Stack
+from reparam.sites.walk import walk
 from reparam.sites.wrapped import at, bare
 from reparam.weights.dense import DenseWeight, Layout
 
@@ -74,26 +75,26 @@ class Opened(nn.Module):
             x = x.view(blocks, -1, x.shape[-1]).sum(0)
         if routing.trial is not None:
             routing.trial.see(self, x)
-            return self._of(None, *args, **kwargs)
+            return self._of(None, args, kwargs)
         layout = routing.layout(self, x.shape)
         if not all(isinstance(value, Tensor) and len(value) == blocks * len(x) for value in given.values()):
             routing.refuse(x.shape)
         held = {name for stack in self.stacks for expert in self.experts_of(stack) for name in expert.updates}
         parts = groups([name if name in held else None for name in routing.names[: layout.rows]])
         if len(parts) == 1:
-            return self._of(next(iter(parts)), *args, **kwargs)
+            return self._of(next(iter(parts)), args, kwargs)
         tokens = [layout.pick(torch.arange(len(x), device=x.device), rows) for rows in parts.values()]
         y: list[Tensor] = []
         for name, own in zip(parts, tokens, strict=True):
             if blocks > 1:
                 own = (torch.arange(blocks, device=own.device)[:, None] * len(x) + own).flatten()
-            y.append(self._of(name, **{key: value.index_select(0, own) for key, value in given.items()}))
+            y.append(self._of(name, (), {key: value.index_select(0, own) for key, value in given.items()}))
         if blocks > 1:
             y = [part.view(blocks, -1, part.shape[-1]) for part in y]
             return torch.cat(y, 1).index_select(1, torch.cat(tokens).argsort()).flatten(0, 1)
         return torch.cat(y).index_select(0, torch.cat(tokens).argsort())
 
-    def _of(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
+    def _of(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output with the updates of one adapter, or of none."""
         experts = [expert for stack in self.stacks for expert in self.experts_of(stack)]
         for expert in experts:
@@ -173,7 +174,7 @@ def closed_reason(module: nn.Module) -> str | None:
 def opened(model: nn.Module) -> Iterator[None]:
     """Open all modules of experts inside the block; those that nothing needs are closed at its end."""
     before = set()
-    for module in list(bare(model).modules()):
+    for module in _modules(model):
         if isinstance(module, Opened):
             before.add(module)
         elif stacks_of(module) and closed_reason(module) is None:
@@ -181,9 +182,14 @@ def opened(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in list(bare(model).modules()):  # also copies that were made inside the block
+        for module in _modules(model):
             if module not in before:
                 settle(module)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The model and its modules, without those inside sites: the cost does not grow with the adapters."""
+    return [bare(model), *(module for _, module in walk(model))]
 
 
 def routers(modules: Mapping[str, nn.Module]) -> dict[str, None]:
@@ -224,7 +230,7 @@ def open_experts(module: nn.Module) -> None:
 
 def stacked(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The stacked parameters of the experts at these paths, by name in the model, with the paths of the experts."""
-    holders = {name for name, module in bare(model).named_modules() if stacks_of(module)}
+    holders = {name for name, module in walk(model) if stacks_of(module)}
     found: dict[str, list[str]] = {}
     for path in paths:
         above, _, name = path.rpartition(".")
@@ -251,7 +257,7 @@ def make_room(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> None:
 def numbers_of_experts(model: nn.Module) -> dict[str, int]:
     """The modules with stacked weights of experts, by path, with the number of experts in each."""
     found: dict[str, int] = {}
-    for path, module in bare(model).named_modules():
+    for path, module in walk(model):
         if isinstance(module, Opened):
             found[path] = len(module.__dict__["numbers"])
         elif stacks_of(module):
@@ -268,7 +274,7 @@ def experts_with(model: nn.Module, path: str) -> Opened | None:
 
 def close_idle(model: nn.Module) -> None:
     """Close the opened modules of experts that no update and no quantized weight needs."""
-    for module in list(bare(model).modules()):
+    for module in _modules(model):
         settle(module)
 
 
