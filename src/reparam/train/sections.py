@@ -292,9 +292,9 @@ class RunConfig:
             epochs=_ABOVE,
             max_steps=("-1 or a whole number of at least 1", lambda steps: steps == -1 or whole(steps, 1)),
             seed=("a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32),
-            **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), _count(1)),
+            output=("a folder, not an empty word", bool),
+            **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every", "eval_rows"), _count(1)),
             **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), _count(0)),
-            eval_rows=_count(1),
         )
         if self.keeps_best and self.keep == 1:
             raise ConfigError("run.keep: 1 with run.best or run.patience: expected at least 2, the newest and the best")
