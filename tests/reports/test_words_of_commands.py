@@ -66,7 +66,7 @@ def test_an_empty_word_is_not_the_current_folder(refused: Any, words: tuple[str,
 
 def test_an_empty_output_of_a_file(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('[run]\noutput = ""\n')
-    assert "run.output: '': expected a folder" in refused(*TRAIN, "-c", str(tmp_path / "c.toml"))
+    assert "run.output: expected a folder, found an empty text" in refused(*TRAIN, "-c", str(tmp_path / "c.toml"))
 
 
 def test_a_prompt_can_be_empty(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,6 @@ class RunConfig:
             epochs=ABOVE,
             max_steps=("-1 or a whole number of at least 1", lambda steps: steps == -1 or whole(steps, 1)),
             seed=("a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32),
-            output=("a folder, not an empty word", bool),
             **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), count(1)),
             **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), count(0)),
             eval_rows=count(1),
