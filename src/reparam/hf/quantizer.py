@@ -114,7 +114,7 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         wanted = self.quantization_config.targets
-        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted else frozenset()
+        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted or not self.pre_quantized else frozenset()
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
             shared = sorted(path for path in self.paths if f"{path}.weight" in tied)
