@@ -35,9 +35,9 @@ from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, check_inputs, dump
 from reparam.train.evaluating import RANK, evaluating
 from reparam.train.guard import stopped_early
-from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
+from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, settings_of, write_record
 from reparam.train.job import Job, Result
-from reparam.train.loggers import check_loggers, name_of, place_files
+from reparam.train.loggers import check_loggers, name_of, place_files, record, reporting
 from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
@@ -77,6 +77,7 @@ def train(config: Config, *, show: Show) -> Result:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        held.enter_context(reporting(trainer))
         before = processes.first(lambda: _scored_before(job, objective, show))
         with losses:
             trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
@@ -230,6 +231,8 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     place_files(trainer.callback_handler.callbacks, job.config.run)
+    trainer.callback_handler.callbacks.sort(key=lambda one: not isinstance(one, _Bind))  # before the loggers
+    record(trainer.args, settings_of(job.config))
     return trainer, rates
 
 
@@ -244,10 +247,12 @@ class _Bind(TrainerCallback):
     ) -> None:
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the auxiliary losses to the log entry; the logged loss does not include them."""
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the auxiliary losses to the log entry and to what loggers get; the logged loss does not include them."""
         if "loss" in state.log_history[-1]:
-            state.log_history[-1].update({f"loss_{name}": value for name, value in self.adapter.losses().items()})
+            found = {f"loss_{name}": value for name, value in self.adapter.losses().items()}
+            state.log_history[-1].update(found)
+            logs.update(found)
 
 
 def _save(adapter: Adapter, folder: Path) -> None:
