@@ -33,7 +33,7 @@ from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, check_inputs, dump
-from reparam.train.evaluating import RANK, evaluating
+from reparam.train.evaluating import evaluating, rank
 from reparam.train.guard import stopped_early
 from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, settings_of, write_record
 from reparam.train.job import Job, Result
@@ -200,7 +200,7 @@ def _arguments(config: Config, steps: int) -> dict[str, Any]:
         save_steps=run.save_every or (run.eval_every if run.keeps_best else 0) or tenth,
         save_total_limit=run.keep,
         load_best_model_at_end=run.keeps_best,
-        metric_for_best_model=(RANK if run.metric == "exact_match" else run.metric) if run.keeps_best else None,
+        metric_for_best_model=rank(run) if run.keeps_best else None,
         greater_is_better=run.metric != "loss" if run.keeps_best else None,
         train_sampling_strategy="group_by_length" if run.group_by_length else "random",
         neftune_noise_alpha=optim.neftune,
@@ -226,7 +226,7 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
+        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, objective, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
