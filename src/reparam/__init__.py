@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from reparam.errors import (
         AnswerFailed,
         BaseError,
+        Busy,
         ConfigError,
         DataError,
         DiskFull,
@@ -112,6 +113,7 @@ __all__ = [
     "BitFit",
     "Blend",
     "Bottleneck",
+    "Busy",
     "Compression",
     "ConfigError",
     "DataError",
@@ -222,6 +224,7 @@ _HOMES = {  # the module that defines each name
     "RunLocked": "reparam.errors",
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
+    "Busy": "reparam.errors",
     "Unavailable": "reparam.errors",
     "UnknownAdapter": "reparam.errors",
     "WriteFailed": "reparam.errors",
