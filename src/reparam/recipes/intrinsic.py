@@ -118,6 +118,8 @@ def intrinsic_to(config: Config, plan: SearchPlan, *, console: Console) -> Searc
         raise ConfigError(f"method.name {config.method.name!r} has no dimension d; use --method intrinsic to find d90")
     if config.run.objective != "sft":
         raise ConfigError(f"run.objective is {config.run.objective!r}, and d90 is measured by supervised training")
+    if config.data.streaming:
+        raise ConfigError("data.streaming: d90 is measured in runs over the same rows, read once before; leave it out")
     folder = Path(config.run.output)
     check_not_base(folder, config.base.path)
     earlier = (folder / RESULTS[0]).is_dir() and not (folder / "plan.toml").exists()  # reparam compare has a plan

@@ -29,6 +29,11 @@ class Bounds:
     cache: int
     """The tokens, of prompt and answer together, for which the engine's cache has room."""
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return self.cache if self.context is None else min(self.cache, self.context)
+
 
 def check_prompt(ids: Sequence[int], most: int, bounds: Bounds) -> None:
     """Raise Refused unless a prompt of these ids, with up to `most` new tokens, can be computed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import queue
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +95,29 @@ class Engine:
         """Whether requests are taken."""
         return self.state == "running"
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that the prompt and the answer of one request can have together."""
+        return self._bounds.longest
+
+    def digests(self) -> Mapping[str, str]:
+        """The digests of the adapters that have been used, by name."""
+        return self._store.digests()
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of an adapter. Raises UnknownAdapter if no adapter has this name."""
+        return self._store.folder(name)
+
+    async def look(self, name: str) -> Resident:
+        """What the engine knows of an adapter, which is read if that is needed: its digest, method and prompt format.
+
+        Raises UnknownAdapter if no adapter has this name, and FormatError if it cannot be served.
+        """
+        held = await self._leased(name)
+        assert held is not None
+        self._give_back(held)
+        return held
+
     def metrics(self) -> Metrics:
         """What the engine has counted so far."""
         loop, store = self._loop, self._store
@@ -166,13 +189,7 @@ class Engine:
         Raises, before anything is computed, what `answer` raises for a request that cannot be answered.
         """
         ids = self._checked(request)
-        held = self._acquire(request.adapter)
-        if isinstance(held, Future):
-            try:
-                held = await asyncio.shield(asyncio.wrap_future(held))
-            except asyncio.CancelledError:
-                self._give_back(held)
-                raise
+        held = await self._leased(request.adapter)
         ticket = self._ticket(request, ids, held)
         stream = Stream(ticket, functools.partial(self._loop.cancel, ticket))
         self._loop.submit(ticket)
@@ -214,6 +231,16 @@ class Engine:
 
     def _acquire(self, name: str | None) -> Resident | Future[Resident] | None:
         return None if name is None else self._store.acquire(name)
+
+    async def _leased(self, name: str | None) -> Resident | None:
+        held = self._acquire(name)
+        if not isinstance(held, Future):
+            return held
+        try:
+            return await asyncio.shield(asyncio.wrap_future(held))
+        except asyncio.CancelledError:
+            self._give_back(held)
+            raise
 
     def _give_back(self, held: Resident | Future[Resident] | None) -> None:
         """Release a lease that no ticket holds, also one that is still to come."""

@@ -26,6 +26,7 @@ from reparam.errors import FormatError, InputDependentError
 from reparam.hf import prompts
 from reparam.hf.digest import digest_of
 from reparam.io import files
+from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.serve.banks import Contents
 from reparam.sites.layout import Order
@@ -44,6 +45,8 @@ class Proven:
     """SHA-256 of the method, its settings and all tensors, in hexadecimal."""
     method: str
     contents: Contents
+    prompt_format: PromptFormat | None = None
+    """How the adapter was trained to be asked, if its files say so."""
 
 
 class Prover:
@@ -84,7 +87,7 @@ class Prover:
                 if tensor is not None and not bool(tensor.isfinite().all()):
                     raise FormatError(f"{folder}: its change of {path} is not finite")
         self._probe(adapter, contents, folder)
-        return Proven(_digest(record), record.method.name, contents)
+        return Proven(digest(record), record.method.name, contents, record.prompt_format)
 
     def _probe(self, adapter: Adapter, contents: Contents, folder: Path) -> None:
         ids = self._ids(adapter, contents)
@@ -132,7 +135,8 @@ class Prover:
         return ids.to(embedding.weight.device)
 
 
-def _digest(record: Record) -> str:
+def digest(record: Record) -> str:
+    """SHA-256 of the method, its settings and all tensors of an adapter, in hexadecimal."""
     settings = json.dumps([record.method.name, record.method.settings()], sort_keys=True, default=str)
     return hashlib.sha256(f"{settings}\n{digest_of(record.tensors)}".encode()).hexdigest()
 

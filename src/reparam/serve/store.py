@@ -17,6 +17,7 @@ from pathlib import Path
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError, Unavailable, UnknownAdapter
 from reparam.io.files import FORMATS, adapter_folder
+from reparam.io.prompt_format import PromptFormat
 from reparam.serve.banks import Banks
 from reparam.serve.proof import Prover
 
@@ -32,6 +33,7 @@ class Resident:
     method: str
     slot: int
     nbytes: int
+    prompt_format: PromptFormat | None = None
     leases: int = 0
     """The requests that use it. Only an adapter without any can lose its slot."""
 
@@ -67,6 +69,12 @@ class Store:
     def digests(self) -> Mapping[str, str]:
         """The digest of each name that has been used."""
         return {name: resident.digest for name, resident in list(self._named.items())}
+
+    def folder(self, name: str) -> Path:
+        """The folder of an adapter. Raises UnknownAdapter if no adapter has this name."""
+        with self._lock:
+            self.check(name)
+            return self._folders[name]
 
     def nbytes(self) -> int:
         """The bytes of the adapters that are ready."""
@@ -175,7 +183,7 @@ class Store:
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         self._banks.write(slot, proven.contents, self._quiet)
         with self._lock:
-            resident = Resident(proven.digest, proven.method, slot, need, leases=1)
+            resident = Resident(proven.digest, proven.method, slot, need, proven.prompt_format, leases=1)
             self._residents[proven.digest] = resident
             self.loads += 1
         return resident

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam.core.checks import listed
+from reparam.data.files import files_of
 from reparam.errors import ConfigError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
@@ -50,6 +52,7 @@ FREE = {
     *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "optim.budget", "optim.page"),
     *("base.revision", "prefer.reward", *PATHS),
 }
+ENDS = 1 << 20  # bytes at both ends of a streamed file whose digest stands for its content
 BY_EVALUATION = {"run.eval_every", "run.save_every"}
 """Keys that change the adapter if the run ends with its best weights."""
 
@@ -58,6 +61,8 @@ def identity(job: Job) -> dict[str, Any]:
     """The settings and the digests that determine the result of a run, by name, as JSON values."""
     config = job.config
     free = FREE - (BY_EVALUATION if config.run.keeps_best else set())
+    if config.data.streaming:
+        free = free | {"data.bad_rows"}  # a bad row that is met during a run must not end it for good
     found = {key: value for key, value in _settings(config).items() if key not in free}
     found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
@@ -68,6 +73,9 @@ def identity(job: Job) -> dict[str, Any]:
         ("train", config.data.sources(), job.train),
         ("valid", config.data.sources("valid"), job.valid),
     ):
+        if key == "train" and config.data.streaming:
+            found["content of data.train"] = _streamed(names)
+            continue
         # Other sources have no digest of their own; their examples depend on the tokenizer and on max_length, too.
         of_files = [digest(name) for name in names] if all(Path(name).is_file() for name in names) else None
         content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
@@ -202,3 +210,22 @@ def _text(value: Any) -> str:
 def _folder(folder: Path) -> str:
     parts = [f"{file.relative_to(folder)} {digest(file)}" for file in sorted(folder.rglob("*")) if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _streamed(sources: tuple[str, ...]) -> list[Any]:
+    """What stands for the content of streamed sources: of files, their sizes and digests of both ends."""
+    return [_ends(files) if (files := files_of(name)) is not None else name for name in sources]
+
+
+def _ends(files: list[Path]) -> list[list[Any]]:
+    return [[size := file.stat().st_size, _ends_of(file, size)] for file in files]
+
+
+def _ends_of(file: Path, size: int) -> str:
+    if size <= 2 * ENDS:
+        return digest(file)
+    with file.open("rb") as opened:
+        found = hashlib.sha256(opened.read(ENDS))
+        opened.seek(-ENDS, os.SEEK_END)
+        found.update(opened.read())
+    return found.hexdigest()

@@ -22,10 +22,13 @@ LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole
 _copies: dict[Any, IO[bytes]] = {}  # of standard input
 
 
-def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """The objects of a JSONL file (UTF-8, with or without a byte order mark); blank lines are skipped."""
+def read(path: Path, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of a JSONL file (UTF-8, with or without a byte order mark); blank lines are skipped.
+
+    The first `skip` objects are left out, and are not parsed.
+    """
     with opened(path) as file:
-        yield from _lines(file, str(path))
+        yield from _lines(file, str(path), skip)
 
 
 def read_standard_input() -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -72,20 +75,24 @@ def _parsed(text: str, path: Path) -> list[Any]:
     return values
 
 
-def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def _lines(file: IO[bytes], name: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     offset = 0  # of the line's first byte
+    value: dict[str, Any] | DataError | None
     lines = iter(lambda: file.readline(LARGEST_LINE + 1), b"")
     for number, line in enumerate(lines, start=1):
         where = f"{name}:{number}"
         if len(line) > LARGEST_LINE:
             raise DataError([f"{where}: a line of more than {LARGEST_LINE:,} bytes; JSONL has one object per line"])
+        if skip and line.startswith(b"{"):  # surely not a blank line
+            skip, offset = skip - 1, offset + len(line)
+            continue
         try:
             value = _parse(line.removesuffix(b"\n"), where, offset=offset, first=number == 1)
         except DataError as error:
-            yield where, error
-        else:
-            if value is not None:
-                yield where, value
+            value = error
+        if value is not None and not skip:
+            yield where, value
+        skip -= value is not None and skip > 0
         offset += len(line)
 
 

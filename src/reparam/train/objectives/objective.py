@@ -48,6 +48,7 @@ class Objective(abc.ABC):
             "data.weights": bool(data.weights),
             "data.max_rows": bool(data.max_rows),
             "data.packing": data.packing,
+            "data.streaming": data.streaming,
             "data.bad_rows": data.bad_rows != "error",
             "optim.label_smoothing": config.optim.label_smoothing > 0,
         }

@@ -20,6 +20,7 @@ from reparam.train.job import Job
 from reparam.train.losses import loss_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.show import Show
+from reparam.train.streaming import Streaming, check_streaming, read_stream
 from reparam.train.trainer import Trainer
 
 
@@ -34,7 +35,8 @@ class SFT(Objective):
 
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Rows of one answer or text each."""
-        return read_data(config, tokenizer)
+        check_streaming(config)
+        return read_stream(config, tokenizer) if config.data.streaming else read_data(config, tokenizer)
 
     def loss(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
         """The loss in chunks of logits, with smoothed labels."""
@@ -42,10 +44,11 @@ class SFT(Objective):
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Trainer:
         """transformers' Trainer."""
-        return Evaluated(
+        made = Evaluated if job.stream is None else Streaming
+        return made(
             job.model,
             TrainingArguments(**arguments),
-            train_dataset=job.packed or flat(job.train),
+            train_dataset=job.stream or job.packed or flat(job.train),
             eval_dataset=flat(job.valid),
             data_collator=_collate(job),
             **others,
