@@ -23,6 +23,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "combine",
     "evaluation",
     "train",
+    "vision",
     "inspect",
     "compare",
     "recipes",
