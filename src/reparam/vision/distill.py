@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.checks import finite
+from reparam.core.memory import lacks_memory
 from reparam.vision.blocks import States, blocks_of
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ class Teacher:
         try:
             with self.states.recording(indices):
                 self.model(pixel_values=pixels, **more)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # of another size than its own, if it has positions for that alone
+            if lacks_memory(error):
+                raise
             raise ValueError(f"the teacher cannot see images of {list(pixels.shape[2:])} pixels: {error}") from None
         return dict(self.states.found)
 
