@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from reparam.core.method import Method
 from reparam.errors import InputDependentError
 from reparam.methods.lora import LoRA
 from reparam.sites.targets import resolve
+from reparam.vision.answers import generated
 from reparam.vision.blocks import States, blocks_of
 from reparam.vision.distill import Distillation, Pairs, Teacher
 from reparam.vision.mask import check_masks, image_mask
 from reparam.vision.patches import PatchEmbedding, Vision
 from reparam.vision.placing import check_places, placed, positions_of
+
+if TYPE_CHECKING:
+    from reparam.vision.processor import Processor
 
 NAME = "vision"
 """The name of the adapter."""
@@ -54,6 +58,7 @@ class VoRA(nn.Module):
         embedding: the patch embedding.
         adapter: the adapter, or None once it is merged.
         distillation: what a teacher adds to training, or None; see `distill`.
+        processor: makes inputs from texts and images; `reparam.vision.load` sets it, and `generate` needs it.
 
     Raises:
         ValueError: more blocks than the model has, a method that cannot be merged, a model without an attention mask,
@@ -92,6 +97,7 @@ class VoRA(nn.Module):
         self.states = States(layers)
         self.adapter: Adapter | None = None
         self.distillation: Distillation | None = None
+        self.processor: Processor | None = None
         if method is not None:
             self.adapter = self._attached(method, path, targets)
         with torch.random.fork_rng():
@@ -200,6 +206,16 @@ class VoRA(nn.Module):
             )
 
     # ---- generation
+
+    def generate(
+        self, text: Any, images: Any = None, *, max_new_tokens: int = 128, raw: bool | None = None, **settings: Any
+    ) -> Any:
+        """The answer to one prompt, or the list of answers to several; see `Processor` for texts and images.
+
+        By default, the likeliest token is taken each time; `settings` are others of transformers' `generate`, such as
+        `do_sample=True`. Raises ValueError without a processor, and as the processor does.
+        """
+        return generated(self, text, images, raw=raw, max_new_tokens=max_new_tokens, **settings)
 
     @torch.no_grad()
     def generate_ids(
