@@ -21,6 +21,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "hf",
     "serve",
     "combine",
+    "export",
     "evaluation",
     "train",
     "vision",

@@ -7,6 +7,7 @@
     ├── DataError            (ValueError)          the data has rows that cannot be trained on
     ├── ConfigError          (ValueError)          the configuration is invalid
     ├── DuplicateKey         (ValueError)          a JSON object has a key twice
+    ├── ExportError          (ValueError)          another program cannot take the adapter or model
     ├── NotChunked           (ValueError)          a model's loss cannot be computed in chunks of logits
     ├── StateError           (ValueError)          a training state cannot be saved or restored
     ├── RunLocked            (ValueError)          another process is using the run folder
@@ -56,6 +57,10 @@ class FormatError(ReparamError, ValueError):
 
 class InputDependentError(ReparamError, ValueError):
     """The update depends on its input, so it has no matrix ΔW: it cannot be merged or used in a mixed batch."""
+
+
+class ExportError(ReparamError, ValueError):
+    """Another program cannot take the adapter or the model. The message says what it lacks, and what to do instead."""
 
 
 class BaseError(ReparamError, ValueError):

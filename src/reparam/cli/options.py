@@ -25,6 +25,7 @@ VERBS = {
     "lm_eval": ("harness.lm_eval", "Score them on the public tasks of EleutherAI's harness."),
     "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
     "merge": ("adapters.merge", "Merge an adapter into its base and write a plain model."),
+    "export": ("export.export", "Write an adapter for vLLM, llama.cpp or mlx-lm."),
     "compose": ("adapters.compose", "Combine adapters into one, as a weighted sum."),
     "compress": ("adapters.compress", "Make a finished adapter smaller without its data."),
     "inspect": ("adapters.inspect", "Show what an adapter or a quantized model holds."),

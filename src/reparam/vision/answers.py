@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reparam.data.batches import padding_id
 from reparam.evaluation.complete import PLAIN
 from reparam.hf.stops import stop_tokens, until_stop
 
-if TYPE_CHECKING:
-    from reparam.vision.model import VoRA
 
-
-def generated(vora: VoRA, text: Any, images: Any, *, raw: bool | None = None, **settings: Any) -> Any:
+def generated(vora: Any, text: Any, images: Any, *, raw: bool | None = None, **settings: Any) -> Any:
     """What `VoRA.generate` returns: a text for one prompt, and a list of texts for several."""
     processor = vora.processor
     if processor is None:
