@@ -119,7 +119,7 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         wanted = self.quantization_config.targets
-        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted else frozenset()
+        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted or not self.pre_quantized else frozenset()
         self.stacks = stacked(model, self.paths)
         if self.pre_quantized:
             make_room(model, self.stacks)

@@ -11,6 +11,7 @@ Shapes: B rows of the batch, T tokens in a row.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -33,8 +34,7 @@ class Routing:
         """Tokens per row in the model's current input, or None if unknown."""
         self.lengths: frozenset[int] = frozenset()
         """Tokens per row in its other inputs, such as those of a decoder."""
-        self.packed: tuple[int, ...] | None = None
-        """The tokens of each row, if the rows are end to end in one."""
+        self.packed = None
         self.trial: Trial | None = None
         """What records the inputs of the sites, which then compute the base map."""
         self.tried = False
@@ -45,8 +45,20 @@ class Routing:
         self.slots = slots  # [B] int64, -1 for the base model
         self.slot_list: tuple[int, ...] = tuple(slots.tolist())
         """The same numbers, for code that must not wait for the device."""
+        self.used = frozenset(self.slot_list) - {-1}
         self.names = names  # [B]
         self._alike = len(set(names)) == 1
+
+    @property
+    def packed(self) -> tuple[int, ...] | None:
+        """The tokens of each row, if the rows are end to end in one."""
+        return self._packed
+
+    @packed.setter
+    def packed(self, lengths: tuple[int, ...] | None) -> None:
+        """Set it, and where each row begins."""
+        self._packed = lengths
+        self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1]
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
