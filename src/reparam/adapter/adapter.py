@@ -19,7 +19,7 @@ from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Base, Packing, Record, Tied
-from reparam.sites.experts import numbers_of_experts
+from reparam.sites.expert_paths import numbers_of_experts
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.offloaded import offloads

@@ -28,7 +28,7 @@ from reparam.io.record import Claims, Record, Tied
 from reparam.methods import patterns
 from reparam.methods.several import NONE, Several
 from reparam.sites import targets
-from reparam.sites.experts import experts_with
+from reparam.sites.expert_paths import experts_with
 from reparam.sites.fingerprint import base_tensors
 from reparam.sites.kinds import kind_of
 from reparam.sites.walk import same_weight

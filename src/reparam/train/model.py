@@ -20,7 +20,7 @@ from reparam.hf.prompts import prompting_of  # the import registers prefix and p
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.methods.lora import LoRA
-from reparam.sites.experts import numbers_of_experts
+from reparam.sites.expert_paths import numbers_of_experts
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
 from reparam.train.sections import AdapterConfig
