@@ -125,11 +125,12 @@ def test_a_state_dict_is_loaded_back_into_a_model_with_the_same_adapters(storage
     assert torch.equal(logits(models[0]), logits(models[1]))
 
 
-def test_models_whose_files_have_other_names_are_read_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_models_whose_files_have_other_names_are_read_too(targets: str, tmp_path: Path) -> None:
     """transformers renames and splits the experts of Mixtral when it writes files."""
     model = mixtral()
     expected = logits(model)
-    trained(reparam.attach(model, reparam.LoRA(r=2), targets="attention", name="task"))
+    trained(reparam.attach(model, reparam.LoRA(r=2), targets=targets, name="task"))
     adapted = logits(model)
     model.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

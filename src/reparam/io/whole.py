@@ -9,8 +9,10 @@ is written by `adapter.save`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +47,18 @@ class _Entry:
     sites: dict[str, native.SiteEntry]
     replaced: list[str]
     tied: dict[str, Tied] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def renamed(self) -> dict[str, str]:
+        """The sites of experts by their paths without the name of the module above the experts.
+
+        transformers writes the modules above experts under the names of older checkpoints (`block_sparse_moe`).
+        """
+        return {_anywhere(path): path for path, site in self.sites.items() if site.kind == "expert"}
+
+
+def _anywhere(path: str) -> str:
+    return re.sub(r"\.[^.]+(\.experts\.\d+\.)", r".*\1", path)
 
 
 def entry(records: Mapping[str, Record]) -> Tensor:
@@ -111,6 +125,7 @@ def _own(key: str, name: str, found: _Entry) -> str | None:
     if key.startswith(f"{SHARED}.{name}."):
         return f"{SHARED}.{key.removeprefix(f'{SHARED}.{name}.')}"
     path, between, rest = key.partition(f".{UPDATES}.{name}.")
+    path = path if path in found.sites else found.renamed.get(_anywhere(path), path)
     if between and (path in found.sites or path in found.replaced):
         return f"{path}.{rest}"
     path, between, rest = key.rpartition(f".{BIASES}.{name}")
