@@ -6,6 +6,7 @@ The parameters and buffers are fake tensors of torch: they have shapes, dtypes a
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -77,15 +78,17 @@ def hollow(config: Config, architecture: Any) -> Iterator[Hollow]:
     if quantized is not None:
         architecture = copy.deepcopy(architecture)
         del architecture.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=False)
-    if storage := base.quantization():
-        quantize(model, storage, targets=base.quantized)
-    if base.untie:
-        untie(model)
-    adapter = attached(config, model, config.method)
-    if config.run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training gives these warnings, once
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=False)
+        if storage := base.quantization():
+            quantize(model, storage, targets=base.quantized)
+        if base.untie:
+            untie(model)
+        adapter = attached(config, model, config.method)
+        if config.run.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _swap(model)

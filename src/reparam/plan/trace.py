@@ -1,10 +1,11 @@
-"""Two training steps on a model without values: what is live at the peak, and what it is for."""
+"""A training step on a model without values: what is live at the peak, and what it is for."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from reparam.plan.hollow import Hollow, hollow
 from reparam.plan.live import Live
 from reparam.train.config import Config
 from reparam.train.optimizer import BITS, bytes_of, settings
-
-STEPS = 2  # the optimizer has its states from the second on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,8 @@ def traced(config: Config, architecture: Any, rows: int, tokens: int) -> Peak:
         with model.mode:
             live.hold([*model.model.parameters(), *model.model.buffers()], "weights")
             live.hold(model.adapter.parameters(), "adapter")
-            with live, _precision(config), _loss(config, model) as loss:
+            with live, warnings.catch_warnings(), _precision(config), _loss(config, model) as loss:
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # it is only compared
                 for _ in _optimizer(config, model, live):
                     loss(*_batch(rows, tokens)).backward()
         parts = {name: size for name, size in live.parts.items() if size > 0}
@@ -72,7 +72,7 @@ def _loss(config: Config, model: Hollow) -> Any:
     chunked = _Chunks(model.model) if config.run.chunked_loss else contextlib.nullcontext()
 
     def loss(ids: Tensor, mask: Tensor) -> Tensor:
-        return model.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+        return model.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
 
     with chunked:
         yield loss
@@ -82,7 +82,7 @@ class _Chunks(ChunkedLoss):
     """The loss in chunks, for tensors without values: every token carries loss, and no softcap is looked for."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.outer = self.root = model  # type: ignore[assignment]
+        self.outer = self.root = model
         self.head = model.get_output_embeddings()  # type: ignore[operator]
         self.smoothing, self.row_losses, self.tail = 0.0, None, Tail()
         self._passes, self._held = [], contextlib.ExitStack()
@@ -99,13 +99,19 @@ class _Chunks(ChunkedLoss):
 
 
 def _optimizer(config: Config, model: Hollow, live: Live) -> Any:
-    """Yield for each step, and step the optimizer after it. Paged and 8-bit states are counted by `_paged`."""
+    """Yield for a step, and step the optimizer after it. Paged and 8-bit states are counted by `_paged`.
+
+    The optimizer has made a step before, so that it has its states.
+    """
     parameters = model.adapter.parameters()
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda p: live.hold([p.grad], "gradients"))  # type: ignore[list-item]
+        parameter.register_post_accumulate_grad_hook(lambda p: live.hold([p.grad], "gradients"))
+        parameter.grad = torch.empty_like(parameter)
+    live.hold([p.grad for p in parameters if p.grad is not None], "gradients")
     own = None if config.optim.name in BITS else torch.optim.AdamW(parameters)
-    for _ in range(STEPS):
-        yield
+    for begun in (False, True):
+        if begun:
+            yield
         with live.during("optimizer"):
             if own is not None:
                 own.step()
@@ -122,6 +128,3 @@ def _paged(config: Config, model: Hollow) -> dict[str, int]:
     count = sum(p.numel() for p in model.adapter.parameters())
     states, pages = each * count, 2 * bytes_of("page", config.optim.page)
     return {"optimizer": min(states, max(given["budget"] or states, pages))}
-
-
-Tracer = Callable[[Config, Any, int, int], Peak]
