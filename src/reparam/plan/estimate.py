@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -115,14 +116,23 @@ def _largest(found: Estimator, rows: int, tokens: int, limit: int) -> dict[str, 
 
 
 def _most(peak: Any, start: int, limit: int) -> int:
-    """The largest number whose peak fits, at most 64 times `start`: by a parabola through three peaks."""
-    points = sorted({1, start, 2 * start, 4 * start})[-3:]
+    """The largest number whose peak fits, at most 64 times `start`; 0 if none does.
+
+    Peaks are computed at four numbers. Between them they lie on straight lines; above, on the last line, or on a
+    parabola if they rise faster and faster, as they do with the length where attention keeps its scores.
+    """
+    points = sorted({1, start, 2 * start, 4 * start})
     values = [float(peak(n)) for n in points]
-    (a, b, c), (x, y, z) = points, values
-    second = ((z - x) / (c - a) - (y - x) / (b - a)) / (c - b)
+    (a, b, c), (x, y, z) = points[-3:], values[-3:]
+    last = (z - y) / (c - b)
+    bend = max(0.0, (last - (y - x) / (b - a)) / (c - a))
 
     def fitted(n: int) -> float:
-        return x + (y - x) / (b - a) * (n - a) + second * (n - a) * (n - b)
+        if n > c:
+            return z + last * (n - c) + bend * (n - b) * (n - c)
+        at = max(1, bisect.bisect_left(points, n))
+        share = (n - points[at - 1]) / (points[at] - points[at - 1])
+        return values[at - 1] + share * (values[at] - values[at - 1])
 
     low, top = 0, 64 * start
     while low < top:
