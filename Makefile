@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo demo-real test quick full lint format docs
 demo: .venv/installed
