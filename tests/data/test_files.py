@@ -157,6 +157,10 @@ def test_damaged_files(tmp_path, name, content, expected):
 def test_missing_names(tmp_path, monkeypatch):
     assert "its folder" in problem(tmp_path / "none" / "a.jsonl")
     assert "the folder holds no data files; expected .jsonl" in problem(tmp_path)
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for name in ("broken.jsonl", "loop.csv"):
+        assert problem(tmp_path / name).endswith(f"{name}: is a link that leads to no file")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     found = problem("nobody/nothing")
