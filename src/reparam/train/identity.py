@@ -64,7 +64,7 @@ def identity(job: Job) -> dict[str, Any]:
     free = FREE - (BY_EVALUATION if config.run.keeps_best else set())
     if config.data.streaming:
         free = free | {"data.bad_rows"}  # a bad row that is met during a run must not end it for good
-    found = {key: value for key, value in _settings(config).items() if key not in free}
+    found = {key: value for key, value in settings_of(config).items() if key not in free}
     found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
@@ -136,7 +136,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
 
 def _defaults() -> dict[str, Any]:
     """The default values of the keys that a record of an earlier version may lack."""
-    own = {key: value for key, value in _settings(Config()).items() if key not in FREE}
+    own = {key: value for key, value in settings_of(Config()).items() if key not in FREE}
     found: dict[str, Any] = json.loads(json.dumps(own))
     return {key: value for key, value in found.items() if not key.startswith(("base.", "method."))}
 
@@ -182,7 +182,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "vora", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 
@@ -196,7 +196,8 @@ def _difference(key: str, then: Any, now: Any) -> str:
     return f"{key} was {then!r} and is now {now!r}{fewer}{planned}"
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a run by key, such as optim.learning_rate."""
     return {f"{section}.{key}": value for section, table in tables(config).items() for key, value in table.items()}
 
 

@@ -28,6 +28,7 @@ class SFT(Objective):
     """The objective sft."""
 
     name = "sft"
+    metrics = ("loss", "exact_match")
 
     def unsupported(self, config: Config) -> dict[str, bool]:
         """None: all settings but those of preferences are for this objective."""
