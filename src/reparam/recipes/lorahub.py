@@ -25,7 +25,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reparam.adapter.attach import remove
 from reparam.combine.blend import Blend, blend, read_operand
@@ -36,6 +35,7 @@ from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import say
+from reparam.hf.chunked import RowLosses
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
 from reparam.io.outputs import check_adapter_folder
@@ -85,6 +85,7 @@ class Losses:
         self, model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, gates: Gates, *, batch: int
     ) -> None:
         self.model = model
+        self.row_losses = RowLosses(model)
         self.encoded = encoded
         self.collate = Collator(padding_id(tokenizer))
         self.gates = gates
@@ -106,11 +107,8 @@ class Losses:
     def _rows(self, examples: dict[str, Tensor]) -> Tensor:
         """The mean cross entropy per token of each row, [B] in float64."""
         device = next(self.model.parameters()).device
-        labels = examples["labels"][:, 1:].to(device)
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
-        logits = self.model(**inputs).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        return losses.double().sum(1).cpu() / (labels != -100).sum(1).cpu()
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+        return self.row_losses(inputs).double().cpu() / (examples["labels"][:, 1:] != -100).sum(1)
 
 
 def objective(
