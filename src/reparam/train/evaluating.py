@@ -121,6 +121,7 @@ class Answering(Measure):
         rows = answerable(job.held_out)
         self.rows = rows[: max(run.samples, run.eval_rows if self.counts else 0)]
         self.counted = run.eval_rows
+        self.longest = job.config.data.max_length
         self.answers: list[Answer] = []
         if not rows:
             key = "run.metric: exact_match" if self.counts else f"run.samples: {run.samples}"
@@ -128,7 +129,7 @@ class Answering(Measure):
 
     def measure(self) -> dict[str, float]:
         """Answer the rows. Returns the share of right answers, from 0 to 1, if it is the metric."""
-        self.answers = answer(self.job.model, self.job.tokenizer, self.rows)
+        self.answers = answer(self.job.model, self.job.tokenizer, self.rows, longest=self.longest)
         right = [given.right for given in self.answers[: self.counted]]
         self.rows_measured = len(right)
         return {"eval_exact_match": sum(right) / len(right)} if self.counts else {}
