@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapters import trained
 from command import reparam
+from hearing import Heard
 from models import ASSETS, frozen, same
 from rich.console import Console
 from torch import Tensor
@@ -22,6 +23,7 @@ from reparam.adapter.attach import attach
 from reparam.combine.blend import read_operand
 from reparam.combine.candidates import Gates, candidates
 from reparam.combine.operands import Operand
+from reparam.core.progress import listening
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import token_losses
@@ -128,7 +130,9 @@ def test_the_result_is_what_was_measured_and_better_than_the_base(
 ) -> None:
     before = {file: file.read_bytes() for part in parts for file in Path(part).iterdir()}
     quiet = Console(quiet=True)
-    hub = search_to(tmp_path / "hub", parts, few, valid=few, space=space, optimizer=optimizer, console=quiet)
+    with listening(heard := Heard()):
+        hub = search_to(tmp_path / "hub", parts, few, valid=few, space=space, optimizer=optimizer, console=quiet)
+    assert heard.waits["searching for weights"] == (40, len(hub.found.history))
     assert hub.found.history[0].weights == (0.0, 0.0, 0.0)
     assert len(hub.found.history) <= 40
     assert hub.line("found").few < hub.line("base").few
