@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hearing import Heard
 from models import save_base
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from reparam.compare.plan import Plan, read_plan
 from reparam.compare.run import TUNING, compare
 from reparam.compare.trial import Outcome, Trial, perform
 from reparam.compare.workers import Late, here
+from reparam.core.progress import listening
 from reparam.errors import ConfigError, Stopped
 
 TASK = Path(__file__).parents[2] / "assets" / "tasks" / "signatures"
@@ -100,7 +102,11 @@ def whole(
 ) -> tuple[Plan, Recorder, dict[str, Any]]:
     plan = planned(base, data, tmp_path_factory.mktemp("compare") / "out")
     recorder = Recorder()
-    return plan, recorder, run(plan, recorder)
+    with listening(heard := Heard()):
+        found = run(plan, recorder)
+    assert heard.waits["tuning, rung 1 of 1, 2 steps"] == (4, 4)
+    assert heard.waits["seed 1, 4 steps"] == (2, 2)
+    return plan, recorder, found
 
 
 def test_tuning_comes_first_rate_by_rate_then_seed_by_seed(whole: tuple[Plan, Recorder, dict[str, Any]]) -> None:

@@ -126,9 +126,12 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
 def test_xlora_weighs_by_the_hidden_states_of_the_base() -> None:
     """Gates are computed from the plain model's last hidden states; a single expert equals its LoRA."""
     model, adapter = adapted("xlora")
+    shapes: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
     with torch.no_grad():
         hidden = models.llama()(IDS, output_hidden_states=True).hidden_states[-1]
     logits(model)
+    assert shapes == [(len(IDS), 1), IDS.shape]  # the first pass computes few logits
     router = adapter.shared.routers["model"]
     expected = torch.softmax(hidden @ router.weight.t() + router.bias, -1)
     for update in adapter.updates.values():
