@@ -57,6 +57,11 @@ class Loop:
         return sum(ticket.ended is None for ticket in list(self._tickets.values()))
 
     @property
+    def busy(self) -> bool:
+        """Whether there are steps to compute."""
+        return self.state == "running" and bool(self._tickets)
+
+    @property
     def waiting(self) -> int:
         """The number of requests that no step has computed yet."""
         return sum(ticket.ended is None and not ticket.begun for ticket in list(self._tickets.values()))
