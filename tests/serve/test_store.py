@@ -112,7 +112,7 @@ def test_what_left_the_tables_comes_back_from_host_memory_and_otherwise_from_dis
                 assert [one.ids for one in found] == expected
                 assert [one.digest for one in found] == digests
             else:
-                with pytest.raises(reparam.FormatError, match="no such folder|no adapter"):
+                with pytest.raises(reparam.FormatError, match=r"no such folder|no adapter"):
                     ids(engine, "a")
 
 

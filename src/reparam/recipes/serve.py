@@ -50,7 +50,8 @@ def serve(
     keys = read_keys(key_file)
     check_host(host, keys)
     hosts = None if keys or not is_loopback(host) else (*LOCAL, host.lower())
-    settings = dataclasses.replace(settings, keys=keys, hosts=hosts)
+    root = settings.root and settings.root.absolute()  # errors for clients leave it out
+    settings = dataclasses.replace(settings, keys=keys, hosts=hosts, root=root)
     if settings.root is None and settings.loading:
         raise ValueError("--allow-loading: adapters are loaded from the folder that --adapters gives; add it")
     made = find_storage(storage)() if storage is not None and storage != "dense" else None

@@ -29,6 +29,7 @@ from reparam.io import files
 from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.serve.banks import Contents
+from reparam.serve.inside import check_no_pickle
 from reparam.sites.layout import Order
 from reparam.sites.routing import SMALL, orders_of
 
@@ -66,6 +67,7 @@ class Prover:
         """
         if prompts.prompting_of(folder) is not None:
             raise _refused(folder, "it adds virtual tokens and changes no weights, so it has no place in a mixed batch")
+        check_no_pickle(folder)
         record = files.read(folder)
         if record.replaced:
             raise _refused(folder, f"it trains whole modules ({listed(list(record.replaced))}), which no matrix holds")

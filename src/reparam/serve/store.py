@@ -19,6 +19,7 @@ from reparam.errors import FormatError, Unavailable, UnknownAdapter
 from reparam.io.files import FORMATS, adapter_folder
 from reparam.io.prompt_format import PromptFormat
 from reparam.serve.banks import Banks
+from reparam.serve.inside import check_inside
 from reparam.serve.pace import Pace
 from reparam.serve.proof import Proven, Prover
 from reparam.serve.shelf import Shelf
@@ -64,6 +65,8 @@ class Store:
         self._busy = busy
         self._lock = threading.Condition()
         self._folders: dict[str, Path] = {}
+        self._roots: set[Path] = set()
+        """Folders of adapters. What is in one of them has no links out of it, whenever it is read."""
         self._named: dict[str, Resident] = {}
         """The adapters of names that have been used. Those that have lost their slot are not among `_residents`."""
         self._residents: dict[str, Resident] = {}
@@ -102,13 +105,12 @@ class Store:
         """
         if not root.is_dir():
             raise FormatError(f"{root}: no such folder of adapters")
-        real = root.resolve()
+        self._roots |= {root, root.resolve()}
         for folder in sorted(root.iterdir()):
             inside = adapter_folder(folder)
             if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
                 continue
-            if not inside.resolve().is_relative_to(real):
-                raise FormatError(f"{folder}: is a link that leads out of {root}; put the adapter itself there")
+            check_inside(folder, root)
             check_name(folder.name)
             self._folders[folder.name] = inside
         if not self._folders:
@@ -187,6 +189,9 @@ class Store:
 
     def _read(self, folder: Path) -> Resident:
         """Read an adapter and give it a slot, unless its contents have one. Returns a lease."""
+        for root in self._roots:
+            if folder.is_relative_to(root):
+                check_inside(folder, root)
         with Pace(self._busy):
             proven = self._prover.prove(folder)
             self._shelf.put(proven)

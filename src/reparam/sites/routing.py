@@ -56,6 +56,7 @@ class Routing:
 
     @packed.setter
     def packed(self, lengths: tuple[int, ...] | None) -> None:
+        """Note the tokens of each row, and where each begins."""
         self._packed = lengths
         self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1], where each row begins
 
@@ -69,16 +70,17 @@ class Routing:
         plain: Order = "rows" if self.packed is None else "packed"
         order = orders_of(site).get((plain == "packed", len(shape))) if self.tried else plain
         if order is None or not self.fits(order, shape):
-            self._refuse(shape)
+            self.refuse(shape)
         return Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and tokens of an activation of this shape in which rows come first. Raises ValueError if it has none."""
         if not self.fits("rows", shape):
-            self._refuse(shape)
+            self.refuse(shape)
         return len(self.slots), shape[:-1].numel() // len(self.slots)
 
-    def _refuse(self, shape: torch.Size) -> NoReturn:
+    def refuse(self, shape: torch.Size) -> NoReturn:
+        """Raise ValueError: rows of an activation of this shape cannot be told apart."""
         raise ValueError(
             f"cannot map an activation of shape {list(shape)} to the {len(self.slot_list)} rows of the mixed batch; "
             f"select one adapter at a time for this model"

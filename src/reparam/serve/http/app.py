@@ -14,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from reparam.serve.engine import Engine
 from reparam.serve.http import errors, page
 from reparam.serve.http.answers import Answers
-from reparam.serve.http.auth import Gate
 from reparam.serve.http.catalog import Catalog, Model
 from reparam.serve.http.errors import Problem
 from reparam.serve.http.guard import Gone, Guard, caller_of
@@ -49,7 +48,6 @@ class _Application:
         self.settings = settings
         self.catalog = Catalog(engine, settings)
         self.prompts = Prompts(engine)
-        self.gate = Gate(settings.key_requests)
         self.traffic = Traffic()
         self.traffic.registry.register(OfEngine(engine))
         self.app = FastAPI(title="reparam", docs_url=None, redoc_url=None, lifespan=self._life)
@@ -183,7 +181,7 @@ class _Application:
         caller = caller_of(http.scope)
         wanted = made[0].logprobs is not None
         shaped = shape(caller.id, request.model, self._text_of if wanted else None)
-        answers = Answers(self.engine, self.settings, self.gate, self.traffic, caller)
+        answers = Answers(self.engine, self.settings, self.guard.gate, self.traffic, caller)
         await answers.begin(made, copies=request.n)
         usage = request.stream_options is not None and request.stream_options.include_usage
         return await answers.respond(http, shaped, stream=request.stream, usage=usage)

@@ -55,6 +55,9 @@ class Gate:
         self._most = most
         self._open: Counter[str] = Counter()
 
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
     @contextmanager
     def open(self, owner: str, count: int) -> Iterator[None]:
         """So many answers are open inside the block. Raises Problem 429 if that is more than the owner may have."""

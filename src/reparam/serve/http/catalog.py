@@ -15,6 +15,7 @@ from reparam.serve.engine import Engine
 from reparam.serve.http.blends import Blends, is_made, is_sum, terms
 from reparam.serve.http.errors import Problem
 from reparam.serve.http.settings import Settings
+from reparam.serve.inside import outside
 from reparam.serve.store import check_name
 
 
@@ -108,9 +109,9 @@ class Catalog:
     def without_folder(self, error: Exception, param: str = "model") -> Problem:
         """Why an adapter cannot be served, without the place of its folder on this machine."""
         told = str(error)
-        if self._settings.root is not None:
-            for root in (self._settings.root.resolve(), self._settings.root):
-                told = told.replace(f"{root}/", "")
+        root = self._settings.root
+        for place in () if root is None else (root.resolve(), root.absolute()):
+            told = told.replace(f"{place}/", "").replace(str(place), "the folder of the adapters")
         return Problem(400, told[:1000], code="adapter_refused", param=param)
 
     def _inside(self, path: str) -> Path:
@@ -125,6 +126,13 @@ class Catalog:
                 raise Problem(
                     403,
                     "lora_path is not below the folder of the adapters; give the name of a folder in it",
+                    code="outside",
+                    param="lora_path",
+                )
+            if outside(folder, real) is not None:
+                raise Problem(
+                    403,
+                    "lora_path holds links that lead out of the folder of the adapters",
                     code="outside",
                     param="lora_path",
                 )

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reparam.serve.http.auth import Keys
+from reparam.serve.http.auth import Gate, Keys
 from reparam.serve.http.errors import Problem, problem_of
 from reparam.serve.http.metrics import Traffic
 from reparam.serve.http.settings import Settings
@@ -56,6 +56,7 @@ class Guard:
         self.settings = settings
         self.traffic = traffic
         self.keys = Keys(settings.keys)
+        self.gate = Gate(settings.key_requests)
         self.stopping = False
         """Whether new requests are refused, because the server stops."""
 
