@@ -49,6 +49,7 @@ class Loop:
         self._tickets: dict[str, Ticket] = {}
         self._lock = threading.Condition()
         self._manager: Any = None
+        self._paused = False
         self._watchdog: threading.Thread | None = None
         self._hook: Any = None
 
@@ -58,8 +59,8 @@ class Loop:
 
     @property
     def busy(self) -> bool:
-        """Whether there are steps to compute."""
-        return self.state == "running" and bool(self._tickets)
+        """Whether there are steps to compute, and no pause."""
+        return self.state == "running" and bool(self._tickets) and not self._paused
 
     @property
     def waiting(self) -> int:
@@ -115,6 +116,8 @@ class Loop:
                 except RuntimeError:  # the loop died meanwhile; the watchdog makes another one
                     self._wait_for_another(manager)
                     continue
+                self._paused = True
+                stack.callback(setattr, self, "_paused", False)
                 yield
                 return
 
