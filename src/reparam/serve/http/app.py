@@ -50,11 +50,17 @@ class _Application:
         self.prompts = Prompts(engine)
         self.traffic = Traffic()
         self.traffic.registry.register(OfEngine(engine))
-        self.app = FastAPI(title="reparam", docs_url=None, redoc_url=None, lifespan=self._life)
+        self.app = FastAPI(
+            title="reparam",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=self._life,
+            responses={"4XX": {"model": errors.Body}, "5XX": {"model": errors.Body}},
+        )
         errors.install(self.app)
         self.app.exception_handler(Gone)(_gone)
         self._routes()
-        self.guard = Guard(self.app, settings, self.traffic)
+        self.guard = Guard(self.app, settings, self.traffic, engine.limits.open_requests)
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
