@@ -116,8 +116,6 @@ def generate(
     from reparam.recipes.chat import Asking, Chat
     from reparam.train.sections import DataConfig
 
-    if prompts is None and (output is not None or columns is not None):
-        raise ValueError("--output and --columns are for --prompts, a file of prompts; leave them out, or add it")
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)

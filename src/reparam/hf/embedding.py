@@ -42,9 +42,11 @@ def sizes_of(path: str, *, revision: str | None = None) -> Sizes:
     """
     with from_files(path, "causal language model"):
         path = tokenizer_folder_of(path, revision=revision)  # has the configuration
-    check_path(path)
+    cached = check_path(path)
     with from_files(path, "causal language model"):
-        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False, local_files_only=cached
+        )
         check_config(config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config

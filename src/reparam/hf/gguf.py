@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reparam.core.progress import waiting
+from reparam.data.files.reach import unreachable
 from reparam.errors import BaseError
 from reparam.hf.folder import is_gguf
 from reparam.io.staged import digest, staged_folder
@@ -108,7 +109,8 @@ def _local(path: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(match["repo"], match["file"], revision=revision))
+        cached = bool(unreachable())
+        return Path(hf_hub_download(match["repo"], match["file"], revision=revision, local_files_only=cached))
     except Exception as error:  # of the network, of the hub, of a wrong name
         told = str(error).partition("\n")[0]
         raise BaseError(f"{path}: no such file here, and it could not be downloaded from the hub: {told}") from None
