@@ -72,13 +72,13 @@ class _Application:
         post, get = self.app.post, self.app.get
         post("/v1/chat/completions", response_model=None)(self.chat)
         post("/v1/completions", response_model=None)(self.completions)
-        post("/v1/load_lora_adapter", response_model=None)(self.load)
-        post("/v1/unload_lora_adapter", response_model=None)(self.unload)
+        post("/v1/load_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.load)
+        post("/v1/unload_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.unload)
         get("/v1/models")(self.models)
         get("/v1/models/{name:path}")(self.model)
         get("/health", response_model=None)(self.health)
         get("/ready", response_model=None)(self.ready)
-        get("/metrics", response_model=None)(self.metrics)
+        get("/metrics", response_class=PlainTextResponse, response_model=None)(self.metrics)
         get("/", include_in_schema=False, response_model=None)(self.page)
 
     async def chat(self, request: ChatRequest, http: HttpRequest) -> Response:
