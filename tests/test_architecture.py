@@ -24,6 +24,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "export",
     "evaluation",
     "train",
+    "vision",
     "inspect",
     "compare",
     "recipes",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from reparam import serve as serve
     from reparam import sites as sites
     from reparam import train as train
+    from reparam import vision as vision
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
     from reparam.adapter.attach import adapters, attach, remove
@@ -275,6 +276,7 @@ _MODULES = {  # submodules that are attributes of the package
     "serve": "reparam.serve",
     "sites": "reparam.sites",
     "train": "reparam.train",
+    "vision": "reparam.vision",
     "weights": "reparam.weights",
 }
 

@@ -74,26 +74,26 @@ class Opened(nn.Module):
             x = x.view(blocks, -1, x.shape[-1]).sum(0)
         if routing.trial is not None:
             routing.trial.see(self, x)
-            return self._of(None, *args, **kwargs)
+            return self._of(None, args, kwargs)
         layout = routing.layout(self, x.shape)
         if not all(isinstance(value, Tensor) and len(value) == blocks * len(x) for value in given.values()):
             routing.refuse(x.shape)
         held = {name for stack in self.stacks for expert in self.experts_of(stack) for name in expert.updates}
         parts = groups([name if name in held else None for name in routing.names[: layout.rows]])
         if len(parts) == 1:
-            return self._of(next(iter(parts)), *args, **kwargs)
+            return self._of(next(iter(parts)), args, kwargs)
         tokens = [layout.pick(torch.arange(len(x), device=x.device), rows) for rows in parts.values()]
         y: list[Tensor] = []
         for name, own in zip(parts, tokens, strict=True):
             if blocks > 1:
                 own = (torch.arange(blocks, device=own.device)[:, None] * len(x) + own).flatten()
-            y.append(self._of(name, **{key: value.index_select(0, own) for key, value in given.items()}))
+            y.append(self._of(name, (), {key: value.index_select(0, own) for key, value in given.items()}))
         if blocks > 1:
             y = [part.view(blocks, -1, part.shape[-1]) for part in y]
             return torch.cat(y, 1).index_select(1, torch.cat(tokens).argsort()).flatten(0, 1)
         return torch.cat(y).index_select(0, torch.cat(tokens).argsort())
 
-    def _of(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
+    def _of(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output with the updates of one adapter, or of none."""
         experts = [expert for stack in self.stacks for expert in self.experts_of(stack)]
         for expert in experts:

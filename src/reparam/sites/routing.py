@@ -56,8 +56,9 @@ class Routing:
 
     @packed.setter
     def packed(self, lengths: tuple[int, ...] | None) -> None:
+        """Set it, and where each row begins."""
         self._packed = lengths
-        self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1], where each row begins
+        self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1]
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.

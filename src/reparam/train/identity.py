@@ -182,7 +182,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "vora", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 

@@ -101,7 +101,7 @@ def rehearse(config: Config, *, show: Show) -> None:
     job = _prepared(config)
     _identified(job)
     steps = _steps(job)
-    TrainingArguments(**_arguments(job.config, steps))  # raises ValueError for a wrong one
+    TrainingArguments(**arguments(job.config, steps))  # raises ValueError for a wrong one
     show.job(job)
     found = Found(None, []) if config.run.fresh else newest(Path(config.run.output))
     show.plan(job.config, steps, found)
@@ -180,7 +180,7 @@ def _steps(job: Job) -> int:
     return steps
 
 
-def _arguments(config: Config, steps: int) -> dict[str, Any]:
+def arguments(config: Config, steps: int) -> dict[str, Any]:
     """transformers' arguments of a run of so many steps."""
     run, optim = config.run, config.optim
     tenth = max(1, steps // 10)
@@ -232,22 +232,22 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
     steps = _steps(job)
     trainer = objective.trainer(
         job,
-        _arguments(job.config, steps),
+        arguments(job.config, steps),
         save_trained=lambda folder: _save(job.adapter, folder),
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.stream.names if job.stream is not None else job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, objective, show)],
+        callbacks=[Bind(job.adapter), show.callback(steps), *evaluating(job, objective, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     place_files(trainer.callback_handler.callbacks, job.config.run)
-    trainer.callback_handler.callbacks.sort(key=lambda one: not isinstance(one, _Bind))  # before the loggers
+    trainer.callback_handler.callbacks.sort(key=lambda one: not isinstance(one, Bind))  # before the loggers
     record(trainer.args, settings_of(job.config))
     return trainer, rates
 
 
-class _Bind(TrainerCallback):
+class Bind(TrainerCallback):
     """Passes the optimizer to the adapter when training starts, and logs the auxiliary losses."""
 
     def __init__(self, adapter: Adapter) -> None:
@@ -256,6 +256,7 @@ class _Bind(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Bind the adapter to the optimizer."""
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
