@@ -39,7 +39,7 @@ def commands(page: Path) -> list[list[str]]:
             while words:
                 end = words.index("&&") if "&&" in words else len(words)
                 assert words[0] == "reparam", line
-                found.append(words[1:end])
+                found += [words[1:end]] if words[1] != "serve" else []  # test_serving_page.py
                 words = words[end + 1 :]
     return found
 
