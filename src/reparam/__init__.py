@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from reparam.errors import (
         AnswerFailed,
         BaseError,
+        Busy,
         ConfigError,
         DataError,
         DiskFull,
@@ -113,6 +114,7 @@ __all__ = [
     "BitFit",
     "Blend",
     "Bottleneck",
+    "Busy",
     "Compression",
     "ConfigError",
     "DataError",
@@ -223,6 +225,7 @@ _HOMES = {  # the module that defines each name
     "RunLocked": "reparam.errors",
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
+    "Busy": "reparam.errors",
     "Unavailable": "reparam.errors",
     "UnknownAdapter": "reparam.errors",
     "WriteFailed": "reparam.errors",

@@ -14,6 +14,7 @@
     ├── Refused              (ValueError)          a request that the serving engine cannot answer
     │   └── UnknownAdapter   (Refused)             no adapter has the name that a request gives
     ├── Unavailable          (RuntimeError)        the serving engine is full, starts again, or is closed
+    │   └── Busy             (Unavailable)         the serving engine has as many open requests as it may
     ├── AnswerFailed         (RuntimeError)        the serving engine failed while it computed an answer
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
@@ -113,6 +114,10 @@ class UnknownAdapter(Refused):
 
 class Unavailable(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
     """The serving engine takes no request: it is full, starts again after a fault, or is closed. Try again later."""
+
+
+class Busy(Unavailable):
+    """The serving engine has as many open requests as it may. Try again when some of them have ended."""
 
 
 class AnswerFailed(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)

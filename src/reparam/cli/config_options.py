@@ -50,6 +50,8 @@ ALIASES = {
     "data.max_rows": ["--max_samples"],
     "data.max_length": ["--max_length", "--max_seq_length", "--cutoff_len", "--sequence_len"],
     "data.packing": ["--packing"],
+    "data.streaming": ["--streaming", "--dataset_streaming"],
+    "data.buffer": ["--buffer_size", "--shuffle_buffer_size"],
     "adapter.targets": ["--target_modules", "--lora_target_modules", "--lora_target"],
     "adapter.modules_to_save": ["--modules_to_save", "--lora_modules_to_save", "--additional_target"],
     "adapter.start": ["--adapter_name_or_path", "--lora_model_dir"],

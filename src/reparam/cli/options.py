@@ -22,6 +22,7 @@ VERBS = {
     "data": ("data.data", "Show what training would make of a file of rows."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
+    "serve": ("serve.serve", "Serve a base and many adapters over HTTP, in one batch."),
     "lm_eval": ("harness.lm_eval", "Score them on the public tasks of EleutherAI's harness."),
     "demo": ("run.demo", "Train, compare and merge on the embedded model and data."),
     "merge": ("adapters.merge", "Merge an adapter into its base and write a plain model."),

@@ -132,6 +132,8 @@ def _misplaced(tables: dict[str, dict[str, Any]]) -> list[str]:
             f"run.objective is {objective!r}, and the methods are compared by supervised training: leave it out, and "
             f"train each method on preferences with reparam train"
         )
+    if tables.get("data", {}).get("streaming"):
+        problems.append("data.streaming: the methods are compared on rows that are read once before; leave it out")
     for key, value in (("base.path", "the base model"), ("data.train", "the rows to train on")):
         section, _, name = key.partition(".")
         if not tables.get(section, {}).get(name):

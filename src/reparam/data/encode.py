@@ -84,12 +84,13 @@ def encode_all(
     with_tasks: bool = False,
     folder: Path | None = None,
     about: int | None = None,
+    lenient: bool = False,
 ) -> Corpus:
     """As `encode`, but the result is a corpus, from which parts are taken. It can be larger than the memory.
 
     With `with_tasks`, it knows the tasks of the rows. The arrays are written into the files of `folder`, if one is
-    given. `about` is the approximate number of rows, to tell the time left. Raises DataError as `encode` does, but for
-    tasks.
+    given. `about` is the approximate number of rows, to tell the time left. With `lenient`, rows that are refused
+    because their whole answer would be cut off are left out. Raises DataError as `encode` does, but for tasks.
     """
     iterator = iter(rows)
     start = next(iterator, None)
@@ -99,11 +100,13 @@ def encode_all(
     findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size, bad_rows=bad_rows)
     tokenize = Tokenizer(tokenizer, findings, loss_on=loss_on)
     arrays = Arrays(growing(folder))
-    lengths = Lengths(arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks)
+    lengths = Lengths(
+        arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks, lenient=lenient
+    )
     columns: set[str] = set()
     kinds: Counter[str] = Counter()
     with waiting("encoding rows", len(rows) if isinstance(rows, Sized) else about, unit="rows") as advance:
-        for batch in _batches(_with_template(chain([start], iterator), tokenizer)):
+        for batch in _batches(with_template(chain([start], iterator), tokenizer)):
             findings.begin(batch, lengths.rows)
             columns.update(*(row.columns for row in batch))
             kinds.update(row.kind for row in batch)
@@ -151,7 +154,7 @@ def _obstacles(start: Row | None, tokenizer: PreTrainedTokenizerBase, *, max_len
     return problems
 
 
-def _with_template(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
+def with_template(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
     """The rows. Raises DataError at the first chat if the tokenizer has no chat template."""
     for row in rows:
         if row.kind == "chat" and not tokenizer.chat_template:

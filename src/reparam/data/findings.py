@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from reparam.core.surface import can_set
 from reparam.core.text import counted
 from reparam.data.row import Row
 from reparam.errors import SHOWN, DataError
@@ -40,7 +41,8 @@ class Findings:
     ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
+        """Number of rows of the model's input embedding, if it is known."""
         self._bad_rows = bad_rows
         self._refused: list[str] = []
         self._too_long: dict[str, tuple[int, int, list[str]]] = {}  # what -> rows, longest, names of the first rows
@@ -76,8 +78,8 @@ class Findings:
 
     def check_vocabulary(self, row: Row, ids: np.ndarray) -> None:
         """Record the token ids that the model has no embedding for."""
-        if self._vocab_size is not None and len(ids) and int(ids.max()) >= self._vocab_size:
-            for token in set(ids[ids >= self._vocab_size].tolist()):
+        if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
+            for token in set(ids[ids >= self.vocab_size].tolist()):
                 first, count = self._beyond.get(token, (row.source, 0))
                 self._beyond[token] = (first, count + 1)
 
@@ -87,19 +89,23 @@ class Findings:
         if not found or found[-1] != number:
             found.append(number)
 
+    def clear(self) -> None:
+        """Forget the warnings about the rows so far."""
+        self.marks, self.reasons = {}, {}
+
     def raise_problems(self) -> None:
         """Raise DataError if any row cannot be trained on."""
         problems = [*self._lengths(), *self._refused]
-        if self._vocab_size is not None:
-            problems += beyond_vocabulary(self._beyond, self._vocab_size, self._tokenizer)
+        if self.vocab_size is not None:
+            problems += beyond_vocabulary(self._beyond, self.vocab_size, self._tokenizer)
         if problems:
             raise DataError(problems)
 
     def _lengths(self) -> list[str]:
+        drop = ", and --data.too_long drop leaves them out" if can_set("--data.too_long") else ""
         return [
             f"max_length={self._max_length} {what} {counted(count, 'row')}: {', '.join(names)}"
-            f"{', ...' if count > SHOWN else ''}; max_length={longest} keeps all of them, and --data.too_long drop "
-            f"leaves them out"
+            f"{', ...' if count > SHOWN else ''}; max_length={longest} keeps all of them{drop}"
             for what, (count, longest, names) in self._too_long.items()
         ]
 

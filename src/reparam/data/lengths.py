@@ -33,9 +33,17 @@ class Lengths:
     """Makes examples of at most `max_length` tokens from tokenized rows, and adds them to the arrays."""
 
     def __init__(
-        self, arrays: Arrays, findings: Findings, *, max_length: int, too_long: TooLong, with_tasks: bool
+        self,
+        arrays: Arrays,
+        findings: Findings,
+        *,
+        max_length: int,
+        too_long: TooLong,
+        with_tasks: bool,
+        lenient: bool = False,
     ) -> None:
-        self._arrays, self._findings = arrays, findings
+        """With `lenient`, "auto" leaves out the rows that it would refuse: those of a stream are not known before."""
+        self._arrays, self._findings, self._lenient = arrays, findings, lenient
         self._max_length, self._too_long, self._with_tasks = max_length, too_long, with_tasks
         self.rows = 0
         """Number of rows that were added."""
@@ -67,7 +75,8 @@ class Lengths:
         limit, wish = self._max_length, self._too_long
         nothing_left = predicted[0][0] >= limit
         if wish == "auto":
-            wish = "split" if row.kind == "text" else "error" if nothing_left else "truncate"
+            refused = nothing_left and not self._lenient
+            wish = "split" if row.kind == "text" else "error" if refused else "truncate"
         if wish == "error":
             what = "cuts off the whole answer of" if nothing_left and self._too_long == "auto" else "is too short for"
             self._findings.too_long(row, what, len(tokens.ids))

@@ -48,7 +48,8 @@ class Reading:
 
     `sources` and `columns` are those of `read_rows`. `most` limits the number of rows that are taken from each source:
     one number for all of them, or one for each. With `bad_rows="drop"`, rows that cannot be read are left out and
-    counted; a file that cannot be read at all is an error nevertheless.
+    counted; a file that cannot be read at all is an error nevertheless. With `streaming`, data sets on the hub are not
+    downloaded as a whole.
 
     The stream raises DataError as `read_rows` does, at its end, with all problems. No row is given after the first one.
     """
@@ -60,8 +61,9 @@ class Reading:
         *,
         most: Sequence[int] = (),
         bad_rows: BadRows = "error",
+        streaming: bool = False,
     ) -> None:
-        self._sources, self._columns, self._bad_rows = sources, columns, bad_rows
+        self._sources, self._columns, self._bad_rows, self._streaming = sources, columns, bad_rows, streaming
         self._most = [*most] * len(sources) if len(most) == 1 else [*most]
         self.counts: list[int] = []
         """Number of rows of each source, after the stream has ended."""
@@ -104,7 +106,7 @@ class Reading:
 
     def _rows(self, source: str | Path) -> Iterator[Row]:
         """The rows of one source. Records the problems of others."""
-        for place, value in objects(source):
+        for place, value in objects(source, streaming=self._streaming):
             try:
                 if isinstance(value, DataError):
                     raise value

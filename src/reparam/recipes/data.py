@@ -87,8 +87,16 @@ def studied(config: Config) -> Studied:
         raise ConfigError("data.train must be set: give the file of rows, as in  reparam data rows.jsonl")
     if config.run.objective != SFT:
         raise ConfigError(f"run.objective: {config.run.objective}: only rows of supervised training are studied")
+    if data.streaming and not data.max_rows:
+        raise ConfigError(
+            "data.streaming: duplicates and lengths need all rows; set data.max_rows to study the first rows of the "
+            "stream, or leave out data.streaming"
+        )
     problems: list[str] = []
-    contents, traits = study.survey(Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows=data.bad_rows))
+    reading = Reading(
+        data.sources(), data.renamed(), most=data.max_rows, bad_rows=data.bad_rows, streaming=data.streaming
+    )
+    contents, traits = study.survey(reading)
     training, held_out = traits, []
     if data.valid is not None:
         held_out = study.survey(Reading(data.sources("valid"), data.renamed(), bad_rows=data.bad_rows))[1]
@@ -162,7 +170,7 @@ def _measured(found: Study, config: Config) -> Studied:
 def _without_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """The rows that can be encoded, of any length, for figures about rows that training refuses."""
     data = config.data
-    rows = Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows="drop")
+    rows = Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows="drop", streaming=data.streaming)
     framed = frame_of(data, tokenizer).rows(rows)
     return encode_all(framed, tokenizer, max_length=UNLIMITED, loss_on=data.loss_on, bad_rows="drop")
 

@@ -126,7 +126,7 @@ def _check(to: str, rank: int | None, max_error: float, merged: bool) -> None:
     if to not in TARGETS:
         raise ValueError(f"--to {to}: expected one of {', '.join(TARGETS)}")
     if to == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise ValueError("--to gguf needs the package gguf: run  pip install 'reparam[export]'")
+        raise ValueError("--to gguf needs the package gguf: run  pip install 'reparam[gguf]'")
     if rank is not None and not whole(rank, 1):
         raise ValueError(f"--rank {rank}: expected a whole number of at least 1")
     if not (finite(max_error) and 0 <= max_error <= 1):

@@ -26,6 +26,7 @@ from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
 from reparam.data.row import Row
 from reparam.data.rows import Reading
+from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
 from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, default_folder, kept, key_of
@@ -51,10 +52,12 @@ class Data(NamedTuple):
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences | Prompts, ...]
-    """All that was encoded; the first one holds the training rows."""
+    checked: tuple[Corpus | Preferences | Prompts | Streamed, ...]
+    """All that was encoded or will be; the first one holds the training rows."""
     prompt_format: PromptFormat
     """How an adapter that is trained on the rows is prompted."""
+    stream: Streamed | None = None
+    """The training rows, if they are streamed; `train` holds a sample of them."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -98,6 +101,14 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Ca
     return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
 
 
+def read_valid(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, framed: Frame
+) -> tuple[Corpus, Encoded, list[Row]]:
+    """The rows of `data.valid`: all of them encoded, as a corpus and as examples, and the first ones as rows."""
+    corpus = _corpus(data, data.sources("valid"), tokenizer, framed, Reading, with_tasks=False)
+    return corpus, corpus.part(), list(framed.rows(_held_out(data, corpus, np.arange(len(corpus)), Reading)))
+
+
 def _corpus(
     data: DataConfig,
     sources: tuple[str, ...],
@@ -118,7 +129,7 @@ def _corpus(
     }
 
     def make(folder: Path | None) -> Corpus:
-        reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
+        reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
         corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
@@ -190,6 +201,6 @@ def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray, reading: Calla
     count = max(data.score_rows, KEPT)
     wanted = held[corpus.with_examples()[held]][:count].tolist()
     sources, most = (data.sources(), data.max_rows) if data.valid is None else (data.sources("valid"), ())
-    rows = islice(reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows), wanted[-1] + 1)
+    rows = reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
     chosen = set(wanted)
-    return [row for number, row in enumerate(rows) if number in chosen]
+    return [row for number, row in enumerate(islice(rows, wanted[-1] + 1)) if number in chosen]

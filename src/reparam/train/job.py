@@ -15,6 +15,7 @@ from reparam.data.batches import Encoded
 from reparam.data.packing import Packed
 from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
+from reparam.data.streamed import Streamed
 from reparam.evaluation.score import Answer, Score
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
@@ -34,11 +35,13 @@ class Job:
     """The held-out rows; `valid` holds the same rows, encoded."""
     packed: Packed | None = None
     """The training rows in packs, with `data.packing`."""
+    stream: Streamed | None = None
+    """The training rows, with `data.streaming`; `train` holds a sample of them."""
 
     @property
-    def drawn(self) -> Encoded | Preferences | Prompts | Packed:
-        """What batches are drawn from: training rows, packs of them, preferences, or prompts."""
-        return self.train if self.packed is None else self.packed
+    def drawn(self) -> Encoded | Preferences | Prompts | Packed | Streamed:
+        """What batches are drawn from: training rows, packs of them, a stream, preferences, or prompts."""
+        return self.stream or self.packed or self.train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,11 +33,12 @@ from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, check_inputs, dump
-from reparam.train.evaluating import RANK, evaluating
+from reparam.train.data import Data
+from reparam.train.evaluating import evaluating, rank
 from reparam.train.guard import stopped_early
-from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
+from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, settings_of, write_record
 from reparam.train.job import Job, Result
-from reparam.train.loggers import check_loggers, name_of, place_files
+from reparam.train.loggers import check_loggers, name_of, place_files, record, reporting
 from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
@@ -77,9 +78,12 @@ def train(config: Config, *, show: Show) -> Result:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        held.enter_context(reporting(trainer))
         before = processes.first(lambda: _scored_before(job, objective, show))
         with losses:
             trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
+        for text in job.stream.notes() if job.stream is not None else ():
+            show.note(text)
         if processes.rank() == 0 and history_of(trainer):
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
@@ -149,20 +153,23 @@ def prepare(config: Config) -> Job:
     adapter = attached(config, model, data.method)
     adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
-    packed = _packed(config, adapter, data.train)
-    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed)
+    packed = _packed(config, adapter, data)
+    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed, data.stream)
 
 
-def _packed(config: Config, adapter: Adapter, rows: Any) -> Packed | None:
-    """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them."""
+def _packed(config: Config, adapter: Adapter, data: Data) -> Packed | None:
+    """The training rows in packs, if they are to be packed. Raises ConfigError if the model would mix them.
+
+    A stream makes its packs itself.
+    """
     if not config.data.packing:
         return None
     if config.run.group_by_length:
         raise ConfigError("run.group_by_length has no effect on packs, which are all full: leave out one of the two")
-    assert isinstance(rows, Encoded)  # the other objectives refuse to pack
+    assert isinstance(data.train, Encoded)  # the other objectives refuse to pack
     if reason := unpackable_reason(adapter.model):
         raise ConfigError(f"data.packing cannot be used here: {reason}; leave it out")
-    return Packed(rows, config.data.max_length)
+    return Packed(data.train, config.data.max_length) if data.stream is None else None
 
 
 def _steps(job: Job) -> int:
@@ -199,9 +206,9 @@ def arguments(config: Config, steps: int) -> dict[str, Any]:
         save_steps=run.save_every or (run.eval_every if run.keeps_best else 0) or tenth,
         save_total_limit=run.keep,
         load_best_model_at_end=run.keeps_best,
-        metric_for_best_model=(RANK if run.metric == "exact_match" else run.metric) if run.keeps_best else None,
+        metric_for_best_model=rank(run) if run.keeps_best else None,
         greater_is_better=run.metric != "loss" if run.keeps_best else None,
-        train_sampling_strategy="group_by_length" if run.group_by_length else "random",
+        train_sampling_strategy=_order(config),
         neftune_noise_alpha=optim.neftune,
         logging_steps=min(run.log_every, tenth),
         report_to=list(run.loggers) or "none",
@@ -216,6 +223,11 @@ def arguments(config: Config, steps: int) -> dict[str, Any]:
     )
 
 
+def _order(config: Config) -> str:
+    """The order of the rows, as transformers names it. A stream is in random order already."""
+    return "sequential" if config.data.streaming else "group_by_length" if config.run.group_by_length else "random"
+
+
 def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tuple[optimizer.Rates, ...]]:
     steps = _steps(job)
     trainer = objective.trainer(
@@ -223,13 +235,15 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
         arguments(job.config, steps),
         save_trained=lambda folder: _save(job.adapter, folder),
         load_trained=lambda folder: _load(job.adapter, folder),
-        row_names=job.train.sources,
+        row_names=job.stream.names if job.stream is not None else job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
+        callbacks=[Bind(job.adapter), show.callback(steps), *evaluating(job, objective, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     place_files(trainer.callback_handler.callbacks, job.config.run)
+    trainer.callback_handler.callbacks.sort(key=lambda one: not isinstance(one, Bind))  # before the loggers
+    record(trainer.args, settings_of(job.config))
     return trainer, rates
 
 
@@ -245,10 +259,12 @@ class Bind(TrainerCallback):
         """Bind the adapter to the optimizer."""
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the auxiliary losses to the log entry; the logged loss does not include them."""
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the auxiliary losses to the log entry and to what loggers get; the logged loss does not include them."""
         if "loss" in state.log_history[-1]:
-            state.log_history[-1].update({f"loss_{name}": value for name, value in self.adapter.losses().items()})
+            found = {f"loss_{name}": value for name, value in self.adapter.losses().items()}
+            state.log_history[-1].update(found)
+            logs.update(found)
 
 
 def _save(adapter: Adapter, folder: Path) -> None:

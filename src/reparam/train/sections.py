@@ -4,121 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from reparam.core.checks import finite, whole
-from reparam.core.plain import wrong_types
-from reparam.core.text import counted
-from reparam.data.chat import LossOn
-from reparam.data.files import split_sources
-from reparam.data.findings import BadRows
-from reparam.data.lengths import TooLong
-from reparam.data.mixture import Mix
 from reparam.errors import ConfigError
-
-
-def _check(settings: object, section: str, **rules: tuple[str, Callable[[Any], bool]]) -> None:
-    """Raise ConfigError that names every key of a wrong type, and every key whose rule is not met.
-
-    A rule is the expected range and a function that tells whether the value is in it.
-    """
-    if problems := wrong_types(settings):
-        raise ConfigError("; ".join(f"{section}.{problem}" for problem in problems))
-    wrong = [
-        f"{section}.{key}: {getattr(settings, key)!r}: expected {text}"
-        for key, (text, right) in rules.items()
-        if not right(getattr(settings, key))
-    ]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
-
-
-_Rule = tuple[str, Callable[[Any], bool]]
-_ABOVE: _Rule = ("a finite number above 0", lambda value: finite(value) and value > 0)
-_LEAST: _Rule = ("a finite number of at least 0", lambda value: finite(value) and value >= 0)
-
-
-def _count(least: int) -> _Rule:
-    return f"a whole number of at least {least}", lambda value: whole(value, least)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The rows to train on, and the held-out rows."""
-
-    train: str | tuple[str, ...] = ""
-    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
-    or - for standard input. Several are separated by commas."""
-    valid: str | tuple[str, ...] | None = None
-    """Held-out rows to score. By default, a share of the training rows is held out."""
-    weights: tuple[float, ...] = ()
-    """Shares of several sources of training rows, in their order, such as 0.7,0.3. By default, all rows are used."""
-    mix: Mix = "under"
-    """How weights are met: rows are left out (under) or repeated (over)."""
-    max_rows: tuple[int, ...] = ()
-    """Number of rows to take from each source of training rows, from its start: one number, or one for each."""
-    columns: tuple[str, ...] = ()
-    """Under which keys the rows hold those of a format, such as prompt=question,completion=answer. By default, the keys
-    tell the format."""
-    holdout: float = 0.05
-    """Share of the training rows to hold out when data.valid is not set."""
-    max_length: int = 1024
-    """Maximum length of a row in tokens. data.too_long says what becomes of longer rows."""
-    too_long: TooLong = "auto"
-    """What becomes of rows longer than data.max_length: error, drop, truncate, split, or auto: chats and completions
-    are truncated and texts split."""
-    bad_rows: BadRows = "error"
-    """What becomes of rows that cannot be read or trained on: error, or drop: they are left out and counted."""
-    packing: bool = False
-    """Put several training rows into one row of up to data.max_length tokens. Each sees its own tokens alone."""
-    loss_on: LossOn = "answers"
-    """Which tokens of chats and completions count in the loss: answers, the last answer of a chat, or all."""
-    chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: a name such as chatml, plain (for a base without one) or llama3; a
-    .jinja file or a folder with a tokenizer; or trl, TRL's twin for training of the tokenizer's own template."""
-    system: str | None = None
-    """System message for chats without one."""
-    thinking: bool | None = None
-    """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
-    cache: str = "auto"
-    """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
-    $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
-    score_rows: int = 200
-    """Number of held-out rows to answer before and after training, to count exact matches."""
-
-    def __post_init__(self) -> None:
-        idle = self.valid is not None and self.holdout == 0
-        _check(
-            self,
-            "data",
-            holdout=("a share above 0 and below 1", lambda share: idle or 0 < share < 1),
-            max_length=_count(1),
-            weights=("finite numbers above 0", lambda values: all(finite(value) and value > 0 for value in values)),
-            max_rows=("whole numbers of at least 1", lambda values: all(whole(value, 1) for value in values)),
-            cache=("off, auto or a folder", bool),
-            score_rows=_count(0),
-        )
-        self.renamed()
-        names = self.sources()
-        for key, one_for_all in (("weights", False), ("max_rows", True)):
-            count = len(getattr(self, key))
-            if self.train and count not in (0, len(names)) and not (one_for_all and count == 1):
-                raise ConfigError(
-                    f"data.{key}: {counted(count, 'number')} for {counted(len(names), 'source')} ({', '.join(names)}); "
-                    f"give one for each"
-                )
-
-    def sources(self, side: Literal["train", "valid"] = "train") -> tuple[str, ...]:
-        """The sources of the training rows or of the held-out rows, by name; a comma separates several."""
-        return split_sources(getattr(self, side) or ())
-
-    def renamed(self) -> dict[str, str]:
-        """`columns` as a dictionary from a format's key to the rows' key. Raises ConfigError for another form."""
-        pairs = [pair.partition("=") for pair in self.columns]
-        if wrong := [pair for pair, (key, _, name) in zip(self.columns, pairs, strict=True) if not key or not name]:
-            raise ConfigError(f"data.columns: {wrong[0]!r}: expected key=name, such as prompt=question")
-        return {key.strip(): name.strip() for key, _, name in pairs}
+from reparam.train.data_section import DataConfig as DataConfig
+from reparam.train.ranges import ABOVE, LEAST, check, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +29,7 @@ class AdapterConfig:
     """Folder of a finished adapter, reparam's or PEFT's, to train further. It gives the method and the modules."""
 
     def __post_init__(self) -> None:
-        _check(self, "adapter")
+        check(self, "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +69,17 @@ class OptimConfig:
     (orpo). By default 0.1, and 0 for grpo."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self,
             "optim",
-            learning_rate=_ABOVE,
-            warmup=_LEAST,
-            weight_decay=_LEAST,
+            learning_rate=ABOVE,
+            warmup=LEAST,
+            weight_decay=LEAST,
             neftune=("a number above 0", lambda alpha: alpha is None or (finite(alpha) and alpha > 0)),
             label_smoothing=("a number from 0 to below 1", lambda share: 0 <= share < 1),
             max_grad_norm=("a number of at least 0", lambda norm: norm >= 0),
             lora_plus=("a number above 0", lambda ratio: ratio is None or (finite(ratio) and ratio > 0)),
-            lora_plus_embedding=_LEAST,
+            lora_plus_embedding=LEAST,
             beta=("a finite number above 0", lambda beta: beta is None or (finite(beta) and beta > 0)),
         )
 
@@ -218,15 +109,15 @@ class PreferConfig:
     """grpo: temperature at which answers are sampled."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self,
             "prefer",
             label_smoothing=("a share from 0 to below 0.5", lambda share: 0 <= share < 0.5),
-            desirable_weight=_LEAST,
-            undesirable_weight=_LEAST,
-            samples=_count(2),
-            new_tokens=_count(1),
-            temperature=_ABOVE,
+            desirable_weight=LEAST,
+            undesirable_weight=LEAST,
+            samples=count(2),
+            new_tokens=count(1),
+            temperature=ABOVE,
         )
 
 
@@ -257,9 +148,9 @@ class RunConfig:
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
     """Number of steps between evaluations of the held-out loss; 0 means a tenth of the run."""
-    metric: Literal["loss", "exact_match"] = "loss"
-    """What evaluations during training measure on held-out rows, beside the loss: loss, or exact_match: the share of
-    right answers to run.eval_rows of them. run.best and run.patience go by it."""
+    metric: Literal["loss", "exact_match", "reward_margin", "reward_accuracy", "mean_reward"] = "loss"
+    """What evaluations measure beside the loss: exact_match, the share of right answers to run.eval_rows held-out rows
+    (sft); reward_margin or reward_accuracy (dpo, orpo, kto); mean_reward (grpo). run.best and run.patience go by it."""
     eval_rows: int = 50
     """Number of held-out rows to answer at each evaluation, with run.metric exact_match."""
     samples: int = 0
@@ -286,15 +177,15 @@ class RunConfig:
     """Seed of all random numbers: order of rows, dropout, initial values."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self,
             "run",
-            epochs=_ABOVE,
+            epochs=ABOVE,
             max_steps=("-1 or a whole number of at least 1", lambda steps: steps == -1 or whole(steps, 1)),
             seed=("a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32),
-            **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), _count(1)),
-            **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), _count(0)),
-            eval_rows=_count(1),
+            **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), count(1)),
+            **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), count(0)),
+            eval_rows=count(1),
         )
         if self.keeps_best and self.keep == 1:
             raise ConfigError("run.keep: 1 with run.best or run.patience: expected at least 2, the newest and the best")

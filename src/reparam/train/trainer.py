@@ -261,7 +261,7 @@ class Resumable(_Trainer):
             self._total_loss_scalar = -loss  # so that train_loss is the mean over the steps of this call
 
     def unlogged(self) -> Any:
-        """What the trainer collected for its next log entry besides the loss: plain values, for a checkpoint."""
+        """What else belongs to a checkpoint, such as what the next log entry will hold: plain values and tensors."""
         return None
 
     def log_later(self, values: Any) -> None:

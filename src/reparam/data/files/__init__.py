@@ -34,8 +34,10 @@ COMPRESSED = (".gz", ".zst")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w-]+)?")
 
 
-def objects(name: str | Path) -> Objects:
+def objects(name: str | Path, *, streaming: bool = False) -> Objects:
     """The objects of a file, or of all files that the name stands for, in order.
+
+    With `streaming`, a data set on the hub is read from there as it is used, and not downloaded as a whole.
 
     Raises DataError if there is no such file, or if it cannot be read at all.
     """
@@ -50,7 +52,7 @@ def objects(name: str | Path) -> Objects:
     if found := sorted(glob.glob(text, recursive=True)):
         return _all([Path(each) for each in found if Path(each).is_file()])
     if _HUB.fullmatch(text) and kind(path) not in READERS and not path.parent.is_dir():
-        return hub.read(text)
+        return hub.numbered(hub.streamed(text), text) if streaming else hub.read(text)
     raise DataError([f"{path}: no such file{_nearby(path)}"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from reparam.core.strict_json import loads
+from reparam.core.text import UTF_16, not_utf8
 from reparam.data.files.opened import opened
 from reparam.data.messages import kind_of
 from reparam.errors import DataError, DuplicateKey
@@ -22,10 +23,13 @@ LARGEST_LIST = 2**30  # bytes of a list of objects, which is parsed as a whole
 _copies: dict[Any, IO[bytes]] = {}  # of standard input
 
 
-def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    """The objects of a JSONL file (UTF-8, with or without a byte order mark); blank lines are skipped."""
+def read(path: Path, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of a JSONL file (UTF-8, with or without a byte order mark); blank lines are skipped.
+
+    The first `skip` objects are left out, and are not parsed.
+    """
     with opened(path) as file:
-        yield from _lines(file, str(path))
+        yield from _lines(file, str(path), skip)
 
 
 def read_standard_input() -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -54,17 +58,19 @@ def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             content += part
     if len(content) > LARGEST_LIST:
         raise DataError([f"{path}: a list of more than {LARGEST_LIST:,} bytes; write one object per line (JSONL)"])
-    values = _parsed(content.decode("utf-8-sig", errors="strict"), path)
+    values = _parsed(bytes(content), path)
     for number, value in enumerate(values, start=1):
         where = f"{path}:row {number}"
         yield where, value if isinstance(value, dict) else _not_an_object(where, value)
 
 
-def _parsed(text: str, path: Path) -> list[Any]:
+def _parsed(content: bytes, path: Path) -> list[Any]:
     try:
-        values: list[Any] = loads(text)
+        values: list[Any] = loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError([f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}"]) from None
+    except UnicodeDecodeError as error:
+        raise DataError([f"{path}: {not_utf8(error)}"]) from None
     except DuplicateKey as error:
         raise DataError([f"{path}: {error}"]) from None
     except (ValueError, RecursionError) as error:
@@ -72,32 +78,35 @@ def _parsed(text: str, path: Path) -> list[Any]:
     return values
 
 
-def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def _lines(file: IO[bytes], name: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     offset = 0  # of the line's first byte
+    value: dict[str, Any] | DataError | None
     lines = iter(lambda: file.readline(LARGEST_LINE + 1), b"")
     for number, line in enumerate(lines, start=1):
         where = f"{name}:{number}"
         if len(line) > LARGEST_LINE:
             raise DataError([f"{where}: a line of more than {LARGEST_LINE:,} bytes; JSONL has one object per line"])
+        if skip and line.startswith(b"{"):  # surely not a blank line
+            skip, offset = skip - 1, offset + len(line)
+            continue
         try:
             value = _parse(line.removesuffix(b"\n"), where, offset=offset, first=number == 1)
         except DataError as error:
-            yield where, error
-        else:
-            if value is not None:
-                yield where, value
+            if number == 1 and line.startswith(UTF_16):
+                raise
+            value = error
+        if value is not None and not skip:
+            yield where, value
+        skip -= value is not None and skip > 0
         offset += len(line)
 
 
 def _parse(line: bytes, where: str, *, offset: int, first: bool) -> dict[str, Any] | None:
     """The object on a line, or None for a blank line. `offset` is the position of the line's first byte in the file."""
-    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError([f"{where}: the file is UTF-16; save it as UTF-8"])
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise DataError([f"{where}: byte 0x{line[error.start]:02x} at offset {at:,} is not UTF-8"]) from None
+        raise DataError([f"{where}: {not_utf8(error, offset)}"]) from None
     if first:
         text = text.removeprefix("\ufeff")  # byte order mark
     if not text.strip():

@@ -20,6 +20,7 @@ from reparam.train.job import Job
 from reparam.train.losses import loss_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.show import Show
+from reparam.train.streaming import Streaming, check_streaming, read_stream
 from reparam.train.trainer import Trainer
 
 
@@ -27,6 +28,7 @@ class SFT(Objective):
     """The objective sft."""
 
     name = "sft"
+    metrics = ("loss", "exact_match")
 
     def unsupported(self, config: Config) -> dict[str, bool]:
         """None: all settings but those of preferences are for this objective."""
@@ -34,7 +36,8 @@ class SFT(Objective):
 
     def data(self, config: Config, tokenizer: Any) -> Data:
         """Rows of one answer or text each."""
-        return read_data(config, tokenizer)
+        check_streaming(config)
+        return read_stream(config, tokenizer) if config.data.streaming else read_data(config, tokenizer)
 
     def loss(self, job: Job, show: Show) -> contextlib.AbstractContextManager[Any]:
         """The loss in chunks of logits, with smoothed labels."""
@@ -42,10 +45,11 @@ class SFT(Objective):
 
     def trainer(self, job: Job, arguments: Mapping[str, Any], **others: Any) -> Trainer:
         """transformers' Trainer."""
-        return Evaluated(
+        made = Evaluated if job.stream is None else Streaming
+        return made(
             job.model,
             TrainingArguments(**arguments),
-            train_dataset=job.packed or flat(job.train),
+            train_dataset=job.stream or job.packed or flat(job.train),
             eval_dataset=flat(job.valid),
             data_collator=_collate(job),
             **others,
@@ -54,7 +58,8 @@ class SFT(Objective):
     def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
         """The loss, and exact matches if the rows have answers in words."""
         scores = [score_loss(job.model, flat(job.valid), job.tokenizer, batch=job.config.run.batch_size)]
-        answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
+        data = job.config.data
+        answers = answer(job.model, job.tokenizer, job.held_out[: data.score_rows], longest=data.max_length)
         if answers:
             scores.append(score_answers(answers))
         return tuple(scores), answers
