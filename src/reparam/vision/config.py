@@ -129,6 +129,7 @@ def _check(config: Config, where: str) -> None:
         "run.samples": run.samples > 0,
         "run.group_by_length": run.group_by_length,
         "data.packing": data.packing,
+        "data.streaming": data.streaming,
         "data.too_long": data.too_long not in ("auto", "error"),
         "adapter.start": adapter.start is not None,
         "adapter.bias": adapter.bias,

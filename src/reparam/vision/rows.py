@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from reparam.core.text import counted
 from reparam.data.batches import IGNORED, Collator, Encoded
-from reparam.data.findings import BadRows
 from reparam.data.formats import read_row
 from reparam.data.row import Row
 from reparam.data.rows import Reading
@@ -55,12 +54,11 @@ class ImageRows(Reading):
         columns: Mapping[str, str] | None = None,
         *,
         found: MutableMapping[str, Images],
-        most: Sequence[int] = (),
-        bad_rows: BadRows = "error",
+        **settings: Any,
     ) -> None:
         self._image_columns = {key: name for key, name in (columns or {}).items() if key in KEYS}
         self._others = {key: name for key, name in (columns or {}).items() if key not in KEYS}
-        super().__init__(sources, self._others, most=most, bad_rows=bad_rows)
+        super().__init__(sources, self._others, **settings)
         self._found = found
 
     def row_of(self, value: Mapping[str, Any], place: str) -> Row:

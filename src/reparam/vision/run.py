@@ -9,6 +9,7 @@ loss.png
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -30,7 +31,7 @@ from reparam.train.conclude import CHECK, history_of
 from reparam.train.guard import stopped_early
 from reparam.train.identity import STEPS, check_folder, check_same, clear, write_record
 from reparam.train.job import Result
-from reparam.train.loggers import place_files
+from reparam.train.loggers import place_files, reporting
 from reparam.train.losses import loss_of
 from reparam.train.plot import plot_losses
 from reparam.train.run import Bind, arguments
@@ -62,7 +63,7 @@ def train(stage: StageConfig, *, show: ShowVision) -> Result:
     losses = loss_of(held.job, show)
     trainer, rates = _trainer(held, show)
     show.rates(rates)
-    with trainer.lock, losses:
+    with trainer.lock, losses, contextlib.ExitStack() as begun:
         if config.run.fresh:
             clear(folder)
         check_same(folder, own, longer=held.job.adapter.controller is None)
@@ -71,6 +72,7 @@ def train(stage: StageConfig, *, show: ShowVision) -> Result:
         write_file(folder / "config.toml", dataclasses.replace(stage, train=again).dump(absolute=True).encode())
         found = newest(folder)
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        begun.enter_context(reporting(trainer))
         show.step("scoring the model on held-out rows before training")
         with select(vora.language, None):
             before = _scored(held)
