@@ -141,6 +141,12 @@ def test_a_merged_model_equals_the_adapter_and_stock_tools_load_it(run: Path, me
     AutoModelForCausalLM.from_pretrained(merged / "language")
 
 
+def test_inspect_shows_the_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reparam("inspect", run, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "model.layers.0.self_attn.q_proj" in json.dumps(found)
+
+
 def test_tune_generate_and_eval(place: Path, merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = place / "rows.jsonl"
     given = ("--base.path", merged, "--data.train", rows, "-o", place / "tuned", "--max_steps", 2, "--lr", 0.02)

@@ -27,7 +27,7 @@ from reparam.io.files import prompt_format_of
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
 from reparam.io.outputs import OVERWRITE, check_writable
 from reparam.io.staged import staged_folder
-from reparam.vision.found import RUN, SETTINGS, vora_folder
+from reparam.vision.found import ADAPTER, LANGUAGE, RUN, SETTINGS, vora_folder
 from reparam.vision.model import VoRA
 from reparam.vision.patches import Vision
 from reparam.vision.processor import Processor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from reparam.adapter.adapter import Adapter
 
-TENSORS, ADAPTER, LANGUAGE = "vision.safetensors", "adapter", "language"
+TENSORS = "vision.safetensors"
 FORMAT = 1
 
 

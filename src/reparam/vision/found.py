@@ -9,6 +9,8 @@ SETTINGS = "vora.json"
 """The file with the settings of a model that sees."""
 RUN = "vora"
 """The folder of the model in that of a training run."""
+ADAPTER, LANGUAGE = "adapter", "language"
+"""The folders of its adapter and, once that is merged, of its language model."""
 
 
 def vora_folder(folder: str | Path) -> Path | None:
@@ -20,3 +22,9 @@ def vora_folder(folder: str | Path) -> Path | None:
 def is_seeing(names: Iterable[str | None]) -> bool:
     """Whether one of these folders holds a model that sees."""
     return any(name is not None and vora_folder(name) is not None for name in names)
+
+
+def part_of(folder: Path) -> Path:
+    """For a folder of a model that sees, that of its adapter or of its language model; any other folder as it is."""
+    found = vora_folder(folder)
+    return folder if found is None else found / (LANGUAGE if (found / LANGUAGE).is_dir() else ADAPTER)

@@ -25,8 +25,8 @@ from reparam.train.loggers import check_loggers
 from reparam.train.model import loaded
 from reparam.train.reading import tokenizer_of
 from reparam.vision.config import StageConfig
-from reparam.vision.files import LANGUAGE, assembled
-from reparam.vision.found import vora_folder
+from reparam.vision.files import assembled
+from reparam.vision.found import LANGUAGE, vora_folder
 from reparam.vision.model import VoRA
 from reparam.vision.processor import Processor, mark_id, marked
 from reparam.vision.rows import ImageRows, Images, Seen

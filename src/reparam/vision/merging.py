@@ -14,8 +14,8 @@ from reparam.hf.open import base_of
 from reparam.io import files
 from reparam.io.outputs import check_apart
 from reparam.sites.walk import storages_in
-from reparam.vision.files import ADAPTER, LANGUAGE, check_vora_folder, load, save
-from reparam.vision.found import vora_folder
+from reparam.vision.files import check_vora_folder, load, save
+from reparam.vision.found import ADAPTER, LANGUAGE, vora_folder
 
 
 def merge_to(output: Path, run: str | Path, *, base: str | None, dtype: str, overwrite: bool, console: Console) -> None:

@@ -35,11 +35,12 @@ from reparam.train.loggers import place_files, reporting
 from reparam.train.losses import loss_of
 from reparam.train.plot import plot_losses
 from reparam.train.run import Bind, arguments
+from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable, Trainer
 from reparam.vision.config import StageConfig
-from reparam.vision.files import ADAPTER, TENSORS, save
-from reparam.vision.found import RUN
+from reparam.vision.files import TENSORS, save
+from reparam.vision.found import ADAPTER, RUN
 from reparam.vision.job import Trained, VisionJob, prepare
 from reparam.vision.model import VoRA
 from reparam.vision.rows import collator
@@ -57,6 +58,8 @@ def train(stage: StageConfig, *, show: ShowVision) -> Result:
     held = _checked(stage)
     config, vora, folder = held.job.config, held.vora, Path(held.job.config.run.output)
     show.vision_job(held)
+    if slow := slow_dtype(vora.language, config.run.precision):
+        show.note(slow)
     own = held.identity
     if not config.run.fresh:
         check_same(folder, own, longer=held.job.adapter.controller is None)
