@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -104,6 +105,7 @@ TITLES = {
     "optim": "Optimizer  [optim]",
     "prefer": "Preference tuning  [prefer]",
     "run": "Length, batch size, output  [run]",
+    "vision": "Images and how they are seen  [vision]",
 }
 
 
@@ -128,12 +130,13 @@ USUAL = (
 )
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(command: Callable[..., None], more: Mapping[str, Key] = MappingProxyType({})) -> Callable[..., None]:
     """Add one option for each key of the configuration to a command; it gets the given ones as the dict `overrides`.
 
-    Also add `--help-all`, which shows every option, and `--help-method NAME`, which shows the settings of one method.
+    `more` are further keys, whose options `--help` shows. Also add `--help-all`, which shows every option, and
+    `--help-method NAME`, which shows the settings of one method.
     """
-    keys = _keys()
+    keys = {**_keys(), **more}
 
     def help_all(ctx: typer.Context, asked: bool) -> None:
         if asked:
@@ -156,7 +159,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Show the settings of one method with their defaults, and exit.",
     )
     helps = {"help_all": (False, Annotated[bool, shown]), "help_method": (None, Annotated[str | None, method])}
-    return _extended(command, {key: _option(key, *pair) for key, pair in keys.items()}, helps, _switches())
+    made = {key: _option(key, *pair, panel=TITLES["vision"] if key in more else None) for key, pair in keys.items()}
+    return _extended(command, made, helps, _switches())
 
 
 def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -106,12 +106,23 @@ def generate(
         int, typer.Option("--batch-size", "--batch_size", min=1, help="With --prompts: prompts per forward pass.")
     ] = 16,
     engine: Annotated[bool, typer.Option("--engine", help="With --prompts: " + ENGINE)] = False,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="File of an image to ask about; may be given several times. The base or the adapter is a model that "
+            "sees: the folder of `reparam vision`. <image> in the prompt is its place, by default at the start.",
+        ),
+    ] = None,
     task: TaskName = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Generate text with a base model and, optionally, adapters.
 
     [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
+
+    [bold]reparam generate --base merged --image cat.png "What is this?"[/bold]
 
     [bold]reparam generate --prompts test.jsonl -o answers.jsonl --adapter out/first --adapter out/second[/bold]
     """
@@ -122,12 +133,22 @@ def generate(
     from reparam.recipes.answers import check_output, write_answers
     from reparam.recipes.chat import Asking, Chat
     from reparam.train.sections import DataConfig
+    from reparam.vision.asking import ask
+    from reparam.vision.found import is_seeing
 
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
     if engine:
         check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if image or is_seeing([base, *(adapter or [])]):
+        given = {"--compare": compare, "--storage": storage, "--prompts": prompts, "--task": task}
+        given |= {"--engine": engine, "--chat-template": chat_template, "--system": system, "--thinking": thinking}
+        if unused := [name for name, value in given.items() if value not in (None, False)]:
+            raise ValueError(f"{unused[0]} is not for models that see; leave it out")
+        text = ask(prompt, image or [], base, adapter or [], raw, sampling, max_new_tokens, dtype)
+        say(console, text)
+        return
     if output is not None:
         check_output(output, overwrite=overwrite)
     renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
@@ -169,7 +190,17 @@ def evaluate(
     [bold]reparam eval test.jsonl --adapter out/first[/bold]
     """
     from reparam.evaluation.evaluate import evaluate as run
+    from reparam.vision.found import is_seeing
 
+    if is_seeing([base, adapter]):
+        from reparam.vision.asking import evaluate_seeing
+
+        if storage is not None or engine:
+            option = "--storage" if storage is not None else "--engine"
+            raise ValueError(f"{option} is not for models that see; leave it out")
+        seen = evaluate_seeing(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size)
+        seen.show(console, json=json)
+        return
     found = run(
         data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage, engine=engine
     )

@@ -80,11 +80,16 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
             f"no token of the {counted(len(encoded), 'example')} carries loss, so there is no loss to score; give rows "
             f"with an answer or a text"
         )
+    if texts:
+        return loss_score("bits per byte", nats, weights, unit=math.log(2))
+    return loss_score("loss per token", nats, weights)
+
+
+def loss_score(name: str, nats: Tensor, weights: Tensor, *, unit: float = 1.0) -> Score:
+    """A ratio of two sums over examples, [E] float64 each, in units of so many nats, with its 95 % interval."""
     ratio = float(nats.sum() / weights.sum())
     spread = float((nats - ratio * weights).std()) * math.sqrt(len(nats)) / float(weights.sum()) if len(nats) > 1 else 0
-    unit = math.log(2) if texts else 1.0
     value, half = ratio / unit, 1.96 * spread / unit
-    name = "bits per byte" if texts else "loss per token"
     return Score(name, value, value - half, value + half, len(nats), larger_is_better=False)
 
 
