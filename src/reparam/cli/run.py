@@ -146,6 +146,8 @@ def generate(
         given |= {"--engine": engine, "--chat-template": chat_template, "--system": system, "--thinking": thinking}
         if unused := [name for name, value in given.items() if value not in (None, False)]:
             raise ValueError(f"{unused[0]} is not for models that see; leave it out")
+        from reparam.vision.asking import ask
+
         text = ask(prompt, image or [], base, adapter or [], raw, sampling, max_new_tokens, dtype)
         say(console, text)
         return
