@@ -10,6 +10,11 @@ import typer
 from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console
 from reparam.cli.screen import messages
 
+ENGINE = (
+    "Answer with the serving engine, where rows join and leave one batch: faster for many rows of different lengths, "
+    "with the same answers but for rounding. Needs reparam\\[serve]."
+)
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to answer or continue. Without it, a chat starts.")] = None,
@@ -100,6 +105,7 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch_size", min=1, help="With --prompts: prompts per forward pass.")
     ] = 16,
+    engine: Annotated[bool, typer.Option("--engine", help="With --prompts: " + ENGINE)] = False,
     task: TaskName = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,6 +117,7 @@ def generate(
     """
     from reparam.data.questions import read_questions
     from reparam.evaluation.complete import Sampling
+    from reparam.evaluation.engine import check_greedy
     from reparam.evaluation.terminal import note, say
     from reparam.recipes.answers import check_output, write_answers
     from reparam.recipes.chat import Asking, Chat
@@ -118,6 +125,8 @@ def generate(
 
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
+    if engine:
+        check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -137,7 +146,7 @@ def generate(
     for told in chat.notes():
         say(messages, note("note", told))
     if prompts is not None:
-        write_answers(chat, questions, output, batch=batch_size, console=console)
+        write_answers(chat, questions, output, batch=batch_size, console=console, engine=engine)
     elif prompt is not None:
         chat.answer(prompt, console)
     else:
@@ -152,6 +161,7 @@ def evaluate(
     storage: StorageName = None,
     max_length: Annotated[int, typer.Option(min=3, help="Maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    engine: Annotated[bool, typer.Option("--engine", help=ENGINE)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a base model and an adapter on held-out rows: exact match for answers, bits per byte for texts.
@@ -160,7 +170,9 @@ def evaluate(
     """
     from reparam.evaluation.evaluate import evaluate as run
 
-    found = run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage)
+    found = run(
+        data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage, engine=engine
+    )
     found.show(console, json=json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,12 +134,14 @@ def answer(
     batch: int = 32,
     max_new_tokens: int | None = None,
     longest: int | None = None,
+    through: Callable[[Sequence[list[int]], int], list[str]] | None = None,
 ) -> list[Answer]:
     """Generate greedy answers to completions and to the last turn of chats.
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
     prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8, or
-    `longest` if that is less: a longer answer counts as wrong, and takes no more time.
+    `longest` if that is less: a longer answer counts as wrong, and takes no more time. `through` gives the texts of
+    prompts and a number of new tokens; by default, `complete` does.
     Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
     tokens.
     """
@@ -158,7 +160,10 @@ def answer(
     if max_new_tokens is None:
         max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
         max_new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest)
-    given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+    if through is None:
+        given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+    else:
+        given = through(prompts, max_new_tokens)
     return [
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
         for row, (question, want), got in zip(asked, pairs, given, strict=True)
