@@ -342,9 +342,13 @@ def test_orpo_and_kto_are_those_of_the_formulas(base: str, tmp_path: Path) -> No
 
 
 def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
-    """Two processes with 2 pairs each, and one with 4: DPO's loss is the mean over the pairs of a step."""
+    """Two processes with 2 pairs each, and one with 4: DPO's loss is the mean over the pairs of a step.
+
+    Both processes compare evaluations by what the first one measures.
+    """
     written(tmp_path / "twelve.jsonl", rows(12))
     more = ["--data.train", tmp_path / "twelve.jsonl", "--optim.max_grad_norm", 0]
+    more += ["--run.best", "--run.metric", "reward_accuracy"]
     two, one = tmp_path / "two", tmp_path / "one"
     (code, _, err), (other, *silent) = two_processes(
         lambda: sys.exit(train(base, two, "dpo", *more, "--batch_size", 2)), tmp_path / "log"
@@ -355,6 +359,8 @@ def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
     for own, alone in zip(history(two), history(one), strict=True):
         for key in ("loss", "rewards/margins", "rewards/accuracies"):
             assert own[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-5), (key, own["step"])
+    for own, alone in zip(history(two, "eval_loss"), history(one, "eval_loss"), strict=True):
+        assert own["eval_reward_accuracy"] == alone["eval_reward_accuracy"]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
