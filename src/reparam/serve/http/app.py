@@ -11,12 +11,13 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from reparam.errors import ClientGone
 from reparam.serve.engine import Engine
 from reparam.serve.http import errors, page
 from reparam.serve.http.answers import Answers
 from reparam.serve.http.catalog import Catalog, Model
 from reparam.serve.http.errors import Problem
-from reparam.serve.http.guard import Gone, Guard, caller_of
+from reparam.serve.http.guard import Guard, caller_of
 from reparam.serve.http.metrics import OfEngine, Traffic
 from reparam.serve.http.prompts import Prompts
 from reparam.serve.http.schema import (
@@ -58,7 +59,7 @@ class _Application:
             responses={"4XX": {"model": errors.Body}, "5XX": {"model": errors.Body}},
         )
         errors.install(self.app)
-        self.app.exception_handler(Gone)(_gone)
+        self.app.exception_handler(ClientGone)(_gone)
         self._routes()
         self.guard = Guard(self.app, settings, self.traffic, engine.limits.open_requests)
 

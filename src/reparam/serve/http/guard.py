@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reparam.errors import ClientGone
 from reparam.serve.http.auth import Gate, Keys
 from reparam.serve.http.errors import Problem, problem_of
 from reparam.serve.http.metrics import Traffic
@@ -86,7 +87,7 @@ class Guard:
         try:
             self._check(scope, headers, caller)
             await self.app(scope, await self._with_body(scope, headers, receive), answer)
-        except Gone:
+        except ClientGone:
             pass
         except Exception as error:
             if not status:  # otherwise the application has answered, and logged what it could not handle
@@ -129,7 +130,7 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise ClientGone
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise _too_long(most)
@@ -161,10 +162,6 @@ class Guard:
             seconds,
             caller.told and f" {caller.told}",
         )
-
-
-class Gone(Exception):  # noqa: N818
-    """The client has closed the connection."""
 
 
 def _too_long(most: int) -> Problem:
