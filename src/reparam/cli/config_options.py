@@ -28,7 +28,7 @@ Key = tuple[type, dataclasses.Field[Any] | None]
 
 # Names of the same settings in the scripts of PEFT, TRL and transformers.
 ALIASES = {
-    "base.path": ["--model_name_or_path", "--base", "--model", "--base_model"],
+    "base.path": ["--model_name_or_path", "--base", "--model", "--base_model", "--model_name"],
     "base.dtype": ["--dtype", "--torch_dtype"],
     "base.revision": ["--model_revision", "--revision_of_model"],
     "base.storage": ["--storage", "--quantization"],
@@ -56,7 +56,7 @@ ALIASES = {
     "adapter.start": ["--adapter_name_or_path", "--lora_model_dir"],
     "adapter.tie": ["--ensure_weight_tying", "--lora_ensure_weight_tying"],
     "method.name": ["--method", "--use_peft_method"],
-    "method.r": ["--lora_r", "--lora_rank"],
+    "method.r": ["--lora_r", "--lora_rank", "--r"],
     "method.alpha": ["--lora_alpha"],
     "method.dropout": ["--lora_dropout"],
     "optim.name": ["--optim", "--optimizer"],
@@ -94,7 +94,7 @@ ALIASES = {
     "run.loggers": ["--report_to"],
     "run.name": ["--run_name"],
     "run.fresh": ["--fresh", "--overwrite_output_dir"],
-    "run.seed": ["--seed"],
+    "run.seed": ["--seed", "--random_state"],
 }
 TITLES = {
     "base": "Frozen base model  [base]",

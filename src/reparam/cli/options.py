@@ -19,6 +19,7 @@ from reparam.cli.screen import console as console
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
     "train": ("train.train", "Train an adapter and score it."),
+    "plan": ("plan.plan", "Show what a training run will hold in memory, and what fits."),
     "data": ("data.data", "Show what training would make of a file of rows."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
