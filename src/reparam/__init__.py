@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from reparam import data as data
     from reparam import errors as errors
     from reparam import evaluation as evaluation
+    from reparam import export as export
     from reparam import hf as hf
     from reparam import inspect as inspect
     from reparam import io as io
     from reparam import kernels as kernels
     from reparam import methods as methods
     from reparam import optim as optim
+    from reparam import plan as plan
     from reparam import recipes as recipes
     from reparam import serve as serve
     from reparam import sites as sites
@@ -58,10 +60,12 @@ if TYPE_CHECKING:
         AnswerFailed,
         BaseError,
         Busy,
+        ClientGone,
         ConfigError,
         DataError,
         DiskFull,
         DuplicateKey,
+        ExportError,
         FormatError,
         InputDependentError,
         NotChunked,
@@ -115,12 +119,14 @@ __all__ = [
     "Blend",
     "Bottleneck",
     "Busy",
+    "ClientGone",
     "Compression",
     "ConfigError",
     "DataError",
     "DiskFull",
     "DoRA",
     "DuplicateKey",
+    "ExportError",
     "Factors",
     "FormatError",
     "Full",
@@ -226,6 +232,8 @@ _HOMES = {  # the module that defines each name
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
     "Busy": "reparam.errors",
+    "ExportError": "reparam.errors",
+    "ClientGone": "reparam.errors",
     "Unavailable": "reparam.errors",
     "UnknownAdapter": "reparam.errors",
     "WriteFailed": "reparam.errors",
@@ -265,12 +273,14 @@ _MODULES = {  # submodules that are attributes of the package
     "data": "reparam.data",
     "errors": "reparam.errors",
     "evaluation": "reparam.evaluation",
+    "export": "reparam.export",
     "hf": "reparam.hf",
     "inspect": "reparam.inspect",
     "io": "reparam.io",
     "kernels": "reparam.kernels",
     "methods": "reparam.methods",
     "optim": "reparam.optim",
+    "plan": "reparam.plan",
     "prompts": "reparam.hf.prompts",
     "recipes": "reparam.recipes",
     "serve": "reparam.serve",

@@ -15,6 +15,7 @@
     │   └── UnknownAdapter   (Refused)             no adapter has the name that a request gives
     ├── Unavailable          (RuntimeError)        the serving engine is full, starts again, or is closed
     │   └── Busy             (Unavailable)         the serving engine has as many open requests as it may
+    ├── ClientGone           (ConnectionError)     a client has closed its connection before it had its answer
     ├── AnswerFailed         (RuntimeError)        the serving engine failed while it computed an answer
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
@@ -118,6 +119,10 @@ class Unavailable(ReparamError, RuntimeError):  # noqa: N818  (reads as what hap
 
 class Busy(Unavailable):
     """The serving engine has as many open requests as it may. Try again when some of them have ended."""
+
+
+class ClientGone(ReparamError, ConnectionError):  # noqa: N818  (reads as what happened)
+    """A client of `reparam serve` has closed its connection before it had its answer."""
 
 
 class AnswerFailed(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)

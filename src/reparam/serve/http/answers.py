@@ -14,10 +14,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from reparam.errors import ClientGone
 from reparam.serve.engine import Engine
 from reparam.serve.http.auth import Gate
 from reparam.serve.http.errors import Problem, problem_of
-from reparam.serve.http.guard import Caller, Gone
+from reparam.serve.http.guard import Caller
 from reparam.serve.http.metrics import Traffic
 from reparam.serve.http.settings import Settings
 from reparam.serve.http.shapes import Shape, usage_of
@@ -75,13 +76,13 @@ class Answers:
             self.close()
 
     async def _unless_gone(self, http: HttpRequest, shape: Shape) -> Response:
-        """The whole answer. Raises Gone if the client closes the connection before it is there."""
+        """The whole answer. Raises ClientGone if the client closes the connection before it is there."""
         whole = asyncio.ensure_future(self._whole(shape))
         gone = asyncio.ensure_future(_closed(http))
         try:
             await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not whole.done():
-                raise Gone
+                raise ClientGone
             return JSONResponse(whole.result())
         finally:
             for task in (whole, gone):

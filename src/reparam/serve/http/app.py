@@ -11,12 +11,13 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from reparam.errors import ClientGone
 from reparam.serve.engine import Engine
 from reparam.serve.http import errors, page
 from reparam.serve.http.answers import Answers
 from reparam.serve.http.catalog import Catalog, Model
 from reparam.serve.http.errors import Problem
-from reparam.serve.http.guard import Gone, Guard, caller_of
+from reparam.serve.http.guard import Guard, caller_of
 from reparam.serve.http.metrics import OfEngine, Traffic
 from reparam.serve.http.prompts import Prompts
 from reparam.serve.http.schema import (
@@ -50,11 +51,17 @@ class _Application:
         self.prompts = Prompts(engine)
         self.traffic = Traffic()
         self.traffic.registry.register(OfEngine(engine))
-        self.app = FastAPI(title="reparam", docs_url=None, redoc_url=None, lifespan=self._life)
+        self.app = FastAPI(
+            title="reparam",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=self._life,
+            responses={"4XX": {"model": errors.Body}, "5XX": {"model": errors.Body}},
+        )
         errors.install(self.app)
-        self.app.exception_handler(Gone)(_gone)
+        self.app.exception_handler(ClientGone)(_gone)
         self._routes()
-        self.guard = Guard(self.app, settings, self.traffic)
+        self.guard = Guard(self.app, settings, self.traffic, engine.limits.open_requests)
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
@@ -66,13 +73,13 @@ class _Application:
         post, get = self.app.post, self.app.get
         post("/v1/chat/completions", response_model=None)(self.chat)
         post("/v1/completions", response_model=None)(self.completions)
-        post("/v1/load_lora_adapter", response_model=None)(self.load)
-        post("/v1/unload_lora_adapter", response_model=None)(self.unload)
+        post("/v1/load_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.load)
+        post("/v1/unload_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.unload)
         get("/v1/models")(self.models)
         get("/v1/models/{name:path}")(self.model)
         get("/health", response_model=None)(self.health)
         get("/ready", response_model=None)(self.ready)
-        get("/metrics", response_model=None)(self.metrics)
+        get("/metrics", response_class=PlainTextResponse, response_model=None)(self.metrics)
         get("/", include_in_schema=False, response_model=None)(self.page)
 
     async def chat(self, request: ChatRequest, http: HttpRequest) -> Response:

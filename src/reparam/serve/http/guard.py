@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reparam.errors import ClientGone
 from reparam.serve.http.auth import Gate, Keys
 from reparam.serve.http.errors import Problem, problem_of
 from reparam.serve.http.metrics import Traffic
@@ -51,12 +52,13 @@ class Caller:
 class Guard:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, traffic: Traffic, most: int) -> None:
+        """`most` is the number of answers that can be open at once."""
         self.app = app
         self.settings = settings
         self.traffic = traffic
         self.keys = Keys(settings.keys)
-        self.gate = Gate(settings.key_requests)
+        self.gate = Gate(min(settings.key_requests, most))
         self.stopping = False
         """Whether new requests are refused, because the server stops."""
 
@@ -85,7 +87,7 @@ class Guard:
         try:
             self._check(scope, headers, caller)
             await self.app(scope, await self._with_body(scope, headers, receive), answer)
-        except Gone:
+        except ClientGone:
             pass
         except Exception as error:
             if not status:  # otherwise the application has answered, and logged what it could not handle
@@ -128,7 +130,7 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise ClientGone
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise _too_long(most)
@@ -160,10 +162,6 @@ class Guard:
             seconds,
             caller.told and f" {caller.told}",
         )
-
-
-class Gone(Exception):  # noqa: N818
-    """The client has closed the connection."""
 
 
 def _too_long(most: int) -> Problem:
