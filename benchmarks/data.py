@@ -4,7 +4,7 @@ The file is JSONL with random rows: words of a vocabulary of 30,000, drawn with 
 chats, or prompts with completions. A separate process reads and encodes it with the embedded model's tokenizer, as
 `reparam train` does for its cache. CPU seconds are those of this process and of the one that renders chats. "Resident"
 is the peak of resident memory, including pages of files, minus the resident memory before reading (the kernel's
-high-water mark, which is reset first). "Tokenizer alone" is what the fast tokenizer's own `encode_batch` takes for
+high-water mark, which is reset first). "Alone" is what the fast tokenizer's own `encode_batch` takes for
 the contents of the first rows, on one core and in the same process: on a machine with other work, CPU seconds grow, and
 this tells by how much. For 1 GB, CPU seconds grow in proportion to the size, and memory by the slope
 between a quarter of the file and the whole file.
@@ -121,9 +121,7 @@ def main() -> None:
     if given.file is not None:
         print(json.dumps(measure(given.file)))
         return
-    print(
-        f"| {given.mb:g} MB of | rows | tokens | CPU s | resident | 1 GB: CPU s | tokenizer alone | 1 GB: resident | limits |"
-    )
+    print(f"| {given.mb:g} MB of | rows | tokens | CPU s | resident | 1 GB: CPU s | alone | 1 GB: resident | limits |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in given.kinds.split(","):
         found = []
@@ -140,7 +138,8 @@ def main() -> None:
         marks = [" (missed)" if v > limit else "" for v, limit in zip((seconds, memory), LIMITS.values(), strict=True)]
         print(
             f"| {kind} | {whole['rows']:,} | {whole['tokens']:,} | {whole['CPU seconds']:.1f} "
-            f"| {whole['resident, GB']:.3f} GB | {seconds:.0f}{marks[0]} | {whole['alone, s/GB']:.0f} s | {memory:.2f} GB{marks[1]} | 120 s, 0.3 GB |",
+            f"| {whole['resident, GB']:.3f} GB | {seconds:.0f}{marks[0]} "
+            f"| {whole['alone, s/GB']:.0f} | {memory:.2f} GB{marks[1]} | 120 s, 0.3 GB |",
             flush=True,
         )
 
