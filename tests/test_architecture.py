@@ -19,10 +19,12 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "io",
     "adapter",
     "hf",
-    "serve",
     "combine",
+    "serve",
+    "export",
     "evaluation",
     "train",
+    "vision",
     "inspect",
     "compare",
     "recipes",
@@ -43,6 +45,8 @@ APART = ({"weights", "methods"}, {"compare", "recipes"}, {"methods", "optim"})  
 CORE = {"torch", "safetensors", "numpy"}
 OPEN = {
     "adapter/attach.py: attach",  # takes **, the settings of the method that it is given by name
+    "sites/experts.py: forward",  # of any class of experts
+    "sites/router.py: forward",  # of any class of routers
     "adapter/mixed.py: _generated",  # stands in for the model's own `generate`
 }
 COMPILERS = {"numba", "llvmlite", "triton"}  # in kernels

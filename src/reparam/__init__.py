@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from reparam import serve as serve
     from reparam import sites as sites
     from reparam import train as train
+    from reparam import vision as vision
     from reparam import weights as weights
     from reparam.adapter.adapter import Adapter
     from reparam.adapter.attach import adapters, attach, remove
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from reparam.errors import (
         AnswerFailed,
         BaseError,
+        Busy,
         ConfigError,
         DataError,
         DiskFull,
@@ -112,6 +114,7 @@ __all__ = [
     "BitFit",
     "Blend",
     "Bottleneck",
+    "Busy",
     "Compression",
     "ConfigError",
     "DataError",
@@ -222,6 +225,7 @@ _HOMES = {  # the module that defines each name
     "RunLocked": "reparam.errors",
     "StateError": "reparam.errors",
     "Stopped": "reparam.errors",
+    "Busy": "reparam.errors",
     "Unavailable": "reparam.errors",
     "UnknownAdapter": "reparam.errors",
     "WriteFailed": "reparam.errors",
@@ -272,6 +276,7 @@ _MODULES = {  # submodules that are attributes of the package
     "serve": "reparam.serve",
     "sites": "reparam.sites",
     "train": "reparam.train",
+    "vision": "reparam.vision",
     "weights": "reparam.weights",
 }
 

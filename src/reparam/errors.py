@@ -7,12 +7,14 @@
     ├── DataError            (ValueError)          the data has rows that cannot be trained on
     ├── ConfigError          (ValueError)          the configuration is invalid
     ├── DuplicateKey         (ValueError)          a JSON object has a key twice
+    ├── ExportError          (ValueError)          another program cannot take the adapter or model
     ├── NotChunked           (ValueError)          a model's loss cannot be computed in chunks of logits
     ├── StateError           (ValueError)          a training state cannot be saved or restored
     ├── RunLocked            (ValueError)          another process is using the run folder
     ├── Refused              (ValueError)          a request that the serving engine cannot answer
     │   └── UnknownAdapter   (Refused)             no adapter has the name that a request gives
     ├── Unavailable          (RuntimeError)        the serving engine is full, starts again, or is closed
+    │   └── Busy             (Unavailable)         the serving engine has as many open requests as it may
     ├── AnswerFailed         (RuntimeError)        the serving engine failed while it computed an answer
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
@@ -56,6 +58,10 @@ class FormatError(ReparamError, ValueError):
 
 class InputDependentError(ReparamError, ValueError):
     """The update depends on its input, so it has no matrix ΔW: it cannot be merged or used in a mixed batch."""
+
+
+class ExportError(ReparamError, ValueError):
+    """Another program cannot take the adapter or the model. The message says what it lacks, and what to do instead."""
 
 
 class BaseError(ReparamError, ValueError):
@@ -108,6 +114,10 @@ class UnknownAdapter(Refused):
 
 class Unavailable(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
     """The serving engine takes no request: it is full, starts again after a fault, or is closed. Try again later."""
+
+
+class Busy(Unavailable):
+    """The serving engine has as many open requests as it may. Try again when some of them have ended."""
 
 
 class AnswerFailed(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)

@@ -240,12 +240,20 @@ def test_the_report_lists_everything_large_that_is_left() -> None:
     }  # fmt: skip
 
 
-def test_fused_experts_are_warned_about_and_listed() -> None:
+def test_experts_are_quantized_and_dequantized_again() -> None:
     model = models.mixtral()
-    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj \(a fused weight \[4, 96, 32\]\)"):
-        report = reparam.quantize(model, "nf4")
-    experts = [name for name in report.left if "experts" in name]
-    assert len(experts) == 4
-    assert len(report.sites) == 8
-    assert "not quantized: model.layers.0.mlp.experts.gate_up_proj" in str(report)
-    assert "and 4 more" in str(report)
+    before = models.frozen(model)
+    report = reparam.quantize(model, "nf4")
+    assert len(report.sites) == 24
+    assert not [name for name in report.left if "experts" in name]
+    assert not [name for name, p in model.named_parameters() if p.ndim == 3]
+    dense = {path: site.frozen.dense().clone() for path, site in model.named_modules() if hasattr(site, "frozen")}
+    y = logits(model)
+    reparam.quantize(model, "dense")
+    assert str(model) == str(models.mixtral())
+    assert torch.equal(logits(model), y)
+    after = models.frozen(model)
+    assert after.keys() == before.keys()
+    assert torch.equal(
+        after["model.layers.1.mlp.experts.down_proj"][3], dense["model.layers.1.mlp.experts.3.down_proj"]
+    )

@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from command import ASSETS, TASK, reparam, train
+from forks import Forked
 from transformers import AutoModelForCausalLM
 
 
@@ -96,30 +95,31 @@ def test_text_rows_are_scored_in_bits_per_byte(base: str, tmp_path: Path, capsys
     assert "bits per byte" in capsys.readouterr().out
 
 
+SMALL = ("--max_steps", 6, "--save_steps", 100, "--eval_steps", 100, "--batch_size", 2, "--lora_dropout", 0.1)
+SMALL += ("--gradient_accumulation_steps", 2, "--data.score_rows", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert train(base, rows, output, *SMALL) == 0
+    return output
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_same_command_finishes_as_if_nothing_had_happened(
-    number: signal.Signals, code: int, base: str, rows: str, tmp_path: Path
+    number: signal.Signals, code: int, base: str, rows: str, whole: Path, tmp_path: Path
 ) -> None:
-    steps = ["--max_steps", "12", "--save_steps", "100", "--eval_steps", "100", "--batch_size", "2"]
-    steps += ["--lora_dropout", "0.1", "--gradient_accumulation_steps", "2", "--data.score_rows", "2"]
-    common = ["train", "--base.path", base, "--data.train", rows, *steps]
-    command = [sys.executable, "-c", "from reparam.cli import main; main()", *common]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    run = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "broken")], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert run.stdout is not None
-    for line in run.stdout:
-        if line.startswith("step 4/12  loss"):
-            run.send_signal(number)
-            break
-    rest = run.stdout.read()
-    assert run.wait() == code, rest
+    run = Forked(lambda: train(base, rows, tmp_path, *SMALL))
+    run.until("step 3/6  loss")
+    run.kill(number)
+    ended, rest = run.end()
+    assert ended == code, rest + run.errors
     assert "run the same command to continue" in " ".join(rest.split())
-    assert not (tmp_path / "broken" / "adapter").exists()
-    assert reparam(*common, "-o", tmp_path / "broken") == 0
-    assert reparam(*common, "-o", tmp_path / "whole") == 0
-    read = [(tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert not (tmp_path / "adapter").exists()
+    assert train(base, rows, tmp_path, *SMALL) == 0
+    read = [(folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path, whole)]
     assert read[0] == read[1]
 
 

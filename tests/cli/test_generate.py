@@ -217,7 +217,7 @@ def test_mistakes_in_one_sentence_before_the_model_is_loaded(runs, tmp_path, cap
         (("--prompts", file, "-a", chat, "-o", tmp_path), "is a folder"),
         (("--prompts", file, "-a", chat, "-o", tmp_path / "there.jsonl"), "exists; give a new file"),
         (("x", "--prompts", file), "leave one out"),
-        (("x", "-o", tmp_path / "o"), "--output and --columns are for --prompts"),
+        (("x", "-o", tmp_path / "o"), "--output is for --prompts; add it"),
         (("x", "-a", chat, "-a", chat), "is given twice"),
         (("x", "-a", chat, "-a", completion, "--task", "t"), "--task is for one adapter"),
     ):

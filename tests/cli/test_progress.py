@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import reparam, train
-from terminal import on_terminal
+from forks import on_terminal
 
 from reparam.train.live import BLOCKS, duration, sparkline
 
@@ -66,9 +65,8 @@ def test_piped_there_is_one_line_for_each_loss(
 
 
 def test_on_a_terminal_there_is_a_dashboard(base: str, rows: str, tmp_path: Path) -> None:
-    settings = ["--max_steps", "6", "--lr", "0.05", "--logging_steps", "1", "--data.score_rows", "0"]
-    command = [sys.executable, "-m", "reparam", "train", "--base", base, "--data", rows, *settings]
-    shown = on_terminal([*command, "-o", str(tmp_path / "out")])
+    settings = ["--logging_steps", 1, "--data.score_rows", 0]
+    shown = on_terminal(lambda: train(base, rows, tmp_path / "out", *settings))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     last = text[text.rindex("training ") :]
     assert "6/6" in last

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from command import train
+from command import reparam, train
+from forks import Forked, on_terminal
 from rich.console import Console
-from terminal import on_terminal
 
 from reparam.cli import screen
 from reparam.core.progress import heard, listening, tracked, waiting
@@ -85,24 +84,39 @@ def test_nobody_listens_to_the_library_and_to_verbs_that_print_json() -> None:
     assert not heard()
 
 
-RUN = "from reparam.evaluation import waits; waits.SHOWN = waits.TOLD = 0; from reparam.cli import main; main()"
+class Now(threading.Timer):
+    """A timer whose time has come when it starts."""
+
+    def start(self) -> None:
+        self.function(*self.args)
 
 
-def test_on_standard_error_when_piped(base: str, rows: str, tmp_path: Path) -> None:
-    assert train(base, rows, tmp_path / "run") == 0
-    command = [sys.executable, "-c", RUN, "eval", rows, "-a", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show every wait, however short it is."""
+    monkeypatch.setattr(waits_.threading, "Timer", Now)
+
+
+def test_on_standard_error_when_piped(base: str, rows: str, tmp_path: Path, at_once: None) -> None:
+    assert train(base, rows, tmp_path / "run", "--max_steps", 1) == 0
+    ran = Forked(lambda: reparam("eval", rows, "-a", tmp_path / "run"))
+    code, out = ran.end()
+    assert code == 0, ran.errors
     for what in ("starting eval", f"loading {base}", "encoding rows", "scoring held-out rows", "generating answers"):
-        assert done.stderr.count(f"{what} ...") in (1, 2)  # once for the base, once for the adapter
-        assert what not in done.stdout
-    quiet = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert quiet.stderr == ""
-    assert json.loads(quiet.stdout)["base"]
+        assert ran.errors.count(f"{what} ...") in (1, 2)  # once for the base, once for the adapter
+        assert what not in out
+    quiet = Forked(lambda: reparam("eval", rows, "-a", tmp_path / "run", "--json"))
+    _, out = quiet.end()
+    assert quiet.errors == ""
+    assert json.loads(out)["base"]
 
 
-def test_on_a_terminal(base: str, rows: str, tmp_path: Path) -> None:
-    told = on_terminal([sys.executable, "-c", RUN, *["quantize", base, str(tmp_path / "out"), "--block", "32"]])
+def test_on_a_terminal(base: str, tmp_path: Path, at_once: None) -> None:
+    def quantize() -> int:
+        screen.console.is_interactive = True  # which it found when it was made, for another output
+        return reparam("quantize", base, tmp_path / "out", "--block", 32)
+
+    told = on_terminal(quantize)
     for what in ("starting quantize", f"loading {base}", f"writing {tmp_path / 'out'}"):
         assert what in told
     assert f"quantized model   {tmp_path / 'out'}" in told

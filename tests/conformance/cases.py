@@ -136,12 +136,36 @@ FAMILIES = {
     "llama": Family(models.llama, "embed_tokens", "lm_head"),
     "gpt2": Family(models.gpt2, "wte", "lm_head"),
 }
+PLAIN = ("llama", "dense")
 ELSEWHERE = [("llama", storage) for storage in QUANTIZED if storage != "dense"] + [("gpt2", "dense")]
-CASES = [
-    *(pytest.param(FAMILIES["llama"], "dense", *p.values, id=f"llama-dense-{p.id}") for p in SETTINGS),
-    *(pytest.param(FAMILIES[f], s, *p.values, id=f"{f}-{s}-{p.id}") for f, s in ELSEWHERE for p in FIRST),
-]
-"""Model, storage and method for the checks of whole models: every setting, and the first of each elsewhere."""
+
+
+def whole_models(check: int) -> pytest.MarkDecorator:
+    """Run a check of whole models with every setting, each on one model and storage; the number tells checks apart.
+
+    Half of the settings are on a plain Llama, the others on a quantized one or, if they are the first of their method,
+    on a GPT-2. Ten checks with successive numbers meet every setting on all of them. The full suite runs every check
+    with all of them.
+    """
+    found = []
+    for index, setting in enumerate(SETTINGS):
+        elsewhere = [place for place in ELSEWHERE if place[0] == "llama" or setting in FIRST]
+        places = [place for other in elsewhere for place in (PLAIN, other)]
+        for family, storage in dict.fromkeys(places) if FULL else [places[(index + check) % len(places)]]:
+            name = f"{family}-{storage}-{setting.id}"
+            found.append(pytest.param(FAMILIES[family], storage, *setting.values, id=name))
+    return pytest.mark.parametrize(("family", "storage", "method"), found)
+
+
+def storages_in_turn(check: int) -> pytest.MarkDecorator:
+    """Run a check with the first setting of every method, each on one storage; in the full suite on all of them."""
+    stored = list(QUANTIZED)
+    found = [
+        pytest.param(storage, *setting.values, id=f"{storage}-{setting.id}")
+        for index, setting in enumerate(FIRST)
+        for storage in (stored if FULL else [stored[(index + check) % len(stored)]])
+    ]
+    return pytest.mark.parametrize(("storage", "method"), found)
 
 
 def store(model: nn.Module, paths: list[str], storage: str) -> None:

@@ -7,10 +7,9 @@ import models
 import pytest
 import torch
 from cases import (
-    CASES,
     FAMILIES,
     FIRST,
-    QUANTIZED,
+    FULL,
     Family,
     attach,
     base_of,
@@ -18,7 +17,9 @@ from cases import (
     has_factors,
     move,
     starts_exactly,
+    storages_in_turn,
     store,
+    whole_models,
 )
 from models import IDS, logits
 from torch import Tensor, nn
@@ -29,9 +30,7 @@ import reparam
 from reparam.core.method import Method
 
 LLAMA = FAMILIES["llama"]
-whole = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 first = pytest.mark.parametrize("method", FIRST)
-stored = pytest.mark.parametrize("storage", QUANTIZED)
 
 
 def gradients(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:
@@ -63,8 +62,7 @@ def check_compiled(model: nn.Module, x: Tensor, adapter: reparam.Adapter) -> Non
     torch.compiler.reset()
 
 
-@first
-@stored
+@storages_in_turn(0)
 def test_layers_compile_without_graph_breaks(storage: str, method: Method) -> None:
     model = nn.Sequential(OrderedDict(wte=nn.Embedding(9, 12), q_proj=nn.Linear(12, 8), c_attn=Conv1D(6, 8)))
     store(model, ["wte", "q_proj", "c_attn"], storage)
@@ -73,15 +71,16 @@ def test_layers_compile_without_graph_breaks(storage: str, method: Method) -> No
     check_compiled(model.eval(), torch.randint(9, (2, 5)), adapter)
 
 
-@first
+@pytest.mark.parametrize("method", FIRST if FULL else FIRST[::3])
 def test_a_model_compiles_without_graph_breaks(method: Method) -> None:
+    """With the hooks on the model. Every method is compiled on layers above."""
     model = models.llama(num_hidden_layers=1)
     adapter = LLAMA.attach(model, method)
     move(adapter, 1)
     check_compiled(model, IDS, adapter)
 
 
-@whole
+@whole_models(9)
 def test_checkpointed_gradients_are_the_plain_ones(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage, seed=1)
     model.train()
@@ -91,8 +90,7 @@ def test_checkpointed_gradients_are_the_plain_ones(family: Family, storage: str,
         assert worst(gradients(model, adapter), expected) < 1e-5, f"use_reentrant={reentrant}"
 
 
-@first
-@stored
+@storages_in_turn(1)
 def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None:
     """With reparam's hooks on the Trainer's optimizer."""
     model, adapter = LLAMA.adapted(method, storage)
@@ -122,7 +120,7 @@ def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None
     assert [name for name, p, _ in adapter.named_parameters() if torch.equal(p, start[name])] == []
 
 
-@whole
+@whole_models(10)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_base_trains_with_masters_in_float32(
     family: Family, storage: str, method: Method, dtype: torch.dtype
@@ -151,8 +149,7 @@ def test_a_16_bit_base_trains_with_masters_in_float32(
         assert error(mixed[0], logits(model)[0]) < 3e-2
 
 
-@first
-@stored
+@storages_in_turn(2)
 def test_autocast_computes_in_bfloat16_and_keeps_the_masters(storage: str, method: Method) -> None:
     model, adapter = LLAMA.adapted(method, storage, seed=1)
     y = logits(model)

@@ -7,7 +7,7 @@ import models
 import pytest
 import safetensors.torch
 import torch
-from cases import CASES, Family, base_of, error, has_factors, move, starts_exactly
+from cases import Family, base_of, error, has_factors, move, starts_exactly, whole_models
 from models import IDS, logits
 
 import reparam
@@ -15,8 +15,6 @@ from reparam.core.method import Method
 from reparam.errors import InputDependentError
 from reparam.sites.module import Adapted
 from reparam.sites.walk import storages_in
-
-pytestmark = pytest.mark.parametrize(("family", "storage", "method"), CASES)
 
 
 def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate: float = 1e-2) -> list[float]:
@@ -37,6 +35,7 @@ def train(model: torch.nn.Module, adapter: reparam.Adapter, *, steps: int, rate:
     return losses
 
 
+@whole_models(0)
 def test_a_fresh_adapter_is_the_base_and_so_is_none(family: Family, storage: str, method: Method) -> None:
     model = family.build(storage)
     base = logits(model)
@@ -51,6 +50,7 @@ def test_a_fresh_adapter_is_the_base_and_so_is_none(family: Family, storage: str
     assert error(logits(model), base) > 1e-2
 
 
+@whole_models(1)
 def test_training_lowers_the_loss_and_leaves_the_base_alone(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage)
     before = base_of(model)
@@ -62,6 +62,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(family: Family, stor
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+@whole_models(2)
 def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage, seed=1)
     before, y = base_of(model), logits(model)
@@ -87,6 +88,7 @@ def test_merging_keeps_the_outputs_and_restores_exactly(family: Family, storage:
     assert torch.equal(logits(model), y)
 
 
+@whole_models(3)
 def test_a_mixed_batch_is_each_row_alone(family: Family, storage: str, method: Method) -> None:
     """Rows with different adapters, ranks and sites, and without adapter, in a forward and in `generate`."""
     model, adapter = family.adapted(method, storage, seed=1)
@@ -119,6 +121,7 @@ def test_a_mixed_batch_is_each_row_alone(family: Family, storage: str, method: M
     assert model.state_dict().keys() == keys
 
 
+@whole_models(4)
 def test_saved_and_loaded_is_the_same_bit_for_bit(family: Family, storage: str, method: Method, tmp_path: Path) -> None:
     model, adapter = family.adapted(method, storage)
     train(model, adapter, steps=2)
@@ -134,6 +137,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(family: Family, storage: str, 
     ).read_bytes()
 
 
+@whole_models(5)
 def test_the_same_seed_gives_the_same_adapter(family: Family, storage: str, method: Method) -> None:
     """Whatever was drawn or attached before."""
     _, adapter = family.adapted(method, storage)
@@ -144,6 +148,7 @@ def test_the_same_seed_gives_the_same_adapter(family: Family, storage: str, meth
     assert models.same(family.attach(model, method).tensors(), adapter.tensors())
 
 
+@whole_models(6)
 def test_a_copy_of_the_model_is_a_model_of_its_own(family: Family, storage: str, method: Method) -> None:
     model, adapter = family.adapted(method, storage, seed=1)
     twin = copy.deepcopy(model)
@@ -158,6 +163,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(family: Family, storage: str,
     assert all(p.requires_grad for p in adapter.parameters())
 
 
+@whole_models(7)
 def test_the_state_dict_goes_round_without_pickle(family: Family, storage: str, method: Method) -> None:
     model, _ = family.adapted(method, storage, seed=1)
     content = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
@@ -166,6 +172,7 @@ def test_the_state_dict_goes_round_without_pickle(family: Family, storage: str, 
     assert torch.equal(logits(other), logits(model))
 
 
+@whole_models(8)
 def test_removing_the_last_adapter_gives_the_plain_model_back(family: Family, storage: str, method: Method) -> None:
     model = family.build(storage)
     base, shape = logits(model), str(model)

@@ -135,7 +135,11 @@ def problem(path: Path | str) -> str:
         ("a.json", b'[{"text": "a"},\n {"text": }]', "a.json:2:11: malformed JSON"),
         ("a.csv", b"text,b\n1\n", "a.csv:2: 1 fields, and the header has 2"),
         ("a.csv", b"text,text\n1,2\n", "a.csv:1: two columns of the header have the same name"),
-        ("a.csv", b"text\n\xff\n", "a.csv:2: byte 0xff is not UTF-8"),
+        ("a.csv", b"text\n\xff\n", "a.csv:2: byte 0xff at offset 5 is not UTF-8"),
+        ("a.csv", "text\na\n".encode("utf-16"), "a.csv:1: the file is UTF-16; save it as UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "a.jsonl:1: the file is UTF-16; save it as UTF-8"),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16"), "a.json:1: the file is UTF-16; save it as UTF-8"),
+        ("a.json", b'[{"text": "\xff"}]', "a.json: byte 0xff at offset 11 is not UTF-8"),
         ("a.csv", b'text\n"a\n', "a.csv:2: malformed table: unexpected end of data"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: cannot be read after row 0: "),
         ("a.arrow", b"nothing", "a.arrow: cannot be read after row 0: "),
@@ -156,5 +160,5 @@ def test_missing_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     found = problem("nobody/nothing")
-    assert found.startswith("nobody/nothing: no such file, and the data set cannot be read from the hub: ")
+    assert found.startswith("nobody/nothing: no such file, and no data set of this name is in the cache of datasets (")
     assert "\n" not in found

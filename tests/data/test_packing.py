@@ -173,9 +173,6 @@ def test_a_small_leak_is_found() -> None:
     assert "does not keep the examples of a pack apart" in str(unpackable_reason(model))
 
 
-def test_mixtures_and_prompts_are_refused() -> None:
-    model = llama()
-    reparam.attach(model, "mixture")
-    assert "gates of a mixture" in str(unpackable_reason(model))
+def test_prompts_are_refused() -> None:
     prompted = put_on(Prompt(tokens=2), llama())
     assert "virtual tokens" in str(unpackable_reason(prompted.model))

@@ -51,7 +51,7 @@ def smaller(arguments: list[str]) -> list[str]:
 def written(arguments: list[str]) -> set[str]:
     """The output folders of a command."""
     places = {i + 1 for i, word in enumerate(arguments) if word in ("-o", "--output")}
-    places |= {"merge": {1}, "compress": {2}, "quantize": {2}}.get(arguments[0], set())
+    places |= {"merge": {1}, "compress": {2}, "export": {2}, "quantize": {2}}.get(arguments[0], set())
     return {arguments[place] for place in places}
 
 

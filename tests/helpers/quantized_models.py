@@ -36,6 +36,11 @@ def matrices(model: nn.Module) -> dict[str, Tensor]:
 def stock(model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
     """A plain model with these matrices."""
     for path, matrix in found.items():
+        above, _, name = path.rpartition(".")
+        if above.rpartition(".")[0].endswith(".experts"):  # a part of a stack
+            holder, _, number = above.rpartition(".")
+            model.get_parameter(f"{holder}.{name}").data[int(number)] = matrix
+            continue
         model.get_submodule(path).weight.data.copy_(matrix)  # type: ignore[union-attr]
     return model
 

@@ -1,15 +1,15 @@
-"""Two processes of one run, as torchrun starts them: forks of this process, so that nothing is imported again."""
+"""Two processes of one run, as torchrun starts them, but in forks of this process."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from forks import fork
 
 SECONDS = 120  # after which processes that hang are killed
 
@@ -44,27 +44,14 @@ def _told(file: Path) -> str:
 
 
 def _fork(act: Callable[[], object], rank: int, port: int, folder: Path) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    def there() -> object:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         for state in (AcceleratorState, GradientState, PartialState):  # those of earlier tests
             state._reset_state()
-        made = act()
-        code = made if isinstance(made, int) else 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return act()
+
+    with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
+        return fork(there, out.fileno(), err.fileno())

@@ -110,7 +110,9 @@ def test_importing_the_package_imports_no_transformers_until_the_config_is_asked
     folders: dict[str, Path],
 ) -> None:
     code = (
-        "import sys, reparam; assert 'transformers' not in sys.modules; config = reparam.Int8Config();"
+        "import sys, reparam; assert 'transformers' not in sys.modules; reparam.NF4Config;"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'reparam' in known;"
+        "config = reparam.Int8Config();"
         "from transformers import AutoModelForCausalLM as A;"
         f"m = A.from_pretrained({str(folders['llama'])!r}, quantization_config=config);"
         "assert len(m.hf_quantizer.report.sites) == 14"

@@ -28,6 +28,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [1, 63, 4097, 12346]
 SHAPES = [(1, 1), (5, 33), (2, 5001), (4, 2050)]
+IN_TURN = INTERPRETED and os.environ.get("REPARAM_TESTS") != "full"  # the interpreter takes some of the combinations
 
 
 def on_device(test: object) -> object:
@@ -59,7 +60,9 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_quantizing_gives_the_bytes_of_the_reference(block: int, dtype: torch.dtype) -> None:
-    for count in COUNTS:
+    """In turn, each block and each dtype meet all numbers of elements."""
+    turn = BLOCKS.index(block) + DTYPES.index(dtype)
+    for count in [COUNTS[turn % 4], COUNTS[(turn + 1) % 4]] if IN_TURN else COUNTS:
         w = random(count, dtype=dtype)
         codes, absmax = nf4_gpu.quantize(w, block)
         expected = quantize_reference(w, block)
@@ -98,7 +101,9 @@ def test_blocks_of_zeros_and_at_the_ends_of_float32(scale: float) -> None:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_dequantizing_gives_the_bits_of_the_reference(block: int, double: bool, dtype: torch.dtype) -> None:
-    for count in COUNTS:
+    """In turn, each block and each dtype meet all numbers of elements."""
+    turn = BLOCKS.index(block) + DTYPES.index(dtype) + double
+    for count in [COUNTS[turn % 4]] if IN_TURN else COUNTS:
         codes, stats = stored(random(count), block, double=double)
         found = torch.full((count,), float("nan"), dtype=dtype, device=DEVICE)
         nf4_gpu.dequantize(found, codes, stats, block)
@@ -131,7 +136,8 @@ def test_the_product_equals_the_unpacked_one(block: int, double: bool, shape: tu
     codes, stats = stored(random(outputs, inputs), block, double=double)
     exact = dequantize_reference(codes, stats, block=block, count=outputs * inputs, dtype=torch.float32)
     # All numbers of rows and all dtypes are met, though not with every shape and block.
-    for rows, dtype in ((1 + (block + inputs) % 8, DTYPES[inputs % 3]), (1, torch.bfloat16)):
+    cases = [(1 + (block + inputs) % 8, DTYPES[inputs % 3]), (1, torch.bfloat16)]
+    for rows, dtype in [cases[(BLOCKS.index(block) + SHAPES.index(shape)) % 2]] if IN_TURN else cases:
         x = random(rows, inputs, dtype=dtype)
         found = nf4_gpu.matvec(x, codes, stats, block, shape)
         assert found.dtype is dtype
@@ -159,7 +165,8 @@ def test_a_row_does_not_depend_on_the_others(rows: int) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_all_of_the_above_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command.append(__file__)
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -182,8 +189,7 @@ COMPILED = [
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("capability", "double"), [(80, False), (90, True)])
 def test_the_kernels_compile(
     capability: int, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reparam.kernels.rows import backend, bank_update_, update_by_row_, update_by_slot_
+from reparam.kernels.rows import backend, bank_update_, packed_update_, update_by_row_, update_by_slot_
 
 IMPLEMENTATIONS = [bank_update_, update_by_slot_, update_by_row_]
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None]
@@ -375,3 +375,36 @@ from reparam.kernels.rows import backend
 print(backend())
 """
     assert python(code).strip() == "numba"
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_of_any_lengths_equal_each_row_alone_bit_for_bit(threads: int) -> None:
+    lengths, slots = [1, 170, 0, 1, 5, 1, 133, 1], [2, 0, 1, -1, 3, 0, 2, 3]
+    y, x, _, *tables = case(1, sum(lengths), 257, 400, [0, 1, 2, 3], [8, 1, 5, 16], gain=True)
+    begins = torch.tensor([0, *np.cumsum(lengths)])
+    expected = y.clone()
+    for slot, start, end in zip(slots, begins.tolist(), begins[1:].tolist(), strict=False):
+        bank_update_(expected[:, start:end], x[:, start:end], torch.tensor([slot]), *tables)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = y[0].clone()
+            assert packed_update_(found, x[0], begins, torch.tensor(slots), *tables)
+            with pytest.raises(ValueError, match="slots must be from -1 to 3"):
+                packed_update_(found, x[0], begins, torch.tensor([4] * 8), *tables)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected[0])
+    assert not torch.equal(found, y[0])
+
+
+def test_what_the_packed_kernel_cannot_compute_is_left_unchanged() -> None:
+    y, x, slots, *tables = case(1, 4, 8, 8, [0], [2], gain=True, dtype=torch.bfloat16)
+    before, begins = y.clone(), torch.tensor([0, 4])
+    with torch.no_grad():
+        assert not packed_update_(y[0], x[0], begins, slots, *tables)
+    y, x, slots, *tables = case(1, 4, 8, 8, [0], [2], gain=True)
+    assert not packed_update_(y[0], x[0].requires_grad_(), begins, slots, *tables)
+    assert torch.equal(before, case(1, 4, 8, 8, [0], [2], gain=True, dtype=torch.bfloat16)[0])

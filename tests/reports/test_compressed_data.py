@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
+import signal
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +100,35 @@ def test_damage_in_a_compressed_file(suffix: str, place: int, tmp_path: Path) ->
     path.write_bytes(bytes(content))
     with contextlib.suppress(DataError):  # no other error; the flip of a flag or of a time can do nothing
         read_rows(path)
+
+
+class Interrupted(BaseException):
+    """What a signal raises."""
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst"])
+def test_the_wait_for_the_writer_of_a_pipe_can_be_interrupted(name: str, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    def write_late() -> None:  # ends the wait of a reader that the signal does not reach
+        if not over.wait(10):
+            late.append(name)
+            with (tmp_path / name).open("wb"):
+                pass
+
+    os.mkfifo(tmp_path / name)
+    over, late = threading.Event(), list[str]()
+    writer = threading.Thread(target=write_late)
+    writer.start()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with contextlib.suppress(DataError), pytest.raises(Interrupted):
+            read_rows(tmp_path / name)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        over.set()
+        writer.join()
+    assert not late

@@ -1,13 +1,26 @@
-"""Experts get some of the tokens in an order of their own: they are refused whatever they get; the rest works."""
+"""Experts get some of the tokens in an order of their own.
+
+Stacked experts get the tokens of each adapter apart; experts of linear maps are refused; the rest works.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import models
 import pytest
+import torch
 from models import TOKENS, VOCABULARY, build
-from selecting import adapted, ids_of, moved, rows_alone_or_refused
-from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from selecting import adapted, change, ids_of, moved, rows_alone_or_refused
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import reparam
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES = [(3, 5), (3, 3), (2, 2), (3, 1), (2, 4)]
@@ -52,12 +65,57 @@ def test_attention_routers_and_shared_experts(
 
 
 @pytest.mark.parametrize("make", [models.mixtral, models.qwen_moe, qwen3_moe])
-@pytest.mark.parametrize("target", ["experts", "gate_up_proj", "experts.down_proj"])
-def test_fused_experts_are_no_sites(make: Callable[[], Any], target: str) -> None:
-    with pytest.raises(ValueError, match=r"is not supported; adapters support|matches no module"):
-        moved(make(), "a", 1, targets=[target])
-    with pytest.raises(ValueError, match=r"cannot be trained whole|matches no module|modules_to_save"):
-        moved(make(), "a", 1, targets=["q_proj"], modules_to_save=[target])
+@pytest.mark.parametrize("target", ["experts", "gate_up_proj", "1.mlp.experts.3.down_proj"])
+def test_stacked_experts(make: Callable[[], Any], target: str) -> None:
+    model = adapted(make(), targets=[target])
+    for shape in SHAPES:
+        assert rows_alone_or_refused(model, ids_of(*shape))
+
+
+@pytest.mark.parametrize("method", [reparam.DoRA(r=2), reparam.Full()], ids=["dora", "full"])
+def test_stacked_experts_with_other_methods_quantized_and_beside_the_base(method: Any) -> None:
+    model = qwen3_moe()
+    reparam.quantize(model, "nf4", targets="experts")
+    for seed, name in enumerate("ab"):
+        change(reparam.attach(model, method, name=name, targets=["experts", "q_proj"]), seed)
+    assert rows_alone_or_refused(model, ids_of(3, 5))
+
+
+def test_a_mixture_of_adapters_with_and_without_experts() -> None:
+    model = qwen3_moe()
+    moved(model, "a", 1, targets=["q_proj"])
+    moved(model, "b", 2, targets=["experts"])
+    assert rows_alone_or_refused(model, ids_of(4, 5))
+
+
+def test_stacked_experts_in_a_packed_batch() -> None:
+    model = adapted(qwen3_moe(), targets="all-linear")
+    ids = ids_of(2, 6)
+    names = ["a", "b"]
+    alone = []
+    for row, name in enumerate(names):
+        with reparam.select(model, name):
+            alone.append(models.logits(model, ids[row : row + 1, : 4 + row])[0])
+    packed = torch.cat([ids[0, :4], ids[1, :5]])[None]
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    with reparam.select(model, names, spans="position_ids"), torch.no_grad():
+        found = model(packed, position_ids=positions, use_cache=False).logits[0]
+    assert torch.allclose(found, torch.cat(alone), atol=1e-5)
+
+
+def test_experts_that_get_all_tokens() -> None:
+    config = Llama4TextConfig(
+        **TOKENS, **SIZES, intermediate_size=48, intermediate_size_mlp=48, head_dim=8, num_local_experts=4,
+        max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = adapted(build(Llama4ForCausalLM, config), targets=["experts"])
+    assert rows_alone_or_refused(model, ids_of(3, 5))
+
+
+@pytest.mark.parametrize("target", ["experts", "experts.3"])
+def test_stacked_experts_cannot_be_trained_whole(target: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be trained whole|matches no module"):
+        moved(models.mixtral(), "a", 1, targets=["q_proj"], modules_to_save=[target])
 
 
 @pytest.mark.parametrize("expert", ["fc1", "expert_0.fc2"])

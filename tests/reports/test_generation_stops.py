@@ -50,6 +50,15 @@ def given(model: Any, tokenizer: Any, text: str = "self") -> str:
     return found.given
 
 
+def test_an_answer_is_not_longer_than_a_row_can_be() -> None:
+    tokenizer = kit.make(end=EOS)
+    row = Row("chat", "f:1", messages=(*QUESTION, {"role": "assistant", "content": "self " * 60}))
+    model = chain(tokenizer, "self", "self", kit.CHATML)
+    for longest, tokens in ((5, 5), (None, 60 * 5 + 8)):
+        (found,) = answer(model, tokenizer, [row], longest=longest)
+        assert len(tokenizer(found.given, add_special_tokens=False)["input_ids"]) == tokens
+
+
 @pytest.mark.parametrize("template", [kit.CHATML, kit.MARKED, kit.UNMARKED, kit.LLAMA3, kit.STRIPS])
 def test_the_token_that_ends_a_turn_in_the_template_ends_an_answer(template: str) -> None:
     tokenizer = kit.make(end=EOS)

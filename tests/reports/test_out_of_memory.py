@@ -33,9 +33,9 @@ def little_memory() -> Iterator[None]:
 
 @pytest.fixture
 def long_rows(tmp_path: Path) -> str:
+    """A text for each row, so that nothing is generated; a full batch has an attention mask of 256 MiB."""
     file = tmp_path / "long.jsonl"
-    line = json.dumps({"prompt": "def f(", "completion": "a, b, c, d " * 1200}) + "\n"  # 2048 tokens of 16 KiB logits
-    file.write_text(line * 64)
+    file.write_text((json.dumps({"text": "a, b, c, d " * 520}) + "\n") * 16)
     return str(file)
 
 

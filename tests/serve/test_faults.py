@@ -156,7 +156,7 @@ def test_closing_ends_those_who_wait(root: Path) -> None:
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.extend(lengths_of(engine, prompts(20), [None] * 20)))
     thread.start()
-    while engine._loop.steps < 3:
+    while engine._loop.counters.steps < 3:
         threading.Event().wait(0.01)
     engine.close()
     thread.join(30)

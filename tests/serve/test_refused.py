@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 from serving import SMALL, prompts, save
+from transformers import AutoTokenizer
 
 import reparam
 from reparam.serve import Engine, Limits, Request
@@ -43,6 +44,17 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative seed": ({"temperature": 1.0, "seed": -1}, "seed=-1"),
     "a large seed": ({"temperature": 1.0, "seed": 2**64}, "seed=18446744073709551616"),
     "a stop token that is text": ({"stop_tokens": ["x"]}, "stop_tokens holds 'x'"),
+    "a stop text without a tokenizer": ({"stop": ["x"]}, "stop has texts, but the engine has no tokenizer"),
+    "one stop text": ({"stop": "x"}, r"stop='x': expected a list of texts, such as \['x'\]"),
+    "an empty stop text": ({"stop": ["x", ""]}, r"stop\[1\] is '': expected a text of 1"),
+    "a stop text that is a number": ({"stop": [3]}, r"stop\[0\] is 3"),
+    "a long stop text": ({"stop": ["x" * 2000]}, r"stop\[0\] is 'xxx.* of 1 to 1,024"),
+    "many stop texts": ({"stop": ["x"] * 65}, "stop has 65 texts; expected at most 64"),
+    "more logprobs than can be": ({"logprobs": 21}, "logprobs=21: expected at most 20"),
+    "negative logprobs": ({"logprobs": -1}, "logprobs=-1"),
+    "logprobs that are true": ({"logprobs": True}, "logprobs=True"),
+    "a salt that is a number": ({"salt": 3}, "salt=3: expected a text"),
+    "a salt of half a character": ({"salt": "a\ud800"}, "salt holds half of a character .* at place 1"),
     "an unknown adapter": ({"adapter": "lorra"}, "no adapter is named 'lorra'.*did you mean 'lora'"),
     "an empty name": ({"adapter": ""}, "no adapter is named ''"),
 }
@@ -51,11 +63,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_computed_is_refused(engine: Engine, case: str) -> None:
     fields, message = CASES[case]
-    steps = engine._loop.steps
+    steps = engine._loop.counters.steps
     with pytest.raises(reparam.Refused, match=message) as raised:
         engine.answer([Request([3, 4], None, 2), Request(**{"prompt": [3, 4], "max_new_tokens": 2, **fields})])
     assert "\n" not in str(raised.value)
-    assert engine._loop.steps == steps
+    assert engine._loop.counters.steps == steps
     assert isinstance(raised.value, ValueError)
     assert isinstance(raised.value, reparam.UnknownAdapter) == (fields.get("adapter") is not None)
 
@@ -100,7 +112,7 @@ def test_more_open_requests_than_allowed_are_refused_and_a_long_list_is_not() ->
     with Engine(models.llama(), limits=limits) as engine:
         found = asyncio.run(all_at_once(engine))
         assert found[:3] == [20, 20, 20]
-        assert all(isinstance(one, reparam.Unavailable) and "3 open requests" in str(one) for one in found[3:])
+        assert all(isinstance(one, reparam.Busy) and "3 open requests" in str(one) for one in found[3:])
         assert len(engine.answer([Request(text, None, 3) for text in prompts(30, longest=20)])) == 30
 
 
@@ -140,3 +152,12 @@ def test_a_release_of_transformers_without_a_needed_name_is_refused(monkeypatch:
         Engine(model)
     assert model.config._attn_implementation == "sdpa"
     assert not model._forward_pre_hooks
+
+
+def test_a_text_of_half_a_character_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models.ASSETS / "tiny-python")
+    with (
+        Engine(models.llama(vocab_size=4096), tokenizer, limits=SMALL) as engine,
+        pytest.raises(reparam.Refused, match="the prompt holds half of a character"),
+    ):
+        engine.answer([Request("x = '\ud83d'", None, 2)])

@@ -12,6 +12,7 @@ from torch import nn
 import reparam
 from reparam.sites import targets
 from reparam.sites.embedding import Embedding
+from reparam.sites.experts import opened
 from reparam.sites.linear import Linear
 
 
@@ -31,8 +32,9 @@ EXPECTED = {  # model -> (ends, number) for attention, mlp, and what all-linear 
     "gpt2": (({"c_attn", "c_proj"}, 4), ({"c_fc", "c_proj"}, 4), set()),
     "bert": (({"query", "key", "value", "dense"}, 8), ({"dense"}, 4), {"bert.pooler.dense"}),
     "t5": ((set("qkvo"), 24), ({"wi", "wo"}, 8), set()),
-    "qwen_moe": ((ATTENTION, 8), ({*MLP, "shared_expert_gate"}, 8), set()),
+    "qwen_moe": ((ATTENTION, 8), ({*MLP, "gate_up_proj", "shared_expert_gate"}, 24), set()),
 }
+WORDS = [word for word in targets.KEYWORDS if word not in ("experts", "router")]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -40,18 +42,19 @@ EXPECTED = {  # model -> (ends, number) for attention, mlp, and what all-linear 
 def test_the_words_on_every_model(name: str) -> None:
     model = models.ALL[name]()
     (attention, of_attention), (mlp, of_mlp), beyond = EXPECTED[name]
-    found = {word: resolve(model, word) for word in targets.KEYWORDS}
+    found = {word: resolve(model, word) for word in WORDS}
     assert (ends(found["attention"]), len(found["attention"])) == (attention, of_attention)
     assert (ends(found["mlp"]), len(found["mlp"])) == (mlp, of_mlp)
     assert not set(found["attention"]) & set(found["mlp"])
     assert set(found["all-linear"]) - set(found["attention"]) - set(found["mlp"]) == beyond
     assert not {"lm_head", "classifier"} & ends(found["all-linear"])
-    order = [path for path, _ in model.named_modules() if path in found["all-linear"]]
+    with opened(model):
+        order = [path for path, _ in model.named_modules() if path in found["all-linear"]]
     assert found["all-linear"] == order
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-@pytest.mark.parametrize("word", targets.KEYWORDS)
+@pytest.mark.parametrize("word", WORDS)
 @pytest.mark.filterwarnings("ignore:targets. skipped .*(experts|shares its weight)")
 def test_every_site_of_a_word_is_reached_by_the_forward(name: str, word: str) -> None:
     model = models.ALL[name]()
@@ -119,16 +122,23 @@ def test_a_module_that_is_no_linear_map_is_refused_by_name() -> None:
 # ---- weights that updates cannot reach
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen_moe"])
-def test_fused_experts_are_named_not_missed_in_silence(name: str) -> None:
-    model = models.ALL[name]()
-    with pytest.warns(UserWarning, match=r"skipped model\.layers\.0\.mlp\.experts\.gate_up_proj") as caught:
+class Stacked(nn.Module):
+    """A module with a three-dimensional weight, of no class that reparam knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+        self.codes = nn.Parameter(torch.zeros(3, 4, 5))
+
+
+def test_an_unknown_stack_of_weights_is_named_with_its_share() -> None:
+    model = nn.ModuleList([Stacked()])
+    with pytest.warns(UserWarning, match=r"skipped 0\.codes \(a fused weight \[3, 4, 5\]\)") as caught:
         adapter = reparam.attach(model, reparam.LoRA(r=1))
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert "[4, " in str(caught[0].message)
-    assert "and 1 more" in str(caught[0].message)
-    assert not any("experts" in site for site in adapter.sites)
+    assert "(75.0 % of the model's parameters)" in str(caught[0].message)  # 60 of 60 + 16 + 4
+    assert list(adapter.sites) == ["0.project"]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen_moe"])
@@ -138,9 +148,30 @@ def test_where_experts_are_not_asked_for_nothing_is_said(name: str, recwarn: pyt
     assert not recwarn.list
 
 
-def test_an_mlp_of_nothing_but_fused_experts_is_an_error_that_names_them() -> None:
-    with pytest.raises(ValueError, match=r"'mlp' matches no module.*experts\.gate_up_proj \(a fused weight \[4, 96"):
-        resolve(models.mixtral(), "mlp")
+def test_experts_that_cannot_be_adapted_are_named_with_the_reason() -> None:
+    model = models.mixtral()
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = lambda *args: args[0]
+    with pytest.raises(ValueError, match=r"'mlp' matches no.*gate_up_proj \(a fused weight \[4, 96, 32\]: the forward"):
+        resolve(model, "mlp")
+
+
+def test_words_for_experts_and_routers() -> None:
+    model = models.qwen_moe()
+    shape = str(model)
+    assert resolve(model, "router") == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    three = [f"model.layers.{i}.mlp.experts.3.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    assert resolve(model, "experts.3") == three
+    assert resolve(model, r"re:.*\.experts\.3\..*") == three
+    routed = [path for path in resolve(model, "all-linear") if ".experts." in path]
+    assert resolve(model, "mlp.experts") == routed
+    assert len(routed) == 16
+    shared = resolve(model, *(f"shared_expert.{name}" for name in MLP))
+    assert set(resolve(model, "experts")) == {*routed, *shared}
+    assert not {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} & set(resolve(model, "everything"))
+    assert str(model) == shape
+    with pytest.raises(ValueError, match="'experts' matches no module: this model is no mixture of experts"):
+        resolve(models.llama(), "experts")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])

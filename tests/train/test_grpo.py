@@ -137,6 +137,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base: str, tmp_path: Path, fi
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
 
 
+def test_a_run_ends_with_the_weights_of_the_best_mean_reward(
+    base: str, tmp_path: Path, files: tuple[Path, Path]
+) -> None:
+    more = {"run.metric": "mean_reward", "run.best": True, "run.eval_every": 1, "optim.learning_rate": 0.3}
+    run(config(base, tmp_path / "out", files, **more), show=Show(Console(quiet=True)))
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    found = {e["step"]: e["eval_mean_reward"] for e in figures["history"] if "eval_mean_reward" in e}
+    assert sorted(found) == [1, 2, 3]
+    assert figures["best step"] == max(found, key=lambda step: (found[step], -step))
+    assert figures["after"][0]["value"] == pytest.approx(found[figures["best step"]])
+
+
 def test_mistakes(base: str, tmp_path: Path, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     rows, code = files
     broken, wrong, toml = tmp_path / "broken.py", tmp_path / "wrong.py", tmp_path / "run.toml"
@@ -156,6 +168,11 @@ def test_mistakes(base: str, tmp_path: Path, files: tuple[Path, Path], capsys: p
                 ["--objective", "grpo", "--reward", f"{code}:score", "--num_generations", 3],
                 2,
                 "is no multiple of the 3",
+            ),
+            (
+                ["--objective", "grpo", "--reward", f"{code}:score", "--run.best"],
+                2,
+                "the loss of grpo does not tell which weights are better",
             ),
             (["--reward", f"{code}:score"], 2, "prefer.reward: the objective sft does not use it"),
             (["--config", toml], 2, "taken from the command line alone"),

@@ -179,6 +179,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base: str, tmp_path: Path, ob
     assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ("objective", "metric"), [("dpo", "reward_accuracy"), ("orpo", "reward_margin"), ("kto", "reward_margin")]
+)
+def test_a_run_ends_with_the_best_weights_by_its_metric(
+    base: str, tmp_path: Path, objective: str, metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All held-out rows are in one batch, so TRL's metrics, which are means over batches, are those over the rows."""
+    out = tmp_path / "out"
+    more = ("--eval_steps", 1, "--save_steps", 1, "--batch_size", 8, "--max_steps", 5, "--lr", 0.3)
+    assert train(base, out, objective, "--run.patience", 1, "--metric_for_best_model", metric, *more) == 0
+    found = history(out, "eval_loss")
+    theirs = "eval_rewards/accuracies" if metric == "reward_accuracy" else "eval_rewards/margins"
+    for entry in found:
+        assert entry[f"eval_{metric}"] == pytest.approx(entry[theirs], rel=1e-4, abs=1e-5)
+    best = max(found, key=lambda entry: (entry[f"eval_{metric}"], -entry["eval_loss"], -entry["step"]))
+    results = json.loads((out / "figures.json").read_text())
+    assert results["best step"] == best["step"]
+    after = {score["name"].replace(" ", "_"): score["value"] for score in results["after"]}
+    assert after[metric] == pytest.approx(best[f"eval_{metric}"])
+    kept = load_file(out / f"checkpoint-{best['step']}" / "adapter" / "adapter.safetensors")
+    ended = load_file(out / "adapter" / "adapter.safetensors")
+    assert all(torch.equal(ended[name], value) for name, value in kept.items())
+    said = " ".join(capsys.readouterr().out.split())
+    name = metric.replace("_", " ")
+    assert f"the best weights are those of step {best['step']} ({name} {best[f'eval_{metric}']:.4f})" in said
+
+
+def test_metrics_of_other_objectives_are_refused(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(base, tmp_path / "out", "dpo", "--run.metric", "exact_match") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the objective dpo has no exact_match; one of loss, reward_margin, reward_accuracy" in said
+    assert train(base, tmp_path / "out", "sft", "--run.metric", "reward_margin") == 2
+    assert "the objective sft has no reward_margin" in " ".join(capsys.readouterr().err.split())
+
+
 CASES = [
     {"method.name": "lora", "method.r": R},
     {"method.name": "dora", "base.storage": "int8"},

@@ -31,13 +31,20 @@ def test_a_row_with_a_loss_that_is_not_finite_is_named(
     assert error.count("rows.jsonl:") > 8  # more rows than packs
 
 
-@pytest.mark.parametrize("method", ["mixture", "prompt"])
-def test_methods_that_read_whole_rows_are_refused(
-    method: str, base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(base, rows, tmp_path / "out", "--packing", "--method", method) == 2
+def test_virtual_tokens_are_refused(base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(base, rows, tmp_path / "out", "--packing", "--method", "prompt") == 2
     assert "data.packing cannot be used here: " in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_with_tasks_are_packed(base: str, tmp_path: Path) -> None:
+    lines = [{"prompt": f"def f{i}(a, b):", "completion": " two", "task": "ab"[i % 2]} for i in range(40)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ("--packing", "--max_length", 64, "--max_steps", 2, "--eval_steps", 2, "--data.score_rows", 0)
+    assert train(base, str(rows), tmp_path / "out", "--method", "task_gated", "--method.n", 4, *more) == 0
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["after"][0]["value"] < figures["before"][0]["value"]
 
 
 def test_the_flag_can_have_a_value_as_in_trl(

@@ -1,16 +1,21 @@
-"""The Trainer under signals, in this process, in a child process, and in two that train together."""
+"""The Trainer under signals, in this process, in one of its own, and in two that train together."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from forks import Forked
 from small_trainer import At, history, same, send, tiny, trainer, weights
+from two_processes import two_processes
 
 from reparam.errors import RunLocked
 from reparam.train.checkpoint import RunLock, newest, verify
+from reparam.train.trainer import Trainer
 
 # ---- signals
 
@@ -37,55 +42,41 @@ def test_a_second_interrupt_ends_it_at_once(tmp_path):
         pass
 
 
-HELPERS = str(Path(__file__).parents[1] / "helpers")
-CHILD = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import small_trainer as t
+def terminated_and_killed(folder: Path) -> None:
+    """Train until a signal comes during step 2; then train another run, and block in the middle of its second save."""
 
-class Tell(t.TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            print("training", flush=True)
-            time.sleep(2)
+    def tell() -> None:
+        print("training", flush=True)
+        while run.interrupted is None:
+            time.sleep(0.01)
 
-def block(staged):  # in the middle of the second save
-    if run.state.global_step == 4:
-        print("saving", flush=True)
-        time.sleep(60)
+    def block(staged: Path) -> None:
+        if run.state.global_step == 4:
+            print("saving", flush=True)
+            time.sleep(60)
 
-run = t.trainer(Path(sys.argv[2]) / "terminated", callbacks=[Tell()])
-run.train()
-print(run.interrupted.name, flush=True)
-run = t.trainer(Path(sys.argv[2]) / "killed", save_steps=2, write=block)
-run.train()
-"""
-
-
-def wait_for(process: "subprocess.Popen[str]", word: str) -> None:
-    for line in process.stdout:
-        if line.strip() == word:
-            return
-    pytest.fail(process.stderr.read())
+    run = trainer(folder / "terminated", callbacks=[At(2, tell)])
+    run.train()
+    print(run.interrupted.name, flush=True)
+    run = trainer(folder / "killed", save_steps=2, write=block)
+    run.train()
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The folders of a run that was terminated and of one that was killed while saving, in child processes."""
+    """The folders of a run that was terminated and of one that was killed while saving, in a process of their own."""
     folder = tmp_path_factory.mktemp("ended")
-    command = [sys.executable, "-c", CHILD, HELPERS, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(lambda: terminated_and_killed(folder))
     try:
-        wait_for(process, "training")
-        process.terminate()
-        wait_for(process, "SIGTERM")
-        wait_for(process, "saving")
+        process.until("training")
+        process.kill(signal.SIGTERM)
+        process.until("SIGTERM")
+        process.until("saving")
         with pytest.raises(RunLocked, match=f"process {process.pid} "):
             trainer(folder / "killed").train(resume_from_checkpoint=True)
     finally:
         process.kill()
-        process.communicate()
+        process.end()
     return folder
 
 
@@ -109,41 +100,31 @@ def test_a_terminated_run_leaves_a_checkpoint(ended):
 
 # ---- several processes
 
-RANKS = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import small_trainer as t
 
-folder, second = Path(sys.argv[2]), os.environ["RANK"] == "1"
-straight = t.trainer(folder / "straight", max_steps=4)
-t.torch.manual_seed(second)  # so that each process drops out other units
-straight.train()
-stop = [t.At(2, t.send(t.signal.SIGTERM))] if second else []  # only one of them gets the signal
-first = t.trainer(folder / "run", max_steps=4, callbacks=stop)
-t.torch.manual_seed(second)
-first.train()
-assert (first.interrupted, first.state.global_step) == (t.signal.SIGTERM, 2)
-again = t.trainer(folder / "run", model=t.tiny(seed=7), max_steps=4)
-again.train(resume_from_checkpoint=True)
-assert again.args.world_size == 2
-assert t.same(t.weights(straight.model), t.weights(again.model))
-assert t.history(straight.state) == t.history(again.state)
-"""
+def stop_and_go_on(folder: Path) -> None:
+    """The work of each process."""
+    second = os.environ["RANK"] == "1"
+
+    def ranked(name: str, **settings: Any) -> Trainer:
+        made = trainer(folder / name, max_steps=4, **settings)
+        torch.manual_seed(second)  # so that each process drops out other units
+        return made
+
+    straight = ranked("straight")
+    straight.train()
+    first = ranked("run", callbacks=[At(2, send(signal.SIGTERM))] if second else [])  # one of them gets the signal
+    first.train()
+    assert (first.interrupted, first.state.global_step) == (signal.SIGTERM, 2)
+    again = trainer(folder / "run", model=tiny(seed=7), max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert again.args.world_size == 2
+    assert same(weights(straight.model), weights(again.model))
+    assert history(straight.state) == history(again.state)
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, HELPERS, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    for code, _, errors in two_processes(lambda: stop_and_go_on(tmp_path), tmp_path / "log"):
+        assert code == 0, errors
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     rng = json.loads((tmp_path / "run" / "checkpoint-4" / "rng.json").read_text())
     assert len(rng["tree"]) == 2

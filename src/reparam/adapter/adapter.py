@@ -166,7 +166,7 @@ class Adapter:
         """The adapter as plain data, as the file formats write it."""
         config = getattr(self.model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or "")
-        if os.path.isdir(source):  # a relative path means nothing in another folder, and could be taken for a hub id
+        if os.path.exists(source):  # a relative path means nothing in another folder, and could be taken for a hub id
             source = os.path.abspath(source)
         return Record(
             method=self.method.with_ranks_of(self.updates),

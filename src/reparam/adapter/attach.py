@@ -25,6 +25,7 @@ from reparam.core.checks import listed, nearest
 from reparam.core.method import Method
 from reparam.core.registry import find_method
 from reparam.sites import targets as targets_
+from reparam.sites.experts import close_idle, opened
 from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Shared
 from reparam.sites.reads import announce
@@ -79,34 +80,37 @@ def attach(
     check_trainable(model)
     model = bare(model)
     method = _configured(method, settings)
-    wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
-    names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
-    ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
-    whole = [path for end in ends for path in targets_.ending(model, end)]
-    whole, linked = whole_together(model, whole) if tie else (whole, {})
-    # As in PEFT, modules that train whole get no update.
-    names = [n for n in names if not any(n == w or n.startswith(w + ".") for w in whole)]
-    names, leaders = together(model, method, names, warns=not linked) if tie else (names, {})
-    method, experts = assemble(model, method, names)
-    names = [n for n in names if f"{n}.A" in experts] if experts else names
-    bias = bias or method.biases
-    ties = leaders | linked
-    adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, tied=ties, warns=True)
-    tensors = adapter.tensors()
-    for key, value in experts.items():
-        tensors[key].copy_(value)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapter.requires_grad_()
-    select(model, name)
-    new = [path for path in newly_initialized(model) if not f"{path}.".startswith(tuple(f"{end}." for end in whole))]
-    if new:
-        warnings.warn(
-            f"{listed(new)}: not in the files of the model, so transformers initialized the parameters randomly; they "
-            f"stay frozen. To train such a module with the adapter, pass its name in modules_to_save",
-            stacklevel=2,
-        )
-    return adapter
+    with opened(model):
+        wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
+        names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
+        ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+        whole = [path for end in ends for path in targets_.ending(model, end)]
+        whole, linked = whole_together(model, whole) if tie else (whole, {})
+        # As in PEFT, modules that train whole get no update.
+        names = [n for n in names if not any(n == w or n.startswith(w + ".") for w in whole)]
+        names, leaders = together(model, method, names, warns=not linked) if tie else (names, {})
+        method, experts = assemble(model, method, names)
+        names = [n for n in names if f"{n}.A" in experts] if experts else names
+        bias = bias or method.biases
+        ties = leaders | linked
+        adapter = install(model, method, names=names, replaced=whole, name=name, bias=bias, tied=ties, warns=True)
+        tensors = adapter.tensors()
+        for key, value in experts.items():
+            tensors[key].copy_(value)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        adapter.requires_grad_()
+        select(model, name)
+        new = [
+            path for path in newly_initialized(model) if not f"{path}.".startswith(tuple(f"{end}." for end in whole))
+        ]
+        if new:
+            warnings.warn(
+                f"{listed(new)}: not in the files of the model, so transformers initialized the parameters randomly; "
+                f"they stay frozen. To train such a module with the adapter, pass its name in modules_to_save",
+                stacklevel=2,
+            )
+        return adapter
 
 
 def _configured(method: str | Method, settings: Mapping[str, Any]) -> Method:
@@ -177,6 +181,7 @@ def unwrap(model: nn.Module) -> None:
     found = dict(walk(model))
     sites = {path: module.restore() for path, module in found.items() if isinstance(module, Adapted)}
     put(model, sites | {path: module.origin for path, module in found.items() if isinstance(module, Replaced)})
+    close_idle(model)
     if hasattr(model, SHARED):
         delattr(model, SHARED)
     for encoder in state.unnested:

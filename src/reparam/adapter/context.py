@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reparam.adapter.selection import state_of
-from reparam.methods.mixture.common import Common, Given, Tasks
+from reparam.methods.mixture.common import Common, Tasks
+from reparam.methods.mixture.forward import Given
 from reparam.sites.wrapped import bare
 
 

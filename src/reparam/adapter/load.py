@@ -22,6 +22,7 @@ from reparam.errors import FormatError
 from reparam.io import files
 from reparam.io.record import Record
 from reparam.sites import targets
+from reparam.sites.experts import opened
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import base_parameters, walk
 from reparam.sites.wrapped import bare, check_trainable
@@ -68,40 +69,41 @@ def place(
 ) -> Adapter:
     """Put an adapter on `model` as `load` does, from a record in memory. `folder` names the adapter in messages."""
     model = bare(model)
-    have = dict(walk(model))
-    record = fitted(model, have, record, folder)
-    _check_model(model, have, record, folder)
-    compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
-    check_has_values(model, record, folder, everywhere=compared)
-    if check_base:
-        check_base_of(model, record, folder)
-        warn_of_other_base(model, record, folder)
-    check_frozen(model, record, folder, values=check_base)
-    biased = any(f"{site}.bias" in record.tensors for site in (*record.sites, *record.tied))
-    try:
-        adapter = install(
-            model,
-            record.method,
-            names=[path for path in have if path in record.sites or path in record.tied],
-            replaced=[path for path in have if path in record.replaced],
-            name=name,
-            bias=biased,
-            tied={path: tie.to for path, tie in record.tied.items()}
-            | copies_together(model, record.tensors, record.replaced),
-            check=lambda wanted: _check_fit(wanted, record, folder),
-        )
-    except FormatError:
-        raise
-    except (ValueError, re.error, RuntimeError) as error:  # tied weights, conflicts; an invalid pattern or rank
-        raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
-    fill(adapter, record, folder)
-    adapter.prompt_format = record.prompt_format
-    for _, parameter in base_parameters(model):
-        parameter.requires_grad_(False)
-    adapter.requires_grad_(False)
-    if activate:
-        select(model, name)
-    return adapter
+    with opened(model):
+        have = dict(walk(model))
+        record = fitted(model, have, record, folder)
+        _check_model(model, have, record, folder)
+        compared = bool(record.frozen) or (check_base and record.base is not None and bool(record.base.digests))
+        check_has_values(model, record, folder, everywhere=compared)
+        if check_base:
+            check_base_of(model, record, folder)
+            warn_of_other_base(model, record, folder)
+        check_frozen(model, record, folder, values=check_base)
+        biased = any(f"{site}.bias" in record.tensors for site in (*record.sites, *record.tied))
+        try:
+            adapter = install(
+                model,
+                record.method,
+                names=[path for path in have if path in record.sites or path in record.tied],
+                replaced=[path for path in have if path in record.replaced],
+                name=name,
+                bias=biased,
+                tied={path: tie.to for path, tie in record.tied.items()}
+                | copies_together(model, record.tensors, record.replaced),
+                check=lambda wanted: _check_fit(wanted, record, folder),
+            )
+        except FormatError:
+            raise
+        except (ValueError, re.error, RuntimeError) as error:  # tied weights, conflicts; an invalid pattern or rank
+            raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
+        fill(adapter, record, folder)
+        adapter.prompt_format = record.prompt_format
+        for _, parameter in base_parameters(model):
+            parameter.requires_grad_(False)
+        adapter.requires_grad_(False)
+        if activate:
+            select(model, name)
+        return adapter
 
 
 def fill(adapter: Adapter, record: Record, folder: Path) -> None:

@@ -28,6 +28,7 @@ from reparam.core.base import Weight
 from reparam.core.checks import listed
 from reparam.core.progress import tracked
 from reparam.core.text import counted
+from reparam.sites.experts import Opened, open_experts, stacks_of
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.offloaded import check_placed
 from reparam.sites.walk import put
@@ -87,6 +88,9 @@ class MergeReport:
         if self.undo is None:
             raise ValueError("restore: the merge did not keep the base; merge with keep_base=True, or reload the base")
         undo = self.undo
+        for module in list(undo.model.modules()):
+            if stacks_of(module) and not isinstance(module, Opened):
+                open_experts(module)
         put(undo.model, {path: module for path, module in undo.modules.items() if path != SHARED})
         if SHARED in undo.modules:
             undo.model.add_module(SHARED, undo.modules[SHARED])

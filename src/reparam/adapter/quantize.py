@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites import targets as targets_
+from reparam.sites.experts import close_idle, experts_with, opened, settle
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.offloaded import check_placed
 from reparam.sites.replaced import Replaced
@@ -90,15 +92,25 @@ def quantize(model: nn.Module, storage: str | Storage, *, targets: targets_.Targ
     """
     chosen = find_storage(storage)() if isinstance(storage, str) else storage
     model = bare(model)
-    names = targets_.resolve(model, targets)
+    with opened(model):
+        return _quantized(model, chosen, targets_.resolve(model, targets))
+
+
+def _quantized(model: nn.Module, chosen: Storage, names: list[str]) -> QuantizeReport:
     check_placed(model, names, "quantize")
     _check(model, names, chosen)
     sites = []
+    holders = {path: experts_with(model, path) for path in names}
+    left = Counter(holders.values())
     for path in tracked(names, f"quantizing into {chosen.name}", unit="matrices"):
         module = _requantized(path, at(model, path), chosen)
         sites.append(_site(path, module.frozen))
         plain = module.frozen.dense_or_none is not None and not module.updates
         put(model, {path: module.restore() if plain else module})
+        left[holders[path]] -= 1
+        if (holder := holders[path]) is not None and not left[holder]:  # so that its dense weights are released
+            settle(holder)
+    close_idle(model)
     if hasattr(model, "reparam_state"):
         state_of(model).refresh()
     describe(model)
@@ -217,7 +229,8 @@ def _left(model: nn.Module) -> Iterator[tuple[str, int]]:
         holder = module.origin if isinstance(module, Replaced) else module
         own = holder.named_parameters(recurse=holder is not module)
         if isinstance(module, Adapted):
-            own = iter([] if module.frozen.dense_or_none is None else [("weight", module.stock()["weight"])])  # type: ignore[list-item]
+            stock = {} if module.frozen.dense_or_none is None else module.stock()
+            own = ((name, tensor) for name, tensor in stock.items() if name == "weight")  # type: ignore[misc]
         for name, tensor in own:
             key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
             if tensor.ndim >= 2 and key not in seen:

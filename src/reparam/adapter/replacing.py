@@ -9,7 +9,7 @@ from torch import nn
 
 from reparam.core.surface import advice
 from reparam.sites import targets
-from reparam.sites.module import Adapted
+from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import tied
 from reparam.sites.wrapped import at
@@ -51,9 +51,16 @@ def check_whole(model: nn.Module, names: list[str], replaced: list[str], linked:
         if why:
             raise ValueError(f"{path} cannot be trained whole: {why}; name those of its submodules that can")
         inside = () if isinstance(module, Replaced) else module.named_modules()
-        taken = [f"{path}.{name}".rstrip(".") for name, part in inside if isinstance(part, Adapted | Replaced)]
+        taken = [f"{path}.{name}".rstrip(".") for name, part in inside if _is_taken(part)]
         taken += [n for n in (*names, *replaced) if n.startswith(f"{path}.") or (n == path and n in names)]
         if taken:
             raise ValueError(
                 f"{path} cannot be trained whole, because an adapter already changes {taken[0]}; remove that first"
             )
+
+
+def _is_taken(module: nn.Module) -> bool:
+    """Whether an adapter or a quantized weight needs this module. An expert's site may be without both."""
+    if isinstance(module, Adapted):
+        return bool(module.updates) or is_quantized(module)
+    return isinstance(module, Replaced)

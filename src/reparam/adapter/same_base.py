@@ -49,8 +49,12 @@ def check_base_of(model: nn.Module, record: Record, folder: Path) -> None:
                 f"{remedy}"
             )
         found = fingerprint(model, without=record.replaced)
-        # Earlier releases digested the modules that the adapter replaces, too.
-        if not (agree(record.base.digests, found) or agree(record.base.digests, fingerprint(model))):
+        # Earlier releases digested the modules that the adapter replaces, too, and experts in another group.
+        if not (
+            agree(record.base.digests, found)
+            or agree(record.base.digests, fingerprint(model))
+            or agree(record.base.digests, fingerprint(model, without=record.replaced, stacks=False))
+        ):
             raise FormatError(
                 f"{folder}: trained on a base with different weights ({record.base.source or 'unnamed'}); {remedy}"
             )

@@ -8,18 +8,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reparam.adapter import resizing
 from reparam.adapter.mixed import Mixed
 from reparam.adapter.slots import BANK, Slots
 from reparam.adapter.spans import Spans, check
+from reparam.adapter.written import Written, frozen_at, tensors_in_slot
 from reparam.core import continuing
 from reparam.core.checks import nearest
 from reparam.core.text import counted
-from reparam.core.versions import Stamp, content, sample, stamp_of, tensors_of
+from reparam.core.versions import content
 from reparam.io import whole
 from reparam.io.record import Record, Tied
+from reparam.sites.experts import Opened, experts_with
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
@@ -31,10 +33,6 @@ if TYPE_CHECKING:
 Choice = str | Sequence[str | None] | None
 Request = tuple[Choice, Spans | None, int | None]
 """A choice, the spans of a packed batch, and the most bytes that the banks may hold for it."""
-Sums = tuple[int, ...] | None
-Frozen = tuple[Stamp | None, Sums, Sums]
-Written = tuple[Sums, tuple[Frozen, ...]]
-"""Checksums of an adapter's tensors, and what is compared of the frozen tensors at each of its sites."""
 
 
 class Selection:
@@ -64,9 +62,13 @@ class AdapterState:
         self._request: Request = None, None, None
         self.sites: dict[str, Adapted] = {}
         self.replaced: dict[str, Replaced] = {}
+        self._experts: dict[str, Opened] = {}
+        """The modules of experts that have sites, by path."""
+        self._banked: dict[str, Adapted] = {}
+        """The sites that have a bank in a mixed batch."""
         self._routing = Routing(torch.zeros(0, dtype=torch.int64))
         self._mixed = Mixed(model, self._routing, self._renew_before_forward)
-        self._slots = Slots(self.sites, self._routing)
+        self._slots = Slots(self._banked, self._routing)
         self._written: dict[str, Written] = {}
         """What the factors in the adapters' slots were computed from."""
         self._hooks: list[Any] = []
@@ -98,7 +100,15 @@ class AdapterState:
     def adopt(self, adapter: Adapter) -> None:
         """Register a new adapter, its sites and its replaced modules."""
         self.adapters[adapter.name] = adapter
-        self.sites.update(adapter.modules)  # in place: the slots share it
+        self.sites.update(adapter.modules)
+        self._banked.update(
+            {path: m for path, m in adapter.modules.items() if m.has_bank}
+        )  # in place: the slots share it
+        self._experts |= {
+            path.rsplit(".", 2)[0]: holder
+            for path, module in adapter.modules.items()
+            if not module.has_bank and (holder := experts_with(self.model, path)) is not None
+        }
         self.replaced |= adapter.replaced
 
     def forget(self, name: str) -> None:
@@ -147,6 +157,8 @@ class AdapterState:
             module.active = single if single is not None and single in module.updates else None
         for holder in self.replaced.values():
             holder.active, holder.routing = single, None if rows is None else self._routing
+        for experts in self._experts.values():
+            experts.routing = None if rows is None else self._routing
         return selection
 
     def _hook(self, adapter: Adapter) -> list[Any]:
@@ -186,7 +198,7 @@ class AdapterState:
         holder = next(iter(self.sites.values()), None)
         device = next(self.model.parameters()).device if holder is None else holder.frozen.device
         slots = torch.tensor([self._slots.of(name) for name in rows], device=device)
-        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced}, spans)
+        self._mixed.start(slots, rows, {**self._slots.banks(), **self.replaced, **self._experts}, spans)
 
     def _renew_before_forward(self, rows: Sequence[str | None]) -> None:
         self._renew(rows, self._request[2])
@@ -196,10 +208,12 @@ class AdapterState:
         used = [self.adapters[name] for name in dict.fromkeys(rows) if name is not None]
         for adapter in used:
             adapter.check_values("its factors cannot be put into a mixed batch")
-        paths = dict.fromkeys(path for adapter in used for path in adapter.modules)
-        frozen = {path: _frozen(self.sites[path]) for path in paths}
+        paths = {adapter.name: [path for path, m in adapter.modules.items() if m.has_bank] for adapter in used}
+        frozen = {
+            path: frozen_at(self.sites[path]) for path in dict.fromkeys(path for own in paths.values() for path in own)
+        }
         written = {
-            adapter.name: (content(_tensors_of(adapter)), tuple(frozen[path] for path in adapter.modules))
+            adapter.name: (content(tensors_in_slot(adapter)), tuple(frozen[path] for path in paths[adapter.name]))
             for adapter in used
         }
         stale = [
@@ -209,24 +223,11 @@ class AdapterState:
             or written[adapter.name][0] is None
             or self._written.get(adapter.name) != written[adapter.name]
         ]
+        for adapter in stale:
+            for module in (m for m in adapter.modules.values() if not m.has_bank):
+                module.updates[adapter.name].factors(module.frozen)  # type: ignore[operator]  # raises if it has none
         self._slots.fill(used, stale, budget)
         self._written |= written
-
-
-def _tensors_of(adapter: Adapter) -> list[Tensor]:
-    """The tensors that the adapter's factors are computed from, without those of the base."""
-    found = [] if adapter.shared is None else tensors_of(adapter.shared)
-    for module in adapter.modules.values():
-        found += tensors_of(module.updates[adapter.name])
-        if adapter.name in module.biased:
-            found.append(module.biases[adapter.name])
-    return found
-
-
-def _frozen(module: Adapted) -> Frozen:
-    """The stamp and the sample of the frozen matrix, and a checksum of the bias."""
-    held = module.frozen.held()
-    return stamp_of(held), sample(held), content([] if module.bias is None else [module.bias])
 
 
 def _named(choice: Choice) -> str:

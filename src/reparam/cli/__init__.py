@@ -33,6 +33,8 @@ EXTRA = {
     "yaml",
 }
 
+LONGEST = 300  # characters of a path in a message
+
 
 def main() -> None:
     """Run the command line and exit with its code; print a sentence for a failure."""
@@ -139,7 +141,10 @@ def _run() -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The text of a failure; for a lack of memory, what was asked for and what lowers it."""
+    """The text of a failure, with the path of a file; for a lack of memory, what was asked for and what lowers it."""
     from reparam.core.memory import lacks_memory, memory_sentence
 
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        name = error.filename
+        return f"{name if len(name) < LONGEST else name[:LONGEST] + '...'}: {error.strerror}"
     return memory_sentence(error) if lacks_memory(error) else str(error)

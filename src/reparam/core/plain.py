@@ -123,7 +123,9 @@ def _fits(value: Any, kind: Any, hint: Any) -> bool:
 def _field_problems(value: dict[str, Any], cls: type, key: str) -> list[str]:
     hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems = [f"{key}.{k}".lstrip(".") + f": unknown key{nearest(k, fields)}" for k in value if k not in fields]
+    problems = [
+        f"{key}.{k or repr(k)}".lstrip(".") + f": unknown key{nearest(k, fields)}" for k in value if k not in fields
+    ]
     for name, field in fields.items():
         path = f"{key}.{name}".lstrip(".")
         if name in value:

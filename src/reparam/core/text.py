@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
 _KEPT = "\n\t"
 # Besides the control characters, these change the order in which a terminal or an editor shows what follows.
 _BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -27,6 +28,20 @@ def sized(size: float) -> str:
             return f"{size:.4g} {name}"
         size /= 1024
     return f"{size:,.1f} GiB"
+
+
+def not_utf8(error: UnicodeDecodeError, offset: int = 0) -> str:
+    """What is wrong with bytes that are not UTF-8; they begin at this offset of their file.
+
+    >>> try:
+    ...     b"caf\\xe9".decode()
+    ... except UnicodeDecodeError as error:
+    ...     not_utf8(error)
+    'byte 0xe9 at offset 3 is not UTF-8'
+    """
+    if offset == 0 and error.object.startswith(UTF_16):
+        return "the file is UTF-16; save it as UTF-8"
+    return f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start:,} is not UTF-8"
 
 
 def visible(text: str) -> str:

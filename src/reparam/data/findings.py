@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from reparam.core.surface import can_set
 from reparam.core.text import counted
 from reparam.data.row import Row
 from reparam.errors import SHOWN, DataError
@@ -101,10 +102,10 @@ class Findings:
             raise DataError(problems)
 
     def _lengths(self) -> list[str]:
+        drop = ", and --data.too_long drop leaves them out" if can_set("--data.too_long") else ""
         return [
             f"max_length={self._max_length} {what} {counted(count, 'row')}: {', '.join(names)}"
-            f"{', ...' if count > SHOWN else ''}; max_length={longest} keeps all of them, and --data.too_long drop "
-            f"leaves them out"
+            f"{', ...' if count > SHOWN else ''}; max_length={longest} keeps all of them{drop}"
             for what, (count, longest, names) in self._too_long.items()
         ]
 

@@ -56,6 +56,7 @@ class Packed(Dataset[dict[str, Tensor]]):
     """The examples of a dataset in packs of up to `size` tokens. They are the same for the same examples and size.
 
     Item k is a dictionary of input_ids, labels and position_ids, all [T] int64, and row, the indices of its examples.
+    If the examples have tasks, it also has task [T] int64, for each token that of its example.
     """
 
     def __init__(self, examples: Encoded, size: int) -> None:
@@ -67,12 +68,15 @@ class Packed(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         parts = [self.examples[i] for i in self.packs[index]]
-        return {
+        pack = {
             "input_ids": torch.cat([part["input_ids"] for part in parts]),
             "labels": torch.cat([part["labels"] for part in parts]),
             "position_ids": torch.cat([torch.arange(len(part["input_ids"])) for part in parts]),
             "row": torch.stack([part["row"] for part in parts]),
         }
+        if self.examples.tasks is not None:
+            pack["task"] = torch.cat([part["task"].expand(len(part["input_ids"])) for part in parts])
+        return pack
 
     def __str__(self) -> str:
         tokens = int(self.examples.lengths.sum())
@@ -86,10 +90,10 @@ class Packed(Dataset[dict[str, Tensor]]):
 class PackedCollator:
     """Makes a batch of packs.
 
-    A batch has input_ids, labels (-100 at padding) and position_ids (0 at padding), all [B, T] int64, and row, the
-    indices of all examples, int64. It has no attention mask: models of transformers derive the examples from the
-    position ids, which only works without a mask and a cache, so use_cache is False. A token of padding sees itself
-    alone.
+    A batch has input_ids, labels (-100 at padding) and position_ids (0 at padding), all [B, T] int64, task [B, T] if
+    the packs have one, and row, the indices of all examples, int64. It has no attention mask: models of transformers
+    derive the examples from the position ids, which only works without a mask and a cache, so use_cache is False. A
+    token of padding sees itself alone.
 
     With `flat`, the packs are end to end in one row, [1, T]: FlashAttention computes such sequences of several lengths.
     """
@@ -104,10 +108,11 @@ class PackedCollator:
             values = [pack[key] for pack in packs]
             return torch.cat(values)[None] if self.flat else pad_sequence(values, True, padding)
 
-        return {
+        batch = {
             "input_ids": joined("input_ids", self.pad_id),
             "labels": joined("labels", IGNORED),
             "position_ids": joined("position_ids", 0),
             "row": torch.cat([pack["row"] for pack in packs]),
             "use_cache": False,
         }
+        return {**batch, "task": joined("task", 0)} if "task" in packs[0] else batch

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reparam.core.text import counted
 from reparam.data.files import objects
@@ -99,13 +100,17 @@ class Reading:
         more = ", ..." if self._bad_count > THREE else ""
         return (f"{counted(self._bad_count, 'row')} {BAD}: {', '.join(self._bad)}{more}",)
 
+    def row_of(self, value: Mapping[str, Any], place: str) -> Row:
+        """The row that the object at a place ("file:line") holds. Raises DataError if it holds none."""
+        return read_row(value, place, self._columns)
+
     def _rows(self, source: str | Path) -> Iterator[Row]:
         """The rows of one source. Records the problems of others."""
         for place, value in objects(source, streaming=self._streaming):
             try:
                 if isinstance(value, DataError):
                     raise value
-                row = read_row(value, place, self._columns)
+                row = self.row_of(value, place)
             except DataError as error:
                 self._take(error, place)
             else:

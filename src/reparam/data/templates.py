@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from reparam.core.checks import nearest
 from reparam.core.strict_json import loads
+from reparam.core.text import not_utf8
 from reparam.data.chat import ChatTemplate
 from reparam.errors import DataError
 
@@ -168,6 +169,8 @@ def _read(path: Path) -> str:
             text = loads(text).get("chat_template")
     except FileNotFoundError:
         raise DataError([f"{path}: no such file of a chat template"]) from None
+    except UnicodeDecodeError as error:
+        raise DataError([f"{path}: no chat template can be read from it: {not_utf8(error)}"]) from None
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise DataError([f"{path}: no chat template can be read from it: {error}"]) from None
     if not isinstance(text, str) or not text.strip():

@@ -71,19 +71,28 @@ def evaluate(
     size, tasks = vocabulary(model), tasks_of(model)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
     if loaded is None:
-        return Evaluation(scores(model, tokenizer, rows, encoded, batch=batch)[0], None, ())
+        return Evaluation(scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)[0], None, ())
     select(model, None)
-    before, plain = scores(model, tokenizer, rows, encoded, batch=batch)
+    before, plain = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
     select(model, loaded.name)
-    after, adapted = scores(model, tokenizer, rows, encoded, batch=batch)
+    after, adapted = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
     return Evaluation(before, after, tuple(zip(plain, adapted, strict=True)))
 
 
 def scores(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], encoded: Encoded, *, batch: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    encoded: Encoded,
+    *,
+    batch: int,
+    longest: int,
 ) -> tuple[tuple[Score, ...], list[Answer]]:
-    """Score the model with the selected adapter. Returns scores and answers. `encoded` holds the same rows, encoded."""
-    answers = answer(model, tokenizer, rows)
+    """Score the model with the selected adapter. Returns scores and answers, of at most `longest` tokens.
+
+    `encoded` holds the same rows, encoded.
+    """
+    answers = answer(model, tokenizer, rows, longest=longest)
     found = [score_loss(model, encoded, tokenizer, batch=batch)] + ([score_answers(answers)] if answers else [])
     return tuple(found), answers
 
@@ -100,7 +109,7 @@ def shrunk(
     assert loaded is not None
     rows = list(frame_of(tokenizer, loaded).rows(rows))
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocabulary(model), tasks=tasks_of(model))
-    before, _ = scores(model, tokenizer, rows, encoded, batch=batch)
+    before, _ = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
     place(model, small, Path("the smaller adapter"), name="smaller")
-    after, _ = scores(model, tokenizer, rows, encoded, batch=batch)
+    after, _ = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
     return before, after

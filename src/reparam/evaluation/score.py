@@ -133,11 +133,13 @@ def answer(
     *,
     batch: int = 32,
     max_new_tokens: int | None = None,
+    longest: int | None = None,
 ) -> list[Answer]:
     """Generate greedy answers to completions and to the last turn of chats.
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
-    prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8.
+    prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8, or
+    `longest` if that is less: a longer answer counts as wrong, and takes no more time.
     Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
     tokens.
     """
@@ -155,6 +157,7 @@ def answer(
     tasks = task_numbers(asked, names) if names else None
     if max_new_tokens is None:
         max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
+        max_new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest)
     given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
     return [
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)

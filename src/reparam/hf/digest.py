@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from reparam.sites.expert import Expert
+
 KEY = "reparam_digest"
 
 
@@ -38,8 +40,9 @@ def digests_of(state: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, s
     for key, tensor in state.items():
         path, found, rest = key.rpartition(".weight.")
         path, name = (path, f"weight.{rest}") if found else (key.removesuffix(".weight"), "weight")
-        if path in parts and key == f"{path}.{name}":
-            parts[path][name] = tensor
+        site = path.removesuffix(f".{Expert.packed_at[:-1]}")
+        if site in parts and key == f"{path}.{name}":
+            parts[site][name] = tensor
     return {path: digest_of(held) for path, held in parts.items()}
 
 

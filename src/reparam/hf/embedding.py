@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from reparam.data.unseen import untrained
-from reparam.hf.folder import check_path
+from reparam.hf.folder import check_path, is_gguf
+from reparam.hf.gguf import converted, tokenizer_folder_of
 from reparam.hf.sound import check_config, from_files
 from reparam.io.staged import inside
 
@@ -39,9 +40,13 @@ def sizes_of(path: str, *, revision: str | None = None) -> Sizes:
 
     Raises BaseError if there is none.
     """
-    check_path(path)
     with from_files(path, "causal language model"):
-        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        path = tokenizer_folder_of(path, revision=revision)  # has the configuration
+    cached = check_path(path)
+    with from_files(path, "causal language model"):
+        config = AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False, local_files_only=cached
+        )
         check_config(config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -59,6 +64,11 @@ def untrained_tokens(path: str, sizes: Sizes, known: int, *, revision: str | Non
     `known` is the size of the tokenizer's vocabulary. Returns None if this cannot be told: the weights are not on this
     machine yet, or hold the embedding under another name or quantized. Raises BaseError if a file is damaged.
     """
+    if is_gguf(path):
+        place = converted(path)
+        if place is None:
+            return None
+        path = place
     with from_files(path, "embedding"), _embedding(path, sizes, revision or "main") as matrix:
         if matrix is None:
             return None

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+
 from reparam.core.checks import nearest
 from reparam.core.strict_json import loads
+from reparam.data.files.reach import unreachable
 from reparam.errors import BaseError, DuplicateKey
 
 SETTINGS = ("config.json", "generation_config.json")
 VOCABULARIES = ("tokenizer.json", "vocab.json")
+ADAPTERS = ("adapter.json", "adapter_config.json")
 LARGEST_JSON = 64 << 20
 LARGEST = 512 << 20  # of vocabularies and of other files beside the weights
 BESIDE = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 
 
-def check_path(path: str) -> None:
+def is_gguf(path: str) -> bool:
+    """Whether this path names a GGUF file."""
+    return path.lower().endswith(".gguf") and not Path(path).is_dir()
+
+
+def check_path(path: str) -> bool:
     """Raise BaseError for a path that is no model: not a folder, no config.json, or files that nobody should read.
 
     These are files that are not regular (a pipe would never end), files beside the weights of a size that no model has,
-    and settings that hold a key twice. A hub id passes.
+    and settings that hold a key twice. A hub id passes if the hub can be asked, or if the model is in its cache.
+    Returns whether the files can come only from the cache, because the hub cannot be asked.
     """
     if not path:
         raise BaseError("no base model was given: set base.path to a folder or a hub id")
@@ -29,11 +41,22 @@ def check_path(path: str) -> None:
             raise BaseError(f"{path}: is not a model folder, because it has no config.json{_adapter_hint(local)}")
         for entry in sorted(local.iterdir()):
             _check_entry(path, entry)
-    elif local.exists():
-        raise BaseError(f"{path}: is a file; give the model's folder or a hub id")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return False
+    if local.exists():
+        raise BaseError(f"{path}: is a file; give the model's folder, a GGUF file or a hub id")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         near = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
         raise BaseError(f"{path}: no such folder{nearest(local.name, near)}")
+    if not (why := unreachable()):
+        return False
+    try:
+        folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model"))
+        validate_repo_id(path)
+    except ValueError as error:
+        raise BaseError(f"{path}: no such folder, and no name of a model on the hub: {error}") from None
+    if not folder.is_dir():
+        raise BaseError(f"{path}: no such folder, and no model of this name is in the hub's cache ({why})")
+    return True
 
 
 def _check_entry(path: str, entry: Path) -> None:
@@ -57,7 +80,9 @@ def _check_entry(path: str, entry: Path) -> None:
 
 
 def _adapter_hint(folder: Path) -> str:
-    held = [name for name in ("adapter.json", "adapter_config.json") if (folder / name).exists()]
+    held = [name for name in ADAPTERS if (folder / name).exists()]
+    if any((folder / "adapter" / name).exists() for name in ADAPTERS):
+        return " (it is a training run: pass it as the adapter, and its base model as the base)"
     return (
         f" ({held[0]} shows that it is an adapter: pass it as the adapter, and its base model as the base)"
         if held

@@ -30,11 +30,14 @@ from reparam.hf.config import (
 )
 from reparam.hf.digest import order_metadata
 from reparam.hf.folder import check_path
+from reparam.hf.gguf import folder_of, tokenizer_folder_of
 from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
 from reparam.weights.layouts import QUANTIZED
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load_base(
@@ -45,24 +48,31 @@ def load_base(
     storage: Storage | None = None,
     targets: targets_.Targets = "all-linear",
 ) -> nn.Module:
-    """Load a causal language model from a local folder or the hub, in eval mode.
+    """Load a causal language model from a local folder, a GGUF file or the hub, in eval mode.
 
-    `dtype` is "auto" (as in the files) or the name of a torch dtype. With a `storage`, the matrices that `targets`
+    `dtype` is "auto" (as in the files) or one of `DTYPES`. With a `storage`, the matrices that `targets`
     selects are quantized while they are read; the result equals that of `reparam.quantize` after loading. A model that
-    is already quantized, by `save_model` or in NF4 by bitsandbytes, is read as it is; bitsandbytes is not needed.
+    is already quantized, by `save_model` or in NF4 by bitsandbytes, is read as it is; bitsandbytes is not needed. The
+    weights of a GGUF file are dequantized (`reparam.hf.gguf`).
 
     Weights are read from safetensors only, and code in the repository is never run. Raises BaseError if the folder does
     not exist or holds no causal language model, if its files are damaged, lack a parameter of the model or hold NaN or
     infinity, if the model is already quantized in another way than `storage` and `targets` ask for, and if the hub
-    cannot be reached.
+    cannot be reached; ValueError for another `dtype`.
     """
-    check_path(path)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     disable_progress_bar()
-    place = os.path.abspath(path) if os.path.isdir(path) else path  # an adapter's files name the base by this
+    with from_files(path, "causal language model"):
+        folder = folder_of(path, dtype=dtype, revision=revision)
+    cached = check_path(folder)
+    place = os.path.abspath(folder) if os.path.isdir(folder) else folder
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     loading = waiting(f"loading {path}")
     with from_files(path, "causal language model"), report_held() as reports, loading, waits_of_transformers():
-        config = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=False, local_files_only=cached
+        )
         check_config(config)
         quantized = _storage_config(config)
         if quantized is not None:
@@ -76,6 +86,7 @@ def load_base(
             revision=revision or "main",
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=cached,
             ignore_mismatched_sizes=True,  # refused below, with their names
             output_loading_info=True,
             **({} if quantizing is None else {"quantization_config": quantizing}),
@@ -85,6 +96,8 @@ def load_base(
         if getattr(model, "hf_quantizer", None) is None:
             check_dense(info, QUANTIZED)
         check_finite(model)
+        if folder != path:  # an adapter's files name the base by this
+            model.config._name_or_path = os.path.abspath(path) if os.path.exists(path) else path
         if quantized is not None and storage is not None:
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
@@ -95,10 +108,14 @@ def load_base(
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model in a local folder or on the hub. Raises BaseError if there is none."""
-    check_path(path)
+    """Load the tokenizer of a model in a local folder, a GGUF file or on the hub. Raises BaseError if there is none."""
     with from_files(path, "tokenizer"):
-        found = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        folder = tokenizer_folder_of(path, revision=revision)
+    cached = check_path(folder)
+    with from_files(path, "tokenizer"):
+        found = AutoTokenizer.from_pretrained(
+            folder, revision=revision or "main", trust_remote_code=False, local_files_only=cached
+        )
         found.decode(found("a b")["input_ids"])  # some values of a wrong type are used first here
     return found
 

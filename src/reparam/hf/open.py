@@ -127,8 +127,8 @@ def base_of(record: Record | None, folder: Path | None) -> str:
 
 
 def check_there(source: str, folder: Path | None) -> None:
-    """Raise FormatError if the base that an adapter names is a folder that does not exist."""
-    if os.path.isabs(source) and not os.path.isdir(source):
+    """Raise FormatError if the base that an adapter names is a folder or a GGUF file that does not exist."""
+    if os.path.isabs(source) and not os.path.exists(source):
         raise FormatError(
             f"{folder}: was trained on the base {source}, which does not exist; pass its folder or hub id with --base"
         )

@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from reparam.adapter.selection import select, state_of
+from reparam.adapter.selection import select
 from reparam.data.packing import PackedCollator
 from reparam.hf.prompts import is_prompted
 from reparam.sites.wrapped import bare
@@ -37,8 +37,6 @@ def unpackable_reason(model: nn.Module) -> str | None:
     if is_prompted(model):
         return "virtual tokens stand before a whole row, not before each of its examples"
     adapted = hasattr(inner, "reparam_state")
-    if adapted and any(adapter.method.takes_context for adapter in state_of(model).adapters.values()):
-        return "the gates of a mixture read whole rows, their prompts and tasks"
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         return f"{type(inner).__name__} takes no position_ids, which tell the examples apart"
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]

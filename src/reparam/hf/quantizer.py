@@ -29,8 +29,11 @@ from reparam.hf.config import METHOD, Int8Config, NF4Config, StorageConfig, conf
 from reparam.hf.digest import KEY, digest_of, digest_of_all, digests_of, told_digests
 from reparam.io.mapped import Mapped
 from reparam.sites import targets as targets_
+from reparam.sites.expert import Expert
+from reparam.sites.experts import Opened, make_room, open_experts, settle, stacked
 from reparam.sites.module import is_conv1d
 from reparam.sites.walk import storages_in
+from reparam.weights.dense import as_matrix
 from reparam.weights.layouts import keys_in_files, layout_of
 
 __all__ = ["Int8Config", "NF4Config", "Quantizer"]
@@ -47,6 +50,8 @@ class Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.paths: frozenset[str] = frozenset()
         """Paths of the modules to quantize or, for quantized files, of those that `config.json` lists as quantized."""
+        self.stacks: dict[str, tuple[str, ...]] = {}
+        """The parameters in which experts to quantize are stacked, with the paths of the experts."""
         self.sites: dict[str, QuantizedSite] = {}
         self.problems: list[str] = []
         self.missing: set[str] = set()
@@ -90,8 +95,8 @@ class Quantizer(HfQuantizer):
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this tensor is the weight of a module to quantize."""
-        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.paths
+        """Whether this tensor is the weight of a module to quantize, or holds those of several experts."""
+        return param_name.removesuffix(".weight") in self.paths or param_name in self.stacks
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that quantizes a tensor that was read."""
@@ -114,7 +119,10 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         wanted = self.quantization_config.targets
-        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted else frozenset()
+        self.paths = frozenset(targets_.resolve(model, wanted)) if wanted or not self.pre_quantized else frozenset()
+        self.stacks = stacked(model, self.paths)
+        if self.pre_quantized:
+            make_room(model, self.stacks)
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
             shared = sorted(path for path in self.paths if f"{path}.weight" in tied)
@@ -156,12 +164,14 @@ class Quantizer(HfQuantizer):
             )
         if self.problems:
             raise FormatError(listed(self.problems))
+        for module in list(model.modules()):
+            settle(module)
         for path in rest:  # those that transformers' own conversions renamed
             matrix = model.get_submodule(path).weight.detach()
             self.quantize(model, path, matrix)
         for path in self.sites:
             module = model.get_submodule(path)
-            if module.bias is not None:
+            if module.bias is not None and module.origin:
                 if f"{path}.bias" in self.missing:  # transformers reports it as missing and does not initialize it
                     nn.init.zeros_(module.bias)
                 module.origin[0].bias = module.bias  # the original module, which `restore` puts back
@@ -187,6 +197,23 @@ class Quantizer(HfQuantizer):
         except ValueError as error:
             raise ValueError(f"{path}.weight: {error}") from error
         self.put(model, path, weight, matrix.nbytes)
+
+    def quantize_experts(self, model: Any, key: str, stack: Tensor) -> None:
+        """Quantize the experts in a stack that was read [E, O, I] or [E, I, O]. Raises ValueError as `quantize`."""
+        module = model.get_submodule(key.rpartition(".")[0])
+        own = module.get_parameter(key.rpartition(".")[2])
+        if stack.shape != own.shape:
+            raise ValueError(f"{key} is {list(stack.shape)} in the files, but {list(own.shape)} in the model")
+        if not isinstance(module, Opened):
+            open_experts(module)
+        for path in self.stacks[key]:
+            expert: Expert = model.get_submodule(path)
+            matrix = stack[int(path.split(".")[-2])]
+            try:
+                own = self.quantization_config.storage.quantize(as_matrix(matrix, expert.layout).contiguous())
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            self.put(model, path, own, matrix.nbytes)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes. Updates the quantization config to what is quantized now."""
@@ -218,8 +245,12 @@ class _Quantize(ConversionOps):
         for key in [key for key in input_dict if quantizer.param_needs_quantization(model, key)]:
             found = input_dict.pop(key)
             missing.discard(key)  # otherwise transformers warns and initializes it
+            found = found[0] if isinstance(found, list) else found
             try:
-                quantizer.quantize(model, key.removesuffix(".weight"), found[0] if isinstance(found, list) else found)
+                if key in quantizer.stacks:
+                    quantizer.quantize_experts(model, key, found)
+                else:
+                    quantizer.quantize(model, key.removesuffix(".weight"), found)
             except ValueError as error:  # all problems are raised together after loading
                 quantizer.problems.append(str(error))
             del found
@@ -247,7 +278,7 @@ class _Read(ConversionOps):
         quantizer.missing = kwargs["missing_keys"]
         quantizer.missing.discard(name)
         try:
-            self._put(model, name.removesuffix(".weight"), parts)
+            self._put(model, name.removesuffix(".weight").removesuffix(f".{Expert.packed_at[:-1]}"), parts)
         except ValueError as error:
             quantizer.problems.append(str(error))
         return {}

@@ -13,6 +13,7 @@ from reparam.errors import WriteFailed
 from reparam.io import prompt_format
 from reparam.io.failures import reason
 from reparam.io.files import FORMATS
+from reparam.io.staged import inside as inside_of
 
 OVERWRITE = "--overwrite_output_dir"
 _MODEL = re.compile(
@@ -49,7 +50,7 @@ def check_files(folder: Path, names: Collection[str], *, overwrite: bool) -> Non
     Raises WriteFailed if the files cannot be created.
     """
     _check_not_file(folder)
-    held = [name for name in names if (folder / name).exists()]
+    held = [name for name in names if inside_of(folder, name).exists()]
     if held and not overwrite:
         raise ValueError(
             f"{folder}: holds {', '.join(sorted(held))}; give another folder, or replace these files with {OVERWRITE}"
@@ -77,6 +78,9 @@ def check_continued(folder: Path, names: Collection[str], what: str, *, ours: bo
             f"{folder}: exists, is not empty and does not hold {what}; give a new folder, or pass {OVERWRITE} to write "
             f"beside what is there"
         )
+    for name in held if not fresh else ():
+        if name in names:
+            inside_of(folder, name)
     foreign = [name for name in held if name in names and not ours]
     if foreign:
         raise ValueError(

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from reparam.errors import WriteFailed
 from reparam.io.failures import ended_by_sigterm, explained
 
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.reparam-(?P<kind>new|old)-(?P<token>[0-9a-f]{12})$")
@@ -150,6 +151,22 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     if path == root or not path.is_relative_to(root):
         raise ValueError(f"{folder}: the file name {name!r} leads out of the folder, so it is not followed")
     return path
+
+
+def locks(file: Path) -> int:
+    """Open a file to lock it, created if absent; the handle, to read and write it.
+
+    Raises WriteFailed for anything but a regular file of one name: what is written must not go through a link.
+    """
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise WriteFailed(f"{file}: cannot be opened to lock it: {error.strerror}; delete it") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise WriteFailed(f"{file}: is a link or not a regular file; delete it")
+    return handle
 
 
 def digest(path: str | os.PathLike[str]) -> str:

@@ -74,6 +74,42 @@ def bank_update_(
         torch.ops.reparam.bank_update_.default(y, x, slots, A, B_t, spans, most, gain)
 
 
+def packed_update_(
+    y: Tensor,  # [N, O]
+    x: Tensor,  # [N, I]
+    begins: Tensor,  # [R + 1] int64
+    slots: Tensor,  # [R] int64, -1 for no adapter
+    A: Tensor,
+    B_t: Tensor,
+    spans: Tensor,
+    most: int,
+    gain: Tensor,
+) -> bool:
+    """Like `bank_update_`, for rows of any lengths that are end to end: row r has tokens begins[r] to begins[r + 1].
+
+    False, with `y` unchanged, unless the compiled kernel can compute it: contiguous float32 on a CPU, without autograd.
+    The shapes must match; they are not checked. Raises ValueError for invalid slots and spans.
+    """
+    single = torch.float32
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not y.dtype is x.dtype is A.dtype is gain.dtype is single
+        or type(y) is not Tensor
+        or y.device.type != "cpu"
+        or not (y.is_contiguous() and x.is_contiguous())
+    ):
+        return False
+    kernel = _compiled_packed()
+    if kernel is None:
+        return False
+    if not kernel(y, x, begins, slots, A, B_t, spans, most, gain):
+        _check_spans(slots, A, B_t, spans, most, gain)
+    if not y.is_inference():
+        torch.autograd.graph.increment_version(y)  # autograd does not see the kernel's write
+    return True
+
+
 def backend() -> str:
     """The backend for float32 on a CPU: "numba", or "torch" if numba cannot be imported. Loads the kernel."""
     return "torch" if _compiled() is None else "numba"
@@ -167,6 +203,15 @@ def _compiled() -> Callable[..., bool] | None:
     except (ImportError, OSError):  # OSError: llvmlite is installed, but its shared library is missing
         return None
     return run
+
+
+@functools.cache
+def _compiled_packed() -> Callable[..., bool] | None:
+    if _compiled() is None:
+        return None
+    from reparam.kernels.rows_cpu import run_packed
+
+    return run_packed
 
 
 def _check(y: Tensor, x: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, gain: Tensor | None) -> None:

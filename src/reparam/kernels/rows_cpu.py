@@ -32,12 +32,35 @@ def run(
 ) -> bool:
     """Like `rows.bank_update_`, for contiguous tensors. False, with `y` unchanged, if a slot or span is invalid."""
     rows, tokens, outputs = y.shape
-    inputs = A.shape[1]
-    scale, gains = (0, 0) if gain is None else (gain.data_ptr(), len(gain))
-    at = (y.data_ptr(), x.data_ptr(), slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), spans.data_ptr(), scale)
-    sizes = (rows, tokens, inputs, outputs, len(spans), len(A), len(B_t), gains, most)
+    return _run(y, x, None, slots, (A, B_t, spans, gain), (rows, tokens, outputs), most)
+
+
+def run_packed(
+    y: Tensor, x: Tensor, begins: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor
+) -> bool:
+    """Like `run` for y [N, O] and x [N, I], where row r has the tokens from begins[r] to begins[r + 1]."""
+    tokens, outputs = y.shape
+    rows = slots.shape[0]
+    return _run(y, x, begins, slots, (A, B_t, spans, gain), (rows, -(-tokens // max(rows, 1)), outputs), most)
+
+
+def _run(
+    y: Tensor,
+    x: Tensor,
+    begins: Tensor | None,
+    slots: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    shape: tuple[int, int, int],
+    most: int,
+) -> bool:
+    (A, B_t, spans, gain), (rows, tokens, outputs) = tables, shape
+    downs, inputs = A.shape
+    scale, gains = (0, 0) if gain is None else (gain.data_ptr(), gain.shape[0])
+    starts = 0 if begins is None else begins.data_ptr()
+    at = (y.data_ptr(), x.data_ptr(), starts, slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), spans.data_ptr(), scale)
+    sizes = (rows, tokens, inputs, outputs, spans.shape[0], downs, B_t.shape[0], gains, most)
     worth = rows * tokens * most * (inputs + outputs) // _GRAIN
-    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, slots, A, B_t, spans, gain))
+    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, begins, slots, tables))
 
 
 @numba.njit(fastmath=_MATHS)
@@ -148,41 +171,52 @@ def _by_slot(slots: _Integers, spans: _Integers, downs: int, ups: int, gains: in
 
 
 def _walk(
-    y_at: int, x_at: int, slots_at: int, A_at: int, B_at: int, spans_at: int, gain_at: int,
+    y_at: int, x_at: int, begins_at: int, slots_at: int, A_at: int, B_at: int, spans_at: int, gain_at: int,
     rows: int, tokens: int, inputs: int, outputs: int, count: int, downs: int, ups: int, gains: int, most: int,
     share: int, shares: int,
 ) -> bool:  # fmt: skip
-    """One of `shares` equal shares of the update. Addresses and sizes are those in `run`; `gain_at` 0 means no gain."""
+    """One of `shares` equal shares of the update. Addresses and sizes are those in `run`; `gain_at` 0 means no gain.
+
+    `begins_at` 0 means that each row has `tokens` tokens.
+    """
     slots = numba.carray(pointer(slots_at), (rows,), np.int64)
     spans = numba.carray(pointer(spans_at), (count, 4), np.int64)
     good, order = _by_slot(slots, spans, downs, ups, gains, most)
     if not good:
         return False
-    y = numba.carray(pointer(y_at), (rows, tokens, outputs), np.float32)
-    x = numba.carray(pointer(x_at), (rows, tokens, inputs), np.float32)
+    begins = numba.carray(pointer(begins_at), (rows + 1,), np.int64)
+    total = begins[rows] if begins_at else rows * tokens
+    y = numba.carray(pointer(y_at), (total, outputs), np.float32)
+    x = numba.carray(pointer(x_at), (total, inputs), np.float32)
     downward = numba.carray(pointer(A_at), (downs, inputs), np.float32)
     upward = numba.carray(pointer(B_at), (ups, outputs), np.float32)
     gain = numba.carray(pointer(gain_at), (gains, outputs), np.float32)
     h = np.empty((4, max(4, most)), np.float32)
-    blocks = (tokens + _UNIT - 1) // _UNIT
-    units = len(order) * blocks
-    for unit in range(units * share // shares, units * (share + 1) // shares):
-        row = order[unit // blocks]
+    units = 0
+    for row in order:
+        length = begins[row + 1] - begins[row] if begins_at else tokens
+        units += (length + _UNIT - 1) // _UNIT
+    unit = 0
+    for row in order:
         s = slots[row]
         rank, scale = spans[s, 2], spans[s, 3]
         A, B_t = downward[spans[s, 0] :], upward[spans[s, 1] :]
-        t = unit % blocks * _UNIT
-        stop = min(t + _UNIT, tokens)
-        if gain_at and scale >= 0:
-            for k in range(t, stop):
-                y[row, k] *= gain[scale]
-        while t + 4 <= stop:
-            _four_tokens(y[row, t : t + 4], x[row, t : t + 4], A, B_t, rank, h)
-            t += 4
-        while t < stop:
-            _down_one(x[row, t], A, rank, h[0])
-            _up_one(y[row, t], B_t, rank, h[0])
-            t += 1
+        start = begins[row] if begins_at else row * tokens
+        end = begins[row + 1] if begins_at else start + tokens
+        for t in range(start, end, _UNIT):
+            if units * share // shares <= unit < units * (share + 1) // shares:
+                stop = min(t + _UNIT, end)
+                if gain_at and scale >= 0:
+                    for k in range(t, stop):
+                        y[k] *= gain[scale]
+                while t + 4 <= stop:
+                    _four_tokens(y[t : t + 4], x[t : t + 4], A, B_t, rank, h)
+                    t += 4
+                while t < stop:
+                    _down_one(x[t], A, rank, h[0])
+                    _up_one(y[t], B_t, rank, h[0])
+                    t += 1
+            unit += 1
     return True
 
 

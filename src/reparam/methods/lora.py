@@ -210,6 +210,11 @@ class LoRAUpdate(Update):
         """A xᵀ [R, N], unchanged; a subclass can weight each component here, between the two factors."""
         return h_t
 
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s, unless dropout acts or a subclass computes something else."""
+        plain = type(self).forward is LoRAUpdate.forward and type(self).weighed is LoRAUpdate.weighed
+        return (self.A, self.B, self.scale) if plain and not (self.dropout and self.training) else None
+
     def factors(self, weight: Weight) -> Factors:
         """The factors A [R, I] and s · B [O, R]."""
         return Factors(self.A, self.scale * self.B)

@@ -35,7 +35,7 @@ from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base
 from reparam.io.native import read_json
 from reparam.io.outputs import check_continued, clear
-from reparam.io.staged import write_file
+from reparam.io.staged import inside, write_file
 from reparam.recipes.subspace import Curve, Point, lora_rank, search_dimension
 from reparam.recipes.subspace_plot import plot
 from reparam.sites import targets
@@ -214,8 +214,8 @@ class Runs:
         optim = dataclasses.replace(config.optim, learning_rate=rate)
         made = dataclasses.replace(config, method=method, run=run, data=data, optim=optim)
         own = hashlib.sha256(f"{dump(made)}\0{self.metric}\0{self.stamp}".encode()).hexdigest()[:8]
-        folder = Path(config.run.output) / RESULTS[0] / f"{kind}-{rate:g}-{number}-{own}"
-        file = folder / "result.json"
+        folder = inside(Path(config.run.output) / RESULTS[0], f"{kind}-{rate:g}-{number}-{own}")
+        file = inside(folder, "result.json")
         if file.exists():
             found = read_json(file)
         else:

@@ -13,6 +13,9 @@ from reparam.errors import Refused
 from reparam.serve.sampling import Choice
 
 MOST_SEED = 2**63 - 1
+MOST_LOGPROBS = 20
+MOST_STOPS = 64
+LONGEST_STOP = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Bounds:
     """The positions that the model knows; None if its configuration does not state them."""
     cache: int
     """The tokens, of prompt and answer together, for which the engine's cache has room."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return self.cache if self.context is None else min(self.cache, self.context)
 
 
 def check_prompt(ids: Sequence[int], most: int, bounds: Bounds) -> None:
@@ -61,12 +69,47 @@ def check_choice(choice: Choice) -> None:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED):
         raise Refused(f"seed={seed!r}: expected a whole number from 0 to {MOST_SEED}")
 
+    logprobs = choice.logprobs
+    if logprobs is not None and (isinstance(logprobs, bool) or not isinstance(logprobs, int) or logprobs < 0):
+        raise Refused(f"logprobs={logprobs!r}: expected a whole number from 0 to {MOST_LOGPROBS}, or None for none")
+    if logprobs is not None and logprobs > MOST_LOGPROBS:
+        raise Refused(f"logprobs={logprobs}: expected at most {MOST_LOGPROBS} tokens")
+
 
 def check_stops(stops: Sequence[int] | None) -> None:
     """Raise Refused unless these are ids of tokens, or None."""
     for token in stops or ():
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise Refused(f"stop_tokens holds {token!r}: expected ids of tokens, whole numbers from 0")
+
+
+def check_texts(stops: Sequence[str], salt: str, has_tokenizer: bool) -> None:
+    """Raise Refused unless an answer can be stopped at these texts, and its cached keys have this salt."""
+    if isinstance(stops, str):
+        raise Refused(f"stop={stops!r}: expected a list of texts, such as [{stops!r}]")
+    if len(stops) > MOST_STOPS:
+        raise Refused(f"stop has {len(stops)} texts; expected at most {MOST_STOPS}")
+    for place, stop in enumerate(stops):
+        if not isinstance(stop, str) or not 1 <= len(stop) <= LONGEST_STOP:
+            raise Refused(f"stop[{place}] is {_short(stop)}: expected a text of 1 to {LONGEST_STOP:,} characters")
+    if stops and not has_tokenizer:
+        raise Refused("stop has texts, but the engine has no tokenizer; give stop_tokens, or pass a tokenizer")
+    if not isinstance(salt, str):
+        raise Refused(f"salt={_short(salt)}: expected a text")
+    check_text("salt", salt)
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise Refused unless a text can be written in UTF-8; JSON can hold half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"{what} holds half of a character (a lone surrogate) at place {error.start}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def _is_number(value: object) -> bool:

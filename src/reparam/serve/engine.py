@@ -9,10 +9,9 @@ From asyncio: `async for token in engine.generate("def area(", adapter="signatur
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import queue
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -22,58 +21,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reparam.errors import Refused, ReparamError, Unavailable
-from reparam.hf.stops import stop_tokens, until_stop
+from reparam.hf.stops import stop_tokens
 from reparam.serve import stock
-from reparam.serve.admission import Bounds, check_choice, check_prompt, check_stops
+from reparam.serve.admission import Bounds, check_choice, check_prompt, check_stops, check_text, check_texts
 from reparam.serve.banks import Banks
+from reparam.serve.counts import Metrics
 from reparam.serve.limits import Limits
 from reparam.serve.loop import Loop
 from reparam.serve.proof import Prover
-from reparam.serve.sampling import Choice
+from reparam.serve.request import Answer, Request, Token
 from reparam.serve.store import Resident, Store
-from reparam.serve.text import Decoder
+from reparam.serve.stream import Stream
+from reparam.serve.text import Writer
 from reparam.serve.tickets import End, Ticket
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt, the adapter that answers it, and how its tokens are chosen."""
-
-    prompt: str | Sequence[int]
-    """Text, which the tokenizer encodes, or ids of tokens."""
-    adapter: str | None = None
-    """The name of an adapter; None for the base model."""
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the most likely token each time; above it, tokens are drawn."""
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    """With a seed, the same request gets the same tokens again."""
-    stop_tokens: Sequence[int] | None = None
-    """Ids that end the answer; None for those of the model and its tokenizer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A token of an answer."""
-
-    id: int
-    text: str
-    """What it adds to the text; empty for a stop token, and while a character is not complete."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
-
-    ids: list[int]
-    """All new tokens, with the stop token if one ended the answer."""
-    text: str
-    """Their text, without the stop token; empty without a tokenizer."""
-    end: Literal["stop", "length"]
-    digest: str | None
-    """The digest of the adapter that answered; None for the base."""
 
 
 class Engine:
@@ -125,9 +85,49 @@ class Engine:
         return self._store.names()
 
     @property
-    def state(self) -> Literal["running", "restarting", "closed"]:
-        """Whether requests are taken, or the engine starts again after a fault, or is closed."""
-        return self._loop.state
+    def state(self) -> Literal["running", "restarting", "draining", "closed"]:
+        """Whether requests are taken, or the engine starts again after a fault, or takes none, or is closed."""
+        state = self._loop.state
+        return "draining" if self._loop.draining and state != "closed" else state
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.state == "running"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the prompt and the answer of one request can have together."""
+        return self._bounds.longest
+
+    def digests(self) -> Mapping[str, str]:
+        """The digests of the adapters that have been used, by name."""
+        return self._store.digests()
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of an adapter. Raises UnknownAdapter if no adapter has this name."""
+        return self._store.folder(name)
+
+    async def look(self, name: str) -> Resident:
+        """What the engine knows of an adapter, which is read if that is needed: its digest, method and prompt format.
+
+        Raises UnknownAdapter if no adapter has this name, and FormatError if it cannot be served.
+        """
+        held = await self._leased(name)
+        assert held is not None
+        self._give_back(held)
+        return held
+
+    def metrics(self) -> Metrics:
+        """What the engine has counted so far."""
+        loop, store = self._loop, self._store
+        return loop.counters.metrics(
+            ready=self.ready,
+            open_requests=len(loop),
+            waiting=loop.waiting,
+            restarts=loop.restarts,
+            store=(len(store), store.nbytes(), store.loads),
+        )
 
     def load(self, name: str, folder: str | Path) -> str:
         """Read an adapter and let requests use it by this name. Returns its digest.
@@ -171,52 +171,36 @@ class Engine:
             raise
         return [answers[number] for number in range(len(requests))]
 
-    async def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        adapter: str | None = None,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_tokens: Sequence[int] | None = None,
-    ) -> AsyncIterator[Token]:
+    async def generate(self, prompt: str | Sequence[int], **settings: Any) -> AsyncIterator[Token]:
         """The tokens of one answer, as they are computed. Leaving the loop, or cancelling the task, ends the request.
 
-        Raises what `answer` raises.
+        `settings` are further fields of `Request`. Raises what `answer` raises.
         """
-        request = Request(prompt, adapter, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
-        ids = self._checked(request)
-        held = self._acquire(adapter)
-        if isinstance(held, Future):
-            try:
-                held = await asyncio.shield(asyncio.wrap_future(held))
-            except asyncio.CancelledError:
-                self._give_back(held)
-                raise
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[int | str | ReparamError]()
-
-        def send(event: int | str | ReparamError) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        ticket = self._ticket(request, ids, held)
-        ticket.on_token = ticket.on_end = send
-        self._loop.submit(ticket)
-        decoder = Decoder(self.tokenizer)
+        stream = await self.open(Request(prompt, **settings))
         try:
-            while True:
-                event = await events.get()
-                if isinstance(event, ReparamError):
-                    raise event
-                if isinstance(event, str):
-                    return
-                yield Token(event, "" if event in ticket.stops else decoder.add(event))
+            async for token in stream:
+                yield token
         finally:
-            if not ticket.ended:
-                self._loop.cancel(ticket)
+            stream.cancel()
+
+    async def open(self, request: Request) -> Stream:
+        """Begin an answer: its tokens come from the stream that this returns. Call `Stream.cancel` to end it early.
+
+        Raises, before anything is computed, what `answer` raises for a request that cannot be answered.
+        """
+        ids = self._checked(request)
+        held = await self._leased(request.adapter)
+        ticket = self._ticket(request, ids, held)
+        stream = Stream(ticket, functools.partial(self._loop.cancel, ticket))
+        self._loop.submit(ticket)
+        return stream
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Take no further request, and wait until all open ones have ended, at most so many seconds.
+
+        Returns whether all have ended. Close the engine afterwards.
+        """
+        return self._loop.drain(seconds)
 
     def close(self) -> None:
         """End all requests, and give the model back as it was."""
@@ -230,22 +214,33 @@ class Engine:
             raise Unavailable("the engine is closed")
         if request.adapter is not None:
             self._store.check(request.adapter)
-        check_choice(self._choice(request))
+        check_choice(request.choice)
         check_stops(request.stop_tokens)
-        if isinstance(request.prompt, str):
-            if self.tokenizer is None:
-                raise Refused("the prompt is a text, but the engine has no tokenizer; give ids, or pass a tokenizer")
-            ids = list(self.tokenizer(request.prompt)["input_ids"])
-        else:
-            ids = list(request.prompt)
+        check_texts(request.stop, request.salt, self.tokenizer is not None)
+        ids = self._ids(request.prompt)
         check_prompt(ids, request.max_new_tokens, self._bounds)
         return ids
 
-    def _choice(self, request: Request) -> Choice:
-        return Choice(request.temperature, request.top_k, request.top_p, request.seed)
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise Refused("the prompt is a text, but the engine has no tokenizer; give ids, or pass a tokenizer")
+        check_text("the prompt", prompt)
+        return list(self.tokenizer(prompt)["input_ids"])
 
     def _acquire(self, name: str | None) -> Resident | Future[Resident] | None:
         return None if name is None else self._store.acquire(name)
+
+    async def _leased(self, name: str | None) -> Resident | None:
+        held = self._acquire(name)
+        if not isinstance(held, Future):
+            return held
+        try:
+            return await asyncio.shield(asyncio.wrap_future(held))
+        except asyncio.CancelledError:
+            self._give_back(held)
+            raise
 
     def _give_back(self, held: Resident | Future[Resident] | None) -> None:
         """Release a lease that no ticket holds, also one that is still to come."""
@@ -267,9 +262,12 @@ class Engine:
             prompt=tuple(ids),
             most=request.max_new_tokens,
             stops=stops,
-            choice=self._choice(request),
+            choice=request.choice,
+            writer=functools.partial(Writer, self.tokenizer, stops, tuple(request.stop)),
+            name=request.adapter,
             slot=-1 if lease is None else lease.slot,
             digest=None if lease is None else lease.digest,
+            salt=request.salt,
             release=functools.partial(self._give_back, lease),
         )
 
@@ -280,13 +278,7 @@ class Engine:
         number, end = ends.get()
         if isinstance(end, ReparamError):
             raise end
-        answers[number] = self._answer(tickets[number])
-
-    def _answer(self, ticket: Ticket) -> Answer:
-        ids = list(ticket.tokens)
-        decoder = Decoder(self.tokenizer)
-        text = "".join(decoder.add(token) for token in until_stop(ids, ticket.stops))
-        return Answer(ids, text, "stop" if ids[-1] in ticket.stops else "length", ticket.digest)
+        answers[number] = tickets[number].answer()
 
 
 def _put(ends: queue.SimpleQueue[tuple[int, End]], number: int, end: End) -> None:

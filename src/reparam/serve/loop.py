@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from reparam.errors import AnswerFailed, Unavailable
+from reparam.errors import AnswerFailed, Busy, Unavailable
 from reparam.serve import stock
 from reparam.serve.banks import Banks
+from reparam.serve.counts import Counters
 from reparam.serve.limits import Limits
-from reparam.serve.sampling import Draws, Sampling
-from reparam.serve.tickets import Router, Ticket
+from reparam.serve.sampling import Picker, Sampling
+from reparam.serve.tickets import End, Router, Ticket
 
 ATTEMPTS = 3
 """How often a request is computed, if loops die before it has sent a token."""
@@ -38,8 +39,10 @@ class Loop:
         self.banks = banks
         self.limits = limits
         self.state: Literal["running", "restarting", "closed"] = "closed"
+        self.draining = False
+        """Whether no further request is taken."""
         self.restarts = 0
-        self.steps = 0
+        self.counters = Counters()
         self.largest = 0
         """The most tokens that one request can have."""
         self._secret = secrets.token_bytes(16)  # so that nobody can make two prompts whose blocks have one hash
@@ -51,7 +54,12 @@ class Loop:
 
     def __len__(self) -> int:
         """The number of requests that are computed or wait."""
-        return sum(not ticket.ended for ticket in list(self._tickets.values()))
+        return sum(ticket.ended is None for ticket in list(self._tickets.values()))
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that no step has computed yet."""
+        return sum(ticket.ended is None and not ticket.begun for ticket in list(self._tickets.values()))
 
     def start(self) -> None:
         """Make the first loop. Raises ValueError or ReparamError if transformers cannot batch the model."""
@@ -67,8 +75,8 @@ class Loop:
     def submit(self, ticket: Ticket, *, wait: bool = False) -> None:
         """Let a request join the next step.
 
-        Raises Unavailable if the engine is closed, or too many requests are open; and, unless `wait` is True, while the
-        engine starts again after a fault.
+        Raises Busy if too many requests are open, and Unavailable if the engine is closed or about to be; and, unless
+        `wait` is True, while the engine starts again after a fault.
         """
         try:
             while not self._submitted(ticket):
@@ -81,7 +89,7 @@ class Loop:
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request, at once for the one who waits. Its slot is kept until no step computes it."""
-        ticket.end("cancelled")
+        self._end(ticket, "cancelled")
         with self._lock:
             if ticket.id in self._tickets and self._manager is not None:
                 self._manager.cancel_request(ticket.id)
@@ -105,6 +113,17 @@ class Loop:
                 yield
                 return
 
+    def drain(self, seconds: float | None) -> bool:
+        """Take no further request, and wait at most so long for the open ones. Returns whether all have ended."""
+        with self._lock:
+            self.draining = True
+        latest = None if seconds is None else time.monotonic() + seconds
+        while len(self) and self.state != "closed":
+            if latest is not None and time.monotonic() >= latest:
+                return False
+            self._wait(POLL)
+        return True
+
     def close(self) -> None:
         """End all requests and the loop."""
         with self._lock:
@@ -114,7 +133,7 @@ class Loop:
             self.state = "closed"
             manager, tickets = self._manager, list(self._tickets.values())
         for ticket in tickets:
-            ticket.end(Unavailable("the engine was closed before the answer was complete"))
+            self._end(ticket, Unavailable("the engine was closed before the answer was complete"))
         if manager is not None:
             manager.stop(block=True, hard_stop=True)
         if self._watchdog is not None and self._watchdog is not threading.current_thread():
@@ -127,8 +146,9 @@ class Loop:
 
     def _begin(self) -> None:
         router = Router(self._delivered)
-        manager = stock.make_manager(self.model, self.limits, Sampling(self._draws_of, self._not_numbers), router)
-        stock.add_salt(manager, lambda request: self._secret + (self._tickets[request].digest or "").encode())
+        manager = stock.make_manager(self.model, self.limits, Sampling(self._picker_of, self._not_numbers), router)
+        stock.add_salt(manager, lambda request: self._secret + self._tickets[request].salt_bytes, self._found)
+        stock.on_step(manager, self.counters.step)
         stock.on_cancelled(manager, self._cancelled)
         self.largest = stock.largest_request(manager)
         self._manager = manager
@@ -139,16 +159,18 @@ class Loop:
 
     def _submitted(self, ticket: Ticket) -> bool:
         with self._lock:
-            if self.state == "closed":
-                raise Unavailable("the engine is closed")
+            if self.state == "closed" or self.draining:
+                why = "is closed" if self.state == "closed" else "is about to stop"
+                raise Unavailable(f"the engine {why}, so it takes no request")
             if len(self) >= self.limits.open_requests:
-                raise Unavailable(
+                raise Busy(
                     f"the engine has {len(self):,} open requests, the most that Limits.open_requests allows; send the "
                     f"request again later"
                 )
             if self.state == "running":
                 self._tickets[ticket.id] = ticket
                 if self._add(ticket):
+                    self.counters.taken(ticket)
                     return True
                 del self._tickets[ticket.id]
             return False
@@ -173,21 +195,32 @@ class Loop:
                 f"engine, or close it first"
             )
         requests = processor.inputs_and_outputs.requests_in_batch
-        slots = [self._tickets[request.state.request_id].slot for request in requests]
+        tickets = [self._tickets[request.state.request_id] for request in requests]
+        slots = [ticket.slot for ticket in tickets]
         lengths = [request.query_length for request in requests]
         heads = None
         if kwargs.get("logits_to_keep") is not None:
             owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
             heads = [owners[token] for token in kwargs["logits_indices"].tolist()]
         self.banks.route(slots, lengths, heads)
-        self.steps += 1
+        for ticket in tickets:
+            ticket.begun = True
+        self.counters.batch = len(tickets)
 
-    def _draws_of(self, request: str) -> Draws | None:
-        return self._tickets[request].draws
+    def _picker_of(self, request: str) -> Picker | None:
+        return self._tickets[request].picker
+
+    def _found(self, request: str, cached: int) -> None:
+        """Note how many tokens of a prompt were in the cache."""
+        ticket = self._tickets[request]
+        if not ticket.tokens:  # afterwards, a request is only searched for if it had to leave the cache itself
+            ticket.cached = cached
 
     def _not_numbers(self, request: str) -> None:
         ticket = self._tickets[request]
-        ticket.end(AnswerFailed("the model's scores of the next token are not numbers; the adapter or the base is bad"))
+        self._end(
+            ticket, AnswerFailed("the model's scores of the next token are not numbers; the adapter or the base is bad")
+        )
         self._manager.cancel_request(request)
 
     def _delivered(self, request: str, tokens: Sequence[int], last: bool, error: str | None) -> None:
@@ -197,11 +230,16 @@ class Loop:
         if error is not None:
             if self._manager.background_thread_status.can_accept_new_requests() is not None:
                 return  # the loop is dying; the watchdog decides
-            ticket.end(AnswerFailed(f"the request failed: {error}"))
-        elif not ticket.ended:
-            ticket.take(tokens)
+            self._end(ticket, AnswerFailed(f"the request failed: {error}"))
+        elif ticket.ended is None:
+            self.counters.tokens(ticket, len(tokens) - len(ticket.tokens))
+            stopped = ticket.take(tokens, last=last)
+            if stopped:
+                self._end(ticket, "stop")
+                if not last:  # a text has stopped it, of which the loop knows nothing
+                    self._manager.cancel_request(request)
         if last:
-            ticket.end("stop" if tokens and tokens[-1] in ticket.stops else "length")
+            self._end(ticket, "length")
             self._forget(ticket)
 
     def _cancelled(self, wanted: set[str], held: set[str]) -> set[str]:
@@ -209,6 +247,10 @@ class Loop:
         for request in held & self._tickets.keys():
             self._forget(self._tickets[request])
         return {request for request in wanted - held if request in self._tickets}
+
+    def _end(self, ticket: Ticket, why: End) -> None:
+        if ticket.end(why):
+            self.counters.ended(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.id, None)
@@ -243,8 +285,8 @@ class Loop:
         self.restarts += 1
         failed = f"the engine failed while it computed this answer ({why}); send the request again"
         for ticket in tickets:
-            if ticket.ended or ticket.tokens or ticket.attempts >= ATTEMPTS:
-                ticket.end(AnswerFailed(failed))
+            if ticket.ended is not None or ticket.tokens or ticket.attempts >= ATTEMPTS:
+                self._end(ticket, AnswerFailed(failed))
                 self._forget(ticket)
         try:
             dead.stop(block=True)
@@ -255,7 +297,7 @@ class Loop:
                 self.state = "closed"
                 self._lock.notify_all()
             for ticket in list(self._tickets.values()):
-                ticket.end(Unavailable(f"the engine failed and could not start again: {error}"))
+                self._end(ticket, Unavailable(f"the engine failed and could not start again: {error}"))
                 self._forget(ticket)
             return
         for ticket in [ticket for ticket in tickets if ticket.id in self._tickets]:

@@ -26,8 +26,10 @@ from reparam.errors import FormatError, InputDependentError
 from reparam.hf import prompts
 from reparam.hf.digest import digest_of
 from reparam.io import files
+from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.serve.banks import Contents
+from reparam.serve.inside import check_no_pickle
 from reparam.sites.layout import Order
 from reparam.sites.routing import SMALL, orders_of
 
@@ -44,6 +46,8 @@ class Proven:
     """SHA-256 of the method, its settings and all tensors, in hexadecimal."""
     method: str
     contents: Contents
+    prompt_format: PromptFormat | None = None
+    """How the adapter was trained to be asked, if its files say so."""
 
 
 class Prover:
@@ -61,6 +65,7 @@ class Prover:
         """
         if prompts.prompting_of(folder) is not None:
             raise _refused(folder, "it adds virtual tokens and changes no weights, so it has no place in a mixed batch")
+        check_no_pickle(folder)
         record = files.read(folder)
         if record.replaced:
             raise _refused(folder, f"it trains whole modules ({listed(list(record.replaced))}), which no matrix holds")
@@ -84,7 +89,7 @@ class Prover:
                 if tensor is not None and not bool(tensor.isfinite().all()):
                     raise FormatError(f"{folder}: its change of {path} is not finite")
         self._probe(adapter, contents, folder)
-        return Proven(_digest(record), record.method.name, contents)
+        return Proven(digest(record), record.method.name, contents, record.prompt_format)
 
     def _probe(self, adapter: Adapter, contents: Contents, folder: Path) -> None:
         ids = self._ids(adapter, contents)
@@ -132,7 +137,8 @@ class Prover:
         return ids.to(embedding.weight.device)
 
 
-def _digest(record: Record) -> str:
+def digest(record: Record) -> str:
+    """SHA-256 of the method, its settings and all tensors of an adapter, in hexadecimal."""
     settings = json.dumps([record.method.name, record.method.settings()], sort_keys=True, default=str)
     return hashlib.sha256(f"{settings}\n{digest_of(record.tensors)}".encode()).hexdigest()
 

@@ -27,10 +27,43 @@ class Choice:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    logprobs: int | None = None
+    """Of how many most likely tokens log probabilities are wanted, besides the chosen one; None for none at all."""
 
-    def draws(self) -> Draws | None:
-        """What draws the tokens; None for a greedy choice."""
-        return None if self.temperature < COLDEST else Draws(self)
+    def picker(self) -> Picker | None:
+        """What picks the tokens; None if the one with the highest score is all that is wanted."""
+        draws = None if self.temperature < COLDEST else Draws(self)
+        return None if draws is None and self.logprobs is None else Picker(draws, self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Natural logarithms of probabilities, in the model's own distribution."""
+
+    logprob: float
+    """That of the chosen token."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens with theirs."""
+
+
+class Picker:
+    """Picks the tokens of one request, and notes their log probabilities if they are wanted."""
+
+    def __init__(self, draws: Draws | None, logprobs: int | None) -> None:
+        self._draws = draws
+        self._logprobs = logprobs
+        self.scored: list[Scored] = []
+        """One for each token, if log probabilities are wanted."""
+
+    def next(self, scores: Tensor) -> int:
+        """Pick a token, given its scores [V]."""
+        token = int(scores.argmax()) if self._draws is None else self._draws.next(scores)
+        if self._logprobs is not None:
+            shares = scores.float().log_softmax(-1)
+            best = shares.topk(min(self._logprobs, len(shares)))
+            top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            self.scored.append(Scored(float(shares[token]), tuple(top)))
+        return token
 
 
 class Draws:
@@ -60,17 +93,17 @@ class Draws:
 
 
 class Sampling(ContinuousBatchingLogitsProcessor):
-    """Gives the drawn token of each request that draws the highest score; transformers then takes the highest.
+    """Gives the picked token of each request that has a picker the highest score; transformers then takes the highest.
 
-    `draws_of` gives what draws the tokens of a request, by its id, or None. `bad` is told of requests whose scores
-    are not numbers.
+    `picker_of` gives what picks the tokens of a request, by its id, or None. `bad` is told of requests whose scores are
+    not numbers.
     """
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (as the base class declares it)
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, draws_of: Callable[[str], Draws | None], bad: Callable[[str], None]) -> None:
-        self._draws_of = draws_of
+    def __init__(self, picker_of: Callable[[str], Picker | None], bad: Callable[[str], None]) -> None:
+        self._picker_of = picker_of
         self._bad = bad
         self._requests: list[str] = []
 
@@ -84,13 +117,14 @@ class Sampling(ContinuousBatchingLogitsProcessor):
         return torch.zeros(len(self._requests), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """scores [R, V] -> the same, with an infinite score for each drawn token. Further rows are not used."""
+        """scores [R, V] -> the same, with an infinite score for each picked token. Further rows are not used."""
         known = scores[: len(self._requests)]
         broken = known.isnan().any(1) | known.isposinf().any(1)
-        for row in broken.nonzero().flatten().tolist():
+        bad = set(broken.nonzero().flatten().tolist())
+        for row in bad:
             self._bad(self._requests[row])
         for row, request in enumerate(self._requests):
-            draws = self._draws_of(request)
-            if draws is not None and not broken[row]:
-                scores[row, draws.next(scores[row])] = torch.inf
+            picker = self._picker_of(request)
+            if picker is not None and row not in bad:
+                scores[row, picker.next(scores[row])] = torch.inf
         return scores

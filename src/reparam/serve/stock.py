@@ -7,6 +7,7 @@ relies on are not a documented interface, so they are checked at start.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ TESTED = ">=5.23,<5.24"
 BEFORE = (
     "add_request cancel_request pause start stop is_running warmup output_router logit_processor.logits_processor "
     "logit_processor.tensors_required logit_processor.supported_keys logit_processor.do_processing _original_attn_impl "
-    "background_thread_status.local_status background_thread_status.can_accept_new_requests"
+    "_generation_loop_body background_thread_status.local_status background_thread_status.can_accept_new_requests"
 )
 AFTER = (
     "batch_processor.cache.search_prefix_match batch_processor.cache.cache_allocators "
@@ -97,15 +98,23 @@ def largest_request(manager: Any) -> int:
     return infer_max_single_request_tokens(manager.batch_processor.cache)
 
 
-def add_salt(manager: Any, salt_of: Callable[[str], bytes]) -> None:
+def add_salt(manager: Any, salt_of: Callable[[str], bytes], found: Callable[[str, int], None]) -> None:
     """Keep the cached keys of different salts apart. `salt_of` gives the salt of a request, by its id.
+
+    `found` is told how many tokens of a request are in the cache.
 
     transformers finds blocks of the cache by a hash of tokens alone, so a request would get the keys that another
     adapter computed for the same tokens.
     """
     cache = manager.batch_processor.cache
     search = cache.search_prefix_match
-    cache.search_prefix_match = lambda request, ids: search(request, salted(ids, salt_of(request)))
+
+    def search_salted(request: str, ids: list[int]) -> int:
+        count: int = search(request, salted(ids, salt_of(request)))
+        found(request, count)
+        return count
+
+    cache.search_prefix_match = search_salted
     for allocator in cache.cache_allocators.values():
         cache_blocks = allocator.mark_complete_blocks
 
@@ -144,6 +153,20 @@ def on_cancelled(manager: Any, told: Callable[[set[str], set[str]], set[str]]) -
         return states
 
     scheduler.clear_cancelled_requests = cleared
+
+
+def on_step(manager: Any, done: Callable[[float], None]) -> None:
+    """Call `done` after each step, with the seconds that it took: scheduling, the model, and sending the tokens."""
+    body = manager._generation_loop_body
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start, number = time.perf_counter(), manager.current_batch
+        go_on = body(*args, **kwargs)
+        if manager.current_batch != number:
+            done(time.perf_counter() - start)
+        return go_on
+
+    manager._generation_loop_body = timed
 
 
 def vocabulary_of(model: nn.Module) -> int:

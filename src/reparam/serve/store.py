@@ -17,7 +17,9 @@ from pathlib import Path
 from reparam.core.checks import listed, nearest
 from reparam.errors import FormatError, Unavailable, UnknownAdapter
 from reparam.io.files import FORMATS, adapter_folder
+from reparam.io.prompt_format import PromptFormat
 from reparam.serve.banks import Banks
+from reparam.serve.inside import check_inside
 from reparam.serve.proof import Prover
 
 PATIENCE = 60.0
@@ -32,6 +34,7 @@ class Resident:
     method: str
     slot: int
     nbytes: int
+    prompt_format: PromptFormat | None = None
     leases: int = 0
     """The requests that use it. Only an adapter without any can lose its slot."""
 
@@ -48,11 +51,19 @@ class Store:
         self._quiet = quiet
         self._lock = threading.Condition()
         self._folders: dict[str, Path] = {}
+        self._roots: set[Path] = set()
+        """Folders of adapters. What is in one of them has no links out of it, whenever it is read."""
         self._named: dict[str, Resident] = {}
         """The adapters of names that have been used. Those that have lost their slot are not among `_residents`."""
         self._residents: dict[str, Resident] = {}
         """By digest, the least recently used first."""
+        self.loads = 0
+        """How often an adapter was put into the banks."""
         self._worker = ThreadPoolExecutor(1, "reparam-serve-store")
+
+    def __len__(self) -> int:
+        """The number of adapters that are ready."""
+        return len(self._residents)
 
     def names(self) -> list[str]:
         """All names."""
@@ -61,6 +72,12 @@ class Store:
     def digests(self) -> Mapping[str, str]:
         """The digest of each name that has been used."""
         return {name: resident.digest for name, resident in list(self._named.items())}
+
+    def folder(self, name: str) -> Path:
+        """The folder of an adapter. Raises UnknownAdapter if no adapter has this name."""
+        with self._lock:
+            self.check(name)
+            return self._folders[name]
 
     def nbytes(self) -> int:
         """The bytes of the adapters that are ready."""
@@ -74,13 +91,12 @@ class Store:
         """
         if not root.is_dir():
             raise FormatError(f"{root}: no such folder of adapters")
-        real = root.resolve()
+        self._roots |= {root, root.resolve()}
         for folder in sorted(root.iterdir()):
             inside = adapter_folder(folder)
             if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
                 continue
-            if not inside.resolve().is_relative_to(real):
-                raise FormatError(f"{folder}: is a link that leads out of {root}; put the adapter itself there")
+            check_inside(folder, root)
             check_name(folder.name)
             self._folders[folder.name] = inside
         if not self._folders:
@@ -157,6 +173,9 @@ class Store:
 
     def _read(self, folder: Path) -> Resident:
         """Read an adapter and give it a slot, unless its contents have one. Returns a lease."""
+        for root in self._roots:
+            if folder.is_relative_to(root):
+                check_inside(folder, root)
         proven = self._prover.prove(folder)
         with self._lock:
             held = self._residents.get(proven.digest)
@@ -169,8 +188,9 @@ class Store:
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         self._banks.write(slot, proven.contents, self._quiet)
         with self._lock:
-            resident = Resident(proven.digest, proven.method, slot, need, leases=1)
+            resident = Resident(proven.digest, proven.method, slot, need, proven.prompt_format, leases=1)
             self._residents[proven.digest] = resident
+            self.loads += 1
         return resident
 
     def _make_room(self, need: int, folder: Path) -> None:

@@ -14,14 +14,14 @@ Shapes: S slots, R rank of a slot, M rows of a table, B rows of the batch, T tok
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
-from reparam.kernels.rows import bank_update_
-from reparam.sites.layout import groups
+from reparam.kernels.rows import bank_update_, packed_update_
+from reparam.sites.layout import Layout, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
 
@@ -53,7 +53,7 @@ class Bank(Update):
         super().__init__()
         self.routing = routing
         self.places = {name: Places() for name in TABLES}
-        self._kept: tuple[tuple[int, ...], InUse] | None = None
+        self._kept: tuple[frozenset[int], InUse] | None = None
         for name in TABLES:
             width = weight.in_features if name == "A" else weight.out_features
             self._hold(name, torch.zeros(0, width, dtype=weight.dtype, device=weight.device))
@@ -128,6 +128,8 @@ class Bank(Update):
         layout = self.routing.layout(self, x.shape)
         use = self._in_use()
         y = weight(x, None if use.scaled else bias).contiguous()
+        if layout.order == "packed" and not use.biased and self._update_packed(use, y, x):
+            return y if bias is None or not use.scaled else y.add_(bias)
         for out, h, slots, numbers in layout.parts(y, x, self.routing.slots, self.routing.slot_list):
             self._update(use, out, h, slots, numbers)
             if use.scaled and bias is not None:
@@ -136,6 +138,22 @@ class Bank(Update):
                 row = torch.where(slots >= 0, self.biased[slots.clamp(min=0)], -1)
                 out += torch.where(row[:, None] >= 0, self.bias[row.clamp(min=0)], 0)[:, None]
         return y
+
+    def _update_packed(self, use: InUse, y: Tensor, x: Tensor) -> bool:
+        """Scale y and add the products, for rows that are end to end, in one call. False if that is not possible."""
+        held: dict[str, Any] = self._buffers  # nn.Module's attribute lookup takes longer than a call of the kernel
+        routing = self.routing
+        A, B_t, spans, gain = (held[name] for name in ("A", "B_t", "spans", "gain"))
+        out, h = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if not packed_update_(out, h, routing.begins, routing.slots, A, B_t, spans, use.most, gain):
+            return False
+        if use.dense:
+            layout = Layout("packed", len(routing.slot_list), True, routing.packed or ())
+            rows = groups(routing.slot_list)
+            for slot in use.dense:
+                tokens, a = layout.tokens(rows[slot], y.device), self.places["A"].of(slot)
+                out.index_add_(0, tokens, h.index_select(0, tokens) @ A[a.start : a.stop].t())
+        return True
 
     def _update(self, use: InUse, y: Tensor, x: Tensor, slots: Tensor, numbers: tuple[int, ...]) -> None:
         """Scale y [C, T, O] and add the products with x [C, T, I], in place."""
@@ -171,18 +189,18 @@ class Bank(Update):
         return kept + (self.B_t[b.start : b.stop].t()[ids] @ self.A[a.start : a.stop] if b else self.A[a.start + ids])
 
     def _in_use(self) -> InUse:
-        """What the slots of the batch need; computed again after a write and for other rows."""
-        slots = self.routing.slot_list
-        if self._kept is None or self._kept[0] is not slots:
-            used = [slot for slot in dict.fromkeys(slots) if slot >= 0]
+        """What the slots of the batch need; computed again after a write and for other slots."""
+        used = self.routing.used
+        if self._kept is None or self._kept[0] != used:
             down, up, gain, bias = (self.places[name].by_slot for name in TABLES)
+            low = used & up.keys()
             self._kept = (
-                slots,
+                used,
                 InUse(
-                    most=max((len(up.get(slot, ())) for slot in used), default=0),
-                    scaled=any(slot in gain for slot in used),
-                    biased=any(slot in bias for slot in used),
-                    dense=tuple(slot for slot in used if slot in down and slot not in up),
+                    most=max([len(up[slot]) for slot in low], default=0),
+                    scaled=not used.isdisjoint(gain),
+                    biased=not used.isdisjoint(bias),
+                    dense=tuple(sorted((used & down.keys()) - low)),
                 ),
             )
         return self._kept[1]

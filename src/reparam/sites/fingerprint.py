@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.placing import value_of
+from reparam.sites.experts import stacks_of
 from reparam.sites.module import Adapted, Shared, is_quantized
 from reparam.sites.replaced import Replaced
 from reparam.sites.wrapped import bare
@@ -28,10 +29,11 @@ SAMPLES = 256
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> dict[str, str]:
+def fingerprint(model: nn.Module, *, without: Iterable[str] = (), stacks: bool = True) -> dict[str, str]:
     """Digests of the base model, ignoring adapters: "<group> as <dtype>" -> hexadecimal. Compare them with `agree`.
 
     `without` are paths of modules to leave out: an adapter that replaces a module does not depend on its values.
+    `stacks=False` does not count the stacked weights of experts as matrices, as earlier releases did.
     """
     outside = tuple(f"{path}." for path in without)
     storages: set[str] = set()
@@ -43,6 +45,7 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> dict[str, s
         if is_quantized(module):
             storages.add(module.frozen.storage.name)
         for name, tensor, matrix in _digested(module):
+            matrix = matrix and (stacks or tensor.ndim == 2)
             (matrices if matrix else rest)[f"{path}.{name}".lstrip(".")] = tensor
     groups = {f"matrices ({'+'.join(sorted(storages)) or 'dense'})": matrices, "rest": rest}
     return {
@@ -82,7 +85,7 @@ def _digested(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """The module's own tensors: name, tensor, and whether it is a matrix or part of a quantized one."""
     if not is_quantized(module):
         for name, tensor in _own(module).items():
-            yield name, tensor, tensor.ndim == 2
+            yield name, tensor, tensor.ndim == 2 or name in stacks_of(module)
         return
     for name, tensor in module.frozen.named_parameters():
         yield f"weight.{name}", tensor, True

@@ -60,7 +60,7 @@ class Layout:
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Some rows of an activation, in the same order of dimensions."""
         if self.order == "packed":
-            return x.index_select(0 if self.flat else 1, self._tokens(rows, x.device))
+            return x.index_select(0 if self.flat else 1, self.tokens(rows, x.device))
         return self._joined(self._by_row(x)[list(rows)])
 
     def merge(self, outputs: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
@@ -73,7 +73,7 @@ class Layout:
         device = outputs[0].device
         if self.order == "packed":
             dim = 0 if self.flat else 1
-            tokens = [self._tokens(own, device) for own in rows]
+            tokens = [self.tokens(own, device) for own in rows]
             if any(y.ndim <= dim or y.shape[dim] != len(own) for y, own in zip(outputs, tokens, strict=True)):
                 raise ValueError(
                     f"a module that adapters train in full makes {list(outputs[0].shape)} of {len(tokens[0])} tokens "
@@ -96,7 +96,7 @@ class Layout:
             return rows.flatten(0, 1)
         return rows.transpose(0, 1).flatten(0, 1) if self.flat else rows.transpose(0, 1)
 
-    def _tokens(self, rows: Sequence[int], device: torch.device) -> Tensor:
+    def tokens(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """The places of the tokens of these rows of a packed batch."""
         ends = list(itertools.accumulate(self.lengths))
         return torch.cat([torch.arange(ends[row] - self.lengths[row], ends[row], device=device) for row in rows])

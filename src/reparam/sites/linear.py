@@ -15,6 +15,7 @@ from reparam.core.base import Site, Update, Weight
 from reparam.core.placing import patched
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, is_conv1d
+from reparam.sites.router import is_router
 
 
 @kind("linear")
@@ -27,8 +28,8 @@ class Linear(Adapted):
 
     @classmethod
     def claims(cls, module: nn.Module) -> bool:
-        """Whether the module is an `nn.Linear` or GPT-2's `Conv1D`."""
-        return isinstance(module, nn.Linear) or is_conv1d(module)
+        """Whether the module is an `nn.Linear`, but no router, or GPT-2's `Conv1D`."""
+        return (isinstance(module, nn.Linear) and not is_router(module)) or is_conv1d(module)
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str | None:

@@ -45,6 +45,10 @@ class Adapted(nn.Module):
     """Whether regular-expression targets and PEFT's settings include this kind, and storages can quantize it."""
     stands_for: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """The module's parameters that the site adapts. Its other three-dimensional parameters are reported as skipped."""
+    packed_at: ClassVar[str] = ""
+    """What comes before the names of a quantized weight's tensors in the files of a model."""
+    has_bank: ClassVar[bool] = True
+    """Whether a bank at the site holds the factors of a mixed batch; otherwise the module above computes its rows."""
     can_add_bias: ClassVar[bool] = False
     """Whether an update can add a bias to a site without one."""
 
@@ -157,7 +161,7 @@ class Adapted(nn.Module):
             for name in self.frozen.state_dict():
                 del found[f"{prefix}frozen.{name}"]
             own = layout_of(self.frozen.storage).tensors_of_weight(self.frozen, ".")
-            found.update({prefix + name[2:]: tensor for name, tensor in own.items()})
+            found.update({prefix + self.packed_at + name[2:]: tensor for name, tensor in own.items()})
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -167,7 +171,8 @@ class Adapted(nn.Module):
 
     def _translate(self, state: dict[str, Any], prefix: str, *, missing: list[str], errors: list[str]) -> None:
         """Rename the tensors of a quantized matrix from their names in files to those that the weight has for them."""
-        path = f"{prefix}weight"
+        start = f"{prefix}{self.packed_at}"
+        path = f"{start}weight"
         if any(key.startswith(f"{prefix}frozen.") for key in state):  # of sharded weights, which keep their own names
             return
         parts = {key: state.pop(key) for key in list(state) if f"{key}.".startswith(f"{path}.")}
@@ -175,7 +180,7 @@ class Adapted(nn.Module):
         weight = self.frozen
         try:
             if parts:
-                own = {f"..{key.removeprefix(prefix)}": tensor for key, tensor in parts.items()}
+                own = {f"..{key.removeprefix(start)}": tensor for key, tensor in parts.items()}
                 weight = layout_of(weight.storage).weight_from(own, ".", shape)
                 if (weight.out_features, weight.in_features) != shape:
                     raise FormatError(f"{path}: {weight.out_features} x {weight.in_features}, expected {list(shape)}")

@@ -11,6 +11,7 @@ Shapes: B rows of the batch, T tokens in a row.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -33,8 +34,7 @@ class Routing:
         """Tokens per row in the model's current input, or None if unknown."""
         self.lengths: frozenset[int] = frozenset()
         """Tokens per row in its other inputs, such as those of a decoder."""
-        self.packed: tuple[int, ...] | None = None
-        """The tokens of each row, if the rows are end to end in one."""
+        self.packed = None
         self.trial: Trial | None = None
         """What records the inputs of the sites, which then compute the base map."""
         self.tried = False
@@ -45,8 +45,20 @@ class Routing:
         self.slots = slots  # [B] int64, -1 for the base model
         self.slot_list: tuple[int, ...] = tuple(slots.tolist())
         """The same numbers, for code that must not wait for the device."""
+        self.used = frozenset(self.slot_list) - {-1}
         self.names = names  # [B]
         self._alike = len(set(names)) == 1
+
+    @property
+    def packed(self) -> tuple[int, ...] | None:
+        """The tokens of each row, if the rows are end to end in one."""
+        return self._packed
+
+    @packed.setter
+    def packed(self, lengths: tuple[int, ...] | None) -> None:
+        """Set it, and where each row begins."""
+        self._packed = lengths
+        self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1]
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
@@ -58,16 +70,17 @@ class Routing:
         plain: Order = "rows" if self.packed is None else "packed"
         order = orders_of(site).get((plain == "packed", len(shape))) if self.tried else plain
         if order is None or not self.fits(order, shape):
-            self._refuse(shape)
+            self.refuse(shape)
         return Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and tokens of an activation of this shape in which rows come first. Raises ValueError if it has none."""
         if not self.fits("rows", shape):
-            self._refuse(shape)
+            self.refuse(shape)
         return len(self.slots), shape[:-1].numel() // len(self.slots)
 
-    def _refuse(self, shape: torch.Size) -> NoReturn:
+    def refuse(self, shape: torch.Size) -> NoReturn:
+        """Raise ValueError: rows of an activation of this shape cannot be told apart."""
         raise ValueError(
             f"cannot map an activation of shape {list(shape)} to the {len(self.slot_list)} rows of the mixed batch; "
             f"select one adapter at a time for this model"

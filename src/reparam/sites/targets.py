@@ -15,6 +15,7 @@ from reparam.core.checks import nearest
 from reparam.core.placing import patched
 from reparam.core.surface import advice
 from reparam.core.text import counted
+from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, original_class, routers, stacks_of
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
 from reparam.sites.offloaded import beneath_offload, offloads
@@ -25,23 +26,30 @@ from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 SHOWN = 5  # paths or targets that a message lists for one problem
-KEYWORDS = ("all-linear", "attention", "mlp", "everything")
+KEYWORDS = ("all-linear", "attention", "mlp", "experts", "router", "everything")
+
+_LACKS = dict.fromkeys(("experts", "router"), ": this model is no mixture of experts that reparam knows")
 
 
 def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[str]:
     """The paths of the modules that `targets` selects, in the model's order. Several targets can be given:
 
-    - "all-linear": all linear maps except the output head.
+    - "all-linear": all linear maps, also those of experts, except the output head and the routers of experts.
     - "attention" and "mlp": the linear maps of the repeated blocks inside and outside an attention module.
-    - "everything": all linear maps, embeddings and norms that do not share their weight with another module, or, with
-      `tie`, all of them.
+    - "experts": the linear maps of the experts of a Mixture-of-Experts model; "router": those that choose the experts.
+    - "everything": all linear maps, embeddings and norms, but no routers, that do not share their weight with another
+      module, or, with `tie`, all of them.
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
     - anything else: a module's path or the end of one; it can also select a norm.
 
     Raises ValueError, with up to five names for each problem, if a target matches nothing or a module that cannot be
-    adapted. Warns if one of the four keywords skips weights that cannot be adapted, such as fused experts.
+    adapted. Warns if one of these keywords skips weights that cannot be adapted, such as fused experts.
     """
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    with opened(model):
+        return _resolved(model, [targets] if isinstance(targets, str) else list(targets), tie=tie)
+
+
+def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
     modules = dict(walk(model))
     paths = {path: path for path in modules} | other_paths(model)
     odd = unsupported(model, modules)
@@ -59,16 +67,16 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
             names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
         elif target in KEYWORDS:
-            asked = _keyword(target, list(linear), head=_head(model))
-            names = [name for name in asked if linear[name] is None]
-            missed |= {name: why for name in asked if (why := linear[name])}
+            asked = _keyword(target, list(linear), head=_head(model), routers=routers(modules))
+            names = [name for name in asked if linear.get(name, odd.get(name)) is None]
+            missed |= {name: why for name in asked if (why := linear.get(name, odd.get(name)))}
         elif target.startswith("re:"):
             matching = _matching(target[3:], paths, modules, problems)
             if matching is None:
                 continue
             names = [name for name in matching if name not in odd]
         else:
-            names = _ending(target, paths)
+            names = _within_experts(_ending(target, paths), modules)
             for name in names:
                 if name in odd:
                     refused.setdefault(odd[name], []).append(name)
@@ -82,19 +90,34 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
     if problems:
         raise ValueError("targets: " + "; ".join(problems) + (f"; unsupported: {left}" if left else ""))
     if left:
-        warnings.warn(f"targets: skipped {left}; these weights stay unchanged", stacklevel=3)
+        share = _share(model, missed)
+        warnings.warn(f"targets: skipped {left}; these weights stay unchanged{share}", stacklevel=4)
     return [name for name in modules if name in found]
+
+
+def _share(model: nn.Module, paths: Iterable[str]) -> str:
+    """Which part of the model's weights these modules and parameters hold, for a message; "" if that is below 0.1 %."""
+    sizes = {name: parameter.numel() for name, parameter in bare(model).named_parameters()}
+    left = tuple(f"{path}." for path in paths)
+    inside = sum(size for name, size in sizes.items() if f"{name}.".startswith(left))
+    share = 100 * inside / max(1, sum(sizes.values()))
+    return f" ({share:.1f} % of the model's parameters)" if share >= 0.1 else ""
 
 
 def fused(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Three-dimensional parameters, such as the fused matrices of several experts: path -> description."""
     return {
-        f"{path}.{name}": f"a fused weight {list(parameter.shape)}"
+        f"{path}.{name}": _fused_reason(module, parameter)
         for path, module in modules.items()
-        if not isinstance(module, Adapted | Replaced | nn.Bilinear | _ConvNd)
+        if not isinstance(module, Opened | Adapted | Replaced | nn.Bilinear | _ConvNd)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and min(parameter.shape) > 1 and not _held_by_site(module, name)
     }
+
+
+def _fused_reason(module: nn.Module, parameter: nn.Parameter) -> str:
+    why = closed_reason(module) if stacks_of(module) else None
+    return f"a fused weight {list(parameter.shape)}" + (f": {why}" if why else "")
 
 
 def _held_by_site(module: nn.Module, name: str) -> bool:
@@ -121,6 +144,16 @@ def _ending(target: str, paths: Mapping[str, str]) -> list[str]:
     return list({name: None for path, name in paths.items() if path == target or path.endswith("." + target)})
 
 
+def _within_experts(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names, with the sites inside in the place of a module of experts and of a single expert."""
+    found: dict[str, None] = {}
+    for name in names:
+        whole = isinstance(modules[name], Opened | ExpertSlot)
+        inside = [path for path in modules if path.startswith(f"{name}.") and isinstance(modules[path], Adapted)]
+        found |= dict.fromkeys(inside if whole else [name])
+    return list(found)
+
+
 def is_matrix(module: nn.Module) -> bool:
     """Whether this module can be adapted and is not a norm. Norms are selected only by path or by "everything"."""
     kind = kind_of(module)
@@ -131,7 +164,8 @@ def _everything(
     model: nn.Module, modules: Mapping[str, nn.Module], odd: Mapping[str, str], *, tie: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The paths of all sites of a model, and the skipped weights with the reason for each."""
-    names = [name for name in modules if name not in odd]
+    apart = routers(modules)
+    names = [name for name in modules if name not in odd and name not in apart]
     sites = {name for name, module in modules.items() if kind_of(module) and not isinstance(module, Replaced)}
     missed = {name: why for name, why in odd.items() if name in sites}
     for name, others in () if tie else tied(model, names).items():
@@ -139,8 +173,9 @@ def _everything(
         missed[name] = f"it shares its weight with {', '.join(others)}: {remedy}"
     missed |= fused(modules)
     for path, module in (("", model), *modules.items()):
-        if not isinstance(module, Adapted | Replaced) and path not in names:
-            own = (f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
+        if not isinstance(module, Adapted | Replaced) and path not in names and path not in apart:
+            held = stacks_of(module) if isinstance(module, Opened) else ()
+            own = (f"{path}.{name}".lstrip(".") for name in module._parameters if name not in held)
             missed |= {
                 name: f"a parameter of the unsupported module {type(module).__name__}"
                 for name in own
@@ -152,7 +187,10 @@ def _everything(
 def _nothing(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
     """The problems of targets that match nothing: the first ones with the names that are close; and what there is."""
     usable = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)})
-    found = [f"{target!r} matches no module{nearest(target, [*usable, *modules])}" for target in targets[:SHOWN]]
+    found = [
+        f"{target!r} matches no module{_LACKS.get(target) or nearest(target, [*usable, *modules])}"
+        for target in targets[:SHOWN]
+    ]
     more = len(targets) - SHOWN
     found += [f"{counted(more, 'more target')} without a match"] if more > 0 else []
     return found, [f"possible path endings are {_shown(usable, 4 * SHOWN) or 'none'}"]
@@ -208,15 +246,21 @@ def unsupported_whole(module: nn.Module) -> str | None:
         return f"the forward of this {kind} or of a module in it is patched, and a copy would call the original"
     if type(module).forward is nn.Module.forward:
         return f"{kind} does not define forward"
-    takes = inspect.signature(module.forward).parameters.values()
+    forward = original_class(module).forward.__get__(module) if isinstance(module, Opened) else module.forward
+    takes = inspect.signature(forward).parameters.values()
     names = [p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
 
 
-def _keyword(target: str, linear: list[str], *, head: str | None) -> list[str]:
+def _keyword(target: str, linear: list[str], *, head: str | None, routers: dict[str, None]) -> list[str]:
+    if target == "router":
+        return list(routers)
+    linear = [name for name in linear if name != head and name not in routers]
     if target == "all-linear":
-        return [name for name in linear if name != head]
-    blocks = [name for name in linear if name != head and re.search(r"(^|\.)\d+\.", name)]
+        return linear
+    blocks = [name for name in linear if re.search(r"(^|\.)\d+\.", name)]
+    if target == "experts":
+        return [name for name in blocks if re.search(r"(^|\.)\w*experts?\.", name, re.IGNORECASE)]
     attention = [name for name in blocks if re.search(r"attn|attention", name.rsplit(".", 1)[0], re.IGNORECASE)]
     return attention if target == "attention" else [name for name in blocks if name not in attention]
 

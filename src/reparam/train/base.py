@@ -17,6 +17,7 @@ from reparam.core.checks import nearest
 from reparam.core.plain import wrong_types
 from reparam.core.registry import STORAGES, find_storage
 from reparam.errors import ConfigError
+from reparam.hf.folder import is_gguf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,9 @@ class BaseConfig:
     """The frozen model."""
 
     path: str = ""
-    """Folder or hub id of the base model."""
+    """Folder or hub id of the base model, or a GGUF file."""
+    gguf: str | None = None
+    """Name of a GGUF file in base.path, a folder or a hub id. Its weights are dequantized."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the base's weights: float32, bfloat16, float16, or auto (as in its files). Adapters always train in
     float32."""
@@ -43,6 +46,13 @@ class BaseConfig:
     def __post_init__(self) -> None:
         if problems := wrong_types(self):
             raise ConfigError("; ".join(f"base.{problem}" for problem in problems))
+        if self.gguf is not None:
+            if is_gguf(self.path) or not is_gguf(self.gguf) or not self.path:
+                raise ConfigError(
+                    f"base.gguf: {self.gguf!r}: expected the name of a .gguf file in base.path, a folder or a hub id"
+                )
+            object.__setattr__(self, "path", f"{self.path.rstrip('/')}/{self.gguf}")
+            object.__setattr__(self, "gguf", None)
         cls = find_storage(self.storage)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [key for key in self.settings if key not in known]:

@@ -28,8 +28,9 @@ from reparam.core.text import sized
 from reparam.data.corpus import Corpus
 from reparam.data.flat import TYPES, mapped
 from reparam.errors import ConfigError
+from reparam.io.native import read_bytes
 from reparam.io.outputs import check_writable
-from reparam.io.staged import digest, staged_folder
+from reparam.io.staged import digest, locks, staged_folder
 
 FORMAT = 2
 REST = "corpus.json"
@@ -119,9 +120,7 @@ def _write(folder: Path, corpus: Corpus, files: Sequence[Path]) -> None:
 
 def _checked(folder: Path, files: Sequence[Path]) -> Corpus:
     """The corpus in a folder. Raises OSError, ValueError, KeyError or TypeError if anything is wrong with it."""
-    if (folder / REST).stat().st_size > LARGEST:
-        raise ValueError(f"{REST} is too large")
-    expected, _, text = (folder / REST).read_text(encoding="utf-8").partition("\n")
+    expected, _, text = read_bytes(folder / REST, most=LARGEST).decode().partition("\n")
     if _sha256(text) != expected:
         raise ValueError(f"the content of {REST} has changed")
     for number, file in enumerate(files):
@@ -197,7 +196,7 @@ def _size(folder: Path) -> int:
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Let one process at a time into the block."""
-    with file.open("w") as lock:
+    with os.fdopen(locks(file)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from reparam.errors import DiskFull, RunLocked
-from reparam.io.staged import digest, inside, recover, staged_folder
+from reparam.errors import DiskFull, FormatError, RunLocked
+from reparam.io.native import read_json
+from reparam.io.staged import digest, inside, locks, recover, staged_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -68,14 +69,16 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     path = Path(folder)
     if not path.is_dir():
         return ["it is not a folder" if path.exists() else "it does not exist"]
+    if not (path / MANIFEST).exists():
+        return [f"{MANIFEST} is missing: the checkpoint was not completed"]
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         step, files = manifest["step"], dict(manifest["files"])
         if manifest["format"] != FORMAT:
             return [f"{MANIFEST} has format {manifest['format']!r}, but this version reads only {FORMAT}"]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing: the checkpoint was not completed"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except FormatError as error:
+        return [str(error)]
+    except (ValueError, TypeError, KeyError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     match = _NAME.match(path.resolve().name)
     problems = [f"{MANIFEST} belongs to step {step!r}"] if match and int(match[1]) != step else []
@@ -185,7 +188,7 @@ class RunLock:
     def _take(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The file is never deleted: otherwise two processes could lock two different files of this name.
-        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = locks(self.folder / ".lock")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

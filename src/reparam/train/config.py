@@ -89,6 +89,8 @@ def resolve(file: str | Path | None, overrides: Mapping[str, Any]) -> Config:
     for section, cls in SECTIONS.items():
         table = tables.get(section, {})
         parts[section] = _base(table, problems) if section == "base" else build(cls, table, section, problems)
+    if parts["run"] and not parts["run"].output:
+        problems.append("run.output: expected a folder, found an empty text")
     settings = dict(tables.get("method", {}))
     settings.setdefault("seed", parts["run"].seed if parts["run"] else 0)
     try:

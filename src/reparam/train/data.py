@@ -65,19 +65,21 @@ class Data(NamedTuple):
             rows.check_vocabulary(size, tokenizer)
 
 
-def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read and encode all rows. Raises DataError for rows that cannot be used, and ConfigError for settings of [data].
+def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Callable[..., Reading] = Reading) -> Data:
+    """Read and encode all rows; `reading` makes the stream of rows.
+
+    Raises DataError for rows that cannot be used, and ConfigError for settings of [data].
 
     Rows are held out before others are mixed. Which ones depends on the seed and on the number of rows alone.
     """
     data, seed = config.data, config.run.seed
     with_tasks = config.method.known_tasks is not None
     framed = frame_of(data, tokenizer)
-    corpus = _corpus(data, data.sources(), tokenizer, framed, with_tasks=with_tasks, most=data.max_rows)
+    corpus = _corpus(data, data.sources(), tokenizer, framed, reading, with_tasks=with_tasks, most=data.max_rows)
     check_chats(data, corpus.kinds)
     other = None
     if data.valid is not None:
-        other = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=with_tasks)
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, reading, with_tasks=with_tasks)
     rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
     if other is None:
         out = held_out(config, len(corpus))
@@ -94,7 +96,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         lines = told(data.sources(), parts, taken)
         train = dataclasses.replace(train, report=dataclasses.replace(train.report, lines=(*lines, *corpus.lines)))
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
-    shown = list(framed.rows(_held_out(data, other or corpus, held)))
+    shown = list(framed.rows(_held_out(data, other or corpus, held, reading)))
     checked = (corpus, *([other] if other else []))
     return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
 
@@ -103,8 +105,8 @@ def read_valid(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, framed: Frame
 ) -> tuple[Corpus, Encoded, list[Row]]:
     """The rows of `data.valid`: all of them encoded, as a corpus and as examples, and the first ones as rows."""
-    corpus = _corpus(data, data.sources("valid"), tokenizer, framed, with_tasks=False)
-    return corpus, corpus.part(), list(framed.rows(_held_out(data, corpus, np.arange(len(corpus)))))
+    corpus = _corpus(data, data.sources("valid"), tokenizer, framed, Reading, with_tasks=False)
+    return corpus, corpus.part(), list(framed.rows(_held_out(data, corpus, np.arange(len(corpus)), Reading)))
 
 
 def _corpus(
@@ -112,6 +114,7 @@ def _corpus(
     sources: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     framed: Frame,
+    rows: Callable[..., Reading],
     *,
     with_tasks: bool,
     most: tuple[int, ...] = (),
@@ -126,7 +129,7 @@ def _corpus(
     }
 
     def make(folder: Path | None) -> Corpus:
-        reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
+        reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
         corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
@@ -193,11 +196,11 @@ def read_parts(config: Config, read: Callable[[str], list[T]]) -> tuple[list[T],
     return kept, out
 
 
-def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray) -> list[Row]:
+def _held_out(data: DataConfig, corpus: Corpus, held: np.ndarray, reading: Callable[..., Reading]) -> list[Row]:
     """The first held-out rows that have examples; they are read again, because only encoded rows are kept."""
     count = max(data.score_rows, KEPT)
     wanted = held[corpus.with_examples()[held]][:count].tolist()
     sources, most = (data.sources(), data.max_rows) if data.valid is None else (data.sources("valid"), ())
-    rows = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
+    rows = reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
     chosen = set(wanted)
     return [row for number, row in enumerate(islice(rows, wanted[-1] + 1)) if number in chosen]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reparam.core.checks import listed
+from reparam.core.text import not_utf8
 from reparam.errors import ConfigError
 
 LARGEST = 1 << 20  # bytes of a file
@@ -83,7 +84,7 @@ def _content(file: Path, kind: str) -> str:
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not valid {kind}: {error}") from None
+        raise ConfigError(f"{file}: {not_utf8(error)}") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 

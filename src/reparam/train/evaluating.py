@@ -1,4 +1,4 @@
-"""Evaluations during training: answers to held-out rows, the best weights, and when to stop early."""
+"""Evaluations during training: what they measure on held-out rows, the best weights, and when to stop early."""
 
 from __future__ import annotations
 
@@ -10,33 +10,48 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, answer, answerable
 from reparam.train import processes
-from reparam.train.trainer import Trainer
+from reparam.train.trainer import Resumable, Trainer
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput
 
     from reparam.train.job import Job
+    from reparam.train.objectives.objective import Objective
+    from reparam.train.sections import RunConfig
     from reparam.train.show import Show
 
-RANK = "exact_match_then_loss"
-"""The metric by which evaluations with exact matches are compared."""
+    _Trainer = Resumable
+else:
+    _Trainer = object
+
+SHARES = ("exact_match", "reward_accuracy")
+"""Metrics that are shares of rows, so that evaluations are often equal: the lower loss is then better."""
 
 
-class Evaluated(Trainer):
-    """A Trainer whose evaluations also measure what an `Answering` does."""
+def rank(run: RunConfig) -> str:
+    """The name of the value by which evaluations are compared."""
+    return f"{run.metric}_then_loss" if run.metric in SHARES else run.metric
+
+
+class Measured(_Trainer):
+    """Makes the evaluations of a trainer measure what its `Measure` callbacks do. It is put before the trainer."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in transformers, with what `Answering` measures."""
+        """As in transformers, with what the callbacks measure."""
         output = super().evaluation_loop(*args, **kwargs)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, Answering):
+            if isinstance(callback, Measure):
                 measured = processes.first(callback.measure)
                 output = output._replace(metrics={**(output.metrics or {}), **measured})
         return output
 
 
-def evaluating(job: Job, show: Show) -> list[TrainerCallback]:
+class Evaluated(Measured, Trainer):
+    """A Trainer whose evaluations also measure what `Measure` callbacks do."""
+
+
+def evaluating(job: Job, objective: Objective, show: Show) -> list[TrainerCallback]:
     """The callbacks that the configured evaluations need, in their order.
 
     Raises ConfigError if answers are to be counted and no held-out row has one.
@@ -45,25 +60,68 @@ def evaluating(job: Job, show: Show) -> list[TrainerCallback]:
     found: list[TrainerCallback] = []
     if run.metric == "exact_match" or run.samples:
         found.append(Answering(job, show))
+    elif run.metric != "loss":
+        found.append(Scoring(job, objective))
     if run.patience:
         found.append(EarlyStoppingCallback(run.patience))
     return found
 
 
-class Answering(TrainerCallback):
+class Measure(TrainerCallback):
+    """Measures `run.metric` at each evaluation."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.rows_measured = job, 0
+
+    def measure(self) -> dict[str, float]:
+        """Measure the selected adapter. Returns the metric, if it is more than the loss."""
+        raise NotImplementedError
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the value by which evaluations are compared, if the metric is a share of rows."""
+        metrics: dict[str, float] = kwargs["metrics"]
+        metric = self.job.config.run.metric
+        if metric in SHARES:
+            step = 1 / (2 * self.rows_measured)  # between two shares of rows, of which some may count half
+            metrics[f"eval_{rank(self.job.config.run)}"] = metrics[f"eval_{metric}"] + step / (
+                2 + max(0.0, metrics["eval_loss"])
+            )
+
+
+class Scoring(Measure):
+    """Computes the scores of the objective at each evaluation, as before and after training."""
+
+    def __init__(self, job: Job, objective: Objective) -> None:
+        super().__init__(job)
+        self.objective = objective
+
+    def measure(self) -> dict[str, float]:
+        """Compute the scores. Returns the metric."""
+        metric = self.job.config.run.metric
+        scores = {score.name.replace(" ", "_"): score for score in self.objective.score(self.job)[0]}
+        if metric not in scores:  # there is no margin without both good and bad answers
+            raise ConfigError(
+                f"run.metric: the held-out rows have no {metric.replace('_', ' ')}; set run.metric to loss"
+            )
+        self.rows_measured = scores[metric].rows
+        return {f"eval_{metric}": scores[metric].value}
+
+
+class Answering(Measure):
     """Answers the first held-out rows at each evaluation: counts the right answers, prints some, and stores these.
 
-    They are stored in the entry of the evaluation in the log, which belongs to each checkpoint. Of evaluations with the
-    same number of right answers, the one with the lower loss counts as better.
+    They are stored in the entry of the evaluation in the log, which belongs to each checkpoint.
     """
 
     def __init__(self, job: Job, show: Show) -> None:
+        super().__init__(job)
         run = job.config.run
-        self.job, self.show, self.samples = job, show, run.samples
+        self.show, self.samples = show, run.samples
         self.counts = run.metric == "exact_match"
         rows = answerable(job.held_out)
         self.rows = rows[: max(run.samples, run.eval_rows if self.counts else 0)]
         self.counted = run.eval_rows
+        self.longest = job.config.data.max_length
         self.answers: list[Answer] = []
         if not rows:
             key = "run.metric: exact_match" if self.counts else f"run.samples: {run.samples}"
@@ -71,16 +129,14 @@ class Answering(TrainerCallback):
 
     def measure(self) -> dict[str, float]:
         """Answer the rows. Returns the share of right answers, from 0 to 1, if it is the metric."""
-        self.answers = answer(self.job.model, self.job.tokenizer, self.rows)
+        self.answers = answer(self.job.model, self.job.tokenizer, self.rows, longest=self.longest)
         right = [given.right for given in self.answers[: self.counted]]
+        self.rows_measured = len(right)
         return {"eval_exact_match": sum(right) / len(right)} if self.counts else {}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print the samples, store them in the log, and add the metric by which evaluations are compared."""
-        metrics: dict[str, float] = kwargs["metrics"]
-        if self.counts:
-            step = 1 / min(len(self.rows), self.counted)  # between two shares of right answers
-            metrics[f"eval_{RANK}"] = metrics["eval_exact_match"] + step / (2 + max(0.0, metrics["eval_loss"]))
+        """Print the samples, store them in the log, and add the value by which evaluations are compared."""
+        super().on_evaluate(args, state, control, **kwargs)
         shown = self.answers[: self.samples]
         self.show.samples(shown)
         if shown:

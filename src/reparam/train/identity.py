@@ -16,11 +16,12 @@ import torch
 
 from reparam.core.checks import listed
 from reparam.data.files import files_of
-from reparam.errors import ConfigError
+from reparam.errors import ConfigError, FormatError
 from reparam.hf.models import check_not_base
 from reparam.io.files import adapter_folder
+from reparam.io.native import read_json
 from reparam.io.outputs import OVERWRITE, check_writable
-from reparam.io.staged import digest, write_file
+from reparam.io.staged import digest, inside, write_file
 from reparam.sites.fingerprint import all_tensors
 from reparam.train import processes
 from reparam.train.cache import content_of
@@ -63,7 +64,7 @@ def identity(job: Job) -> dict[str, Any]:
     free = FREE - (BY_EVALUATION if config.run.keeps_best else set())
     if config.data.streaming:
         free = free | {"data.bad_rows"}  # a bad row that is met during a run must not end it for good
-    found = {key: value for key, value in _settings(config).items() if key not in free}
+    found = {key: value for key, value in settings_of(config).items() if key not in free}
     found[STEPS] = config.run.steps(len(job.drawn), processes.count())
     found["number of processes"] = processes.count()
     found["content of base.path"] = _weights(job.model)
@@ -91,15 +92,19 @@ def identity(job: Job) -> dict[str, Any]:
 def check_folder(config: Config) -> None:
     """Raise if the run cannot use its output folder; this reads no data and no model.
 
-    Raises ValueError if it is the folder of the base, WriteFailed if it cannot be written, and ConfigError if it holds
-    files but no run; with `run.fresh`, only if the run would replace these files.
+    Raises ValueError if it is the folder of the base or a run would write through a link out of it, WriteFailed if it
+    cannot be written, and ConfigError if it holds files but no run; with `run.fresh`, only if the run would replace
+    these files.
     """
     folder = Path(config.run.output)
     check_not_base(folder, config.base.path)
     file = folder / SETTINGS
     held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if file.is_file() and file.read_bytes() == dump(config).encode():
+    own = dump(config).encode()
+    if file.is_file() and file.stat().st_size == len(own) and file.read_bytes() == own:
         held.remove(SETTINGS)  # `reparam compare` writes it before a run
+    for name in [] if config.run.fresh else filter(_written, held):
+        inside(folder, name)
     foreign = [name for name in held if not name.startswith(".") and (not config.run.fresh or _written(name))]
     if foreign and RECORD not in held:
         raise ConfigError(
@@ -131,7 +136,7 @@ def check_same(folder: Path, now: dict[str, Any], *, longer: bool) -> None:
 
 def _defaults() -> dict[str, Any]:
     """The default values of the keys that a record of an earlier version may lack."""
-    own = {key: value for key, value in _settings(Config()).items() if key not in FREE}
+    own = {key: value for key, value in settings_of(Config()).items() if key not in FREE}
     found: dict[str, Any] = json.loads(json.dumps(own))
     return {key: value for key, value in found.items() if not key.startswith(("base.", "method."))}
 
@@ -154,10 +159,12 @@ def write_record(folder: Path, now: dict[str, Any]) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         if not isinstance(found["identity"].get(STEPS, 0), int) or not isinstance(found.get(EARLIER, []), list):
             raise ValueError(f"{STEPS} is not a number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FormatError as error:
+        raise ConfigError(f"{error}; choose another run.output") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); choose another run.output") from None
     return found
 
@@ -175,7 +182,7 @@ def clear(folder: Path) -> None:
 
 def _written(name: str) -> bool:
     """Whether a run writes a file or folder of this name into its folder."""
-    own = (RECORD, SETTINGS, EVENTS, "adapter", "figures.json", "loss.png")
+    own = (RECORD, SETTINGS, EVENTS, "adapter", "vora", "figures.json", "loss.png")
     return name in own or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdecimal())
 
 
@@ -189,7 +196,8 @@ def _difference(key: str, then: Any, now: Any) -> str:
     return f"{key} was {then!r} and is now {now!r}{fewer}{planned}"
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a run by key, such as optim.learning_rate."""
     return {f"{section}.{key}": value for section, table in tables(config).items() for key, value in table.items()}
 
 

@@ -25,11 +25,12 @@ WIDTH = 48  # characters of a sparkline
 
 
 MEASURED = {
-    "exact match": "eval_exact_match",
-    "margin": "eval_rewards/margins",
-    "accuracy": "eval_rewards/accuracies",
+    "exact match": ("eval_exact_match",),
+    "margin": ("eval_rewards/margins", "eval_reward_margin"),
+    "accuracy": ("eval_rewards/accuracies", "eval_reward_accuracy"),
+    "mean reward": ("eval_mean_reward",),
 }
-"""What evaluations measure beside the loss, by the key of the log entry."""
+"""What evaluations measure beside the loss, by keys of the log entry: TRL's mean over batches, reparam's over rows."""
 
 
 class Progress(TrainerCallback):
@@ -114,7 +115,7 @@ class Progress(TrainerCallback):
             self.logged()
         if "eval_loss" in logs:
             self.held_out.append(logs["eval_loss"])
-            self.measured = {name: logs[key] for name, key in MEASURED.items() if key in logs}
+            self.measured = {name: logs[key] for name, keys in MEASURED.items() for key in keys if key in logs}
             self.evaluated()
 
     def on_train_end(

@@ -1,19 +1,26 @@
-"""The loggers of transformers that a run may report to: their names and packages, and the name of the run in them."""
+"""The loggers of transformers that a run may report to: their names and packages, what they record, start and end."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, integration_utils
 
 from reparam.core.checks import nearest
 from reparam.errors import ConfigError
+from reparam.train import processes
 from reparam.train.sections import RunConfig
+
+if TYPE_CHECKING:
+    from reparam.train.trainer import Resumable
 
 EVENTS = "runs"  # the folder, in that of the run, for TensorBoard's files
 
@@ -34,6 +41,7 @@ PACKAGES = {
 }
 """By the name of a logger, the packages of which it needs one (dagshub: both)."""
 NONE = ("none", "all")
+STARTED = ("wandb", "mlflow", "trackio")  # before scoring; others start with the first step
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -68,6 +76,45 @@ def place_files(callbacks: Iterable[TrainerCallback], run: RunConfig) -> None:
         if isinstance(callback, TensorBoardCallback) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
             folder = re.sub(r"[^\w.-]+", "-", name_of(run)).strip(".-")
             callback.logging_dir = str(Path(run.output) / EVENTS / (folder or "run"))
+
+
+def record(args: TrainingArguments, settings: Mapping[str, Any]) -> None:
+    """Let the loggers record these settings, beside the arguments of transformers.
+
+    Loggers take what they record from `args.to_dict()`.
+    """
+    theirs = args.to_dict
+    args.to_dict = lambda: {**theirs(), **settings}  # type: ignore[method-assign]
+
+
+@contextmanager
+def reporting(trainer: Resumable) -> Iterator[None]:
+    """Start `STARTED` before the block, and end them after it. Raises ConfigError if one cannot start.
+
+    transformers would start them with the first step, after the base is scored, and leaves the run of Weights & Biases
+    open, so that the next run in this process would go on in it.
+    """
+    processes.first(lambda: _start(trainer))
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if "wandb" in (trainer.args.report_to or ()) and processes.rank() == 0:
+            importlib.import_module("wandb").finish(exit_code=int(failed))
+
+
+def _start(trainer: Resumable) -> None:
+    named = {integration_utils.INTEGRATION_TO_CALLBACK[name]: name for name in STARTED}
+    for callback in trainer.callback_handler.callbacks:
+        if (name := named.get(type(callback))) is None:
+            continue
+        try:
+            callback.setup(trainer.args, trainer.state, trainer.model)
+        except Exception as error:  # loggers raise errors of all kinds: no login, no server, a store they cannot open
+            raise ConfigError(
+                f"run.loggers: {name} cannot start: {' '.join(str(error).split())}; mend its settings, or leave it out"
+            ) from error
 
 
 def _installed(package: str) -> bool:

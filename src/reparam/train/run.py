@@ -34,11 +34,11 @@ from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import conclude, history_of
 from reparam.train.config import Config, check_inputs, dump
 from reparam.train.data import Data
-from reparam.train.evaluating import RANK, evaluating
+from reparam.train.evaluating import evaluating, rank
 from reparam.train.guard import stopped_early
-from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, write_record
+from reparam.train.identity import STEPS, check_folder, check_same, clear, identity, settings_of, write_record
 from reparam.train.job import Job, Result
-from reparam.train.loggers import check_loggers, name_of, place_files
+from reparam.train.loggers import check_loggers, name_of, place_files, record, reporting
 from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
@@ -78,6 +78,7 @@ def train(config: Config, *, show: Show) -> Result:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
         show.found(found, steps=own[STEPS], before=steps_before, schedule=config.optim.schedule)
+        held.enter_context(reporting(trainer))
         before = processes.first(lambda: _scored_before(job, objective, show))
         with losses:
             trainer.train(resume_from_checkpoint=config.run.resume and bool(found.path or found.skipped))
@@ -100,7 +101,7 @@ def rehearse(config: Config, *, show: Show) -> None:
     job = _prepared(config)
     _identified(job)
     steps = _steps(job)
-    TrainingArguments(**_arguments(job.config, steps))  # raises ValueError for a wrong one
+    TrainingArguments(**arguments(job.config, steps))  # raises ValueError for a wrong one
     show.job(job)
     found = Found(None, []) if config.run.fresh else newest(Path(config.run.output))
     show.plan(job.config, steps, found)
@@ -179,7 +180,7 @@ def _steps(job: Job) -> int:
     return steps
 
 
-def _arguments(config: Config, steps: int) -> dict[str, Any]:
+def arguments(config: Config, steps: int) -> dict[str, Any]:
     """transformers' arguments of a run of so many steps."""
     run, optim = config.run, config.optim
     tenth = max(1, steps // 10)
@@ -205,7 +206,7 @@ def _arguments(config: Config, steps: int) -> dict[str, Any]:
         save_steps=run.save_every or (run.eval_every if run.keeps_best else 0) or tenth,
         save_total_limit=run.keep,
         load_best_model_at_end=run.keeps_best,
-        metric_for_best_model=(RANK if run.metric == "exact_match" else run.metric) if run.keeps_best else None,
+        metric_for_best_model=rank(run) if run.keeps_best else None,
         greater_is_better=run.metric != "loss" if run.keeps_best else None,
         train_sampling_strategy=_order(config),
         neftune_noise_alpha=optim.neftune,
@@ -231,20 +232,22 @@ def _trainer(job: Job, objective: Objective, show: Show) -> tuple[Resumable, tup
     steps = _steps(job)
     trainer = objective.trainer(
         job,
-        _arguments(job.config, steps),
+        arguments(job.config, steps),
         save_trained=lambda folder: _save(job.adapter, folder),
         load_trained=lambda folder: _load(job.adapter, folder),
         row_names=job.stream.names if job.stream is not None else job.train.sources,
         extra_loss=job.adapter.penalty,
-        callbacks=[_Bind(job.adapter), show.callback(steps), *evaluating(job, show)],
+        callbacks=[Bind(job.adapter), show.callback(steps), *evaluating(job, objective, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, job.adapter)
     trainer.remove_callback(PrinterCallback)
     place_files(trainer.callback_handler.callbacks, job.config.run)
+    trainer.callback_handler.callbacks.sort(key=lambda one: not isinstance(one, Bind))  # before the loggers
+    record(trainer.args, settings_of(job.config))
     return trainer, rates
 
 
-class _Bind(TrainerCallback):
+class Bind(TrainerCallback):
     """Passes the optimizer to the adapter when training starts, and logs the auxiliary losses."""
 
     def __init__(self, adapter: Adapter) -> None:
@@ -253,12 +256,15 @@ class _Bind(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Bind the adapter to the optimizer."""
         self.adapter.bind(getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the auxiliary losses to the log entry; the logged loss does not include them."""
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the auxiliary losses to the log entry and to what loggers get; the logged loss does not include them."""
         if "loss" in state.log_history[-1]:
-            state.log_history[-1].update({f"loss_{name}": value for name, value in self.adapter.losses().items()})
+            found = {f"loss_{name}": value for name, value in self.adapter.losses().items()}
+            state.log_history[-1].update(found)
+            logs.update(found)
 
 
 def _save(adapter: Adapter, folder: Path) -> None:

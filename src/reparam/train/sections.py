@@ -148,9 +148,9 @@ class RunConfig:
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
     """Number of steps between evaluations of the held-out loss; 0 means a tenth of the run."""
-    metric: Literal["loss", "exact_match"] = "loss"
-    """What evaluations during training measure on held-out rows, beside the loss: loss, or exact_match: the share of
-    right answers to run.eval_rows of them. run.best and run.patience go by it."""
+    metric: Literal["loss", "exact_match", "reward_margin", "reward_accuracy", "mean_reward"] = "loss"
+    """What evaluations measure beside the loss: exact_match, the share of right answers to run.eval_rows held-out rows
+    (sft); reward_margin or reward_accuracy (dpo, orpo, kto); mean_reward (grpo). run.best and run.patience go by it."""
     eval_rows: int = 50
     """Number of held-out rows to answer at each evaluation, with run.metric exact_match."""
     samples: int = 0

@@ -104,7 +104,7 @@ class Show:
             )
         if run.keeps_best and state.best_metric is not None:
             step = state.best_global_step
-            key, name = ("eval_loss", "held-out loss") if run.metric == "loss" else ("eval_exact_match", "exact match")
+            key, name = f"eval_{run.metric}", run.metric.replace("_", " ").replace("loss", "held-out loss")
             found = [entry[key] for entry in state.log_history if entry["step"] == step and key in entry]
             say(self.console, f"the best weights are those of step {step} ({name} {found[0]:.4f})")
 

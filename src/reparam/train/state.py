@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from reparam.errors import StateError
+from reparam.io.native import read_json
 from reparam.io.staged import inside
 
 FORMAT = 1
@@ -186,7 +187,7 @@ def read_tree(folder: Path, name: str) -> Any:
         raise StateError(f"{folder} lacks {name}.json: without it training cannot continue where it stopped")
     file, beside = inside(folder, f"{name}.json"), folder / f"{name}.safetensors"
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_json(file)
         if plain["format"] != FORMAT:
             raise StateError(f"{file} has format {plain['format']!r}, but this version reads only {FORMAT}")
         if plain["tensors"] and not beside.is_file():

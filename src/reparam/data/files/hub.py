@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reparam.data.files.reach import unreachable
 from reparam.errors import DataError
 
 
@@ -48,6 +49,9 @@ def _loaded(name: str, *, streaming: bool) -> Any:
     datasets = _library(name)
     path, _, split = name.partition(":")
     path, _, revision = path.partition("@")
+    cached = list(Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{path.partition('/')[0]}___*"))
+    if not cached and (why := unreachable()):
+        raise DataError([f"{name}: no such file, and no data set of this name is in the cache of datasets ({why})"])
     try:
         found = datasets.load_dataset(path, split=split or "train", revision=revision or None, streaming=streaming)
     except Exception as error:  # network, authorization, unknown names and splits: each library has its own classes

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from reparam.core.strict_json import loads
+from reparam.core.text import UTF_16, not_utf8
 from reparam.data.files.opened import opened
 from reparam.data.messages import kind_of
 from reparam.errors import DataError, DuplicateKey
@@ -57,17 +58,19 @@ def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             content += part
     if len(content) > LARGEST_LIST:
         raise DataError([f"{path}: a list of more than {LARGEST_LIST:,} bytes; write one object per line (JSONL)"])
-    values = _parsed(content.decode("utf-8-sig", errors="strict"), path)
+    values = _parsed(bytes(content), path)
     for number, value in enumerate(values, start=1):
         where = f"{path}:row {number}"
         yield where, value if isinstance(value, dict) else _not_an_object(where, value)
 
 
-def _parsed(text: str, path: Path) -> list[Any]:
+def _parsed(content: bytes, path: Path) -> list[Any]:
     try:
-        values: list[Any] = loads(text)
+        values: list[Any] = loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError([f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}"]) from None
+    except UnicodeDecodeError as error:
+        raise DataError([f"{path}: {not_utf8(error)}"]) from None
     except DuplicateKey as error:
         raise DataError([f"{path}: {error}"]) from None
     except (ValueError, RecursionError) as error:
@@ -89,6 +92,8 @@ def _lines(file: IO[bytes], name: str, skip: int = 0) -> Iterator[tuple[str, dic
         try:
             value = _parse(line.removesuffix(b"\n"), where, offset=offset, first=number == 1)
         except DataError as error:
+            if number == 1 and line.startswith(UTF_16):
+                raise
             value = error
         if value is not None and not skip:
             yield where, value
@@ -98,13 +103,10 @@ def _lines(file: IO[bytes], name: str, skip: int = 0) -> Iterator[tuple[str, dic
 
 def _parse(line: bytes, where: str, *, offset: int, first: bool) -> dict[str, Any] | None:
     """The object on a line, or None for a blank line. `offset` is the position of the line's first byte in the file."""
-    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError([f"{where}: the file is UTF-16; save it as UTF-8"])
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise DataError([f"{where}: byte 0x{line[error.start]:02x} at offset {at:,} is not UTF-8"]) from None
+        raise DataError([f"{where}: {not_utf8(error, offset)}"]) from None
     if first:
         text = text.removeprefix("\ufeff")  # byte order mark
     if not text.strip():

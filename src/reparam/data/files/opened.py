@@ -34,7 +34,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             import pyarrow
 
             with (
-                pyarrow.input_stream(str(path), compression="zstd") as stream,
+                path.open("rb") as file,  # by Python, so that Ctrl-C ends the wait for the writer of a pipe
+                pyarrow.CompressedInputStream(file, "zstd") as stream,
                 io.BufferedReader(_Limited(stream, path)) as limited,
             ):
                 yield limited

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from reparam.core.text import not_utf8
 from reparam.data.files.opened import opened
 from reparam.errors import DataError
 
@@ -18,7 +19,7 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     csv.field_size_limit(LONGEST)
     delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
     with opened(path) as file:
-        lines = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+        lines = csv.reader(_decoded(file, path), delimiter=delimiter, strict=True)
         try:
             header = next(lines, [])
             if len(set(header)) < len(header):
@@ -33,11 +34,14 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
                     yield where, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise DataError([f"{path}:{lines.line_num}: malformed table: {error}"]) from None
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise DataError([f"{path}:{lines.line_num + 1}: byte 0x{byte:02x} is not UTF-8"]) from None
 
 
-def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
+def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    offset = 0  # of the line's first byte
     for number, line in enumerate(lines):
-        yield line.decode("utf-8" if number else "utf-8-sig")
+        try:
+            text = line.decode("utf-8" if number else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError([f"{path}:{number + 1}: {not_utf8(error, offset)}"]) from None
+        yield text
+        offset += len(line)

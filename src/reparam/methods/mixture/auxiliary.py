@@ -74,7 +74,7 @@ def _loss(name: str, x: Tensor, choice: Gating, site: RoutedSite) -> Tensor | No
             return losses.router_z(choice.logits, valid)
         case _:
             p = now.by_row(choice.p) if by_token else choice.p
-            valid = None if valid is None else valid.reshape(p.shape[:-1])
+            valid = None if valid is None else now.by_row(valid[..., None])[..., 0]
             types = now.tasks if method.blc_alpha else None
             return losses.loramoe_blc(p, valid, types, method.blc_alpha)
 

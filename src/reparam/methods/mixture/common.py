@@ -5,12 +5,11 @@ it makes a new `Forward` from the model's arguments (`attention_mask`, `labels`,
 `reparam.context`. Sites read it, and write their gates and losses into it, not into modules. It stays until the next
 forward pass, because gradient checkpointing computes sites again during the backward pass.
 
-Shapes: B rows of a batch, L tokens of a row, N experts, H width of the hidden states.
+Shapes: B rows of a batch, L tokens of a row, N experts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,136 +18,15 @@ from torch import Tensor, nn
 
 from reparam.core.checks import nearest
 from reparam.core.surface import advice
+from reparam.methods.mixture.forward import Forward, Given
+from reparam.methods.mixture.packs import packs_of
 from reparam.methods.mixture.routers import Router
-from reparam.methods.mixture.select import Gating
 from reparam.methods.mixture.two_pass import ByCache, FirstPass
 
 Tasks = int | str | Sequence[int | str] | Tensor
 COLUMN = "task"
-"""Keyword argument of the model for tasks: a name or number, or one per row [B]. It is not passed on to the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """Values from `reparam.context` for the next forward passes; None for those that are not set."""
-
-    tasks: Tensor | None = None  # [] or [B] int64
-    mask: Tensor | None = None  # [B, L] bool, True for tokens that are not padding
-    prompt: Tensor | None = None  # [] or [B] int64, number of prompt tokens of a row, without padding
-    experts: Tensor | None = None  # [N] bool, the experts that may be used
-    accumulation: int = 1  # forward passes per optimizer step
-
-
-@dataclasses.dataclass(eq=False)
-class Forward:
-    """The inputs of one forward pass that sites need, and the gates and losses that they have computed so far."""
-
-    rows: int | None = None  # B
-    tokens: int | None = None  # L
-    tasks: Tensor | None = None  # as in `Given`, like mask, prompt and experts
-    mask: Tensor | None = None
-    prompt: Tensor | None = None
-    labels: Tensor | None = None  # [B, L] int64, -100 for tokens without a loss
-    experts: Tensor | None = None
-    share: Tensor | float = 1.0
-    """Factor of auxiliary losses: the share of this forward pass in the optimizer step, from 0 to 1."""
-    hidden: Tensor | None = None
-    """The last hidden states of the base model, [B, L, H]."""
-    kept: dict[str, Gating] | None = None
-    """Gates of whole sequences by scope or site, stored with the KV cache that the model was called with."""
-    continues: bool = False
-    """Whether the KV cache holds tokens of earlier forward passes."""
-    gates: dict[str, Gating] = dataclasses.field(default_factory=dict)
-    losses: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
-    calls: dict[tuple[str, bool], int] = dataclasses.field(default_factory=dict)
-    """How often each site was computed: (site, whether during a backward pass) -> count."""
-    two_sided: bool = False
-    """Whether the model is an encoder-decoder, whose two sequences differ in length."""
-
-    def __reduce__(self) -> Any:
-        return Forward, ()  # a copied model is outside of a forward pass, and tensors in a graph cannot be copied
-
-    def recompute(self, site: str) -> None:
-        """Count a computation of a site; RuntimeError if a backward pass computes it for an earlier forward pass."""
-        if torch.compiler.is_compiling():
-            return
-        backward = torch._C._current_graph_task_id() != -1  # torch has no public function for this
-        self.calls[site, backward] = self.calls.get((site, backward), 0) + 1
-        if backward and self.calls[site, True] > self.calls.get((site, False), 0):
-            raise RuntimeError(
-                f"{site}: gradient checkpointing recomputed it for an earlier forward pass, whose tasks and masks are "
-                f"no longer known; call backward after each forward pass"
-            )
-
-    def spread(self, gates: Tensor, lead: torch.Size) -> Tensor:
-        """Reshape gates [N], [B, N] or [*lead, N] to broadcast to [*lead, N]. Raises ValueError if they do not fit."""
-        if gates.ndim == 1 or gates.shape[:-1] == lead:
-            return gates
-        rows = len(gates)
-        # Gates of rows, for an activation [B, L, I] or, as in MoE blocks, [B L, I].
-        if gates.ndim == 2 and lead and lead[0] == rows:
-            return gates.view(rows, *[1] * (len(lead) - 1), -1)
-        if gates.ndim == 2 and len(lead) == 1 and self.tokens is not None and lead[0] == rows * self.tokens:
-            return gates.repeat_interleave(self.tokens, 0)
-        if gates.shape[:-1].numel() == lead.numel():
-            return gates.reshape(*lead, -1)
-        raise ValueError(
-            f"gates of shape {list(gates.shape)} do not fit an activation of shape {[*lead, '...']}: either its rows "
-            f"cannot be identified, or the gates belong to another sequence"
-        )
-
-    def by_row(self, z: Tensor) -> Tensor:
-        """z [..., I] as [B, L, I]. A single vector [I] is one row of one token."""
-        if z.ndim == 1:
-            return z[None, None]
-        if z.ndim == 2 and self.rows is not None and self.tokens is not None and len(z) == self.rows * self.tokens:
-            return z.view(self.rows, self.tokens, -1)
-        return z[:, None] if z.ndim == 2 else z.flatten(1, -2)
-
-    def valid(self, lead: torch.Size) -> Tensor | None:
-        """Which tokens of an activation [*lead, I] are not padding, bool [*lead]; None if there is no mask.
-
-        In an encoder-decoder the mask belongs to the encoder: where it does not fit, all tokens count (None).
-        Raises ValueError if the mask does not fit the activation of another model.
-        """
-        mask = self.mask
-        if mask is None:
-            return None
-        # With a cache the mask also covers earlier tokens, but the activation has only the new ones.
-        if len(lead) == 2 and mask.shape[0] == lead[0] and self.continues:
-            mask = mask[:, -lead[1] :]
-        if mask.shape != lead and mask.numel() != lead.numel():
-            if self.two_sided:
-                return None
-            raise ValueError(
-                f"the attention mask has shape {list(mask.shape)}, but an activation has {list(lead)} tokens; pass a "
-                f"mask for these tokens with reparam.context(model, mask=...)"
-            )
-        return mask.reshape(lead)
-
-    def pool(self, lead: torch.Size, over: str, device: torch.device) -> Tensor:
-        """Which tokens of sequences a sequence router may read, bool [B, L]: all but padding, or only the prompt's.
-
-        Raises ValueError if `over` is "prompt" and the prompt is unknown.
-        """
-        valid = self.valid(lead)
-        valid = torch.ones(lead, dtype=torch.bool, device=device) if valid is None else valid
-        if over == "all":
-            return valid
-        if self.prompt is not None:
-            return valid & (valid.cumsum(1) <= self.prompt.to(device).view(-1, 1))
-        if self.labels is not None and self.labels.shape == lead:
-            # A label at i is predicted from the tokens before i. The tokens before the first label are the prompt.
-            answered = self.labels.ne(-100)
-            answered[:, 0] = False  # no token precedes the first one, so that its label is not used
-            return valid & (answered.cumsum(1) == 0)
-        if self.kept is not None:  # generation: the first forward pass with a cache holds the prompt
-            return valid
-        raise ValueError(
-            "router 'sequence' reads the prompt only, and the prompt's length is unknown: train with labels, generate "
-            "with a cache, or use reparam.context(model, prompt=lengths). pool='all' reads every token instead, which "
-            "in a causal model leaks later tokens to earlier positions"
-        )
+"""Keyword argument of the model for tasks: a name or number, one per row [B], or in packs one per token [B, L], that of
+its sequence. It is not passed on to the model."""
 
 
 class Common(nn.Module):
@@ -225,17 +103,23 @@ class Common(nn.Module):
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
         batch = next((x for x in named if isinstance(x, Tensor)), None)  # else any tensor argument
         rows = None if batch is None or batch.ndim == 0 else batch.shape[0]
-        tasks = self.numbers(kwargs.get(COLUMN)) if kwargs.get(COLUMN) is not None else given.tasks
-        if tasks is not None and tasks.ndim and rows is not None and len(tasks) != rows:
+        packs = packs_of(kwargs)
+        named_tasks = kwargs.get(COLUMN)
+        if packs is not None and isinstance(named_tasks, Tensor) and packs.fits(named_tasks.shape):
+            named_tasks = packs.of_sequences(named_tasks)
+        tasks = self.numbers(named_tasks) if named_tasks is not None else given.tasks
+        count, what = (rows, "rows") if packs is None else (len(packs), "sequences")
+        if tasks is not None and tasks.ndim and count is not None and len(tasks) != count:
             raise ValueError(
-                f"{len(tasks)} tasks were given, but the batch has {rows} rows; give one task, or one per row (repeat "
-                f"each task for each of its beams or returned sequences)"
+                f"{len(tasks)} tasks were given, but the batch has {count} {what}; give one task, or one per row "
+                f"(repeat each task for each of its beams or returned sequences)"
             )
         if tasks is not None and batch is not None:
             tasks = tasks.to(batch.device)
         config = getattr(model, "config", None)
         two_sided = bool(getattr(config, "is_encoder_decoder", False))
         mask = given.mask if given.mask is not None else kwargs.get("attention_mask")
+        mask = packs.mask if packs is not None else mask
         labels = None if two_sided else kwargs.get("labels")  # the decoder's labels do not show the encoder's prompt
         self.now = Forward(
             rows=rows,
@@ -245,6 +129,7 @@ class Common(nn.Module):
             prompt=given.prompt,
             labels=labels if isinstance(labels, Tensor) and labels.ndim == 2 else None,
             experts=given.experts,
+            packs=packs,
             two_sided=two_sided,
             share=_share(kwargs.get("labels"), kwargs.get("num_items_in_batch"), given.accumulation),
         )

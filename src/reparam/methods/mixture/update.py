@@ -22,7 +22,8 @@ from reparam.core.dtypes import compute_dtype
 from reparam.errors import InputDependentError
 from reparam.methods.mixture import experts
 from reparam.methods.mixture.auxiliary import with_losses
-from reparam.methods.mixture.common import Common, Forward, key
+from reparam.methods.mixture.common import Common, key
+from reparam.methods.mixture.forward import Forward
 from reparam.methods.mixture.routers import Reads, Router
 from reparam.methods.mixture.select import Gating, choose
 from reparam.methods.mixture.settings import MixtureSettings
@@ -312,8 +313,7 @@ class MixtureUpdate(Update):
         return experts.products(self.A, self.B, self.slots, self.method.n)
 
 
-WHOLE = ("nothing", "tasks", "hidden")
-"""Inputs of routers that are the same at all sites of a scope."""
+WHOLE = ("nothing", "tasks", "hidden")  # inputs of routers that are the same at all sites of a scope
 SPARSE_TOKENS = 64
 SPARSE_RANKS = 64
 """The least numbers of tokens, and of unused ranks per token, for which each expert runs on its own tokens only."""

@@ -144,13 +144,15 @@ def arguments(given: Given) -> None:
         given.values["group_by_length"] = bool(given.take("train_sampling_strategy"))
     metric = given.values.get("metric_for_best_model")
     if isinstance(metric, str):
-        given.values["metric_for_best_model"] = metric.removeprefix("eval_")
+        name = metric.removeprefix("eval_")
+        given.values["metric_for_best_model"] = METRICS.get(name, name)
     for key, known in _DEFAULTS.items():
         if given.values.get(key) == known:
             given.take(key)
 
 
 _DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "train_sampling_strategy": "random"}
+METRICS = {"rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy", "reward": "mean_reward"}
 OPTIMIZERS = {"adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit"}
 """Names of optimizers whose states reparam's own implementation keeps in the same way."""
 

@@ -37,11 +37,17 @@ class GRPO(Objective):
 
     name = "grpo"
     reads = ("optim.beta", "prefer.reward", "prefer.samples", "prefer.new_tokens", "prefer.temperature")
+    metrics = ("loss", "mean_reward")
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective cannot use, and if there is no reward."""
         super().check(config)
         run, prefer = config.run, config.prefer
+        if run.keeps_best and run.metric == "loss":
+            raise ConfigError(
+                "run.metric: the loss of grpo does not tell which weights are better; set it to mean_reward for "
+                "run.best and run.patience"
+            )
         if prefer.reward is None:
             raise ConfigError(
                 f"prefer.reward must be set for grpo: the function that rewards answers, such as {EXAMPLE}"

@@ -24,9 +24,15 @@ class Objective(abc.ABC):
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
     """The keys of the configuration for preferences that change something."""
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    """The values of `run.metric`."""
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective does not use or cannot use."""
+        if config.run.metric not in self.metrics:
+            raise ConfigError(
+                f"run.metric: the objective {self.name} has no {config.run.metric}; one of {', '.join(self.metrics)}"
+            )
         if wrong := [key for key, changed in self.unsupported(config).items() if changed]:
             raise ConfigError(f"{wrong[0]}: the objective {self.name} does not support it; leave it out")
         given = {
@@ -42,7 +48,6 @@ class Objective(abc.ABC):
         """The keys of settings that the objective does not support, and whether each is set."""
         data, run = config.data, config.run
         return {
-            "run.metric": run.metric != "loss",
             "run.samples": run.samples > 0,
             "run.group_by_length": run.group_by_length,
             "data.weights": bool(data.weights),

@@ -34,6 +34,7 @@ class Preferring(Objective):
     """An objective for preferences."""
 
     reads: ClassVar[tuple[str, ...]] = ("optim.beta",)
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "reward_margin", "reward_accuracy")
     compared = True
     """Whether rewards are relative to the model before training."""
 

@@ -28,6 +28,7 @@ class SFT(Objective):
     """The objective sft."""
 
     name = "sft"
+    metrics = ("loss", "exact_match")
 
     def unsupported(self, config: Config) -> dict[str, bool]:
         """None: all settings but those of preferences are for this objective."""
@@ -57,7 +58,8 @@ class SFT(Objective):
     def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
         """The loss, and exact matches if the rows have answers in words."""
         scores = [score_loss(job.model, flat(job.valid), job.tokenizer, batch=job.config.run.batch_size)]
-        answers = answer(job.model, job.tokenizer, job.held_out[: job.config.data.score_rows])
+        data = job.config.data
+        answers = answer(job.model, job.tokenizer, job.held_out[: data.score_rows], longest=data.max_length)
         if answers:
             scores.append(score_answers(answers))
         return tuple(scores), answers

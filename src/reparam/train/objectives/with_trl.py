@@ -7,7 +7,7 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,14 +16,10 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from reparam.data.batches import IGNORED, Collator, padding_id
 from reparam.data.preferences import Preferences
+from reparam.train.evaluating import Measured
 from reparam.train.job import Job
 from reparam.train.objectives.reference import Reference
 from reparam.train.trainer import Resumable
-
-if TYPE_CHECKING:
-    _Trainer = Resumable
-else:
-    _Trainer = object
 
 # TRL uses names that transformers has replaced.
 warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated")
@@ -32,7 +28,7 @@ OLDER = "_stored_metrics"  # where the experimental trainers keep their metrics
 ARGUMENTS = {"max_length": None, "disable_dropout": False, "gradient_checkpointing": False}
 
 
-class FromTRL(_Trainer):
+class FromTRL(Measured):
     """Put between `Resumable` and a trainer of TRL.
 
     TRL's trainers get encoded rows: their data sets hold the numbers of the rows, which the collator looks up.
