@@ -3,7 +3,8 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS)
+# The compiled test files are kept for the next run.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo demo-real test quick full lint format docs
 demo: .venv/installed

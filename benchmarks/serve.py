@@ -1,28 +1,36 @@
-"""Time the serving engine on the embedded model: tokens per second of processor time, and the longest step.
+"""Measure the serving engine on the embedded model, against the engine without adapters, `generate` and PEFT.
 
-Requests come at once, with adapters drawn from a power law and prompts and answers of mixed lengths, as in S-LoRA's
-test. Rows are ratios to the engine without adapters, or to `generate`, in the same run and with the same requests.
+Prompts have 8 to 512 tokens and answers 8 to 48, adapters are drawn from a power law, and with `arrivals` requests come
+as a Poisson process, as in S-LoRA's test. Rates are new tokens per second of the process's own processor time. The
+cases of a section take turns, each with the same requests, and a ratio is the median over the turns.
 
-    python benchmarks/serve.py [--requests 64] [--rounds 2]
+    python benchmarks/serve.py [--only throughput static peft loading thousand memory arrivals] [--seconds 20]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import asyncio
+import json
+import shutil
+import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import reparam
 from reparam.serve import Engine, Limits, Request
 
 BASE = Path(__file__).parents[1] / "assets" / "tiny-python"
+RANK = 8
 
 
 def base() -> Any:
@@ -30,25 +38,28 @@ def base() -> Any:
 
 
 def make_adapters(root: Path, count: int) -> list[str]:
-    model = base()
-    names = [f"a{i}" for i in range(count)]
+    """LoRA on all linear maps, in folders a0, a1, ..."""
+    model, names = base(), [f"a{i}" for i in range(count)]
+    adapter = reparam.attach(model, reparam.LoRA(r=RANK), name="made")
+    adapter.save(root / names[0], format="peft")  # without checksums, so that copies are made fast
+    file = next((root / names[0]).glob("*.safetensors"))
+    with safe_open(file, "pt") as held:
+        tensors, about = {key: held.get_tensor(key) for key in held.keys()}, held.metadata()  # noqa: SIM118
     for seed, name in enumerate(names):
-        adapter = reparam.attach(model, reparam.LoRA(r=8), name="made")
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter += 0.01 * torch.randn_like(parameter)
-        adapter.save(root / name)
-        reparam.remove(model, "made")
+        if seed:
+            shutil.copytree(root / names[0], root / name)
+        draw = torch.Generator().manual_seed(seed)
+        new = {key: t + 0.01 * torch.randn(t.shape, generator=draw) for key, t in tensors.items()}
+        save_file(new, root / name / file.name, about)
     return names
 
 
-def requests_for(names: list[str | None], count: int, *, longest: int = 64, seed: int = 0) -> list[Request]:
-    """Prompts of 8 to `longest` tokens, answers of 8 to 48; adapter i has the share 1 / (i + 1)."""
+def requests_for(names: Sequence[str | None], count: int, *, longest: int = 64, seed: int = 0) -> list[Request]:
+    """Prompts of 8 to `longest` tokens, log-uniform, answers of 8 to 48; adapter i has the share 1 / (i + 1)."""
     draw = torch.Generator().manual_seed(seed)
     shares = 1 / torch.arange(1, len(names) + 1)
     chosen = torch.multinomial(shares, count, replacement=True, generator=draw).tolist()
-    sizes = torch.randint(8, longest + 1, (count,), generator=draw).tolist()
+    sizes = (8 * (longest / 8) ** torch.rand(count, generator=draw)).long().tolist()
     answers = torch.randint(8, 49, (count,), generator=draw).tolist()
     prompts = [torch.randint(10, 4000, (size,), generator=draw).tolist() for size in sizes]
     return [
@@ -64,110 +75,218 @@ def rate(engine: Engine, requests: list[Request]) -> float:
     return tokens / (time.process_time() - start)
 
 
-def throughput(root: Path, names: list[str], count: int, rounds: int) -> None:
-    cases: dict[str, tuple[Path | None, list[str | None]]] = {"no adapter": (None, [None])}
-    cases |= {f"{n} adapters": (root, list(names[:n])) for n in (1, 8, 64)}
-    cases["64 ready, all rows base"] = root, [None]
+def turns(cases: dict[str, Callable[[int], float]], seconds: float) -> dict[str, list[float]]:
+    """The rates of the cases, which take turns for so many seconds of processor time, and at least twice."""
     found: dict[str, list[float]] = {case: [] for case in cases}
-    engines = {case: Engine(base(), adapters=folder, limits=Limits()) for case, (folder, _) in cases.items()}
-    try:
-        for case, engine in engines.items():
-            if case != "no adapter":
-                engine.answer([Request([10], name, 1) for name in (names if "64" in case else cases[case][1])])
-            rate(engine, requests_for(cases[case][1], count))
-        for _ in range(rounds):
-            for case, engine in engines.items():
-                found[case].append(rate(engine, requests_for(cases[case][1], count)))
-    finally:
-        for engine in engines.values():
-            engine.close()
-    first = max(found["no adapter"])
+    for run in cases.values():
+        run(0)
+    start, turn = time.process_time(), 0
+    while turn < 2 or time.process_time() - start < seconds:
+        turn += 1
+        for case, run in cases.items():
+            found[case].append(run(turn))
+    return found
+
+
+def show(what: str, found: dict[str, list[float]], first: str) -> None:
     for case, rates in found.items():
-        print(f"{count} requests, {case}: {max(rates):.0f} tokens/s ({max(rates) / first:.2f} of no adapter)")
+        ratios = [a / b for a, b in zip(rates, found[first], strict=True)]
+        line = f"{what}: {case}: {statistics.median(rates):.0f} tokens/s"
+        print(line if case == first else f"{line}, {statistics.median(ratios):.2f} of {first}", flush=True)
 
 
-def against_static(root: Path, names: list[str], rounds: int) -> None:
-    """32 prompts of 300 tokens, 8 adapters: the engine, and `generate` on one padded mixed batch."""
-    requests = requests_for(list(names[:8]), 32, seed=1)
-    draw = torch.Generator().manual_seed(2)
-    prompts = torch.randint(10, 4000, (32, 300), generator=draw)
-    requests = [
-        Request(prompt.tolist(), request.adapter, 32, stop_tokens=[])
-        for prompt, request in zip(prompts, requests, strict=True)
-    ]
+def throughput(root: Path, names: list[str], seconds: float) -> None:
+    with Engine(base()) as plain, Engine(base(), adapters=root) as ready:
+        ready.answer([Request([10], name, 1) for name in names])
+
+        def answering(engine: Engine, own: Sequence[str | None]) -> Callable[[int], float]:
+            return lambda turn: rate(engine, requests_for(own, 64, seed=turn))
+
+        cases = {"no adapter": answering(plain, [None])}
+        cases |= {f"{n} adapters": answering(ready, names[:n]) for n in (1, 8, 64)}
+        cases["64 ready, all rows base"] = answering(ready, [None])
+        show("64 requests", turns(cases, seconds), "no adapter")
+
+
+def against_generate(model: Any, root: Path, names: list[str], rows: int, length: int, **more: Any) -> dict[str, Any]:
+    """The engine, and `generate` of `model` on one padded batch, for `rows` prompts of `length` tokens."""
+    engine = Engine(base(), adapters=root)
+    engine.answer([Request([10], name, 1) for name in names])
+
+    def prompts(turn: int) -> torch.Tensor:
+        return torch.randint(10, 4000, (rows, length), generator=torch.Generator().manual_seed(turn))
+
+    def generate(turn: int) -> float:
+        ids, start = prompts(turn), time.process_time()
+        settings = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 1, **more}
+        with torch.no_grad():
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        return rows * 32 / (time.process_time() - start)
+
+    def serve(turn: int) -> float:
+        asked = [Request(p, names[i % len(names)], 32, stop_tokens=[]) for i, p in enumerate(prompts(turn).tolist())]
+        return rate(engine, asked)
+
+    return {"generate": generate, "engine": serve, "close": engine.close}
+
+
+def static(root: Path, names: list[str], seconds: float) -> None:
     model = base()
     for name in names[:8]:
         reparam.load(model, root / name, name=name)
-    reparam.select(model, [request.adapter for request in requests])
-    best = {"static": 0.0, "engine": 0.0}
-    with Engine(base(), adapters=root) as e:
-        for number in range(rounds + 1):
-            start = time.process_time()
-            with torch.no_grad():
-                model.generate(
-                    prompts,
-                    attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=32,
-                    min_new_tokens=32,
-                    do_sample=False,
-                    pad_token_id=1,
-                )
-            static = 32 * 32 / (time.process_time() - start)
-            fresh = [Request([11 + number, *r.prompt[1:]], r.adapter, 32, stop_tokens=[]) for r in requests]
-            if number:  # the first round compiles
-                best = {"static": max(best["static"], static), "engine": max(best["engine"], rate(e, fresh))}
-            else:
-                rate(e, fresh)
-    ratio = best["engine"] / best["static"]
-    print(f"32 prompts of 300 tokens: {best['engine']:.0f} tokens/s, generate {best['static']:.0f} ({ratio:.2f})")
+    reparam.select(model, [names[i % 8] for i in range(32)])
+    cases = against_generate(model, root, names[:8], 32, 300)
+    close = cases.pop("close")
+    show("32 prompts of 300 tokens, 8 adapters, select([...])", turns(cases, seconds), "generate")
+    close()
 
 
-def loading(root: Path, names: list[str]) -> None:
-    """The longest step while adapters load, and without, 16 requests decoding."""
+def peft(root: Path, names: list[str], seconds: float) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, target_modules="all-linear")
+    model: Any = get_peft_model(base(), config, adapter_name=names[0])
+    for name in names[1:16]:
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.01)
+    model.eval()
+    cases = against_generate(model, root, names[:16], 16, 32, adapter_names=names[:16])
+    close = cases.pop("close")
+    show("16 rows, 16 adapters, PEFT's adapter_names", turns(cases, seconds), "generate")
+    close()
+
+
+def waited() -> float:
+    """Seconds that the current thread has waited for a processor, because of other processes; 0 if unknown."""
+    file = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    return int(file.read_text().split()[1]) / 1e9 if file.exists() else 0.0
+
+
+def loading(root: Path, names: list[str], seconds: float) -> None:
+    """The longest step while adapters load, over without: wall time, less that of waiting for a processor."""
     with Engine(base(), adapters=root, limits=Limits(requests=16)) as engine:
         engine.answer([Request([10], name, 1) for name in names[:8]])
-        for case in ("without", "while loading", "without again"):
-            times: list[float] = []
-            hook = engine.model.register_forward_hook(lambda *_, to=times: to.append(time.perf_counter()))
-            work = threading.Thread(
-                target=engine.answer,
-                args=([Request([10 + i], names[i % 8], 100, stop_tokens=[]) for i in range(16)],),
-            )
-            work.start()
-            if case == "while loading":
-                for name in names[8:20]:
+        manager, times = engine._loop._manager, list[float]()
+        body = manager._generation_loop_body
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start, queue, number = time.perf_counter(), waited(), manager.current_batch
+            go_on = body(*args, **kwargs)
+            if manager.current_batch != number:
+                times.append(time.perf_counter() - start - (waited() - queue))
+            return go_on
+
+        manager._generation_loop_body = timed
+        found: dict[str, list[float]] = {"without": [], "while loading": []}
+        longest: dict[str, list[float]] = {"without": [], "while loading": []}
+        left, start = list(names[8:]), time.process_time()
+        while left and (len(longest["without"]) < 2 or time.process_time() - start < seconds):
+            for case in found:
+                times.clear()
+                asked = [Request([10 + i], names[i % 8], 100, stop_tokens=[]) for i in range(16)]
+                work = threading.Thread(target=engine.answer, args=(asked,))
+                work.start()
+                while case == "while loading" and work.is_alive() and left:
+                    name = left.pop(0)
                     engine.load(name, root / name)
-            work.join()
-            hook.remove()
-            steps = sorted(b - a for a, b in itertools.pairwise(times[3:]))
-            longest, median = 1000 * steps[-1], 1000 * steps[len(steps) // 2]
-            print(f"16 decode, {case}: longest step {longest:.0f} ms, median {median:.0f}")
+                work.join()
+                steps = sorted(times[3:])
+                found[case].append(statistics.median(steps))
+                longest[case].append(steps[-1])
+        for what, each in (("median", found), ("longest", longest)):
+            a, b = (statistics.median(each[case]) for case in ("while loading", "without"))
+            print(f"16 decode, {what} step: {1000 * a:.0f} ms while loading, {1000 * b:.0f} ms without, {a / b:.2f}")
 
 
-def memory(root: Path, names: list[str]) -> None:
+def thousand(root: Path, names: list[str], seconds: float) -> None:
+    """1,000 registered adapters over room for 64, the others in host memory, against 5 adapters."""
+    own = sum(file.stat().st_size for file in (root / names[0]).glob("*.safetensors"))
+    limits = Limits(adapter_bytes=64 * own, host_bytes=1000 * own)
+    with Engine(base(), adapters=root, limits=limits) as many, Engine(base(), adapters=root) as few:
+
+        def asked(own: list[str], turn: int) -> list[Request]:
+            return requests_for(own, 128, seed=turn % 2)  # so that the first turns have read and tried all adapters
+
+        for turn in (0, 1):
+            rate(many, asked(names, turn))
+        loads = many.metrics().adapter_loads
+        cases = {
+            "5": lambda turn: rate(few, asked(names[:5], turn)),
+            "1,000": lambda turn: rate(many, asked(names, turn)),
+        }
+        found = turns(cases, seconds)
+        show("128 requests, adapters registered", found, "5")
+        each = (many.metrics().adapter_loads - loads) / (len(found["5"]) + 1)
+        print(f"1,000 registered, 64 slots: {each:.0f} adapters came back from host memory in each turn")
+
+
+def memory(root: Path, names: list[str], seconds: float) -> None:
     with Engine(base(), adapters=root) as engine:
-        engine.answer([Request([10], name, 1) for name in names])
-        own = sum(file.stat().st_size for name in names for file in (root / name).glob("*.safetensors"))
-        print(f"{len(names)} adapters: tables take {engine._banks.nbytes() / own:.2f} of the adapters' own bytes")
+        engine.answer([Request([10], name, 1) for name in names[:64]])
+        own = sum(file.stat().st_size for name in names[:64] for file in (root / name).glob("*.safetensors"))
+        print(f"64 adapters: tables take {engine._banks.nbytes() / own:.2f} of the adapters' own bytes")
+
+
+def arrivals(root: Path, names: list[str], seconds: float) -> None:
+    """Requests that come as a Poisson process, at 70 % of what the machine answers when all come at once."""
+    with Engine(base(), adapters=root) as engine:
+        engine.answer([Request([10], name, 1) for name in names[:64]])
+        for case, own in (("no adapter", [None]), ("64 adapters", names[:64])):
+            asked, start = requests_for(own, 64, longest=512, seed=1), time.perf_counter()
+            engine.answer(asked)
+            pause = (time.perf_counter() - start) / 64 / 0.7
+            first, whole = asyncio.run(arrive(engine, requests_for(own, 64, longest=512, seed=2), pause))
+            told = [
+                f"{what} {1000 * statistics.quantiles(each, n=20)[place]:.0f}"
+                for each, name in ((first, "first token"), (whole, "answer"))
+                for what, place in ((f"{name}, ms: median", 9), ("95 %", 18))
+            ]
+            print(f"Poisson arrivals, {case}: {', '.join(told)}", flush=True)
+
+
+async def arrive(engine: Engine, requests: list[Request], pause: float) -> tuple[list[float], list[float]]:
+    """The times to the first token and to the end, of requests that come every `pause` seconds in the mean."""
+    gaps = torch.empty(len(requests)).exponential_(1 / pause, generator=torch.Generator().manual_seed(0)).tolist()
+
+    async def one(request: Request) -> tuple[float, float]:
+        start, first = time.perf_counter(), 0.0
+        async for _ in await engine.open(request):
+            first = first or time.perf_counter() - start
+        return first, time.perf_counter() - start
+
+    tasks = []
+    for request, gap in zip(requests, gaps, strict=True):
+        tasks.append(asyncio.create_task(one(request)))
+        await asyncio.sleep(gap)
+    found = await asyncio.gather(*tasks)
+    return [first for first, _ in found], [whole for _, whole in found]
+
+
+SECTIONS = {
+    "throughput": (throughput, 64),
+    "static": (static, 8),
+    "peft": (peft, 16),
+    "loading": (loading, 40),
+    "thousand": (thousand, 1000),
+    "memory": (memory, 64),
+    "arrivals": (arrivals, 64),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("throughput", "static", "loading", "memory"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=20, help="processor time of each section, about")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    print(json.dumps({"torch": torch.__version__, "threads": 1, "base": BASE.name, "rank": RANK}))
     with tempfile.TemporaryDirectory() as folder:
-        names = make_adapters(Path(folder), {"static": 8, "loading": 20}.get(given.only, 64))
-        if given.only in (None, "throughput"):
-            throughput(Path(folder), names, given.requests, given.rounds)
-        if given.only in (None, "static"):
-            against_static(Path(folder), names, given.rounds)
-        if given.only in (None, "loading"):
-            loading(Path(folder), names)
-        if given.only in (None, "memory"):
-            memory(Path(folder), names)
+        names = make_adapters(Path(folder), max(SECTIONS[name][1] for name in given.only))
+        for name in given.only:
+            SECTIONS[name][0](Path(folder), names[: SECTIONS[name][1]], given.seconds)
 
 
 if __name__ == "__main__":

@@ -143,15 +143,24 @@ def command_line() -> str:
             ["| verb | what it does |", "|---|---|"] + [f"| [{v}](#{v}) | {plain(VERBS[v][1])} |" for v in VERBS]
         ),
     ]
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    verbs: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in [pair for verb in verbs.items() for pair in _with_parts(*verb)]:
         parts += [f"## {name}", *described(command.help or "")]
         rows = [row for parameter in command.params if (row := option(parameter))]
         if name == "train":
             parts.append(
                 "All keys of the [configuration](configuration.md) are options; the table has the most common ones."
             )
-        parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
+        if rows:
+            parts.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _with_parts(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a verb and, if it is a group, the verbs in it."""
+    yield name, command
+    for part, inner in getattr(command, "commands", {}).items():
+        yield f"{name} {part}", inner
 
 
 def described(text: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "evaluation",
     "train",
     "vision",
+    "plan",
     "inspect",
     "compare",
     "recipes",

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 from command import reparam, train
 from forks import on_terminal
+from hearing import Heard
+from rich.console import Console
 
+from reparam.core.progress import listening
+from reparam.train.config import resolve
 from reparam.train.live import BLOCKS, duration, sparkline
+from reparam.train.run import train as run
+from reparam.train.show import Show
 
 
 def lines(out: str) -> list[dict[str, Any]]:
@@ -35,10 +41,29 @@ def test_json_is_all_that_is_printed(base: str, rows: str, tmp_path: Path, capsy
     result = found[-1]
     assert (result["event"], result["before"], result["after"]) == ("result", figures["before"], figures["after"])
     assert result["adapter"] == str(tmp_path / "out" / "adapter")
+    assert len(result["answers"]) == 3
+    assert all(answer.keys() >= {"given", "given_without_adapter", "right"} for answer in result["answers"])
     assert train(base, rows, tmp_path / "out", "--json") == 0
     again = lines(capsys.readouterr().out)
     [resume] = [line for line in again if line["event"] == "resume"]
     assert resume["checkpoint"] == str(tmp_path / "out" / "checkpoint-6")
+
+
+def test_json_has_the_samples_and_the_best_step(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--run.samples", 2, "--run.metric", "exact_match", "--run.best", "--eval_steps", 3, "--run.eval_rows", 2)
+    assert train(base, rows, tmp_path / "out", "--json", *more) == 0
+    found = lines(capsys.readouterr().out)
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    stored = [sample for entry in figures["history"] for sample in entry.get("samples", [])]
+    samples = [line for line in found if line["event"] == "sample"]
+    assert [{key: line[key] for key in stored[0]} for line in samples] == stored
+    assert len(samples) == 4
+    assert [line["event"] for line in found].count("evaluation") == 2
+    [best] = [line for line in found if line["event"] == "best"]
+    assert (best["step"], best["metric"]) == (figures["best step"], "exact_match")
+    assert all("exact_match" in line for line in found if line["event"] == "evaluation")
 
 
 def test_json_of_a_dry_run_and_of_a_mistake(
@@ -74,6 +99,14 @@ def test_on_a_terminal_there_is_a_dashboard(base: str, rows: str, tmp_path: Path
     assert re.search(r"held out +\d+\.\d{4} +[▁▂▃▄▅▆▇█]+", last)
     assert re.search(r"[\d,]+ tokens/s   memory [\d,]+ MiB   learning rate \d\.\d\de[-+]\d\d", last)
     assert "step 6/6" not in text
+
+
+def test_a_run_that_prints_nothing_is_a_wait_of_its_command(base: str, rows: str, tmp_path: Path) -> None:
+    settings = {"base.path": base, "data.train": rows, "run.output": str(tmp_path / "out"), "run.max_steps": 2}
+    with listening(heard := Heard()):
+        run(resolve(None, {**settings, "data.score_rows": 0}), show=Show(Console(quiet=True)))
+    assert heard.waits["training"] == (2, 2)
+    assert "identifying the base" in heard.waits
 
 
 def test_a_sparkline_spans_its_values() -> None:

@@ -80,6 +80,10 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("--assistant_only_loss", "data", "loss_on", "answers"),
         ("--stage sft --do_train True --lora_rank 5", "method", "r", 5),
         ("--resume_from_checkpoint False", "run", "resume", False),
+        ("--model_name m --r 5 --lora_alpha 9 --bias none --use_loftq False", "method", "r", 5),
+        ("--use_gradient_checkpointing unsloth --random_state 3407", "run", "gradient_checkpointing", True),
+        ("--use_gradient_checkpointing unsloth --random_state 3407", "run", "seed", 3407),
+        ("--bias lora_only", "adapter", "bias", True),
     ],
 )
 def test_it_means_what_it_means_there(typed: str, section: str, key: str, value: object, resolved: Any) -> None:
@@ -103,6 +107,7 @@ def test_it_means_what_it_means_there(typed: str, section: str, key: str, value:
         ("--gradient_checkpointing maybe", "unexpected extra argument"),
         ("--lora_r 3 4", "'3,4'"),
         ("--lora_r", "requires an argument"),
+        ("--bias all", "bias: 'all': expected none or lora_only; adapter.bias trains the biases"),
         ("--quantization_bit", "requires an argument"),
     ],
 )

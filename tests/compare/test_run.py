@@ -11,18 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hearing import Heard
 from models import save_base
 from rich.console import Console
 
 from reparam.cli import main
+from reparam.compare import serving
 from reparam.compare.plan import Plan, read_plan
 from reparam.compare.run import TUNING, compare
 from reparam.compare.trial import Outcome, Trial, perform
 from reparam.compare.workers import Late, here
+from reparam.core.progress import listening
 from reparam.errors import ConfigError, Stopped
 
 TASK = Path(__file__).parents[2] / "assets" / "tasks" / "signatures"
 STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements() -> Iterator[None]:
+    """Decode a few tokens once to measure latency."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "TOKENS", 2)
+        patch.setattr(serving, "ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +48,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Small files of training, tuning and test rows."""
     folder, files = tmp_path_factory.mktemp("data"), {}
-    for side, count in (("train", 40), ("valid", 6), ("test", 8)):
+    for side, count in (("train", 40), ("valid", 4), ("test", 5)):
         files[side] = str(folder / f"{side}.jsonl")
-        lines = (TASK / f"{side}.jsonl").read_text().splitlines()[:count]
+        lines = sorted((TASK / f"{side}.jsonl").read_text().splitlines(), key=len)[:count]  # with short answers
         Path(files[side]).write_text("\n".join(lines) + "\n")
     return files
 
@@ -90,7 +102,11 @@ def whole(
 ) -> tuple[Plan, Recorder, dict[str, Any]]:
     plan = planned(base, data, tmp_path_factory.mktemp("compare") / "out")
     recorder = Recorder()
-    return plan, recorder, run(plan, recorder)
+    with listening(heard := Heard()):
+        found = run(plan, recorder)
+    assert heard.waits["tuning, rung 1 of 1, 2 steps"] == (4, 4)
+    assert heard.waits["seed 1, 4 steps"] == (2, 2)
+    return plan, recorder, found
 
 
 def test_tuning_comes_first_rate_by_rate_then_seed_by_seed(whole: tuple[Plan, Recorder, dict[str, Any]]) -> None:
@@ -161,16 +177,28 @@ def test_a_changed_plan_repeats_only_what_changed(
     assert [(t.seed, t.label) for t in recorder.trials] == [(2, "lora"), (2, "bitfit")]
     assert found["seeds"] == [0, 1, 2]
     Path(tmp_path / "rows.jsonl").write_text(Path(data["test"]).read_text().replace("self", "this"))
-    other = Recorder()
+    other = Recorder(late_at=1)
     run(planned(base, {**data, "test": str(tmp_path / "rows.jsonl")}, tmp_path / "out"), other)
-    assert other.trials != []  # the rows are others
+    assert len(other.trials) == 1  # the rows are others
+
+
+def without(whole: Plan, output: Path, runs: str, base: str, data: dict[str, str]) -> Plan:
+    """The plan for a copy of the whole comparison in which these runs were not made."""
+    shutil.copytree(whole.output, output)
+    for name in ("results.json", "report.html"):
+        (output / name).unlink()
+    removed = list((output / "runs").glob(runs))
+    assert removed
+    for folder in removed:
+        shutil.rmtree(folder)
+    return planned(base, data, output)
 
 
 def test_a_signal_leaves_a_report_and_the_next_call_goes_on(
     whole: tuple[Plan, Recorder, dict[str, Any]], base: str, data: dict[str, str], tmp_path: Path
 ) -> None:
-    plan = planned(base, data, tmp_path / "out")
-    stopped = compare(plan, workers=Recorder(signal_at=6), console=Console(quiet=True))
+    plan = without(whole[0], tmp_path / "out", "*-1-*", base, data)
+    stopped = compare(plan, workers=Recorder(signal_at=0), console=Console(quiet=True))
     assert stopped.signal == 15
     half = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "SIGTERM" in half["missing"][0]
@@ -182,9 +210,9 @@ def test_a_signal_leaves_a_report_and_the_next_call_goes_on(
 
 
 def test_a_seed_that_not_all_have_ended_is_no_part_of_the_table(
-    base: str, data: dict[str, str], tmp_path: Path
+    whole: tuple[Plan, Recorder, dict[str, Any]], base: str, data: dict[str, str], tmp_path: Path
 ) -> None:
-    found = run(planned(base, data, tmp_path / "out"), Recorder(late_at=7))
+    found = run(without(whole[0], tmp_path / "out", "bitfit-*-1-*", base, data), Recorder(late_at=0))
     assert found["seeds"] == [0]
     assert "Seed 1 was not finished" in found["missing"][0]
     assert "one seed" in found["recommendation"]
@@ -220,8 +248,9 @@ def test_a_hopeless_contestant_is_stopped_after_a_rung(base: str, data: dict[str
 
 def test_a_run_that_diverges_is_a_result(base: str, data: dict[str, str], tmp_path: Path) -> None:
     plan = planned(
-        base, data, tmp_path / "out", compare__rates="1e30,0.005", compare__seeds=1, optim__max_grad_norm=1e9
-    )
+        base, data, tmp_path / "out", compare__rates="1e30,0.005", compare__seeds=1, optim__max_grad_norm=1e9,
+        compare__methods=[{"name": "lora", "r": 2}],
+    )  # fmt: skip
     found = run(plan)
     tried = next(entry for entry in found["tuning"] if entry["label"] == "lora")["losses"]["2"]
     assert tried["1e+30"] is None

@@ -1,7 +1,7 @@
 """One site: every setting of every method, on every storage, on every kind of layer.
 
-The oracle and the finite differences run on all combinations. The other tests run every method on every kind of layer,
-and on one quantized storage, unless `REPARAM_TESTS=full` is set (`make full`).
+The oracle runs on all combinations. The other tests run every method on every kind of layer, and on one quantized
+storage, unless `REPARAM_TESTS=full` is set (`make full`).
 
 The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `factors.apply(W)`, in float64.
 """
@@ -102,24 +102,27 @@ def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage
     assert error(y, model(x)) > 1e-3  # the update does something here
 
 
-@everywhere
-def test_gradients_are_those_of_differences(
-    kind: str, storage: str, method: Method, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_differences(kind: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with finite differences, also for updates that depend on their input.
 
-    DoRA's norms are constants of its backward pass by default, so the differences keep those of the first forward.
+    On the dense storage, and on one of the others in turn. DoRA's norms are constants of its backward pass by default,
+    so the differences keep those of the first forward.
     """
     monkeypatch.setattr(dora, "trusted", lambda: True)
-    model, adapter = one(kind, method, storage)
-    move(adapter, 2)
-    model.double().eval()
-    x = model.input(2, dtype=torch.float64)
-    if model(x).dtype != torch.float64:
-        pytest.skip("the storage computes in less than float64")
-    parameters = adapter.parameters()
-    wanted = (x.requires_grad_(), *parameters) if x.is_floating_point() else tuple(parameters)
-    assert torch.autograd.gradcheck(lambda *_: model(x), wanted, fast_mode=True)
+    others = [name for name in QUANTIZED if name != "dense"]
+    turn = KINDS.index(kind) + [param.values[0] for param in SETTINGS].index(method)
+    for storage in QUANTIZED if FULL else ("dense", others[turn % len(others)]):
+        model, adapter = one(kind, method, storage)
+        move(adapter, 2)
+        model.double().eval()
+        x = model.input(2, dtype=torch.float64)
+        if model(x).dtype != torch.float64:
+            assert storage != "dense"
+            continue  # the storage computes in less than float64
+        parameters = adapter.parameters()
+        wanted = (x.requires_grad_(), *parameters) if x.is_floating_point() else tuple(parameters)
+        assert torch.autograd.gradcheck(lambda *_, f=model, x=x: f(x), wanted, fast_mode=True), storage
 
 
 @sampled

@@ -6,10 +6,12 @@ import chat_tokenizers as kit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from reparam.data.batches import IGNORED, Encoded
 from reparam.data.chat import special_tokens
 from reparam.data.encode import encode
+from reparam.data.pieces import Pieces
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -279,3 +281,22 @@ def test_template_that_marks_no_answer():
 def test_no_chat_template():
     (found,) = problems([chat("u:q", "a:b", line=3), chat("u:q", "a:b", line=4)], kit.make(None))
     assert found.startswith("f.jsonl:3: the tokenizer has no chat template, which 2 chat rows need; train on")
+
+
+@pytest.mark.parametrize("by_pieces", [True, False])
+@pytest.mark.parametrize("before", [": ", ":\n", ":  ", ": \n "])
+def test_white_space_of_the_prompt_carries_no_loss_whether_or_not_offsets_are_trimmed(
+    before: str, by_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_pieces:
+        monkeypatch.setattr(Pieces, "of", staticmethod(lambda tokenizer: None))
+    for trim in (False, True):  # as Llama 3's tokenizer, and as GPT-2's
+        tokenizer = kit.make(
+            kit.CHATML.replace("\n' + m.content", f"{before}' + m.content").replace("nt\n", f"nt{before}")
+        )
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+        for content in ("hello there", " hello", "\nhello", "   ", "1  2 "):
+            messages = ({"role": "user", "content": "what"}, {"role": "assistant", "content": content})
+            (example,) = encode([Row("chat", "f:1", messages=messages)], tokenizer, max_length=99)
+            loss = example["input_ids"][example["labels"] != IGNORED]
+            assert tokenizer.decode(loss) == f"{content}{kit.END}"

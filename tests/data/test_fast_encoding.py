@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from reparam.data.chat import ChatTemplate
-from reparam.data.located import with_offsets
+from reparam.data.offsets import with_offsets
 from reparam.data.pieces import EXPRESSIONS, Pieces
 
 byte_level = pre_tokenizers.ByteLevel

@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ import pyarrow.json
 import pyarrow.parquet
 import pytest
 
+from reparam.data import files
 from reparam.data.rows import read_rows
 from reparam.errors import DataError
 
@@ -154,9 +156,25 @@ def test_damaged_files(tmp_path, name, content, expected):
     assert problem(path).startswith(f"{tmp_path}/{expected}")
 
 
+def test_a_file_without_an_end_of_line_is_not_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.jsonl, "LARGEST_LINE", 2**20)
+    monkeypatch.setattr(files.table, "LONGEST", 2**20)
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(30 << 30)
+        tracemalloc.start()
+        assert problem(tmp_path / name).startswith(f"{tmp_path}/{name}:1: a line of more than ")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+        tracemalloc.stop()
+
+
 def test_missing_names(tmp_path, monkeypatch):
     assert "its folder" in problem(tmp_path / "none" / "a.jsonl")
     assert "the folder holds no data files; expected .jsonl" in problem(tmp_path)
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for name in ("broken.jsonl", "loop.csv"):
+        assert problem(tmp_path / name).endswith(f"{name}: is a link that leads to no file")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     found = problem("nobody/nothing")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import reparam as run
+from models import save_base
 from transformers import AutoModelForCausalLM
 
 import reparam
@@ -25,6 +26,7 @@ SMALLER = {
     "intrinsic": f"{TRAINING} --grid 100:300 --each 1 --rates 1e-2 --full-rates 1e-3 --metric saved",
     "generate": "--max-new-tokens 4",
 }
+HUB = ("owner/name", "rows.jsonl")  # a data set of the hub, and a file in its place
 SEARCH = "--budget 5 --max-length 64"  # of compose --search
 
 
@@ -37,7 +39,7 @@ def commands(page: Path) -> list[list[str]]:
             while words:
                 end = words.index("&&") if "&&" in words else len(words)
                 assert words[0] == "reparam", line
-                found.append(words[1:end])
+                found += [words[1:end]] if words[1] != "serve" else []  # test_serving_page.py
                 words = words[end + 1 :]
     return found
 
@@ -45,7 +47,8 @@ def commands(page: Path) -> list[list[str]]:
 def smaller(arguments: list[str]) -> list[str]:
     """The same command with less to do."""
     less = SEARCH if "--search" in arguments else SMALLER.get(arguments[0], "")
-    return [*arguments, *less.split()]
+    here = [word.replace(*HUB) for word in arguments]
+    return [*here, *less.split()]
 
 
 def written(arguments: list[str]) -> set[str]:
@@ -65,25 +68,35 @@ def cut(source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished adapters on the embedded model, under the names that the pages use."""
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like the embedded one, with its tokenizer, but narrow."""
+    folder = tmp_path_factory.mktemp("embedded") / "model"
+    config = json.loads((ROOT / "assets" / "tiny-python" / "config.json").read_text())
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    save_base(folder, **{key: config[key] for key in ("num_hidden_layers", "tie_word_embeddings", "dtype")}, **narrow)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished adapters on this model, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("finished")
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-python")
+    model = AutoModelForCausalLM.from_pretrained(embedded)
     for seed, name in enumerate(("a", "b", "c", "first", "second")):
         adapter = reparam.attach(model, reparam.LoRA(r=2, seed=seed))
         for update in adapter.updates.values():
-            torch.nn.init.normal_(update.B, std=0.01)  # type: ignore[arg-type]
+            torch.nn.init.normal_(update.B, std=0.2)  # type: ignore[arg-type]
         adapter.save(folder / name)
         reparam.remove(model, "default")
     return {f"out/{path.name}": path for path in folder.iterdir()}
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Working directory with the model as `assets/tiny-python` and `model`, and the files that the pages use."""
     (tmp_path / "assets").mkdir()
     for link in ("assets/tiny-python", "model"):
-        (tmp_path / link).symlink_to(ROOT / "assets" / "tiny-python")
+        (tmp_path / link).symlink_to(embedded)
     tasks = ROOT / "assets" / "tasks"
     for source in tasks.glob("*/*.jsonl"):
         cut(source, tmp_path / "assets" / "tasks" / source.relative_to(tasks))

@@ -8,6 +8,14 @@ import torch
 from models import TOKENS, VOCABULARY, build
 from torch import Tensor
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -20,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from reparam import LoRA
@@ -97,3 +107,27 @@ def batch() -> Batch:
     images[0, 5:9], images[0, 9:15], images[1, 2:8] = 0, 1, 2
     pixels = [torch.rand(3, *size, generator=draw) for size in ((4, 4), (4, 6), (6, 4))]
     return Batch(ids, pixels, images, valid)
+
+
+TEACHER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 2,
+}
+FAMILIES: dict[str, tuple[Any, Any, int]] = {  # with the number of tokens before those of patches
+    "clip": (CLIPVisionModel, CLIPVisionConfig, 1),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, 0),
+    "dinov2": (Dinov2Model, Dinov2Config, 1),
+    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, 5),
+    "aimv2": (Aimv2VisionModel, Aimv2VisionConfig, 0),
+}
+
+
+def vit(name: str = "siglip", **changes: Any) -> Any:
+    kind, config, _ = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return kind(config(**{**TEACHER, **changes})).eval()

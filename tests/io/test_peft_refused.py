@@ -67,6 +67,8 @@ def test_every_key_of_peft_is_known() -> None:
 def test_defaults_are_pefts() -> None:
     theirs = peft.LoraConfig()
     for field in dataclasses.fields(peft_config.Honored):
+        if field.name == "peft_version":  # of the file, not a setting
+            continue
         assert field.default == (getattr(theirs, field.name) or field.default), field.name
 
 
@@ -98,7 +100,6 @@ def test_type_is_refused(folder: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target_parameters": ["experts.gate_up_proj"]},
         {"layer_replication": [(0, 1)]},
         {"alora_invocation_tokens": [1]},
         {"kasa_config": peft.KasaConfig()},

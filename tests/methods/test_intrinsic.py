@@ -58,7 +58,7 @@ def test_everything_starts_at_the_base_and_trains(family: str, mode: str, settin
         base = logits(model)
     assert torch.equal(logits(model), base)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 120
-    losses = steps(model, adapter, 8, 2e-2)
+    losses = steps(model, adapter, 4, 2e-2)
     assert losses[-1] < losses[0]
     moved = {name for name, update in adapter.updates.items() if update.moved().any()}  # type: ignore[operator]
     assert moved == set(adapter.sites)

@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 from cases import error, move
-from mixtures import BY_TASK, MASK, SEQUENCE, SMALL, adapted, run
+from mixtures import BY_TASK, MASK, SEQUENCE, SMALL, adapted, preset, run
 from models import IDS, logits
 from torch import Tensor
 
@@ -81,6 +81,27 @@ def test_generation_with_a_cache_is_full_recomputation(name: str) -> None:
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_generation_with_a_gate_of_sequences_at_the_output_head(cache: bool) -> None:
+    """Generation asks for the logits of the last token alone, and the gate reads the whole prompt."""
+    model = models.llama()
+    adapter = reparam.attach(model, preset("mole", scope="module", **SEQUENCE), targets=["lm_head", "q_proj"])
+    move(adapter, 1, size=0.2)
+    settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": cache}
+    told = model.generate(IDS, attention_mask=MASK, **settings) if cache else None
+    ids, mask = IDS, MASK
+    for _ in range(4):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad(), reparam.context(model, prompt=MASK.sum(1)):
+            found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, found.argmax(1, keepdim=True)], 1)
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
+    with reparam.context(model, prompt=MASK.sum(1)):
+        other = model.generate(IDS, attention_mask=MASK, **settings)
+    assert torch.equal(other, ids)
+    assert told is None or torch.equal(told, ids)
+
+
 def test_two_generations_at_once_keep_their_own_gates() -> None:
     from transformers import DynamicCache
 
@@ -105,9 +126,12 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
 def test_xlora_weighs_by_the_hidden_states_of_the_base() -> None:
     """Gates are computed from the plain model's last hidden states; a single expert equals its LoRA."""
     model, adapter = adapted("xlora")
+    shapes: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
     with torch.no_grad():
         hidden = models.llama()(IDS, output_hidden_states=True).hidden_states[-1]
     logits(model)
+    assert shapes == [(len(IDS), 1), IDS.shape]  # the first pass computes few logits
     router = adapter.shared.routers["model"]
     expected = torch.softmax(hidden @ router.weight.t() + router.bias, -1)
     for update in adapter.updates.values():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapters import trained
 from command import reparam
+from hearing import Heard
 from models import ASSETS, frozen, same
 from rich.console import Console
 from torch import Tensor
@@ -22,6 +23,7 @@ from reparam.adapter.attach import attach
 from reparam.combine.blend import read_operand
 from reparam.combine.candidates import Gates, candidates
 from reparam.combine.operands import Operand
+from reparam.core.progress import listening
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.score import token_losses
@@ -94,6 +96,29 @@ def test_the_objective_is_the_mean_over_examples_for_any_batch(
         torch.testing.assert_close(found[point], (nats / tokens).mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_logits_are_computed_for_tokens_with_loss_alone_unless_the_head_is_adapted(
+    target: str, base: str, few: Path, tmp_path: Path
+) -> None:
+    trained(AutoModelForCausalLM.from_pretrained(base), method=LoRA(r=2), targets=[target], tie=True).save(
+        tmp_path / "one"
+    )
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
+    encoded = encode(read_rows(few), tokenizer, max_length=64)
+    shapes: list[torch.Size] = []
+    with candidates(model, operands([str(tmp_path / "one")])) as gates:
+        losses = Losses(model, encoded, tokenizer, gates, batch=64)
+        model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1]))
+        found = losses(torch.tensor([[1.0], [0.0]], dtype=torch.float64))
+    tokens = int(encoded.loss.sum())
+    whole = 2 * len(encoded) * int(encoded.lengths.max())
+    assert sum(shape.numel() for shape in shapes) == (2 * tokens if target == "q_proj" else whole)
+    for point, name in zip(found, (library.load(model, tmp_path / "one").name, None), strict=True):
+        with library.select(model, name):
+            nats, counts = token_losses(model, encoded, tokenizer, batch=2)
+        torch.testing.assert_close(point, (nats / counts).mean(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("space", "optimizer"), [("delta", "cobyla"), ("factor", "cobyla"), ("delta", "cma")])
 def test_the_result_is_what_was_measured_and_better_than_the_base(
     space: str,
@@ -105,7 +130,9 @@ def test_the_result_is_what_was_measured_and_better_than_the_base(
 ) -> None:
     before = {file: file.read_bytes() for part in parts for file in Path(part).iterdir()}
     quiet = Console(quiet=True)
-    hub = search_to(tmp_path / "hub", parts, few, valid=few, space=space, optimizer=optimizer, console=quiet)
+    with listening(heard := Heard()):
+        hub = search_to(tmp_path / "hub", parts, few, valid=few, space=space, optimizer=optimizer, console=quiet)
+    assert heard.waits["searching for weights"] == (40, len(hub.found.history))
     assert hub.found.history[0].weights == (0.0, 0.0, 0.0)
     assert len(hub.found.history) <= 40
     assert hub.line("found").few < hub.line("base").few

@@ -147,6 +147,18 @@ def test_damaged_files_are_refused_with_one_sentence(
     assert not (folder.parent / "out").exists()
 
 
+def test_a_value_of_a_wrong_type_is_explained(folder: Path) -> None:
+    for name, key, value, why in (
+        ("config.json", "use_cache", 1.5, "field 'use_cache': TypeError: Field 'use_cache' expected"),
+        ("generation_config.json", "pad_token_id", [], "a value in its JSON files is missing or of a wrong type: Type"),
+    ):
+        content = (folder / name).read_text()
+        (folder / name).write_text(json.dumps(json.loads(content) | {key: value}))
+        with pytest.raises(BaseError, match=f"{folder}: no causal language model could be loaded: .*{why}"):
+            load_base(str(folder))
+        (folder / name).write_text(content)
+
+
 def test_an_encoder_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
     t5().save_pretrained(tmp_path)
     with pytest.raises(BaseError, match="no causal language model"):

@@ -94,7 +94,7 @@ def test_an_interrupt_before_the_first_log_leaves_no_empty_plot(
     def interrupted(*args: object, **more: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("reparam.train.run._Bind.on_step_end", interrupted)
+    monkeypatch.setattr("reparam.train.run.Bind.on_step_end", interrupted)
     assert train(base, rows, tmp_path / "out", "--max_steps", 40) == 128 + signal.SIGTERM
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert not (tmp_path / "out" / "loss.png").exists()

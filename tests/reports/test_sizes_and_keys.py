@@ -172,10 +172,12 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
 def test_what_is_no_toml_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "latin.toml").write_bytes("[run]\noutput = 'möglich'\n".encode("latin-1"))
+    (tmp_path / "wide.toml").write_bytes("[run]\nseed = 1\n".encode("utf-16"))
     for name, why in (
         (".", "is a folder"),
         ("pipe", "not a regular file"),
-        ("latin.toml", "TOML"),
+        ("latin.toml", "byte 0xf6 at offset 17 is not UTF-8"),
+        ("wide.toml", "the file is UTF-16; save it as UTF-8"),
         ("none", "no such file"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -9,6 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,11 @@ def test_pickles_are_not_read(folder: Path, tmp_path: Path) -> None:
     assert not Path("pwned").exists()
 
 
-def test_a_full_queue_gets_429_and_a_slow_answer_ends_in_time(folder: Path) -> None:
+def test_a_slow_answer_ends_in_time(folder: Path) -> None:
     limits = Limits(requests=2, step_tokens=16, cache_tokens=1024, open_requests=2)
     with http_server.serving(folder, limits=limits, seconds=1.0) as running:
         client = running.client()
-        with pytest.raises(openai.RateLimitError, match="2 open requests"):
+        with pytest.raises(openai.BadRequestError, match="at most 2 for one key"):
             client.completions.create(model="a", prompt="x", n=3, max_tokens=2)
         with running.engine._loop.quiet():
             began = time.monotonic()
@@ -217,6 +218,21 @@ def test_a_full_queue_gets_429_and_a_slow_answer_ends_in_time(folder: Path) -> N
             assert time.monotonic() - began < 30
         until(lambda: not len(running.engine._loop))
         assert client.completions.create(model="a", prompt="x", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_queue_that_other_keys_have_filled_gets_429(folder: Path) -> None:
+    limits = Limits(requests=2, step_tokens=16, cache_tokens=1024, open_requests=2)
+    asked: dict[str, Any] = {"model": "a", "prompt": "x", "max_tokens": 2}
+    with http_server.serving(folder, limits=limits, keys=(ONE, TWO)) as running:
+        with ThreadPoolExecutor(1) as pool:
+            with running.engine._loop.quiet():
+                first = pool.submit(running.client(ONE).completions.create, n=2, **asked)
+                until(lambda: len(running.engine._loop) == 2)
+                with pytest.raises(openai.RateLimitError, match="2 open requests") as raised:
+                    running.client(TWO).completions.create(**asked)
+            assert len(first.result(60).choices) == 2
+        assert raised.value.response.headers["retry-after"]
+        assert running.client(TWO).completions.create(**asked)
 
 
 def test_the_log_has_no_prompts_answers_or_keys(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

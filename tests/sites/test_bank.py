@@ -80,3 +80,22 @@ def test_rows_and_tokens_are_told_from_the_shape() -> None:
         ValueError, match=r"cannot map an activation of shape \[14, 5\] to the 3 rows of the mixed batch"
     ):
         routing.split(torch.Size([14, 5]))
+
+
+def test_writing_a_slot_of_a_twin_leaves_the_bank_in_use_as_it_is() -> None:
+    W = numbers(4, 5, seed=0)
+    weight, routing = DenseWeight(W), Routing(torch.tensor([0, 1, -1]))
+    bank = Bank(weight, routing).eval()
+    own = [Factors(numbers(2, 5, seed=s), numbers(4, 2, seed=s + 1), numbers(4, seed=s + 2)) for s in (1, 5, 9)]
+    for slot in (0, 1):
+        bank.write(slot, own[slot])
+    x = numbers(3, 2, 5, seed=3)
+    before = bank(x, weight)
+    twin = bank.twin()
+    twin.write(2, own[2], more=4)
+    assert torch.equal(bank(x, weight), before)
+    assert torch.equal(twin(x, weight), before)
+    routing.route(torch.tensor([2, 1, -1]))
+    assert twin.has_room(3, own[2], None) is False  # the slot is not known yet; its rows are there
+    assert twin.places["A"].size == 6 + 4 * 2
+    assert torch.allclose(twin(x, weight)[0], x[0] @ own[2].apply(W).T, atol=1e-5)

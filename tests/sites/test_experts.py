@@ -11,8 +11,8 @@ import experts_alone
 import models
 import pytest
 import torch
-import transformers
 from models import IDS, logits
+from moe import KINDS, build, trained
 from torch import Tensor, nn
 
 import reparam
@@ -23,37 +23,6 @@ SAMPLE = ["mixtral.MixtralExperts", "gpt_oss.GptOssExperts", "llama4.Llama4TextE
           "nemotron_h.NemotronHExperts", "muse_spark.MuseSparkExperts", "longcat_flash.LongcatFlashExperts",
           "jetmoe.JetMoeParallelExperts"]  # fmt: skip
 CENSUS = list(CLASSES) if os.environ.get("REPARAM_TESTS") == "full" else SAMPLE
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1,
-         "tie_word_embeddings": False}  # fmt: skip
-MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-KINDS: dict[str, dict[str, Any]] = {
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "DeepseekV3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2,
-                   "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 4, **MLA},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Llama4": {"num_local_experts": 4, "intermediate_size_mlp": 48},
-}  # fmt: skip
-
-
-def build(kind: str, implementation: str = "grouped_mm") -> Any:
-    config = getattr(transformers, f"{kind}{'Text' if kind == 'Llama4' else ''}Config")
-    model = getattr(transformers, f"{kind}ForCausalLM")
-    found = models.build(model, config(**{**models.TOKENS, **SIZES, **KINDS[kind]}))
-    if kind != "Llama4":
-        found.set_experts_implementation(implementation)
-    return found
-
-
-@torch.no_grad()
-def trained(adapter: reparam.Adapter) -> reparam.Adapter:
-    """The adapter with parameters as after training, some of them zero at first."""
-    draw = torch.Generator().manual_seed(1)
-    for parameter in adapter.parameters():
-        parameter += torch.randn(parameter.shape, generator=draw) * 0.2
-    return adapter
 
 
 def written(model: nn.Module, adapter: reparam.Adapter) -> dict[str, Tensor]:

@@ -326,6 +326,23 @@ def test_several_data_sets_are_several_sources(tmp_path: Path) -> None:
         assert config.data.sources() == ("a.jsonl", "org/b:test")
 
 
+def test_texts_of_llama_factory_are_packed_and_have_their_key(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"a": {"file_name": "a.json", "columns": {"prompt": "raw"}}})
+    )
+    keys = {"stage": "pt", "dataset": "a", "dataset_dir": str(tmp_path)}
+    found, config = read(yaml.safe_dump(keys), tmp_path)
+    assert (config.data.columns, config.data.packing, config.run.objective) == (("text=raw",), True, "sft")
+    assert any("do not see each other" in note for note in found.notes)
+    _, config = read(yaml.safe_dump({**keys, "packing": False}), tmp_path)
+    assert not config.data.packing
+
+
+def test_how_axolotl_ends_answers_is_noted(tmp_path: Path) -> None:
+    found, _ = read(yaml.safe_dump({**MINIMAL["Axolotl"], "eot_tokens": ["<end_of_turn>"]}), tmp_path)
+    assert any("eot_tokens (an answer ends as" in note for note in found.notes)
+
+
 def test_all_weights_are_trained_without_an_adapter(tmp_path: Path) -> None:
     for tool, key in (("LLaMA-Factory", "finetuning_type"), ("Axolotl", "adapter"), ("TRL", "use_peft")):
         text = {**MINIMAL[tool], key: {"finetuning_type": "full", "adapter": None, "use_peft": False}[key]}

@@ -164,17 +164,17 @@ def config(base: str, folder: Path, objective: str, **more: Any) -> Config:
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base: str, tmp_path: Path, objective: str) -> None:
-    """The run stops after step 4, between the log entries of the steps 3 and 6, and within an epoch."""
-    every = {"run.max_steps": 30, "run.log_every": 3, "run.eval_every": 30, "method.dropout": 0.3, "method.r": R}
+    """The run stops after step 3, between the log entries of the steps 2 and 4, and within an epoch."""
+    every = {"run.max_steps": 20, "run.log_every": 2, "run.eval_every": 20, "method.dropout": 0.3, "method.r": R}
     whole, parts = (config(base, tmp_path / name, objective, **every) for name in ("whole", "parts"))
     quiet = Console(quiet=True)
     assert run(whole, show=Show(quiet)).signal is None
-    assert run(parts, show=Stopping(quiet, 4)).signal is not None
+    assert run(parts, show=Stopping(quiet, 3)).signal is not None
     assert run(parts, show=Show(quiet)).signal is None
     first, second = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     ours, theirs = ([untimed(entry) for entry in history(tmp_path / name)] for name in ("whole", "parts"))
-    assert [entry["step"] for entry in ours][:3] == [3, 6, 9]
+    assert [entry["step"] for entry in ours][:3] == [2, 4, 6]
     assert "rewards/chosen" in ours[1]
     assert ours == theirs
 
@@ -342,9 +342,13 @@ def test_orpo_and_kto_are_those_of_the_formulas(base: str, tmp_path: Path) -> No
 
 
 def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
-    """Two processes with 2 pairs each, and one with 4: DPO's loss is the mean over the pairs of a step."""
+    """Two processes with 2 pairs each, and one with 4: DPO's loss is the mean over the pairs of a step.
+
+    Both processes compare evaluations by what the first one measures.
+    """
     written(tmp_path / "twelve.jsonl", rows(12))
     more = ["--data.train", tmp_path / "twelve.jsonl", "--optim.max_grad_norm", 0]
+    more += ["--run.best", "--run.metric", "reward_accuracy"]
     two, one = tmp_path / "two", tmp_path / "one"
     (code, _, err), (other, *silent) = two_processes(
         lambda: sys.exit(train(base, two, "dpo", *more, "--batch_size", 2)), tmp_path / "log"
@@ -355,6 +359,8 @@ def test_two_processes_train_what_one_does(base: str, tmp_path: Path) -> None:
     for own, alone in zip(history(two), history(one), strict=True):
         for key in ("loss", "rewards/margins", "rewards/accuracies"):
             assert own[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-5), (key, own["step"])
+    for own, alone in zip(history(two, "eval_loss"), history(one, "eval_loss"), strict=True):
+        assert own["eval_reward_accuracy"] == alone["eval_reward_accuracy"]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

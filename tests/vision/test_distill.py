@@ -6,47 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from seeing import VISION, batch, seeing
+from seeing import FAMILIES, VISION, batch, seeing, vit
 from torch import Tensor, nn
-from transformers import (
-    Aimv2VisionConfig,
-    Aimv2VisionModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 from reparam.errors import BaseError
 from reparam.vision import Teacher, VoRA
 from reparam.vision.teachers import load_teacher
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 2,
-}
-FAMILIES: dict[str, tuple[Any, Any, int]] = {  # with the number of tokens before those of patches
-    "clip": (CLIPVisionModel, CLIPVisionConfig, 1),
-    "siglip": (SiglipVisionModel, SiglipVisionConfig, 0),
-    "dinov2": (Dinov2Model, Dinov2Config, 1),
-    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, 5),
-    "aimv2": (Aimv2VisionModel, Aimv2VisionConfig, 0),
-}
-
-
-def vit(name: str = "siglip", **changes: Any) -> Any:
-    kind, config, _ = FAMILIES[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return kind(config(**{**SIZES, **changes})).eval()
 
 
 class Blocks(nn.Module):

@@ -19,6 +19,7 @@ from reparam.core.text import counted
 from reparam.io import files
 from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Base, Packing, Record, Tied
+from reparam.sites.expert_paths import numbers_of_experts
 from reparam.sites.fingerprint import fingerprint
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.offloaded import offloads
@@ -181,6 +182,8 @@ class Adapter:
             ),
             tied={path: Tied(site, self.modules[path].kind) for path, site in self.tied.items()},
             modules=tuple(path for path, _ in walk(self.model)),
+            experts=numbers_of_experts(self.model),
+            model_type=str(getattr(config, "model_type", "") or ""),
             prompt_format=self.prompt_format,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from reparam.adapter.selection import state_of
 from reparam.methods.mixture.common import Common, Tasks
 from reparam.methods.mixture.forward import Given
 from reparam.sites.wrapped import bare
+
+if TYPE_CHECKING:
+    from reparam.adapter.adapter import Adapter
 
 
 @contextlib.contextmanager
@@ -46,7 +49,7 @@ def context(
     invalid.
     """
     state = state_of(model)
-    found = [cast(Common, adapter.shared) for adapter in state.adapters.values() if adapter.method.takes_context]
+    found = [common for adapter in state.adapters.values() if (common := _common(adapter)) is not None]
     if not found:
         raise ValueError("context: no adapter on this model is a mixture; only mixtures use these arguments")
     if accumulation < 1:
@@ -103,8 +106,12 @@ def told(model: nn.Module, batch: Mapping[str, Tensor]) -> contextlib.AbstractCo
 def _selected(model: nn.Module) -> Common | None:
     """The shared state of the selected adapter if it is a mixture, else None."""
     choice = state_of(model).choice if hasattr(bare(model), "reparam_state") else None
-    adapter = state_of(model).adapters[choice] if isinstance(choice, str) else None
-    return cast(Common, adapter.shared) if adapter is not None and adapter.method.takes_context else None
+    return _common(state_of(model).adapters[choice]) if isinstance(choice, str) else None
+
+
+def _common(adapter: Adapter) -> Common | None:
+    """The shared state of a mixture, else None."""
+    return cast(Common, adapter.shared) if adapter.method.takes_context and adapter.shared is not None else None
 
 
 def _mask(experts: Sequence[int], n: int) -> Tensor:

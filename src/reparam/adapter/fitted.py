@@ -23,11 +23,14 @@ from torch import nn
 from reparam.adapter.same_base import same_values
 from reparam.core.checks import listed
 from reparam.errors import FormatError
+from reparam.io.peft_experts import turned
 from reparam.io.record import Claims, Record, Tied
 from reparam.methods import patterns
 from reparam.methods.several import NONE, Several
 from reparam.sites import targets
+from reparam.sites.expert_paths import experts_with
 from reparam.sites.fingerprint import base_tensors
+from reparam.sites.kinds import kind_of
 from reparam.sites.walk import same_weight
 
 
@@ -35,7 +38,13 @@ def fitted(model: nn.Module, have: Mapping[str, nn.Module], record: Record, fold
     """The record for this model, whose modules are `have`. Raises FormatError if it does not fit."""
     if record.claims is None:
         return record
-    return _with_beside(model, have, _with_named(_with_present_names(model, have, record), folder), folder)
+    record = _with_present_names(model, have, record)
+    own = {name: targets.site_of(name, have[name]) for name in record.sites if name in have and kind_of(have[name])}
+    experts = {
+        name: experts_with(model, name) for name, site in own.items() if site.kind == "expert" and site.transposed
+    }
+    undeclared = {name for name, module in experts.items() if not hasattr(module, "is_transposed")}
+    return _with_beside(model, have, _with_named(turned(record, own, undeclared), folder), folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,7 @@ def _check_claims(have: Mapping[str, nn.Module], record: Record, folder: Path) -
             path not in record.sites
             and path not in record.tied
             and targets.is_matrix(module)
+            and targets.site_of(path, module).kind not in ("expert", "router")  # which PEFT names as parameters
             and record.claims.site(path)
         )
         whole = record.claims.whole(path) and any(True for _ in module.parameters())

@@ -18,7 +18,8 @@ from reparam.core.registry import STORAGES, find_storage
 from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites import targets as targets_
-from reparam.sites.experts import close_idle, experts_with, opened, settle
+from reparam.sites.expert_paths import experts_with
+from reparam.sites.experts import close_idle, opened, settle
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.offloaded import check_placed
 from reparam.sites.replaced import Replaced

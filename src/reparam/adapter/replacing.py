@@ -9,6 +9,7 @@ from torch import nn
 
 from reparam.core.surface import advice
 from reparam.sites import targets
+from reparam.sites.experts import settle
 from reparam.sites.module import Adapted, is_quantized
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import tied
@@ -24,6 +25,8 @@ def copies_of(holders: Mapping[str, Replaced], linked: Mapping[str, str]) -> dic
     for path, holder in holders.items():
         hooks = [hook for part in holder.origin.modules() if (hook := vars(part).get("_hf_hook")) is not None]
         found[path] = copy.deepcopy(holder.origin, {id(hook): hook for hook in hooks})
+        for part in list(found[path].modules()):
+            settle(part)
     for path, leader in linked.items():
         found[path]._parameters["weight"] = found[leader]._parameters["weight"]
     return found

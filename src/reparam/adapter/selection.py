@@ -21,7 +21,8 @@ from reparam.core.text import counted
 from reparam.core.versions import content
 from reparam.io import whole
 from reparam.io.record import Record, Tied
-from reparam.sites.experts import Opened, experts_with
+from reparam.sites.expert_paths import experts_with
+from reparam.sites.experts import Opened
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing

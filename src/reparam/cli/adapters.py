@@ -256,6 +256,7 @@ def inspect(
     """
     from reparam.inspect.details import Closely
     from reparam.inspect.show import show
+    from reparam.vision.found import part_of
 
     asked = Closely(deep=deep, survival=survival, against=against, suggest=suggest, data=data)
-    show(folder, base, console, json=json, plot=plot, probe=probe, asked=asked, overwrite=overwrite)
+    show(part_of(folder), base, console, json=json, plot=plot, probe=probe, asked=asked, overwrite=overwrite)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,7 @@ Key = tuple[type, dataclasses.Field[Any] | None]
 
 # Names of the same settings in the scripts of PEFT, TRL and transformers.
 ALIASES = {
-    "base.path": ["--model_name_or_path", "--base", "--model", "--base_model"],
+    "base.path": ["--model_name_or_path", "--base", "--model", "--base_model", "--model_name"],
     "base.dtype": ["--dtype", "--torch_dtype"],
     "base.revision": ["--model_revision", "--revision_of_model"],
     "base.storage": ["--storage", "--quantization"],
@@ -56,7 +57,7 @@ ALIASES = {
     "adapter.start": ["--adapter_name_or_path", "--lora_model_dir"],
     "adapter.tie": ["--ensure_weight_tying", "--lora_ensure_weight_tying"],
     "method.name": ["--method", "--use_peft_method"],
-    "method.r": ["--lora_r", "--lora_rank"],
+    "method.r": ["--lora_r", "--lora_rank", "--r"],
     "method.alpha": ["--lora_alpha"],
     "method.dropout": ["--lora_dropout"],
     "optim.name": ["--optim", "--optimizer"],
@@ -94,7 +95,7 @@ ALIASES = {
     "run.loggers": ["--report_to"],
     "run.name": ["--run_name"],
     "run.fresh": ["--fresh", "--overwrite_output_dir"],
-    "run.seed": ["--seed"],
+    "run.seed": ["--seed", "--random_state"],
 }
 TITLES = {
     "base": "Frozen base model  [base]",
@@ -104,6 +105,7 @@ TITLES = {
     "optim": "Optimizer  [optim]",
     "prefer": "Preference tuning  [prefer]",
     "run": "Length, batch size, output  [run]",
+    "vision": "Images and how they are seen  [vision]",
 }
 
 
@@ -128,12 +130,13 @@ USUAL = (
 )
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(command: Callable[..., None], more: Mapping[str, Key] = MappingProxyType({})) -> Callable[..., None]:
     """Add one option for each key of the configuration to a command; it gets the given ones as the dict `overrides`.
 
-    Also add `--help-all`, which shows every option, and `--help-method NAME`, which shows the settings of one method.
+    `more` are further keys, whose options `--help` shows. Also add `--help-all`, which shows every option, and
+    `--help-method NAME`, which shows the settings of one method.
     """
-    keys = _keys()
+    keys = {**_keys(), **more}
 
     def help_all(ctx: typer.Context, asked: bool) -> None:
         if asked:
@@ -156,7 +159,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Show the settings of one method with their defaults, and exit.",
     )
     helps = {"help_all": (False, Annotated[bool, shown]), "help_method": (None, Annotated[str | None, method])}
-    return _extended(command, {key: _option(key, *pair) for key, pair in keys.items()}, helps, _switches())
+    made = {key: _option(key, *pair, panel=TITLES["vision"] if key in more else None) for key, pair in keys.items()}
+    return _extended(command, made, helps, _switches())
 
 
 def with_storage_settings(command: Callable[..., None]) -> Callable[..., None]:

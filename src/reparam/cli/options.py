@@ -19,6 +19,7 @@ from reparam.cli.screen import console as console
 # In the order of `--help`: the module and function of each verb, and its line in `--help`.
 VERBS = {
     "train": ("train.train", "Train an adapter and score it."),
+    "plan": ("plan.plan", "Show what a training run will hold in memory, and what fits."),
     "data": ("data.data", "Show what training would make of a file of rows."),
     "generate": ("run.generate", "Generate text with a base model and, optionally, an adapter."),
     "eval": ("run.evaluate", "Score a base model and an adapter on held-out rows."),
@@ -30,6 +31,7 @@ VERBS = {
     "compose": ("adapters.compose", "Combine adapters into one, as a weighted sum."),
     "compress": ("adapters.compress", "Make a finished adapter smaller without its data."),
     "inspect": ("adapters.inspect", "Show what an adapter or a quantized model holds."),
+    "vision": ("vision.vision", "Teach a language model to see, merge it, and tune it."),
     "compare": ("compare.compare", "Compare methods on your own task and report which is best."),
     "quantize": ("models.quantize", "Quantize a model so that it loads in a quarter of the memory."),
     "intrinsic": ("study.intrinsic", "Measure how many dimensions a task needs."),
@@ -45,8 +47,12 @@ class _Loaded(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
             file, _, function = VERBS[name][0].partition(".")
-            one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
             verb = getattr(importlib.import_module(f"reparam.cli.{file}"), function)
+            if isinstance(verb, typer.Typer):  # a group of verbs
+                self._made[name] = as_command(verb)
+                self._made[name].name = name
+                return self._made[name]
+            one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
             one.command(name, cls=Verb, context_settings=getattr(verb, "context_settings", None))(verb)
             self._made[name] = as_command(one)
         return self._made[name]

@@ -10,6 +10,11 @@ import typer
 from reparam.cli.options import AdapterFolder, Base, Dtype, Overwrite, StorageName, TaskName, console
 from reparam.cli.screen import messages
 
+ENGINE = (
+    "Answer with the serving engine, where rows join and leave one batch: faster for many rows of different lengths, "
+    "with the same answers but for rounding. Needs reparam\\[serve]."
+)
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to answer or continue. Without it, a chat starts.")] = None,
@@ -100,6 +105,16 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch_size", min=1, help="With --prompts: prompts per forward pass.")
     ] = 16,
+    engine: Annotated[bool, typer.Option("--engine", help="With --prompts: " + ENGINE)] = False,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="File of an image to ask about; may be given several times. The base or the adapter is a model that "
+            "sees: the folder of `reparam vision`. <image> in the prompt is its place, by default at the start.",
+        ),
+    ] = None,
     task: TaskName = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -107,18 +122,35 @@ def generate(
 
     [bold]reparam generate "def scale(self, factor=2):" --adapter out/first --compare[/bold]
 
+    [bold]reparam generate --base merged --image cat.png "What is this?"[/bold]
+
     [bold]reparam generate --prompts test.jsonl -o answers.jsonl --adapter out/first --adapter out/second[/bold]
     """
     from reparam.data.questions import read_questions
     from reparam.evaluation.complete import Sampling
+    from reparam.evaluation.engine import check_greedy
     from reparam.evaluation.terminal import note, say
     from reparam.recipes.answers import check_output, write_answers
     from reparam.recipes.chat import Asking, Chat
     from reparam.train.sections import DataConfig
+    from reparam.vision.asking import ask
+    from reparam.vision.found import is_seeing
 
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
+    if engine:
+        check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if image or is_seeing([base, *(adapter or [])]):
+        given = {"--compare": compare, "--storage": storage, "--prompts": prompts, "--task": task}
+        given |= {"--engine": engine, "--chat-template": chat_template, "--system": system, "--thinking": thinking}
+        if unused := [name for name, value in given.items() if value not in (None, False)]:
+            raise ValueError(f"{unused[0]} is not for models that see; leave it out")
+        from reparam.vision.asking import ask
+
+        text = ask(prompt, image or [], base, adapter or [], raw, sampling, max_new_tokens, dtype)
+        say(console, text)
+        return
     if output is not None:
         check_output(output, overwrite=overwrite)
     renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
@@ -137,7 +169,7 @@ def generate(
     for told in chat.notes():
         say(messages, note("note", told))
     if prompts is not None:
-        write_answers(chat, questions, output, batch=batch_size, console=console)
+        write_answers(chat, questions, output, batch=batch_size, console=console, engine=engine)
     elif prompt is not None:
         chat.answer(prompt, console)
     else:
@@ -152,6 +184,7 @@ def evaluate(
     storage: StorageName = None,
     max_length: Annotated[int, typer.Option(min=3, help="Maximum length of a row in tokens.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    engine: Annotated[bool, typer.Option("--engine", help=ENGINE)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a base model and an adapter on held-out rows: exact match for answers, bits per byte for texts.
@@ -159,8 +192,20 @@ def evaluate(
     [bold]reparam eval test.jsonl --adapter out/first[/bold]
     """
     from reparam.evaluation.evaluate import evaluate as run
+    from reparam.vision.found import is_seeing
 
-    found = run(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage)
+    if is_seeing([base, adapter]):
+        from reparam.vision.asking import evaluate_seeing
+
+        if storage is not None or engine:
+            option = "--storage" if storage is not None else "--engine"
+            raise ValueError(f"{option} is not for models that see; leave it out")
+        seen = evaluate_seeing(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size)
+        seen.show(console, json=json)
+        return
+    found = run(
+        data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage, engine=engine
+    )
     found.show(console, json=json)
 
 

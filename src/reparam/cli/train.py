@@ -20,7 +20,9 @@ def train(
     config: ConfigFile = None,
     foreign: Annotated[
         Path | None,
-        typer.Option("--from", help="Configuration of LLaMA-Factory, Axolotl or TRL (YAML); options override it."),
+        typer.Option(
+            "--from", help="Configuration of LLaMA-Factory, Axolotl, TRL or torchtune (YAML); options override it."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,

@@ -106,6 +106,7 @@ class _Together(Method):
     """The method that builds the combined update of each site for `install`. It is not registered or saved."""
 
     ties: ClassVar[bool] = True
+    takes_context: ClassVar[bool] = True  # the weights of the rows
     parts: dict[str, list[tuple[int, Factors]]]
     gates: Gates
     space: str

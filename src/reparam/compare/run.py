@@ -34,6 +34,7 @@ from reparam.compare.serving import Serving, serving
 from reparam.compare.trial import Outcome, Trial, done, trial
 from reparam.compare.workers import Late, Workers
 from reparam.compare.write import write
+from reparam.core.progress import tracked
 from reparam.core.text import counted
 from reparam.errors import Stopped
 from reparam.evaluation.terminal import say
@@ -243,7 +244,8 @@ class _Comparison:
         say(self.console, f"{what}: {counted(len(trials), 'run')}{there}")
         found = {outcome.folder: outcome for outcome in known}
         self.ended |= {outcome.label: outcome for outcome in known if outcome.failed is None}
-        for number, outcome in enumerate(self.workers(fresh, late), 1):
+        performed = tracked(self.workers(fresh, late), what, total=len(fresh), unit="runs")
+        for number, outcome in enumerate(performed, 1):
             found[outcome.folder] = outcome
             score = f"failed: {outcome.failed}" if outcome.failed else _scores(outcome)
             say(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from reparam.data.located import ByOffsets, Located, with_offsets
+from reparam.data.offsets import ByOffsets, Located, untrimmed, with_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -220,7 +220,8 @@ class Pieces:
         if piece not in self._located:
             if len(self._located) >= KNOWN // 8:
                 self._located.clear()
-            found = self._plain().encode(piece, add_special_tokens=False)
+            with untrimmed(self._tokenizer):
+                found = self._plain().encode(piece, add_special_tokens=False)
             self._located[piece] = ByOffsets(piece, np.array(found.ids, dtype=np.int32), found.offsets)
         return self._located[piece]
 

@@ -17,7 +17,7 @@ import numpy as np
 from reparam.data.answers import Rendered, Span
 from reparam.data.chat import ChatTemplate, LossOn, special_names, special_tokens
 from reparam.data.findings import Findings
-from reparam.data.located import Located, with_offsets
+from reparam.data.offsets import Located, with_offsets
 from reparam.data.pieces import Pieces
 from reparam.data.row import Row
 from reparam.errors import DataError

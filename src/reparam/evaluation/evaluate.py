@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import tasks_of
 from reparam.adapter.load import place
 from reparam.adapter.selection import select
@@ -17,12 +20,16 @@ from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.row import Row
 from reparam.data.rows import read_rows
-from reparam.evaluation.score import Answer, Score, answer, score_answers, score_loss
+from reparam.evaluation.engine import answers_of, opened
+from reparam.evaluation.score import Answer, Score, answer, answerable, score_answers, score_loss
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import say, say_json
 from reparam.hf.models import vocabulary
 from reparam.hf.open import frame_of, open_model
 from reparam.io.record import Record
+
+if TYPE_CHECKING:
+    from reparam.serve import Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +65,21 @@ def evaluate(
     max_length: int,
     batch: int,
     storage: str | None = None,
+    engine: bool = False,
 ) -> Evaluation:
     """Score the base model and, if given, the adapter on the rows of the file `data`.
 
     `max_length` is in tokens, `batch` in rows. Without `base`, the adapter's files name the base model; `dtype` and
-    `storage` are those of `reparam.hf.open.open_model`. Raises ValueError if the data, the base model or the adapter
-    cannot be used.
+    `storage` are those of `reparam.hf.open.open_model`. With `engine`, answers come from the serving engine. Raises
+    ValueError if the data, the base model or the adapter cannot be used.
     """
     rows = read_rows(data)
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
     rows = list(frame_of(tokenizer, loaded).rows(rows))
     size, tasks = vocabulary(model), tasks_of(model)
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
+    if engine:
+        return _through_engine(model, tokenizer, rows, encoded, adapter, loaded, batch=batch, longest=max_length)
     if loaded is None:
         return Evaluation(scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)[0], None, ())
     select(model, None)
@@ -77,6 +87,42 @@ def evaluate(
     select(model, loaded.name)
     after, adapted = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
     return Evaluation(before, after, tuple(zip(plain, adapted, strict=True)))
+
+
+def _through_engine(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    encoded: Encoded,
+    folder: str | None,
+    adapter: Adapter | None,
+    *,
+    batch: int,
+    longest: int,
+) -> Evaluation:
+    """What `evaluate` returns, with the losses of the model itself and the answers of the serving engine."""
+    names = [None] if adapter is None else [None, adapter.name]
+    losses = []
+    for name in names:
+        if adapter is not None:
+            select(model, name)
+        losses.append(score_loss(model, encoded, tokenizer, batch=batch))
+    folders = {} if folder is None or adapter is None else {adapter.name: folder}
+    answers: list[list[Answer]] = [[] for _ in names]
+    if answerable(rows):
+        with opened(model, tokenizer, folders, longest=2 * longest) as engine:
+            for name, found in zip(names, answers, strict=True):
+                found += answer(
+                    model, tokenizer, rows, longest=longest, through=functools.partial(_asked, engine, name)
+                )
+    scored = [(loss, *([score_answers(own)] if own else [])) for loss, own in zip(losses, answers, strict=True)]
+    if adapter is None:
+        return Evaluation(scored[0], None, ())
+    return Evaluation(scored[0], scored[1], tuple(zip(*answers, strict=True)))
+
+
+def _asked(engine: Engine, name: str | None, prompts: Sequence[list[int]], most: int) -> list[str]:
+    return answers_of(engine, prompts, [name] * len(prompts), max_new_tokens=most)
 
 
 def scores(

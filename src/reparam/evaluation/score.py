@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,11 +80,16 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
             f"no token of the {counted(len(encoded), 'example')} carries loss, so there is no loss to score; give rows "
             f"with an answer or a text"
         )
+    if texts:
+        return loss_score("bits per byte", nats, weights, unit=math.log(2))
+    return loss_score("loss per token", nats, weights)
+
+
+def loss_score(name: str, nats: Tensor, weights: Tensor, *, unit: float = 1.0) -> Score:
+    """A ratio of two sums over examples, [E] float64 each, in units of so many nats, with its 95 % interval."""
     ratio = float(nats.sum() / weights.sum())
     spread = float((nats - ratio * weights).std()) * math.sqrt(len(nats)) / float(weights.sum()) if len(nats) > 1 else 0
-    unit = math.log(2) if texts else 1.0
     value, half = ratio / unit, 1.96 * spread / unit
-    name = "bits per byte" if texts else "loss per token"
     return Score(name, value, value - half, value + half, len(nats), larger_is_better=False)
 
 
@@ -134,12 +139,14 @@ def answer(
     batch: int = 32,
     max_new_tokens: int | None = None,
     longest: int | None = None,
+    through: Callable[[Sequence[list[int]], int], list[str]] | None = None,
 ) -> list[Answer]:
     """Generate greedy answers to completions and to the last turn of chats.
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
     prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8, or
-    `longest` if that is less: a longer answer counts as wrong, and takes no more time.
+    `longest` if that is less: a longer answer counts as wrong, and takes no more time. `through` gives the texts of
+    prompts and a number of new tokens; by default, `complete` does.
     Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
     tokens.
     """
@@ -158,7 +165,10 @@ def answer(
     if max_new_tokens is None:
         max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
         max_new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest)
-    given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+    if through is None:
+        given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+    else:
+        given = through(prompts, max_new_tokens)
     return [
         Answer(row.source, question if isinstance(question, str) else str(question[-1]["content"]), want, got)
         for row, (question, want), got in zip(asked, pairs, given, strict=True)

@@ -60,18 +60,19 @@ class Change:
 
 
 @torch.no_grad()
-def changes_of(adapter: Adapter, program: str, *, most: int | None = None) -> dict[str, Change]:
+def changes_of(adapter: Adapter, program: str, *, most: int | None = None, experts: bool = False) -> dict[str, Change]:
     """The change of each adapted linear map, by path; maps that the adapter leaves as they are have none.
 
     Args:
         adapter: an adapter on its model, with the task set if its gates depend on one.
         program: the program that will read the result, for messages.
         most: highest rank that the program takes; higher components are dropped here, to save memory.
+        experts: whether the program takes changes of experts.
 
     Raises ExportError if the adapter also changes what is no matrix of a linear map, or changes nothing; and
     InputDependentError if its change depends on the input.
     """
-    check_linear(adapter, program)
+    check_linear(adapter, program, experts=experts)
     found = {}
     for path, update in tracked(adapter.updates.items(), "computing changes", unit="modules"):
         frozen = adapter.modules[path].frozen
@@ -87,9 +88,10 @@ def changes_of(adapter: Adapter, program: str, *, most: int | None = None) -> di
     return found
 
 
-def check_linear(adapter: Adapter, program: str) -> None:
-    """Raise ExportError if the adapter changes anything but the matrices of linear maps."""
-    sites = [path for path, module in adapter.modules.items() if module.kind != "linear"]
+def check_linear(adapter: Adapter, program: str, *, experts: bool = False) -> None:
+    """Raise ExportError if the adapter changes anything but the matrices of linear maps, and, if so, of experts."""
+    kinds = ("linear", "expert") if experts else ("linear",)
+    sites = [path for path, module in adapter.modules.items() if module.kind not in kinds]
     biases = [
         f"{path}.bias"
         for path, module in adapter.modules.items()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reparam.adapter.adapter import Adapter
+from reparam.export import vllm_experts
 from reparam.export.changes import Change
 from reparam.io import files
 from reparam.io.record import Record
@@ -23,13 +24,18 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def write(folder: Path, adapter: Adapter, changes: Mapping[str, Change], rank: int) -> None:
     """Write PEFT's two files, with factors of this rank for each map, in float32."""
     whole = adapter.record()
-    tensors = {}
-    for path, change in changes.items():
-        factors = change.at(rank)
-        tensors[f"{path}.A"], tensors[f"{path}.B"] = factors.A.float(), factors.B.float()
+    vllm_experts.check(adapter.model, [change.site for change in changes.values() if change.site.kind == "expert"])
+    tensors, sites = {}, {}
+    for change in changes.values():
+        own = {change.site: change.at(rank)}
+        if change.site.kind == "expert":
+            own = vllm_experts.apart(whole.model_type, change.site, change.at(rank))
+        for site, factors in own.items():
+            sites[site.name] = site
+            tensors[f"{site.name}.A"], tensors[f"{site.name}.B"] = factors.A.float(), factors.B.float()
     record = Record(
         LoRA(r=rank, alpha=float(rank)),
-        {path: change.site for path, change in changes.items()},
+        sites,
         tensors,
         base=whole.base,
         modules=whole.modules,

@@ -177,11 +177,10 @@ class ChunkedLoss:
         if not isinstance(state.choice, str | None):
             raise NotChunked("each row of the batch has an adapter of its own")
         modules = {id(module): name for name, module in bare(model).named_modules()}
+        head = modules.get(id(self.head))
         for adapter in state.adapters.values():
-            if adapter.method.takes_context and modules.get(id(self.head)) in adapter.sites:
-                raise NotChunked(
-                    f"{adapter.method.name} adapts the output head, and its gates depend on the rows of the batch"
-                )
+            if adapter.method.takes_context and head in (*adapter.sites, *adapter.tied):
+                raise NotChunked("the output head is adapted, and its update depends on the rows of the batch")
 
     def _measured(self, model: nn.Module) -> tuple[Tail, Tensor]:
         """Find out, in a forward pass of two tokens, what the model does to its logits. Returns it and a hidden state.

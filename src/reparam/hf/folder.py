@@ -75,7 +75,7 @@ def _check_entry(path: str, entry: Path) -> None:
             loads(entry.read_bytes())
         except DuplicateKey as error:
             raise BaseError(f"{path}: {entry.name}: {error}") from None
-        except (ValueError, RecursionError, OSError):
+        except (ValueError, OSError):
             return  # transformers reports it
 
 

@@ -30,7 +30,8 @@ from reparam.hf.digest import KEY, digest_of, digest_of_all, digests_of, told_di
 from reparam.io.mapped import Mapped
 from reparam.sites import targets as targets_
 from reparam.sites.expert import Expert
-from reparam.sites.experts import Opened, make_room, open_experts, settle, stacked
+from reparam.sites.expert_paths import stacked
+from reparam.sites.experts import Opened, make_room, open_experts, settle
 from reparam.sites.module import is_conv1d
 from reparam.sites.walk import storages_in
 from reparam.weights.dense import as_matrix

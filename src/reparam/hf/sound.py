@@ -131,10 +131,13 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of the error with text, for the end of a sentence."""
+    """The first line of the error that says what is wrong, for the end of a sentence."""
     if isinstance(error, ReparamError):
         return str(error)
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    text = lines[0][:300] if lines else ""
+    first = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)  # the lines before introduce it
+    text = " ".join(lines[: first + 1])[:300]
+    if isinstance(error, TypeError | AttributeError | KeyError):
+        return f"a value in its JSON files is missing or of a wrong type: {type(error).__name__}: {text}".rstrip(": ")
     plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")

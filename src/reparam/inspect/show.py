@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -185,12 +188,29 @@ def _table(summary: Summary) -> Table:
     compared = any(site.weight for site in summary.sites)
     for column in ("site", "W (out x in)", "rank", "|ΔW|", *(["|ΔW| / |W|"] if compared else [])):
         table.add_column(column, justify="left" if column == "site" else "right")
-    for site in summary.sites:
-        rank = "-" if site.rank is None else str(site.rank)
-        change = "-" if site.change is None else f"{site.change:.4g}"
-        shape = f"{site.shape[0]} x {site.shape[1]}"
-        table.add_row(site.name, shape, rank, change, *([_share(site)] if compared else []))
+    for name, sites in _together(summary.sites).items():
+        ranks = sorted({site.rank for site in sites if site.rank is not None})
+        rank = "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        changes, weights = (_norm([getattr(site, part) for site in sites]) for part in ("change", "weight"))
+        whole = dataclasses.replace(sites[0], change=changes, weight=weights)
+        change = "-" if whole.change is None else f"{whole.change:.4g}"
+        shape = f"{whole.shape[0]} x {whole.shape[1]}"
+        table.add_row(name, shape, rank, change, *([_share(whole)] if compared else []))
     return table
+
+
+def _together(sites: Sequence[SiteSummary]) -> dict[str, list[SiteSummary]]:
+    """The sites by name; those of the experts of one module are together, by a name that counts them."""
+    found: dict[str, list[SiteSummary]] = {}
+    for site in sites:
+        found.setdefault(re.sub(r"(\.experts)\.\d+\.", r"\1.*.", site.name), []).append(site)
+    return {name if len(own) == 1 else f"{name} ({len(own)} experts)": own for name, own in found.items()}
+
+
+def _norm(values: Sequence[float | None]) -> float | None:
+    """The norm of matrices together from the norm of each; None if one is not known."""
+    known = [value for value in values if value is not None]
+    return math.hypot(*known) if len(known) == len(values) else None
 
 
 def _share(site: SiteSummary) -> str:

@@ -127,13 +127,29 @@ def frozen_weight(model: nn.Module | None, own: Mapping[str, Tensor], site: Site
 
     `own` are the base's tensors by name.
     """
-    if model is None or f"{site.name}.weight" not in own:
+    if model is None:
+        return None
+    if site.kind == "expert":
+        return _expert_weight(model, own, site)
+    if f"{site.name}.weight" not in own:
         return None
     module = at(model, site.name)
     if is_quantized(module):
         return module.frozen
     matrix = own[f"{site.name}.weight"].detach()
     return DenseWeight(matrix.t() if site.transposed else matrix[:, None] if site.kind == "vector" else matrix)
+
+
+def _expert_weight(model: nn.Module, own: Mapping[str, Tensor], site: Site) -> Weight | None:
+    """The matrix of one expert, which is quantized, or a part of a stack."""
+    holder, number, name = site.name.rsplit(".", 2)
+    if (stack := own.get(f"{holder}.{name}")) is None:
+        module = dict(model.named_modules()).get(site.name)
+        return module.frozen if module is not None and is_quantized(module) else None
+    matrix = stack.detach()[int(number)]
+    return DenseWeight(
+        matrix.t() if matrix.shape != (site.out_features, site.in_features) or site.transposed else matrix
+    )
 
 
 def _base(record: Record) -> str:

@@ -228,7 +228,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise
     except DuplicateKey as error:
         raise FormatError(f"{file}: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{file}: expected a JSON object, found {type(found).__name__}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 import reparam.io
-from reparam.io import mlx
+from reparam.io import mlx, peft_experts
 from reparam.io.native import pack_tensors, read_json
 from reparam.io.peft_formats import CONFIG, PREFIX, Folder, reader_of, writer_of
 from reparam.io.peft_weights import WEIGHTS
@@ -45,9 +45,13 @@ def files(record: Record) -> dict[str, bytes]:
     method = record.method
     writer = writer_of(method)
     writer.check(method, record)
-    record = record.apart()
+    whole = record.apart()
+    record = peft_experts.without_experts(whole)
     config = writer.settings(method, record)
     tensors: dict[str, Tensor] = {}
+    if writer.experts:
+        stacked = peft_experts.add(config, whole, method)
+        tensors = {f"{PREFIX}{key}": tensor for key, tensor in stacked.items()}
     for name, site in record.sites.items():
         found = writer.tensors(name, site, record)
         tensors |= {f"{PREFIX}{name}{end}": tensor for end, tensor in found.items()}

@@ -22,7 +22,7 @@ from reparam.errors import FormatError
 
 NEUTRAL = {
     # about the file, not the outputs
-    "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "runtime_config",
+    "peft_type", "task_type", "auto_mapping", "revision", "inference_mode", "runtime_config",
     # known from the base: the matrix of a Conv1D is [I, O]
     "fan_in_fan_out",
     # initializations that do not change the base
@@ -31,7 +31,6 @@ NEUTRAL = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 REFUSED = {
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "layer_replication": "replicated layers of the base are not supported",
     "alora_invocation_tokens": "Activated LoRA, which depends on the preceding tokens, is not supported",
     "use_qalora": "QALoRA, which pools the inputs of A, is not supported",
@@ -76,6 +75,8 @@ class Honored:
     base_model_name_or_path: str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
+    peft_version: str | None = None
 
     def site(self, path: str) -> bool:
         """Whether PEFT puts factors on this path, as `check_target_module_exists` decides; False for "all-linear"."""
@@ -107,7 +108,13 @@ class Honored:
     def ignored(self, path: str) -> bool:
         """Whether PEFT puts no factors on this path; False if that cannot be told from the path."""
         told = self.target_modules not in (None, [], "") and str(self.target_modules).lower() != "all-linear"
-        return told and not self.site(path)
+        return told and not self.site(path) and not self.parameter(path)
+
+    def parameter(self, path: str) -> bool:
+        """Whether `target_parameters` name the weight of the module at this path, or the stack that an expert is in."""
+        holder, _, name = path.rpartition(".")
+        stack = re.sub(r"\.\d+$", "", holder)
+        return any(_named(found, self.target_parameters) for found in (f"{path}.weight", f"{stack}.{name}"))
 
     def whole(self, path: str) -> bool:
         """Whether PEFT trains the module at this path whole: the path ends with one of `modules_to_save`.

@@ -123,7 +123,7 @@ def tensors_of(name: str, site: Site, record: Record, *, inside: str = "") -> di
     """The factors of one site, by the ends of their PEFT keys. `inside` is the prefix of their names in the record."""
     found = {}
     for end, (kind, parameter, transposed) in PARTS.items():
-        if kind == site.kind:
+        if kind == site.kind or (kind == "linear" and site.kind == "router"):
             tensor = record.tensors[f"{name}.{inside}{parameter}"]
             found[end] = tensor.t() if transposed else tensor
     return found
@@ -148,6 +148,7 @@ def sites_of(contents: Contents, file: Path, *, least: int = 1) -> dict[str, Sit
         f"missing {PREFIX}{name}{keys[kind, parameter]}"
         for name, kind in kinds.items()
         for parameter in ("A", "B")
+        if kind != "expert"
         if f"{name}.{parameter}" not in tensors
     ]
     sites = {}

@@ -56,6 +56,8 @@ class PeftFormat(Generic[_M]):
 
     ties: ClassVar[bool] = False
     """Whether the files can tie the update of an output head to that of the embedding (`ensure_weight_tying`)."""
+    experts: ClassVar[bool] = False
+    """Whether the files can hold updates of experts and routers (`target_parameters`)."""
     peft_type: ClassVar[str]
     """Value of `peft_type` in the settings."""
 
@@ -76,10 +78,11 @@ class PeftFormat(Generic[_M]):
                     f"{tie.to}; save with format='reparam'"
                 )
         for kind in dict.fromkeys(site.kind for site in record.sites.values()):
-            if kind not in ("linear", "embedding"):
+            if kind not in ("linear", "embedding", *(("expert", "router") if self.experts else ())):
                 names = [name for name, site in record.sites.items() if site.kind == kind]
+                what = f"{method.name} on an" if kind == "expert" else "an update on a"
                 raise FormatError(
-                    f"PEFT has no equivalent of an update on a {kind}: {listed(names)}; save with format='reparam'"
+                    f"PEFT has no equivalent of {what} {kind}: {listed(names)}; save with format='reparam'"
                 )
 
     def settings(self, method: _M, record: Record) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from reparam.core.base import Site
 from reparam.core.checks import listed
 from reparam.errors import FormatError
 from reparam.io.peft_config import Honored, parse
+from reparam.io.peft_experts import unstacked
 from reparam.io.peft_factors import replaced_of, sites_of, sort, targets_of, tensors_of
 from reparam.io.peft_formats import Folder, PeftFormat, peft_format
 from reparam.io.peft_weights import WEIGHTS
@@ -31,6 +32,7 @@ class LoRAFormat(PeftFormat[LoRA]):
 
     peft_type = "LORA"
     ties = True
+    experts = True
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         """Whether the settings describe a LoRA without `use_dora`."""
@@ -41,6 +43,8 @@ class LoRAFormat(PeftFormat[LoRA]):
         config = parse(folder.settings, folder.config)
         found = sort(folder.tensors(), config, {})
         found.check(folder.weights)
+        tensors, kinds, config = unstacked(found.tensors, found.kinds, config, folder.weights)
+        found = dataclasses.replace(found, tensors=tensors, kinds=kinds)
         sites = sites_of(found, folder.weights)
         method = method_of(LoRA, config, sites, folder.config)
         check_ranks(method, found.tensors, sites, folder.config)

@@ -86,6 +86,10 @@ class Record:
     """Name and settings of the method of each module in `beside`, by path, as `Several` takes them."""
     modules: tuple[str, ...] = ()
     """Paths of all modules of the base, for formats that name modules by the ends of their paths. Empty when read."""
+    experts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """The base's modules with stacked weights of experts, by path, with the number of experts. Empty when read."""
+    model_type: str = ""
+    """The `model_type` of the base's configuration; "" when unknown."""
     prompt_format: PromptFormat | None = None
     """How the adapter is prompted; None when unknown."""
     claims: Claims | None = None

@@ -128,7 +128,7 @@ def _entries(file: Path, key: str) -> dict[str, Any]:
         raise FormatError(f"{file}: {ENTRY} is {tensor.dtype} {list(tensor.shape)}, expected a row of uint8")
     try:
         found = loads(bytes(tensor.tolist()))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{file}: {ENTRY} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise FormatError(f"{file}: {ENTRY}: expected a JSON object, found {type(found).__name__}")

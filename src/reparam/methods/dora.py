@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from reparam.core.base import Factors, Role, Site, Update, Weight
 from reparam.core.checks import wrong_words
 from reparam.core.continuing import trusted
+from reparam.core.dtypes import holds
 from reparam.core.registry import method
 from reparam.core.versions import Stamp, content, stamp_of, tensors_of
 from reparam.methods.dora_norm import of_columns, of_rows
@@ -246,10 +247,9 @@ class DoRAUpdate(Update):
             norm, dead = self._measured(weight, squares, grad=False)
             gain = torch.where(dead, 1, self.magnitude / norm)
             size = gain.abs()
-            invertible = bool(((size >= _INVERTIBLE) & (size <= 1 / _INVERTIBLE)).all())
-            found = _Norms(
-                now or (), held or (), squares, norm, dead if bool(dead.any()) else None, gain, invertible, {}
-            )
+            invertible = holds(((size >= _INVERTIBLE) & (size <= 1 / _INVERTIBLE)).all(), unknown=True)
+            lifeless = dead if holds(dead.any(), unknown=False) else None
+            found = _Norms(now or (), held or (), squares, norm, lifeless, gain, invertible, {})
         self._kept = None if now is None or held is None else found  # otherwise a later change could not be detected
         return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reparam.core.base import Weight
+from reparam.core.dtypes import valueless
 
 _LEAST = 1e-3
 """A norm is computed directly if its terms sum to less than this share of their sizes (16 eps for 16-bit weights)."""
@@ -61,6 +62,8 @@ def _sum(squares: Tensor, cross: Tensor, own: Tensor, weight: Weight) -> tuple[T
     total = squares + cross + own
     least = max(_LEAST, 16 * torch.finfo(weight.dtype).eps)
     near = total < least * (squares + cross.abs() + own)
+    if valueless(near):
+        return total, None
     if not torch.compiler.is_compiling():
         return total, near.nonzero().flatten()
     torch._assert_async(~near.any(), "DoRA: an update nearly cancels a row of W; run the model without torch.compile")

@@ -26,15 +26,22 @@ def check_output(file: Path, *, overwrite: bool) -> None:
 
 
 def write_answers(
-    chat: Chat, questions: Sequence[Question], file: Path | None, *, batch: int, console: Console
+    chat: Chat,
+    questions: Sequence[Question],
+    file: Path | None,
+    *,
+    batch: int,
+    console: Console,
+    engine: bool = False,
 ) -> None:
     """Write one object for each question, in order: to `file` at once when all are answered, or to the console.
 
     An object has the keys of the row, without its answer; `expected`, if the row has an answer; and `answer` or, with
-    several who answer, `answers` by their labels. Raises DataError for questions that cannot be asked.
+    several who answer, `answers` by their labels. With `engine`, the serving engine answers. Raises DataError for
+    questions that cannot be asked.
     """
     lines = []
-    for question, answers in zip(questions, chat.answers(questions, batch=batch), strict=True):
+    for question, answers in zip(questions, chat.answers(questions, batch=batch, engine=engine), strict=True):
         given = {"answer": next(iter(answers.values()))} if len(answers) == 1 else {"answers": answers}
         lines.append({**question.as_json(), **given})
     if file is None:

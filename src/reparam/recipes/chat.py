@@ -24,9 +24,11 @@ from reparam.data.questions import Question
 from reparam.data.templates import chosen
 from reparam.errors import DataError
 from reparam.evaluation.complete import GREEDY, Sampling, complete
+from reparam.evaluation.engine import answers_of, opened
 from reparam.evaluation.terminal import say
 from reparam.hf.open import open_model, prompted
 from reparam.hf.prompts import prompting_of
+from reparam.hf.stops import stop_tokens
 from reparam.io.files import adapter_folder
 from reparam.io.prompt_format import PromptFormat
 from reparam.recipes.task import check_task
@@ -165,8 +167,11 @@ class Chat:
             for history, text in zip(histories, self.answer(prompt, console, before=histories), strict=True):
                 history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
-    def answers(self, questions: Sequence[Question], *, batch: int = 16) -> list[dict[str, str]]:
+    def answers(self, questions: Sequence[Question], *, batch: int = 16, engine: bool = False) -> list[dict[str, str]]:
         """For each question, the answers by the labels of the speakers. `batch` is in prompts for a forward pass.
+
+        With `engine`, the serving engine answers, greedily. It takes the adapters off the model, so nothing else can
+        be asked afterwards.
 
         Raises DataError if a question is a chat and prompts are continued as plain text, if a chat template refuses it,
         or if it is empty.
@@ -183,7 +188,21 @@ class Chat:
         if problems:
             raise DataError(problems)
         labels = [speaker.label for speaker in self.speakers]
-        return [dict(zip(labels, texts, strict=True)) for texts in self._complete(asked, batch=batch)]
+        texts = self._served(asked) if engine else self._complete(asked, batch=batch)
+        return [dict(zip(labels, own, strict=True)) for own in texts]
+
+    def _served(self, asked: Sequence[Sequence[list[int]]]) -> list[list[str]]:
+        """What `_complete` returns, by the serving engine."""
+        prompts = [ids for each in asked for ids in each]
+        names = [speaker.adapter for speaker in self.speakers]
+        folders = {speaker.adapter: speaker.label for speaker in self.speakers if speaker.adapter is not None}
+        longest = max(map(len, prompts), default=0) + self.max_new_tokens
+        with opened(self.model, self.speakers[0].tokenizer, folders, longest=longest) as engine:
+            stops = [stop_tokens(engine.model, speaker.tokenizer) for speaker in self.speakers]
+            texts = answers_of(
+                engine, prompts, names * len(asked), max_new_tokens=self.max_new_tokens, stops=stops * len(asked)
+            )
+        return [texts[at : at + len(names)] for at in range(0, len(texts), len(names))]
 
     def _complete(self, asked: Sequence[Sequence[list[int]]], *, batch: int) -> list[list[str]]:
         """The texts of all speakers for each question, whose token ids differ by speaker.

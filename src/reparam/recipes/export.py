@@ -103,7 +103,7 @@ def export_to(
         else:
             ranks = vllm.RANKS if to == "vllm" else None
             name = program.PROGRAM
-            changes = changes_of(opened, name, most=max(ranks) if ranks else None)
+            changes = changes_of(opened, name, most=max(ranks) if ranks else None, experts=to == "vllm")
             chosen = rank_for(changes, ranks, rank, max_error, name)
             program.write(output, opened, changes, chosen)
             say(console, _said(changes, chosen))

@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reparam.adapter.attach import remove
 from reparam.combine.blend import Blend, blend, read_operand
 from reparam.combine.candidates import Gates, candidates
 from reparam.combine.search import BestPoint, check_search, search
+from reparam.core.progress import waiting
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import say
+from reparam.hf.chunked import RowLosses
 from reparam.hf.models import vocabulary
 from reparam.hf.open import open_model
 from reparam.io.outputs import check_adapter_folder
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REDUCTIONS = ("mean", "sum")
-SHOWN = 12  # number of latest evaluations in the live table
+SHOWN = 12  # number of the latest candidates in the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Losses:
         self, model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, gates: Gates, *, batch: int
     ) -> None:
         self.model = model
+        self.row_losses = RowLosses(model)
         self.encoded = encoded
         self.collate = Collator(padding_id(tokenizer))
         self.gates = gates
@@ -106,11 +107,8 @@ class Losses:
     def _rows(self, examples: dict[str, Tensor]) -> Tensor:
         """The mean cross entropy per token of each row, [B] in float64."""
         device = next(self.model.parameters()).device
-        labels = examples["labels"][:, 1:].to(device)
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask")}
-        logits = self.model(**inputs).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        return losses.double().sum(1).cpu() / (labels != -100).sum(1).cpu()
+        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+        return self.row_losses(inputs).double().cpu() / (examples["labels"][:, 1:] != -100).sum(1)
 
 
 def objective(
@@ -177,11 +175,16 @@ def search_to(
     n = len(operands)
     with candidates(model, operands, space=space) as gates:
         losses = Losses(model, encoded, tokenizer, gates, batch=batch)
-        progress = _Progress(objective(losses, l1=l1, l1_reduction=l1_reduction), losses, budget)
-        with Live(progress.table(), console=console, auto_refresh=False) as live:
-            found = search(
-                lambda points: progress(points, live), n, bound=bound, budget=budget, optimizer=optimizer, seed=seed
-            )
+        value = objective(losses, l1=l1, l1_reduction=l1_reduction)
+        with waiting("searching for weights", budget, unit="candidates") as advance:
+
+            def measured(points: Tensor) -> list[float]:
+                values = value(points)
+                advance(len(values))
+                return values
+
+            found = search(measured, n, bound=bound, budget=budget, optimizer=optimizer, seed=seed)
+        say(console, _tried_table(found, losses.forwards, budget))
         forwards = losses.forwards
         lines = _compared(found, folders, losses, held_out, tokenizer)
     made = blend([s.record for s in operands], found.weights, space=space, rank=rank, base=model)
@@ -226,33 +229,18 @@ def _compared(
     )
 
 
-class _Progress:
-    """The objective, with a live table of its latest values."""
-
-    def __init__(self, f: Callable[[Tensor], list[float]], losses: Losses, budget: int) -> None:
-        self.f = f
-        self.losses = losses
-        self.budget = budget
-        self.tried: list[tuple[float, list[float]]] = []
-
-    def __call__(self, points: Tensor, live: Live) -> list[float]:
-        values = self.f(points)
-        self.tried += zip(values, points.tolist(), strict=True)
-        live.update(self.table(), refresh=True)
-        return values
-
-    def table(self) -> Table:
-        table = Table(
-            title=f"{len(self.tried)} of {counted(self.budget, 'candidate')}, "
-            f"{counted(self.losses.forwards, 'forward pass', 'forward passes')}"
-        )
-        for name in ("", "loss + penalty", "weights"):
-            table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
-        best = min((value for value, _ in self.tried), default=math.nan)
-        for number, (value, weights) in list(enumerate(self.tried, 1))[-SHOWN:]:
-            told = Text(f"{value:.4f}", "bold green" if value == best else "")
-            table.add_row(str(number), told, " ".join(f"{w:+.2f}" for w in weights))
-        return table
+def _tried_table(found: BestPoint, forwards: int, budget: int) -> Table:
+    """The latest candidates, with the best one in green."""
+    tried = list(enumerate(found.history, 1))
+    table = Table(
+        title=f"{len(tried)} of {counted(budget, 'candidate')}, {counted(forwards, 'forward pass', 'forward passes')}"
+    )
+    for name in ("", "loss + penalty", "weights"):
+        table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=name != "weights")
+    for number, one in tried[-SHOWN:]:
+        told = Text(f"{one.value:.4f}", "bold green" if one.value == found.value else "")
+        table.add_row(str(number), told, " ".join(f"{w:+.2f}" for w in one.weights))
+    return table
 
 
 def _lines_table(hub: Hub) -> Table:

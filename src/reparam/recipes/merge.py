@@ -20,6 +20,7 @@ from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_apart, check_model_folder
 from reparam.recipes.task import check_task
 from reparam.sites.walk import storages_in
+from reparam.vision.found import vora_folder
 
 ONTO = ("trained", "original")
 
@@ -63,6 +64,10 @@ def merge_to(
     if into is not None and onto == "original":
         raise ValueError(
             "--into needs the quantized weights that the adapter was trained on, so leave out --onto original"
+        )
+    if vora_folder(adapter) is not None:
+        raise ValueError(
+            f"{adapter}: is a model that sees; merge it with `reparam vision merge {output} --from {adapter}`"
         )
     check_task(task, adapter)
     folder = adapter_folder(adapter)

@@ -90,9 +90,11 @@ def _padded(
     """query [H, R, D] -> [R, H, D]: one token of each request, whose keys are at `starts` in key [K, ., D]."""
     most = max(lengths)
     steps, own = torch.arange(most), torch.tensor(lengths)[:, None]
-    at = torch.tensor(starts)[:, None] + torch.minimum(steps, own - 1)  # [R, L]
+    at = (torch.tensor(starts)[:, None] + torch.minimum(steps, own - 1)).flatten()  # [R · L]
     heads, requests, width = query.shape
-    keys, values = (t[:, at.flatten()].view(len(t), requests, most, -1).transpose(0, 1) for t in (key, value))
+    # The cache has all heads of a token together, so that whole rows are copied.
+    held = [t.transpose(0, 1).index_select(0, at).view(requests, most, len(t), -1) for t in (key, value)]
+    keys, values = (t.transpose(1, 2) for t in held)  # [R, K, L, D]
     mask = None if min(lengths) == most else (steps < own)[:, None, None]
     queries = query.view(len(key), heads // len(key), requests, width).permute(2, 0, 1, 3)  # [R, K, G, D]
     return attend(queries, keys, values, attn_mask=mask, scale=scaling).reshape(requests, heads, -1)

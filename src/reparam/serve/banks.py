@@ -7,7 +7,6 @@ Shapes: N tokens of the step, R requests in it, I and O widths of a site.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -75,8 +74,10 @@ class Banks:
         """The bytes that a slot with these contents would take."""
         return sum(self._bank(path).bytes_for(*own) for path, own in contents.items())
 
-    def write(self, slot: int, contents: Contents, quiet: Callable[[], AbstractContextManager[None]]) -> None:
-        """Fill a slot that no request uses.
+    def write(
+        self, slot: int, contents: Contents, quiet: Callable[[], AbstractContextManager[None]], *, more: int = 0
+    ) -> None:
+        """Fill a slot that no request uses. Tables that must grow get room for so many `more` adapters.
 
         Free rows of the tables are written at once. Tables without room are copied into larger ones first, which
         replace them inside `quiet()`, a context in which no step runs.
@@ -92,8 +93,8 @@ class Banks:
             if path in self.sites and bank.has_room(slot, *own):
                 bank.write(slot, *own)
             else:
-                new[path] = copy.deepcopy(bank, {id(bank.routing): bank.routing})
-                new[path].write(slot, *own)
+                new[path] = bank.twin()
+                new[path].write(slot, *own, more=more)
         if new:
             with quiet():
                 self._place(new)

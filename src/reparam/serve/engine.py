@@ -30,6 +30,7 @@ from reparam.serve.limits import Limits
 from reparam.serve.loop import Loop
 from reparam.serve.proof import Prover
 from reparam.serve.request import Answer, Request, Token
+from reparam.serve.shelf import Shelf
 from reparam.serve.store import Resident, Store
 from reparam.serve.stream import Stream
 from reparam.serve.text import Writer
@@ -64,7 +65,15 @@ class Engine:
         self.limits = limits or Limits()
         self._banks = Banks(model)
         self._loop = Loop(model, self._banks, self.limits)
-        self._store = Store(self._banks, Prover(model), self.limits.adapter_bytes, self._loop.quiet)
+        shelf = Shelf(self.limits.host_bytes_for(next(model.parameters()).device))
+        self._store = Store(
+            self._banks,
+            Prover(model),
+            shelf,
+            self.limits.adapter_bytes,
+            quiet=self._loop.quiet,
+            busy=lambda: self._loop.busy,
+        )
         if adapters is not None:
             self._store.register(Path(adapters))
         self._loop.start()

@@ -49,12 +49,18 @@ class Loop:
         self._tickets: dict[str, Ticket] = {}
         self._lock = threading.Condition()
         self._manager: Any = None
+        self._paused = False
         self._watchdog: threading.Thread | None = None
         self._hook: Any = None
 
     def __len__(self) -> int:
         """The number of requests that are computed or wait."""
         return sum(ticket.ended is None for ticket in list(self._tickets.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are steps to compute, and no pause."""
+        return self.state == "running" and bool(self._tickets) and not self._paused
 
     @property
     def waiting(self) -> int:
@@ -110,6 +116,8 @@ class Loop:
                 except RuntimeError:  # the loop died meanwhile; the watchdog makes another one
                     self._wait_for_another(manager)
                     continue
+                self._paused = True
+                stack.callback(setattr, self, "_paused", False)
                 yield
                 return
 

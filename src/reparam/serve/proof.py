@@ -55,6 +55,8 @@ class Prover:
 
     def __init__(self, model: nn.Module) -> None:
         tensors = itertools.chain(model.parameters(), model.buffers())
+        self._adapters: set[str] = set()
+        self._base: tuple[Tensor, Tensor] | None = None
         self.model: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
     def prove(self, folder: Path) -> Proven:
@@ -88,25 +90,26 @@ class Prover:
             for tensor in (*(factors or ()), bias):
                 if tensor is not None and not bool(tensor.isfinite().all()):
                     raise FormatError(f"{folder}: its change of {path} is not finite")
-        self._probe(adapter, contents, folder)
-        return Proven(digest(record), record.method.name, contents, record.prompt_format)
+        own = digest(record)
+        if own not in self._adapters:  # the same bytes on the same base need no second proof
+            self._probe(adapter, contents, folder)
+            self._adapters.add(own)
+        return Proven(own, record.method.name, contents, record.prompt_format)
 
     def _probe(self, adapter: Adapter, contents: Contents, folder: Path) -> None:
-        ids = self._ids(adapter, contents)
-        cut = len(ids) // 2
-        rows = [ids[:cut], ids[cut:]]
-        base, own = ([self._scores(row, name) for row in rows] for name in (None, NAME))
-        if not all(bool(row.isfinite().all()) for row in own):
+        rows = self._ids(adapter, contents)  # [2, T]
+        base, own = self._base_scores(rows), self._scores(rows, NAME)
+        if not bool(own.isfinite().all()):
             raise FormatError(f"{folder}: with it, the model's scores are not finite")
-        if all(torch.equal(a, b) for a, b in zip(own, base, strict=True)):
+        if torch.equal(own, base):
             raise FormatError(f"{folder}: it does not change the model's outputs, so it is not trained, or damaged")
-        positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(ids.device)
+        positions = torch.arange(rows.shape[1], device=rows.device).repeat(2)[None]
         try:
-            with select(self.model, [NAME, None], spans=[len(row) for row in rows]):
-                found = self.model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0].float()
+            with select(self.model, [NAME, None], spans=[rows.shape[1]] * 2):
+                packed = self.model(input_ids=rows.view(1, -1), position_ids=positions, use_cache=False)
         except ValueError as error:
             raise _refused(folder, str(error)) from None
-        wanted = torch.cat([own[0], base[1]])
+        found, wanted = packed.logits[0].float(), torch.cat([own[0], base[1]])
         bound = 1e-3 if self.model.dtype is torch.float32 else 10 * SMALL
         if float((found - wanted).abs().max()) > bound * float(wanted.abs().max()):
             raise _refused(folder, "in a batch with the base, its outputs are not those that it has alone")
@@ -119,13 +122,20 @@ class Prover:
         found: list[Order | None] = [order for (packed, _), order in orders_of(bank).items() if packed]
         return found or [None]
 
-    def _scores(self, ids: Tensor, name: str | None) -> Tensor:
+    def _base_scores(self, rows: Tensor) -> Tensor:
+        """Those of the base, which are kept for the next adapter: most get the same probe."""
+        if self._base is None or not torch.equal(self._base[0], rows):
+            self._base = rows, self._scores(rows, None)
+        return self._base[1]
+
+    def _scores(self, rows: Tensor, name: str | None) -> Tensor:
+        """rows [2, T] -> [2, T, V]."""
         with select(self.model, name):
-            scores: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+            scores: Tensor = self.model(input_ids=rows, use_cache=False).logits.float()
         return scores
 
     def _ids(self, adapter: Adapter, contents: Contents) -> Tensor:
-        """The ids of the probe: some of the vocabulary, and of those that the adapter changes at an embedding."""
+        """The ids of the probe [2, T]: some of the vocabulary, and of those whose embeddings the adapter changes."""
         embedding = self.model.get_input_embeddings()
         count = len(embedding.weight)
         ids = torch.randint(count, (PROBE,), generator=torch.Generator().manual_seed(0))
@@ -134,7 +144,7 @@ class Prover:
             if site is embedding and factors is not None:
                 changed = factors.B.abs().sum(1).nonzero().flatten()[:CHANGED].cpu()
                 ids = torch.cat([changed, ids])
-        return ids.to(embedding.weight.device)
+        return ids[: len(ids) // 2 * 2].view(2, -1).to(embedding.weight.device)
 
 
 def digest(record: Record) -> str:

@@ -20,7 +20,9 @@ from reparam.io.files import FORMATS, adapter_folder
 from reparam.io.prompt_format import PromptFormat
 from reparam.serve.banks import Banks
 from reparam.serve.inside import check_inside
-from reparam.serve.proof import Prover
+from reparam.serve.pace import Pace
+from reparam.serve.proof import Proven, Prover
+from reparam.serve.shelf import Shelf
 
 PATIENCE = 60.0
 """Seconds that an adapter waits for others to leave, if those in use take all the memory for adapters."""
@@ -40,15 +42,27 @@ class Resident:
 
 
 class Store:
-    """Which adapters there are, and which of them have slots. `quiet` gives contexts in which no step runs."""
+    """Which adapters there are, and which of them have slots.
+
+    `quiet` gives contexts in which no step runs, and `busy` tells whether there are steps to compute.
+    """
 
     def __init__(
-        self, banks: Banks, prover: Prover, budget: int, quiet: Callable[[], AbstractContextManager[None]]
+        self,
+        banks: Banks,
+        prover: Prover,
+        shelf: Shelf,
+        budget: int,
+        *,
+        quiet: Callable[[], AbstractContextManager[None]],
+        busy: Callable[[], bool],
     ) -> None:
         self._banks = banks
         self._prover = prover
+        self._shelf = shelf
         self._budget = budget
         self._quiet = quiet
+        self._busy = busy
         self._lock = threading.Condition()
         self._folders: dict[str, Path] = {}
         self._roots: set[Path] = set()
@@ -158,8 +172,10 @@ class Store:
         with self._lock:
             self.check(name)
             found, folder = self._lease(name), self._folders[name]
+            before = self._named.get(name)
         if found is None:
-            found = self._read(folder)
+            held = before and self._shelf.get(before.digest)
+            found = self._put(held, folder) if held else self._read(folder)
             with self._lock:
                 self._named[name] = found
         return found
@@ -176,7 +192,13 @@ class Store:
         for root in self._roots:
             if folder.is_relative_to(root):
                 check_inside(folder, root)
-        proven = self._prover.prove(folder)
+        with Pace(self._busy):
+            proven = self._prover.prove(folder)
+            self._shelf.put(proven)
+        return self._put(proven, folder)
+
+    def _put(self, proven: Proven, folder: Path) -> Resident:
+        """Give an adapter a slot, unless its contents have one. Returns a lease."""
         with self._lock:
             held = self._residents.get(proven.digest)
             if held is not None:
@@ -186,12 +208,20 @@ class Store:
         self._make_room(need, folder)
         taken = {resident.slot for resident in self._residents.values()}
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        self._banks.write(slot, proven.contents, self._quiet)
+        with Pace(self._busy):
+            self._banks.write(slot, proven.contents, self._quiet, more=self._expected(need))
         with self._lock:
             resident = Resident(proven.digest, proven.method, slot, need, proven.prompt_format, leases=1)
             self._residents[proven.digest] = resident
             self.loads += 1
         return resident
+
+    def _expected(self, need: int) -> int:
+        """How many further adapters of this size there can be at once."""
+        with self._lock:
+            others = len(self._folders) - len(self._residents) - 1
+            free = self._budget - need - sum(resident.nbytes for resident in self._residents.values())
+        return max(0, min(others, free // max(need, 1)))
 
     def _make_room(self, need: int, folder: Path) -> None:
         """Take slots from adapters that no request uses, until so many bytes are free."""

@@ -14,6 +14,7 @@ Shapes: S slots, R rank of a slot, M rows of a table, B rows of the batch, T tok
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ from reparam.sites.places import Places
 from reparam.sites.routing import Routing
 
 TABLES = ("A", "B_t", "gain", "bias")
-SLACK = 4
+INDEX = ("spans", "biased")
+SLACK = 16
 """A table that grows gets one more free row for each `SLACK` rows in use, so that most writes copy nothing else."""
 
 
@@ -60,23 +62,40 @@ class Bank(Update):
         self._hold("spans", torch.zeros(0, 4, dtype=torch.int64, device=weight.device))
         self._hold("biased", torch.zeros(0, dtype=torch.int64, device=weight.device))
 
-    def write(self, slot: int, factors: Factors | None, bias: Tensor | None = None, exact: bool = False) -> None:
+    def write(
+        self,
+        slot: int,
+        factors: Factors | None,
+        bias: Tensor | None = None,
+        exact: bool = False,
+        more: int = 0,
+    ) -> None:
         """Fill a slot. `factors=None` means that the adapter does not change this site's weight.
 
         Free rows are used first. If there are not enough together, the table is copied into a larger one, with some
-        free rows or, if `exact`, with none.
+        free rows, at least those for `more` slots of the smallest size; or, if `exact`, with none.
         """
         # A later write, outside of inference mode, changes the same tensors.
         with torch.inference_mode(False), torch.no_grad():
             self._release(slot)
             for name, rows in self._contents(factors, bias).items():
-                self._put(name, slot, rows, exact)
+                self._put(name, slot, rows, exact, more)
             self._note(slot)
 
     def has_room(self, slot: int, factors: Factors | None, bias: Tensor | None) -> bool:
         """Whether a slot that is empty can be filled with these contents without moving or replacing a table."""
         sizes = self._sizes(factors, bias)
         return slot < len(self.spans) and all(self.places[name].has_room(rows) for name, rows in sizes.items())
+
+    def twin(self) -> Bank:
+        """A bank with the same contents, to take the place of this one after a slot of it has been written.
+
+        This one can be used until then: nothing that its slots hold is changed. Tables are shared until they grow.
+        """
+        made = copy.copy(self)
+        made._buffers = {name: held.clone() if name in INDEX else held for name, held in self._buffers.items()}  # type: ignore[union-attr]
+        made.places = copy.deepcopy(self.places)
+        return made
 
     def free(self, slot: int) -> None:
         """Empty a slot. Its rows can be used again."""
@@ -190,11 +209,11 @@ class Bank(Update):
 
     def _in_use(self) -> InUse:
         """What the slots of the batch need; computed again after a write and for other slots."""
-        used = self.routing.used
-        if self._kept is None or self._kept[0] != used:
+        used, kept = self.routing.used, self._kept  # another thread may write a slot meanwhile
+        if kept is None or kept[0] != used:
             down, up, gain, bias = (self.places[name].by_slot for name in TABLES)
             low = used & up.keys()
-            self._kept = (
+            kept = self._kept = (
                 used,
                 InUse(
                     most=max([len(up[slot]) for slot in low], default=0),
@@ -203,7 +222,7 @@ class Bank(Update):
                     dense=tuple(sorted((used & down.keys()) - low)),
                 ),
             )
-        return self._kept[1]
+        return kept[1]
 
     def _sizes(self, factors: Factors | None, bias: Tensor | None) -> dict[str, int]:
         """How many rows of each table these contents need."""
@@ -228,12 +247,13 @@ class Bank(Update):
                 found["gain"] = gain[None]
         return found if bias is None else found | {"bias": bias[None]}
 
-    def _put(self, name: str, slot: int, rows: Tensor, exact: bool) -> None:
+    def _put(self, name: str, slot: int, rows: Tensor, exact: bool, more: int) -> None:
         places = self.places[name]
         place = places.take(slot, len(rows))
         if place is None:
             needed = places.used + len(rows)
-            self._move(name, needed if exact else needed + needed // SLACK)
+            least = min([len(rows), *map(len, places.by_slot.values())])
+            self._move(name, needed if exact else needed + max(needed // SLACK, more * least))
             place = places.take(slot, len(rows))
             assert place is not None
         getattr(self, name)[place.start : place.stop] = rows
@@ -241,7 +261,7 @@ class Bank(Update):
     def _move(self, name: str, size: int) -> None:
         """Copy what slots hold of a table into a table of `size` rows."""
         old = getattr(self, name)
-        new = old.new_zeros(size, old.shape[1])
+        new = old.new_empty(size, old.shape[1])  # the system gives a CPU the memory of a row when it is written
         for before, after in self.places[name].pack(size):
             new[after.start : after.stop] = old[before.start : before.stop]
         self._hold(name, new)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,10 +23,9 @@ from torch import Tensor, nn
 from reparam.core.placing import hooks_of, patched
 from reparam.sites.expert import Expert, Part
 from reparam.sites.layout import groups
-from reparam.sites.module import Adapted
-from reparam.sites.router import is_router
 from reparam.sites.routing import Routing
 from reparam.sites.stacks import Stack
+from reparam.sites.walk import walk
 from reparam.sites.wrapped import at, bare
 from reparam.weights.dense import DenseWeight, Layout
 
@@ -173,7 +171,7 @@ def closed_reason(module: nn.Module) -> str | None:
 def opened(model: nn.Module) -> Iterator[None]:
     """Open all modules of experts inside the block; those that nothing needs are closed at its end."""
     before = set()
-    for module in list(bare(model).modules()):
+    for module in _modules(model):
         if isinstance(module, Opened):
             before.add(module)
         elif stacks_of(module) and closed_reason(module) is None:
@@ -181,29 +179,14 @@ def opened(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in list(bare(model).modules()):  # also copies that were made inside the block
+        for module in _modules(model):
             if module not in before:
                 settle(module)
 
 
-def routers(modules: Mapping[str, nn.Module]) -> dict[str, None]:
-    """The paths of the modules that choose the experts: routers, and linear maps beside E experts with E outputs."""
-    found = {path: None for path, module in modules.items() if is_router(_original(module))}
-    for path, module in modules.items():
-        above, _, name = path.rpartition(".")
-        count = len(module.experts_of(next(iter(module.stacks)))) if isinstance(module, Opened) else 0
-        if name == "experts" and isinstance(module, nn.ModuleList | nn.ModuleDict):
-            count = len(module)
-        for other, beside in modules.items() if count else ():
-            if other.startswith(f"{above}.") and not other.startswith(f"{path}."):
-                rows = beside.frozen.out_features if isinstance(beside, Adapted) else getattr(beside, "out_features", 0)
-                if rows >= count and re.search(r"router|gate$|gating|classifier$|wg$", other.removeprefix(above)):
-                    found[other] = None
-    return {path: None for path in modules if path in found}
-
-
-def _original(module: nn.Module) -> nn.Module:
-    return module.origin[0] if isinstance(module, Adapted) and module.origin else module
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The model and its modules, without those inside sites: the cost does not grow with the adapters."""
+    return [bare(model), *(module for _, module in walk(model))]
 
 
 def open_experts(module: nn.Module) -> None:
@@ -222,18 +205,6 @@ def open_experts(module: nn.Module) -> None:
     _become(module, _opened_class(type(module)))  # type: ignore[arg-type]
 
 
-def stacked(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The stacked parameters of the experts at these paths, by name in the model, with the paths of the experts."""
-    holders = {name for name, module in bare(model).named_modules() if stacks_of(module)}
-    found: dict[str, list[str]] = {}
-    for path in paths:
-        above, _, name = path.rpartition(".")
-        holder = above.rpartition(".")[0]
-        if holder in holders:
-            found.setdefault(f"{holder}.{name}", []).append(path)
-    return {name: tuple(sorted(own, key=lambda path: int(path.split(".")[-2]))) for name, own in found.items()}
-
-
 def make_room(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> None:
     """Open the modules of these stacks, and give each expert a parameter for the name of its packed matrix in files."""
     for key, paths in stacks.items():
@@ -248,16 +219,9 @@ def make_room(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialize the parameter
 
 
-def experts_with(model: nn.Module, path: str) -> Opened | None:
-    """The opened module of experts that has the site at this path; None for other sites."""
-    parts = path.split(".")
-    above = at(model, ".".join(parts[:-2])) if len(parts) > 2 else None
-    return above if isinstance(above, Opened) else None
-
-
 def close_idle(model: nn.Module) -> None:
     """Close the opened modules of experts that no update and no quantized weight needs."""
-    for module in list(bare(model).modules()):
+    for module in _modules(model):
         settle(module)
 
 

@@ -15,7 +15,8 @@ from reparam.core.checks import nearest
 from reparam.core.placing import patched
 from reparam.core.surface import advice
 from reparam.core.text import counted
-from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, original_class, routers, stacks_of
+from reparam.sites.expert_paths import routers
+from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, original_class, stacks_of
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
 from reparam.sites.offloaded import beneath_offload, offloads
@@ -188,7 +189,7 @@ def _nothing(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[
     """The problems of targets that match nothing: the first ones with the names that are close; and what there is."""
     usable = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)})
     found = [
-        f"{target!r} matches no module{_LACKS.get(target) or nearest(target, [*usable, *modules])}"
+        f"{target!r} matches no module{_LACKS.get(target) or nearest(target, [*KEYWORDS, *usable, *modules])}"
         for target in targets[:SHOWN]
     ]
     more = len(targets) - SHOWN

@@ -7,6 +7,7 @@ change in this file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -173,6 +174,12 @@ def _take_lora_plus(tables: dict[str, dict[str, Any]]) -> None:
     )
 
 
+@functools.cache
+def _validator(cls: type) -> TypeAdapter[Any]:
+    """The validator of a dataclass. Making one takes ten times as long as using it."""
+    return TypeAdapter(cls)
+
+
 def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]) -> Any:
     """Build the dataclass of a section from its table. If that fails, append to `problems` and return None."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
@@ -187,7 +194,7 @@ def build(cls: type, table: Mapping[str, Any], section: str, problems: list[str]
         if booleans:
             problems += [f"{section}.{k}: expected no true or false (given: {values[k]!r})" for k in booleans]
             return None
-        return TypeAdapter(cls).validate_python(values)
+        return _validator(cls).validate_python(values)
     except DuplicateKey as error:
         problems.append(f"{section}: {error}")
         return None

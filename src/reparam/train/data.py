@@ -18,8 +18,9 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
-from reparam.data.files import files_of
+from reparam.data.files import files_of, kind, reader
 from reparam.data.files.about import rows_about
+from reparam.data.files.jsonl import LARGEST_LIST
 from reparam.data.framing import Frame
 from reparam.data.mixture import mixed, told
 from reparam.data.preferences import Preferences
@@ -140,6 +141,9 @@ def _corpus(
     folder = cache_folder(data.cache, files)
     if folder is None or None in found:
         return make(None)
+    for file in files:
+        if kind(file) != ".json" or file.stat().st_size > LARGEST_LIST:  # a list is parsed as a whole
+            next(iter(reader(file)(file)), None)  # what is no data file is refused before all of it is hashed
     shapes = [len(part or ()) for part in found]
     template = str(tokenizer.chat_template)
     everything = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -42,9 +43,14 @@ class Measured(_Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Measure):
-                measured = processes.first(callback.measure)
+                # The first process measures, and all of them compare evaluations by it.
+                measured, callback.rows_measured = processes.first(partial(_measured, callback))
                 output = output._replace(metrics={**(output.metrics or {}), **measured})
         return output
+
+
+def _measured(callback: Measure) -> tuple[dict[str, float], int]:
+    return callback.measure(), callback.rows_measured
 
 
 class Evaluated(Measured, Trainer):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam.core.checks import listed
+from reparam.core.progress import tracked
 from reparam.data.files import files_of
 from reparam.errors import ConfigError, FormatError
 from reparam.hf.models import check_not_base
@@ -204,7 +205,8 @@ def settings_of(config: Config) -> dict[str, Any]:
 def _weights(model: nn.Module) -> str:
     """Digest of the base's tensors, computed before training. Adapters on the model are left out."""
     found = hashlib.sha256()
-    for name, tensor in sorted(all_tensors(model), key=lambda pair: pair[0]):
+    tensors = sorted(all_tensors(model), key=lambda pair: pair[0])
+    for name, tensor in tracked(tensors, "identifying the base", unit="tensors"):
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name} {list(plain.shape)} {plain.dtype}".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -15,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from transformers import TrainerCallback
 
+from reparam.core.progress import waiting
 from reparam.evaluation.terminal import say, say_line
 
 if TYPE_CHECKING:
@@ -170,6 +172,29 @@ class Dashboard(Progress):
     def closed(self) -> None:
         """Leave the last figures on the terminal."""
         self._live.stop()
+
+
+class Wait(Progress):
+    """A wait for the steps of a run that is one part of a longer command, which prints its result."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        super().__init__(console, steps)
+        self._held, self._shown = ExitStack(), 0
+
+    def opened(self) -> None:
+        """Begin the wait."""
+        self._advance = self._held.enter_context(waiting("training", self.steps, unit="steps"))
+        self._shown = 0
+        self.advanced()
+
+    def advanced(self) -> None:
+        """Show the number of steps."""
+        self._advance(self.step - self._shown)
+        self._shown = self.step
+
+    def closed(self) -> None:
+        """End the wait."""
+        self._held.close()
 
 
 class JsonLines(Progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from reparam.hf.prompts import prompting_of  # the import registers prefix and p
 from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.methods.lora import LoRA
+from reparam.sites.expert_paths import numbers_of_experts
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
 from reparam.train.sections import AdapterConfig
@@ -46,7 +48,7 @@ def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     if method.changes_weights:
         return attach(
             model,
-            method,
+            divided(method, model) if where.divide_expert_rank else method,
             targets=where.targets,
             bias=where.bias,
             modules_to_save=where.modules_to_save,
@@ -55,6 +57,26 @@ def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} does not change modules: leave out [adapter] and run.gradient_checkpointing")
     return put_on(method, model)
+
+
+def divided(method: Method, model: nn.Module) -> Method:
+    """The method with the rank of experts divided by the number of experts of a token, and at least 1.
+
+    The scale of an update stays alpha / r of its own rank. Raises ConfigError if the method has no `rank_pattern`, or
+    if the model's configuration does not tell the number.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+    active = next((found for name in names if isinstance(found := getattr(text, name, None), int) and found > 0), None)
+    r, patterns = getattr(method, "r", None), getattr(method, "rank_pattern", None)
+    if active is None or r is None or patterns is None:
+        why = "its configuration does not tell how many experts a token goes to" if r is not None else ""
+        raise ConfigError(f"adapter.divide_expert_rank: {why or f'{method.name} has no rank to divide'}; leave it out")
+    if not numbers_of_experts(model):
+        raise ConfigError("adapter.divide_expert_rank: this model has no stacked experts; leave it out")
+    own = {r"\w*experts\.\d+\.\w+": max(1, r // active)}
+    return dataclasses.replace(method, rank_pattern={**patterns, **own})  # type: ignore[call-arg]
 
 
 def started(config: Config) -> Config:

@@ -42,7 +42,6 @@ from reparam.train.loggers import check_loggers, name_of, place_files, record, r
 from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
-from reparam.train.plot import plot_losses
 from reparam.train.reading import tokenizer_of
 from reparam.train.show import Show
 from reparam.train.speed import slow_dtype
@@ -85,6 +84,8 @@ def train(config: Config, *, show: Show) -> Result:
         for text in job.stream.notes() if job.stream is not None else ():
             show.note(text)
         if processes.rank() == 0 and history_of(trainer):
+            from reparam.train.plot import plot_losses  # matplotlib, which takes half a second to import
+
             plot_losses(history_of(trainer), folder / "loss.png")
         if trainer.interrupted is not None:
             return Result(folder, before[0], (), (), trainer.interrupted)

@@ -17,14 +17,17 @@ class AdapterConfig:
     """Which modules are adapted."""
 
     targets: tuple[str, ...] | None = None
-    """Modules to adapt, separated by commas: all-linear, attention, mlp, everything, the end of a module's path such as
-    q_proj, or re: followed by a regular expression. The default depends on the method; for most it is all-linear."""
+    """Modules to adapt, separated by commas: all-linear, attention, mlp, experts, router, everything, the end of a
+    module's path such as q_proj, or re: followed by a regular expression. The default depends on the method; for most
+    it is all-linear."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full and save with the adapter, each given by the end of its path."""
     tie: bool = False
     """Let one update act on all modules that share a weight with a target, such as embedding and output head."""
+    divide_expert_rank: bool = False
+    """Divide the rank of experts by the number of experts that a token goes to, so that a token uses the rank r."""
     start: str | None = None
     """Folder of a finished adapter, reparam's or PEFT's, to train further. It gives the method and the modules."""
 

@@ -19,7 +19,7 @@ from reparam.io.outputs import OVERWRITE
 from reparam.train import processes
 from reparam.train.checkpoint import step_of
 from reparam.train.config import dump
-from reparam.train.live import Dashboard, Lines
+from reparam.train.live import Dashboard, Lines, Wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,6 +155,8 @@ class Show:
 
     def callback(self, steps: int) -> TrainerCallback:
         """A callback that shows the progress of a Trainer over `steps` steps."""
+        if self.console.quiet:
+            return Wait(self.console, steps)
         return (Dashboard if self.console.is_terminal else Lines)(self.console, steps)
 
     def result(self, result: Result, difference: float) -> None:

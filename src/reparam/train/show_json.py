@@ -16,12 +16,13 @@ from reparam.train.show import Show
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
-    from reparam.evaluation.score import Score
+    from reparam.evaluation.score import Answer, Score
     from reparam.train.checkpoint import Found
     from reparam.train.config import Config
     from reparam.train.job import Job, Result
+    from reparam.train.sections import RunConfig
 
 
 class ShowJson(Show):
@@ -64,6 +65,16 @@ class ShowJson(Show):
         if early is not None:
             self.note(early)
 
+    def samples(self, answers: Sequence[Answer]) -> None:
+        """Print answers to held-out rows."""
+        for given in answers:
+            self._say("sample", **dataclasses.asdict(given), right=given.right)
+
+    def best(self, state: TrainerState, *, run: RunConfig, early: bool) -> None:
+        """Print the step whose weights the run ends with, and whether it stopped early."""
+        if run.keeps_best and state.best_metric is not None:
+            self._say("best", step=state.best_global_step, metric=run.metric, stopped_early=early)
+
     def found(self, found: Found, *, steps: int, before: int, schedule: str) -> None:
         """Print the checkpoint that the run resumes from, if there is one."""
         if found.path is not None or found.skipped:
@@ -88,7 +99,13 @@ class ShowJson(Show):
             before=_scores(result.before),
             after=_scores(result.after),
             largest_change_of_a_logit=difference,
+            answers=[_pair(*pair) for pair in result.answers],
         )
+
+
+def _pair(without: Answer, given: Answer) -> dict[str, Any]:
+    found = dataclasses.asdict(given)
+    return {**found, "given_without_adapter": without.given, "right": given.right}
 
 
 def _scores(scores: Sequence[Score]) -> list[dict[str, Any]]:

@@ -24,6 +24,12 @@ SWITCHES: dict[str, _Choices] = {
     "finetuning_type": {"lora": {}, "full": {"method.name": "full"}},
     "use_dora": {"true": {"method.name": "dora"}, "false": {}},
     "use_rslora": {"true": {"method.scaling": "rslora"}, "false": {}},
+    "bias": {"none": {}, "lora_only": {"adapter.bias": True}},
+    "use_gradient_checkpointing": {
+        **{value: {"run.gradient_checkpointing": True} for value in ("true", "unsloth")},
+        "false": {"run.gradient_checkpointing": False},
+    },
+    "use_loftq": {"false": {}},
     "train_on_inputs": {"true": {"data.loss_on": "all"}, "false": {}},
     "train_on_prompt": {"true": {"data.loss_on": "all"}, "false": {}},
     "mask_history": {"true": {"data.loss_on": "last"}, "false": {}},
@@ -43,6 +49,8 @@ _WHY = {
     "fp16": "float16 needs a scaled loss, which has no counterpart; use bf16, or leave both out for float32",
     "quantization_bit": "the storages have 4 bits (nf4) or 8 bits (int8)",
     "bnb_4bit_quant_type": "the only storage of 4 bits is nf4",
+    "bias": "adapter.bias trains the biases of the adapted modules",
+    "use_loftq": "LoRA starts with A at random and B at zero",
     "finetuning_type": "set method.name to one of reparam's methods",
     "resume_from_checkpoint": "a run goes on from the newest complete checkpoint in its output folder; give "
     "that folder as run.output",

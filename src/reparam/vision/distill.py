@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from reparam.core.checks import finite
 from reparam.core.memory import lacks_memory
+from reparam.core.surface import advice
 from reparam.vision.blocks import States, blocks_of
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Distillation(nn.Module):
 
     Attributes:
         losses: after a forward pass in training, the loss of each pair, a scalar with gradients; empty without images.
+        last: the values of the last losses.
 
     Raises ValueError for pairs outside of the blocks, and if the teacher has another number of blocks and no pairs are
     given.
@@ -182,6 +184,7 @@ class Distillation(nn.Module):
         depth, width = teacher.measured(vision)
         self.pairs = _pairs(pairs, blocks, depth)
         self.losses: list[Tensor] = []
+        self.last: list[float] = []
         self._told = False
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -216,6 +219,7 @@ class Distillation(nn.Module):
         for head, (student, index) in zip(self.heads, self.pairs, strict=True):
             mine = head(states[student][images >= 0].to(head[1].weight.dtype))  # type: ignore[index]
             self.losses.append(self._loss(mine, targets[index].to(mine.dtype)))
+        self.last = torch.stack(self.losses).tolist()
 
     def _loss(self, mine: Tensor, theirs: Tensor) -> Tensor:
         empty = int((theirs.norm(dim=1) == 0).sum())
@@ -237,8 +241,12 @@ def _pairs(pairs: Pairs, blocks: int, depth: int) -> tuple[tuple[int, int], ...]
             raise ValueError(f"pairs={pairs!r}: expected 'aligned', 'upstream', or pairs of states such as (1, 2)")
         if depth != blocks:
             raise ValueError(
-                f"the teacher has {depth} blocks, and {blocks} blocks of the model are adapted: adapt as many, or give "
-                f"pairs of states, such as (1, 2) for the first block of the model and the second one of the teacher"
+                f"the teacher has {depth} blocks, and {blocks} blocks of the model are adapted: "
+                + advice(
+                    f"adapt as many, with blocks={depth}, or give pairs of states, such as (1, 2) for the first block "
+                    "of the model and the second one of the teacher",
+                    f"adapt as many, with --vision.blocks {depth}, or take another teacher",
+                )
             )
         return tuple((number if pairs == "aligned" else number - 1, number) for number in range(1, blocks + 1))
     found = tuple((int(student), int(teacher)) for student, teacher in pairs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +25,19 @@ from reparam.hf.open import open_model
 from reparam.io import prompt_format
 from reparam.io.files import prompt_format_of
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
+from reparam.io.outputs import OVERWRITE, check_writable
 from reparam.io.staged import staged_folder
+from reparam.vision.found import ADAPTER, LANGUAGE, RUN, SETTINGS, vora_folder
 from reparam.vision.model import VoRA
 from reparam.vision.patches import Vision
 from reparam.vision.processor import Processor
 
-SETTINGS, TENSORS, ADAPTER, LANGUAGE = "vora.json", "vision.safetensors", "adapter", "language"
-RUN = "vora"
-"""The folder of the model in that of a training run."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reparam.adapter.adapter import Adapter
+
+TENSORS = "vision.safetensors"
 FORMAT = 1
 
 
@@ -46,10 +51,21 @@ class Settings:
     mask: Literal["image", "causal"] = "image"
 
 
-def vora_folder(folder: str | Path) -> Path | None:
-    """The folder of a model that sees, given that folder itself or that of its training run; None if there is none."""
-    path = Path(folder)
-    return next((each for each in (path, path / RUN) if (each / SETTINGS).is_file()), None)
+def check_vora_folder(output: Path, *, overwrite: bool) -> None:
+    """Raise ValueError unless `output` is absent or empty or, with `overwrite`, holds a model that sees alone."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: is a file; give a folder as output")
+    held = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+    own = {SETTINGS, TENSORS, ADAPTER, LANGUAGE, prompt_format.FILE}
+    foreign = [name for name in held if name not in own]
+    if held and not overwrite:
+        more = "" if foreign else f", or replace its content with {OVERWRITE}"
+        raise ValueError(f"{output}: exists and is not empty; give a new folder{more}")
+    if foreign:
+        raise ValueError(
+            f"{output}: holds other files ({', '.join(foreign[:3])}), which {OVERWRITE} would delete; give a new folder"
+        )
+    check_writable(output)
 
 
 def save(vora: VoRA, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -96,15 +112,20 @@ def load(folder: str | Path, *, base: str | None = None, dtype: str = "auto", at
     found = vora_folder(folder)
     if found is None:
         raise FormatError(f"{folder}: no model that sees: neither {SETTINGS} nor {RUN}/{SETTINGS} is there")
-    settings = read_settings(found)
-    language, tokenizer, adapter = _language(found, settings, base, dtype)
+    language, tokenizer, adapter = _language(found, base, dtype)
     if attention is not None:
         language.set_attn_implementation(attention)
+    return assembled(found, language, tokenizer, adapter)
+
+
+def assembled(folder: Path, language: Any, tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None = None) -> VoRA:
+    """The model that sees whose files are in `folder`, on a language model that is loaded. Raises as `load` does."""
+    settings = read_settings(folder)
     vora = VoRA(language, vision=settings.vision, blocks=settings.blocks, method=None, mask=settings.mask)
     vora.adapter = adapter
-    _fill(vora, parse_tensors(read_bytes(found / TENSORS), found / TENSORS), found / TENSORS)
-    told = prompt_format_of(found)
-    vora.processor = Processor(tokenizer, settings.vision, told)
+    file = folder / TENSORS
+    _fill(vora, parse_tensors(read_bytes(file), file), file)
+    vora.processor = Processor(tokenizer, settings.vision, prompt_format_of(folder))
     return vora.eval()
 
 
@@ -122,7 +143,7 @@ def read_settings(folder: Path) -> Settings:
     return settings
 
 
-def _language(folder: Path, settings: Settings, base: str | None, dtype: str) -> tuple[Any, Any, Any]:
+def _language(folder: Path, base: str | None, dtype: str) -> tuple[Any, Any, Any]:
     if (folder / LANGUAGE).is_dir():
         if base is not None:
             raise FormatError(f"{folder}: holds its own language model, so leave out the base")

@@ -26,6 +26,7 @@ from reparam.vision.distill import Distillation, Pairs, Teacher
 from reparam.vision.mask import check_masks, image_mask
 from reparam.vision.patches import PatchEmbedding, Vision
 from reparam.vision.placing import check_places, placed, positions_of
+from reparam.vision.prefill import Prompt
 
 if TYPE_CHECKING:
     from reparam.vision.processor import Processor
@@ -88,7 +89,7 @@ class VoRA(nn.Module):
         check_masks(model)
         if mask not in get_args(Mask):
             raise ValueError(f"mask={mask!r}: expected {' or '.join(map(repr, get_args(Mask)))}")
-        path, layers = blocks_of(model)
+        layers = blocks_of(model)[1]
         self.blocks = len(layers) if blocks is None else blocks
         if not whole(self.blocks, 1) or self.blocks > len(layers):
             raise ValueError(f"blocks={blocks!r}: the language model has {len(layers)} blocks; expected 1 ... that")
@@ -99,16 +100,25 @@ class VoRA(nn.Module):
         self.distillation: Distillation | None = None
         self.processor: Processor | None = None
         if method is not None:
-            self.adapter = self._attached(method, path, targets)
+            self.attach(method, targets=targets)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             made = PatchEmbedding(vision, model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
         self.embedding = made.to(next(model.parameters()).device)
 
-    def _attached(self, method: Method, path: str, targets: str | Sequence[str]) -> Adapter:
+    def attach(
+        self, method: Method, *, targets: str | Sequence[str] = "all-linear", everywhere: bool = False
+    ) -> Adapter:
+        """Put a new adapter on the first `blocks` blocks, or `everywhere`; for a model whose adapter is merged.
+
+        Raises ValueError if there is an adapter already, if the method cannot be merged, and as `reparam.attach` does.
+        """
+        if self.adapter is not None:
+            raise ValueError("there is an adapter already: merge it first")
         if not method.changes_weights:
             raise ValueError(f"{method.name} changes no weights, so it cannot be merged; choose a method that can be")
-        first = tuple(f"{path}.{number}." for number in range(self.blocks))
+        path = blocks_of(self.language)[0]
+        first = "" if everywhere else tuple(f"{path}.{number}." for number in range(self.blocks))
         wanted = [targets] if isinstance(targets, str) else list(targets)
         names = [name for name in resolve(self.language, wanted) if name.startswith(first)]
         if not names:
@@ -120,6 +130,7 @@ class VoRA(nn.Module):
         except InputDependentError as error:
             remove(self.language, NAME)
             raise ValueError(f"{method.name} cannot be merged, which VoRA needs: {error}") from None
+        self.adapter = adapter
         return adapter
 
     @property
@@ -131,6 +142,15 @@ class VoRA(nn.Module):
     def device(self) -> torch.device:
         """Where the patch embedding is."""
         return self.embedding.positions.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens, as models of transformers have it."""
+        found: nn.Module = self.language.get_input_embeddings()
+        return found
+
+    def activation_checkpointing_enable(self, *args: Any, **settings: Any) -> None:
+        """Recompute activations of the language model in the backward pass, as models of transformers do."""
+        self.language.activation_checkpointing_enable(*args, **settings)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: of the adapter, the patch embedding, and any heads."""
@@ -248,7 +268,8 @@ class VoRA(nn.Module):
     @contextlib.contextmanager
     def _prompted(self, embeds: Tensor, valid: Tensor, images: Tensor) -> Iterator[None]:
         """Give the forward passes of `generate` the images of the prompt, and their mask."""
-        handle = self.language.register_forward_pre_hook(_Prompt(self, embeds, valid, images), with_kwargs=True)
+        prompt = Prompt(embeds, valid, images, masked=self.mask == "image")
+        handle = self.language.register_forward_pre_hook(prompt, with_kwargs=True)
         try:
             yield
         finally:
@@ -281,37 +302,3 @@ class VoRA(nn.Module):
         report = merge(self.language)
         self.adapter = self.distillation = None
         return report
-
-
-class _Prompt:
-    """A pre-hook of the language model: in passes that hold tokens of images, gives their embeddings and the mask."""
-
-    def __init__(self, vora: VoRA, embeds: Tensor, valid: Tensor, images: Tensor) -> None:
-        self.vora, self.embeds, self.valid, self.images = vora, embeds, valid, images
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        start = past.get_seq_length() if past is not None else 0
-        if ids is None or start >= self.embeds.shape[1]:
-            return None  # only generated tokens, which see all that is valid
-        end = start + ids.shape[1]
-        copies = len(ids) // len(self.embeds)  # beams and several answers of a prompt
-        embeds, valid, images = (part.repeat_interleave(copies, 0) for part in (self.embeds, self.valid, self.images))
-        more = end - embeds.shape[1]
-        if more > 0:  # tokens that were generated without a cache
-            new = self.vora.language.get_input_embeddings()(ids[:, -more:])
-            embeds = torch.cat([embeds, new], 1)
-            valid = torch.cat([valid, valid.new_ones(len(ids), more)], 1)
-            images = torch.cat([images, images.new_full((len(ids), more), -1)], 1)
-        changed = {**kwargs, "inputs_embeds": embeds[:, start:end]}
-        del changed["input_ids"]
-        if self.vora.mask == "image":
-            changed["attention_mask"] = image_mask(
-                model,
-                changed["inputs_embeds"],
-                valid[:, :end],
-                images[:, :end],
-                positions=kwargs.get("position_ids"),
-                past=past,
-            )
-        return args, changed

@@ -115,7 +115,7 @@ def _json(tensor: Tensor | None, start: str) -> _State:
         raise FormatError(f"{where}: expected a 1-D uint8 tensor, found {_kind(tensor)}")
     try:
         values = loads(bytes(tensor.tolist()).decode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{where}: not valid UTF-8 JSON: {error}") from None
     held = decode(_State, values, where)
     problems = []

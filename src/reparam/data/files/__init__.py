@@ -49,8 +49,10 @@ def objects(name: str | Path, *, streaming: bool = False) -> Objects:
         return hub.read_folder(path) if hub.is_saved(path) else _all(_files_in(path))
     if path.exists():
         return reader(path)(path)
-    if found := sorted(glob.glob(text, recursive=True)):
-        return _all([Path(each) for each in found if Path(each).is_file()])
+    if files := files_of(name):
+        return _all(files)
+    if path.is_symlink():
+        raise DataError([f"{path}: is a link that leads to no file"])
     if _HUB.fullmatch(text) and kind(path) not in READERS and not path.parent.is_dir():
         return hub.numbered(hub.streamed(text), text) if streaming else hub.read(text)
     raise DataError([f"{path}: no such file{_nearby(path)}"])

@@ -73,7 +73,7 @@ def _parsed(content: bytes, path: Path) -> list[Any]:
         raise DataError([f"{path}: {not_utf8(error)}"]) from None
     except DuplicateKey as error:
         raise DataError([f"{path}: {error}"]) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError([f"{path}: malformed JSON: {error}"]) from None
     return values
 
@@ -118,7 +118,7 @@ def _parse(line: bytes, where: str, *, offset: int, first: bool) -> dict[str, An
         raise DataError([f"{where}:{error.colno}: malformed JSON: {error.msg}{hint}"]) from None
     except DuplicateKey as error:
         raise DataError([f"{where}: {error}"]) from None
-    except (ValueError, RecursionError) as error:  # an integer with too many digits; brackets nested too deeply
+    except ValueError as error:  # an integer with too many digits; brackets nested too deeply
         raise DataError([f"{where}: malformed JSON: {error}"]) from None
     if not isinstance(value, dict):
         raise _not_an_object(where, value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reparam.core.text import not_utf8
 from reparam.data.files.opened import opened
@@ -26,11 +26,8 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
                 raise DataError([f"{path}:1: two columns of the header have the same name"])
             if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
                 wanted = "tabs" if delimiter == "\t" else "commas"
-                raise DataError(
-                    [
-                        f"{path}:1: the header has one column, and {other!r} stands in it; separate the fields by {wanted}"
-                    ]
-                )
+                hint = f"the header has one column, with {other!r} in its name; separate the fields by {wanted}"
+                raise DataError([f"{path}:1: {hint}"])
             for fields in lines:
                 where = f"{path}:{lines.line_num}"
                 if not fields:
@@ -43,9 +40,11 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             raise DataError([f"{path}:{lines.line_num}: malformed table: {error}"]) from None
 
 
-def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+def _decoded(file: IO[bytes], path: Path) -> Iterator[str]:
     offset = 0  # of the line's first byte
-    for number, line in enumerate(lines):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b"")):
+        if len(line) > LONGEST:
+            raise DataError([f"{path}:{number + 1}: a line of more than {LONGEST:,} bytes"])
         try:
             text = line.decode("utf-8" if number else "utf-8-sig")
         except UnicodeDecodeError as error:

@@ -27,6 +27,8 @@ Tasks = int | str | Sequence[int | str] | Tensor
 COLUMN = "task"
 """Keyword argument of the model for tasks: a name or number, one per row [B], or in packs one per token [B, L], that of
 its sequence. It is not passed on to the model."""
+LAST = "logits_to_keep"
+"""The argument by which generation lets the output head see the last vectors of the prompt alone."""
 
 
 class Common(nn.Module):
@@ -144,9 +146,19 @@ class Common(nn.Module):
                 self.now.hidden = self.first_pass(model, args, kwargs)
             finally:
                 self.silent = False
-        if COLUMN not in kwargs:
+        removed = {COLUMN}
+        if not self.now.continues and self._reads_at_head(model):
+            removed.add(LAST)
+        if removed.isdisjoint(kwargs):
             return None
-        return args, {name: value for name, value in kwargs.items() if name != COLUMN}
+        return args, {name: value for name, value in kwargs.items() if name not in removed}
+
+    def _reads_at_head(self, model: nn.Module) -> bool:
+        """Whether a gate at the output head reads whole sequences, whose last vectors alone would not do."""
+        find = getattr(model, "get_output_embeddings", None)
+        updates = getattr(find() if find is not None else None, "updates", {})
+        mine = (update for update in updates.values() if getattr(update, "owner", (None,))[0] is self)
+        return any(update.reads == "sequence" for update in mine)
 
     def losses(self) -> dict[str, float]:
         """Auxiliary losses of the last forward pass by name, each the mean over the sites that compute it."""

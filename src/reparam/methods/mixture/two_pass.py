@@ -7,6 +7,7 @@ because the keys and values of the base and of the adapted model differ. Both ca
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 LEFT_OUT = ("labels", "num_items_in_batch", "task")
+LAST = "logits_to_keep"  # an argument of transformers' models: for how many tokens at the end to compute logits
 
 
 class ByCache(weakref.WeakKeyDictionary[Any, Any]):
@@ -38,6 +40,8 @@ class FirstPass:
         inputs = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
         cache = inputs.pop("past_key_values", None)
         inputs |= {"output_hidden_states": True, "return_dict": True, "use_cache": cache is not None}
+        if LAST in inspect.signature(model.forward).parameters:
+            inputs[LAST] = 1  # the logits are not used, and the largest tensor of most forward passes
         if cache is not None:
             inputs["past_key_values"] = self._beside(cache)
         try:

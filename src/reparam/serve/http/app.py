@@ -50,11 +50,17 @@ class _Application:
         self.prompts = Prompts(engine)
         self.traffic = Traffic()
         self.traffic.registry.register(OfEngine(engine))
-        self.app = FastAPI(title="reparam", docs_url=None, redoc_url=None, lifespan=self._life)
+        self.app = FastAPI(
+            title="reparam",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=self._life,
+            responses={"4XX": {"model": errors.Body}, "5XX": {"model": errors.Body}},
+        )
         errors.install(self.app)
         self.app.exception_handler(Gone)(_gone)
         self._routes()
-        self.guard = Guard(self.app, settings, self.traffic)
+        self.guard = Guard(self.app, settings, self.traffic, engine.limits.open_requests)
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
@@ -66,13 +72,13 @@ class _Application:
         post, get = self.app.post, self.app.get
         post("/v1/chat/completions", response_model=None)(self.chat)
         post("/v1/completions", response_model=None)(self.completions)
-        post("/v1/load_lora_adapter", response_model=None)(self.load)
-        post("/v1/unload_lora_adapter", response_model=None)(self.unload)
+        post("/v1/load_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.load)
+        post("/v1/unload_lora_adapter", response_class=PlainTextResponse, response_model=None)(self.unload)
         get("/v1/models")(self.models)
         get("/v1/models/{name:path}")(self.model)
         get("/health", response_model=None)(self.health)
         get("/ready", response_model=None)(self.ready)
-        get("/metrics", response_model=None)(self.metrics)
+        get("/metrics", response_class=PlainTextResponse, response_model=None)(self.metrics)
         get("/", include_in_schema=False, response_model=None)(self.page)
 
     async def chat(self, request: ChatRequest, http: HttpRequest) -> Response:

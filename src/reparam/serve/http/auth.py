@@ -60,7 +60,17 @@ class Gate:
 
     @contextmanager
     def open(self, owner: str, count: int) -> Iterator[None]:
-        """So many answers are open inside the block. Raises Problem 429 if that is more than the owner may have."""
+        """So many answers are open inside the block.
+
+        Raises Problem 429 if the owner has too many others open, and 400 for more than the owner may ever have.
+        """
+        if count > self._most:
+            raise Problem(
+                400,
+                f"the request asks for {count} answers, prompts times n, and the server takes at most {self._most} for "
+                f"one key; ask for fewer",
+                param="n",
+            )
         if self._open[owner] + count > self._most:
             raise Problem(
                 429,

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from reparam.errors import AnswerFailed, Busy, FormatError, ReparamError, Unavailable, UnknownAdapter
@@ -25,6 +26,21 @@ TYPES = {
 LONGEST = 1000
 """Characters of a message that quotes a request."""
 _log = logging.getLogger(__name__)
+
+
+class Told(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Body(BaseModel):
+    """The body of an error."""
+
+    error: Told
 
 
 class Problem(Exception):  # noqa: N818  (it has a status of any kind)

@@ -51,12 +51,13 @@ class Caller:
 class Guard:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, traffic: Traffic, most: int) -> None:
+        """`most` is the number of answers that can be open at once."""
         self.app = app
         self.settings = settings
         self.traffic = traffic
         self.keys = Keys(settings.keys)
-        self.gate = Gate(settings.key_requests)
+        self.gate = Gate(min(settings.key_requests, most))
         self.stopping = False
         """Whether new requests are refused, because the server stops."""
 

@@ -42,6 +42,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings with which nothing could be answered."""
+        if not self.name or len(self.name) > 512 or "+" in self.name or "*" in self.name:
+            raise ValueError(
+                f"{self.name!r} cannot be the name of the base in requests: expected 1 to 512 characters without + and "
+                f"*, which are for sums; give another one with --name"
+            )
         for name in ("max_tokens", "body_bytes", "key_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number, 1 or more")

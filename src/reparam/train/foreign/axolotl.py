@@ -159,6 +159,8 @@ AXOLOTL = Tool(
     },
     notes={
         **ARGUMENT_NOTES,
+        **each("an answer ends as the chat template ends it", "eot_tokens train_on_eot"),
+        "tokenizer_use_mistral_common": "the tokenizer of the base's folder is used",
         "special_tokens": "those of the tokenizer are used; padding has no loss",
         "chat_template_jinja": "the tokenizer's own chat template is used; save the tokenizer with the other template",
         **each("the base's files say it", "model_type tokenizer_type tokenizer_config processor_type"),
@@ -189,6 +191,7 @@ AXOLOTL = Tool(
         **each("the schedules have no floor", "cosine_min_lr_ratio cosine_constant_lr_ratio loraplus_lr_groups"),
         **each("the tokenizer stays as it is", "added_tokens_overrides tokens resize_token_embeddings_to_32x"),
         **each("the base is used as it is", "overrides_of_model_config model_kwargs rope_theta"),
+        "scaling_softmax": "attention is the base's own",
         "gptq": "the storages are nf4 and int8",
     },
     defaults={

@@ -1,4 +1,4 @@
-"""Read a configuration file of LLaMA-Factory, Axolotl or TRL as settings of reparam."""
+"""Read a configuration file of LLaMA-Factory, Axolotl, TRL or torchtune as settings of reparam."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from reparam.train.documents import read_yaml
 from reparam.train.foreign.axolotl import AXOLOTL
 from reparam.train.foreign.llama_factory import LLAMA_FACTORY
 from reparam.train.foreign.rules import EMPTY, Given, Tool
+from reparam.train.foreign.torchtune import TORCHTUNE
 from reparam.train.foreign.trl import TRL
 from reparam.train.switches import SWITCHES, switched
 
-TOOLS = (LLAMA_FACTORY, AXOLOTL, TRL)
+TOOLS = (LLAMA_FACTORY, AXOLOTL, TRL, TORCHTUNE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Converted:
 
 
 def convert(file: Path, names: Mapping[str, str]) -> Converted:
-    """Read a YAML file of LLaMA-Factory, Axolotl or TRL.
+    """Read a YAML file of LLaMA-Factory, Axolotl, TRL or torchtune.
 
     `names` are other names of settings, such as {"lora_r": "method.r"}. Settings that the file leaves out have the
     defaults of its tool. Raises ConfigError, with all problems, for a file that cannot be read or is of no known tool,

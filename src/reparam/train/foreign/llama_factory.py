@@ -51,6 +51,13 @@ def _special(given: Given) -> None:
         if names not in EMPTY:
             listed = names.split(",") if isinstance(names, str) else names
             sources(given, target, listed, partial(_source, given, key, Path(folder)))
+    if given.values.get("stage") == "pt":
+        given.take("stage")
+        if truth(given.take("packing")) is not False:
+            given.put("data.packing", True)
+            given.note(
+                "stage: pt", "texts share rows, as in LLaMA-Factory, but do not see each other; see data.packing"
+            )
     if (strategy := given.take("mix_strategy")) not in (*EMPTY, "concat"):
         if strategy not in _MIXES:
             given.refuse(f"mix_strategy: {strategy}", f"expected concat, {' or '.join(_MIXES)}")
@@ -129,6 +136,11 @@ def _entry(given: Given, key: str, entry: dict[str, Any], folder: Path) -> str |
 
 def _columns(given: Given, key: str, columns: dict[str, Any], tags: dict[str, Any]) -> None:
     """Read under which keys the rows hold the parts of a format, and the words for their roles."""
+    if given.values.get("stage") == "pt":  # texts are under the key of prompts
+        text = columns.get("prompt", "instruction")
+        if text != "text" and key == "dataset":
+            given.put("data.columns", f"text={text}")
+        return
     pairs = []
     for part, name in columns.items():
         if part == "messages" and name in ("conversations", "messages"):
