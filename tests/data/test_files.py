@@ -180,3 +180,12 @@ def test_missing_names(tmp_path, monkeypatch):
     found = problem("nobody/nothing")
     assert found.startswith("nobody/nothing: no such file, and no data set of this name is in the cache of datasets (")
     assert "\n" not in found
+
+
+@pytest.mark.parametrize(("name", "separator", "wanted"), [("a.csv", ";", "commas"), ("a.tsv", "|", "tabs")])
+def test_a_table_with_other_separators_is_refused_with_what_to_do(
+    name: str, separator: str, wanted: str, tmp_path: Path
+) -> None:
+    (file := tmp_path / name).write_text(f"prompt{separator}completion\n1{separator}2\n")
+    with pytest.raises(DataError, match=rf"{name}:1: the header has one column, .* separate the fields by {wanted}"):
+        read_rows(file)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import train
+from command import reparam, train
 
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf.models import load_tokenizer
 from reparam.train import data as module
+from reparam.train.cache import clear
 from reparam.train.config import resolve
 from reparam.train.data import read_data
 
@@ -183,3 +186,55 @@ def test_refused_rows_leave_nothing_in_the_cache(base: str, file: Path) -> None:
     with pytest.raises(ValueError, match="must be a string"):
         read(base, file)
     assert folders(file) == []
+
+
+def test_what_was_not_used_for_the_longest_time_makes_room(base: str, file: Path) -> None:
+    read(base, file, max_length=60)
+    (first,) = folders(file)
+    read(base, file, max_length=61)
+    (second,) = set(folders(file)) - {first}
+    size = sum(each.stat().st_size for each in first.iterdir())
+    for age, place in enumerate((second, first)):
+        os.utime(place, (1e9 - age, 1e9 - age))
+    read(base, file, max_length=60)  # used again
+    lines = read(base, file, max_length=62, cache_limit=int(2.5 * size)).report.lines
+    assert "1 data set not used for the longest time made room" in lines[0]
+    assert len(folders(file)) == 2
+    assert first in folders(file)
+    assert "read from the cache" in read(base, file, max_length=60).report.lines[0]
+    read(base, file, max_length=63, cache_limit=0)
+    assert len(folders(file)) == 1  # the rows at hand stay
+
+
+def test_mapped_rows_outlive_their_deletion(base: str, file: Path) -> None:
+    made = read(base, file, max_length=60)
+    before = made.digest()
+    assert len(clear(file.parent / "cache")) == 1
+    assert folders(file) == []
+    assert made.digest() == before
+    assert clear(file.parent / "cache") == []
+
+
+def test_the_cache_is_cleared_from_the_command_line(
+    base: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read(base, file)
+    (tmp_path / "cache" / "mine.txt").write_text("x")
+    assert reparam("data", "--clear-cache", "--data.cache", tmp_path / "cache") == 0
+    assert "1 data set (" in capsys.readouterr().out
+    assert [each.name for each in folders(file)] == ["mine.txt"]
+    assert reparam("data", file, "--clear-cache") == 2
+    assert "leave out the rows" in capsys.readouterr().err
+
+
+def test_processes_that_make_and_delete_at_once(base: str, file: Path) -> None:
+    """Four threads share a folder that holds one data set at most; `flock` treats their files as those of processes."""
+    wanted = {length: encode(read_rows(file), load_tokenizer(base), max_length=length).digest() for length in (60, 61)}
+
+    def act(number: int) -> bool:
+        length = 60 + number % 2
+        return read(base, file, max_length=length, cache_limit=0).digest() == wanted[length]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(act, range(8)))
+    assert len([each for each in folders(file) if not each.name.startswith(".")]) <= 2

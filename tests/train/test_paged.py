@@ -16,7 +16,8 @@ from stopping import Stopping
 from reparam.errors import ConfigError
 from reparam.train.config import resolve
 from reparam.train.job import Result
-from reparam.train.optimizer import bytes_of, check_optimizer
+from reparam.train.optimizer import check_optimizer
+from reparam.train.ranges import bytes_of
 from reparam.train.run import train
 from reparam.train.sections import OptimConfig
 from reparam.train.show import Show

@@ -22,6 +22,9 @@ def data(
     rows: Annotated[int, typer.Option(min=0, help="Number of rows to show with their masks.")] = 3,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for a plot of the lengths, lengths.png.")] = None,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Delete the cache of encoded rows (--data.cache), and nothing else.")
+    ] = False,
     overrides: Any = None,
 ) -> None:
     """Show what training would make of a file of rows: lengths, masks, what is cut, duplicates, untrained tokens.
@@ -42,6 +45,16 @@ def data(
             raise ConfigError(f"two files of rows are given, {file} and {overrides['data.train']}; leave out --data")
         overrides["data.train"] = file
     resolved = resolve(config, overrides)
+    if clear_cache:
+        from reparam.core.text import counted, sized
+        from reparam.train.cache import clear, default_folder
+
+        if resolved.data.train:
+            raise ConfigError("--clear-cache deletes the cache and studies no rows: leave out the rows")
+        folder = Path(resolved.data.cache) if resolved.data.cache not in ("auto", "off") else default_folder()
+        removed = clear(folder)
+        say(console, f"{counted(len(removed), 'data set')} ({sized(sum(removed))}) deleted from {folder}")
+        return
     if plot is not None:
         if not resolved.base.path:
             raise ConfigError("--plot shows lengths in tokens, which depend on the tokenizer: pass --base MODEL")

@@ -117,7 +117,8 @@ class Answers:
             return header, ""
         prompt = before[len(history) :]
         found = self._specials.search(prompt) or re.search(r"\S+", prompt)
-        at = upto.rfind(prompt[: found.end()], 0, header) if found else -1
+        # Not in an earlier message: some templates put no such prompt before a tool call.
+        at = upto.rfind(prompt[: found.end()], common(history, upto), header) if found else -1
         if at < 0:
             return header, ""
         kept = common(prompt, upto[at:header])  # the part of the generation prompt that the answer continues
@@ -150,14 +151,15 @@ class Answers:
         *before, last = messages
         calls = {"tool_calls": last["tool_calls"]} if last.get("tool_calls") else {}
         plain = {"role": last["role"], "content": "" if calls else OTHER_PROBE, **calls}  # it has no reasoning
-        alone = text_or_none(self._render, [*before, plain])
-        following = text_or_none(
-            self._render, [*before, plain, {"role": "tool" if calls else "user", "content": PROBE}]
-        )
-        if alone is None or following is None or not following.startswith(alone):
-            return ""
-        found = self._specials.match(following, len(alone))
-        return found.group() if found else ""
+        following = {"role": "tool" if calls else "user", "content": PROBE}
+        # Once the next message follows, the template may drop the reasoning of earlier ones.
+        for earlier in (before, [{"role": "user", "content": PROBE}]):
+            alone = text_or_none(self._render, [*earlier, plain])
+            longer = text_or_none(self._render, [*earlier, plain, following])
+            if alone is not None and longer is not None and longer.startswith(alone):
+                found = self._specials.match(longer, len(alone))
+                return found.group() if found else ""
+        return ""
 
     def _by_marks(self, upto: str, marks: Sequence[Span], warnings: tuple[str, ...]) -> _Answer:
         """The ranges that the template marks; the last one is extended by the special token that ends the turn."""

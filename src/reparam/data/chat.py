@@ -14,7 +14,7 @@ from reparam.data.answers import PROBE, Answers, Render, Rendered, Span, text_or
 from reparam.data.forms import Form
 from reparam.data.messages import Messages, learned
 from reparam.data.omissions import Omissions
-from reparam.data.rendering import render, render_texts
+from reparam.data.rendering import render, render_digests
 from reparam.data.skeletons import Skeletons
 from reparam.errors import DataError
 
@@ -87,14 +87,14 @@ class ChatTemplate:
         """As `render` does, the chats that can be rendered together (see `data/skeletons.py`), by their number."""
         if loss_on not in self._plain:
             render = functools.partial(self.render, loss_on=loss_on)
-            self._plain[loss_on] = Skeletons(render, self._texts, self._specials, self._begin_special)
+            self._plain[loss_on] = Skeletons(render, self._digests, self._specials, self._begin_special)
         return self._plain[loss_on](chats)
 
-    def _texts(self, chats: Sequence[Messages]) -> Sequence[str | None]:
-        """The texts of several chats without further variables, or None."""
+    def _digests(self, chats: Sequence[Messages]) -> Sequence[str | None]:
+        """The SHA-256 of the texts of several chats without further variables, or None."""
         others = {"tools": None, "documents": None, **self._variables, "add_generation_prompt": False}
         formed = [[self._form.of(message) for message in chat] for chat in chats]
-        return render_texts(self._template, others, formed)
+        return render_digests(self._template, others, formed)
 
     def prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> str:
         """The chat as text, up to where the next answer begins. Raises ValueError if the template refuses it."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -102,6 +103,17 @@ class ByPieces:
         return f" {words[at]}", int(self._ends[number][at - 1]), first
 
 
+class _Known(dict[str, bytes]):
+    """The token ids of pieces, as bytes of int32; `others` has those of pieces that are needed only for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: dict[str, bytes] = {}
+
+    def __missing__(self, piece: str) -> bytes:
+        return self.others[piece]
+
+
 class Pieces:
     """Tokenizes texts, without adding special tokens. `of` makes it for a tokenizer that it suits."""
 
@@ -112,8 +124,8 @@ class Pieces:
         names = sorted(filter(None, self._added), key=len, reverse=True)
         self._between_added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._begin_added = {name[0] for name in names}
-        self._first: dict[str, bytes] = {}  # pieces -> their token ids
-        self._later: dict[str, bytes] = {}  # pieces without the space that they begin with -> their token ids
+        self._first = _Known()  # pieces -> their token ids
+        self._later = _Known()  # pieces without the space that they begin with -> their token ids
         self._located: dict[str, ByOffsets] = {}
         self.sizes = None if tokenizer.backend_tokenizer.normalizer is not None else self._sizes()
         """Number of bytes of each token, [V]; None if the tokens are those of a normalized text."""
@@ -137,7 +149,7 @@ class Pieces:
         fits = plain and one_kind and bpe and _divides_words(state) and _keeps_offsets(state["post_processor"])
         return cls(tokenizer) if fits else None
 
-    def __call__(self, texts: Sequence[str]) -> list[Located]:
+    def __call__(self, texts: Sequence[str]) -> Sequence[Located]:
         """The tokens of each text."""
         # Every second segment is an added token. Most texts hold none; looking for a character is much faster.
         segments = [
@@ -147,16 +159,13 @@ class Pieces:
         words = [[_words(plain) if plain else [] for plain in each[::2]] for each in segments]
         found = [[self._known(plain) for plain in each] for each in words]
         pairs = (pair for each in zip(words, found, strict=True) for pair in zip(*each, strict=True))
-        made = self._unknown(plain for plain, known in pairs if known is None)
-        return [self._one(*each, made) for each in zip(texts, segments, words, found, strict=True)]
+        self._learn([plain for plain, known in pairs if known is None])
+        made = [self._one(*each) for each in zip(texts, segments, words, found, strict=True)]
+        self._first.others, self._later.others = {}, {}
+        return made
 
     def _one(
-        self,
-        text: str,
-        segments: Sequence[str],
-        words: Sequence[list[str]],
-        known: Sequence[bytes | None],
-        made: Mapping[str, bytes],
+        self, text: str, segments: Sequence[str], words: Sequence[list[str]], known: Sequence[bytes | None]
     ) -> ByPieces:
         parts: list[_Part] = []
         found: list[bytes] = []
@@ -167,7 +176,7 @@ class Pieces:
             added = number % 2 == 1
             parts.append(_Part(start, first, None if added else words[number // 2]))
             ids = self._added[segment] if added else known[number // 2]
-            found.append(ids if ids is not None else self._tokens(words[number // 2], made))
+            found.append(ids if ids is not None else self._tokens(words[number // 2]))
             start += len(segment)
             first += len(found[-1]) // 4
         return ByPieces(self, text, parts, np.frombuffer(b"".join(found), dtype=np.int32))
@@ -175,41 +184,36 @@ class Pieces:
     def _known(self, words: list[str]) -> bytes | None:
         """The token ids of consecutive pieces, as bytes of int32; None if one of them is not known."""
         try:
-            return self._first[words[0]] + b"".join(map(self._later.__getitem__, words[1:])) if words else b""
+            return self._tokens(words) if words else b""
         except KeyError:
             return None
 
-    def _tokens(self, words: list[str], made: Mapping[str, bytes]) -> bytes:
-        """As `_known`; `made` has the token ids of pieces that are not known."""
-        first = self._first.get(words[0]) or made[words[0]]
-        return b"".join([first, *(self._later.get(word) or made[f" {word}"] for word in words[1:])])
+    def _tokens(self, words: list[str]) -> bytes:
+        return self._first[words[0]] + b"".join(map(self._later.__getitem__, words[1:]))
 
-    def _unknown(self, texts: Iterable[list[str]]) -> dict[str, bytes]:
-        """The token ids of the pieces of these texts that are not known."""
-        heads: set[str] = set()
+    def _learn(self, texts: Sequence[list[str]]) -> None:
+        """Find the token ids of the pieces of these texts that are not known."""
+        heads = {words[0] for words in texts if words}
         tails: set[str] = set()  # the heads, too: that is faster than to leave them out
-        for words in texts:
-            heads.update(words[:1])
-            tails.update(words)
-        unknown = [head for head in heads if head not in self._first]
-        unknown += [f" {word}" for word in tails if word not in self._later]
-        return self._encoded(sorted(unknown)) if unknown else {}
+        tails.update(*texts)
+        self._find(self._first, sorted(heads.difference(self._first)), "")
+        self._find(self._later, sorted(tails.difference(self._later)), " ")
 
-    def _encoded(self, pieces: list[str]) -> dict[str, bytes]:
-        """The token ids of pieces that are not known; short ones are known from now on, while there is room."""
-        found = self._plain().encode_batch_fast(pieces, add_special_tokens=False)
-        made = {piece: np.array(each.ids, dtype=np.int32).tobytes() for piece, each in zip(pieces, found, strict=True)}
-        for piece, ids in made.items():
-            if len(piece) <= LONGEST:
-                known, name = (self._later, piece[1:]) if piece.startswith(" ") else (self._first, piece)
-                if len(known) < KNOWN:
-                    known[name] = ids
-        return made
+    def _find(self, known: _Known, pieces: Sequence[str], before: str) -> None:
+        """Find the token ids of pieces. Short ones are known from then on, while there is room."""
+        if not pieces:
+            return
+        found = self._plain().encode_batch_fast([before + piece for piece in pieces], add_special_tokens=False)
+        for piece, each in zip(pieces, found, strict=True):
+            kept = len(piece) < LONGEST and len(known) < KNOWN
+            (known if kept else known.others)[piece] = array("i", each.ids).tobytes()
 
     def count(self, piece: str) -> int:
         """Number of tokens of a piece."""
-        known = self._later.get(piece[1:]) if piece.startswith(" ") else self._first.get(piece)
-        return len(known if known is not None else self._encoded([piece])[piece]) // 4
+        known, name = (self._later, piece[1:]) if piece.startswith(" ") else (self._first, piece)
+        if name not in known and name not in known.others:
+            self._find(known, [name], piece[: len(piece) - len(name)])
+        return len(known[name]) // 4
 
     def located(self, piece: str) -> ByOffsets:
         """A piece with the character range of each token."""

@@ -81,8 +81,8 @@ class _Process:
 _process = _Process()
 
 
-def render_texts(template: str, variables: Mapping[str, Any], chats: Sequence[Any]) -> Sequence[str | None]:
-    """The texts of several chats, which are lists of messages; None for each that cannot be rendered this way."""
+def render_digests(template: str, variables: Mapping[str, Any], chats: Sequence[Any]) -> Sequence[str | None]:
+    """The SHA-256 of the texts of several chats, which are lists of messages; None for each that has no text."""
     found = _process.ask({"template": template, "variables": dict(variables), "chats": chats})
     return found if isinstance(found, list) and len(found) == len(chats) else [None] * len(chats)
 

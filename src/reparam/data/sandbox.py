@@ -3,7 +3,7 @@
 Templates come from downloaded folders. They cannot call Python (jinja2's sandbox); this process bounds their memory,
 and its parent their time. Each request is a JSON object with `template` and `variables`; the response has `text` and
 `spans`, or `error` and `fatal`: whether the template itself is unusable, whatever the messages. A request with `chats`,
-a list of lists of messages, gets a list of their texts, with null for those that cannot be rendered.
+a list of lists of messages, gets a list of the SHA-256 of their texts, with null for those that cannot be rendered.
 
 The environment is that of transformers. This file imports only jinja2 and the standard library, so it starts quickly.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import resource
 import signal
@@ -131,9 +132,10 @@ def rendered(template: str, variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def several(chats: list[Any], request: dict[str, Any]) -> list[str | None]:
-    """The texts of several chats that share their other variables; None for one that cannot be rendered."""
+    """The SHA-256 of the texts of several chats that share their other variables; None for one that has no text."""
     shared = request["variables"]
-    return [rendered(request["template"], {**shared, "messages": chat}).get("text") for chat in chats]
+    found = (rendered(request["template"], {**shared, "messages": chat}).get("text") for chat in chats)
+    return [None if text is None else hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in found]
 
 
 def main() -> None:

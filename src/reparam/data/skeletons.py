@@ -3,11 +3,13 @@
 A chat is plain if its messages have only a role and a content, which is not empty and holds no special token. Most
 templates write such chats as fixed text around the contents. This fixed text, and where the answers begin and end in
 it, is found once for each sequence of roles, from a chat with other contents. Then each chat is rendered once, and
-compared with the fixed text around its contents. If they differ, the chat is rendered as any other, in several calls.
+compared with the fixed text around its contents, by their SHA-256: the process that renders need not send the text. If
+they differ, the chat is rendered as any other, in several calls.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,16 +45,16 @@ class _Skeleton(NamedTuple):
 
 
 class Skeletons:
-    """Renders plain chats. `render` renders one chat in full, and `texts` gives the text of several, or None."""
+    """Renders plain chats. `render` renders one chat in full; `digests` gives the SHA-256 of several texts, or None."""
 
     def __init__(
         self,
         render: Callable[[Messages], list[Rendered]],
-        texts: Callable[[Sequence[Messages]], Sequence[str | None]],
+        digests: Callable[[Sequence[Messages]], Sequence[str | None]],
         specials: re.Pattern[str],
         begin_special: Collection[str],
     ) -> None:
-        self._render, self._texts = render, texts
+        self._render, self._digests = render, digests
         self._specials, self._begin_special = specials, begin_special
         self._known: dict[tuple[str, ...], _Skeleton | None] = {}
 
@@ -62,8 +64,9 @@ class Skeletons:
         numbers, rendered = list(plain), {}
         for start in range(0, len(numbers), AT_ONCE):
             some = numbers[start : start + AT_ONCE]
-            for i, text in zip(some, self._texts([chats[i] for i in some]), strict=True):
-                if text is not None and text == plain[i].text(chats[i]):
+            for i, digest in zip(some, self._digests([chats[i] for i in some]), strict=True):
+                text = plain[i].text(chats[i])
+                if digest == hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest():
                     rendered[i] = [Rendered(text, plain[i].spans(chats[i]))]
         return rendered
 

@@ -4,6 +4,7 @@ Each data set is a folder named after its key: a digest of everything that deter
 files and the tokenizer among it. It holds one file for each array of `data.flat`, and `corpus.json` with the rest and
 with the SHA-256 of each file. What is read is checked against these, and against the other arrays; a damaged data set
 is made again. The files are mapped into memory, so a data set can be larger than it.
+The time of a folder's change is that of its last use.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
@@ -24,16 +26,17 @@ from transformers import PreTrainedTokenizerBase
 
 import reparam.data
 from reparam.core.strict_json import loads
-from reparam.core.text import sized
+from reparam.core.text import counted, sized
 from reparam.data.corpus import Corpus
 from reparam.data.flat import TYPES, mapped
 from reparam.errors import ConfigError
 from reparam.io.native import read_bytes
 from reparam.io.outputs import check_writable
-from reparam.io.staged import digest, locks, staged_folder
+from reparam.io.staged import digest, locks, recover, staged_folder
 
 FORMAT = 2
 REST = "corpus.json"
+KEY = re.compile("[0-9a-f]{32}")
 LARGEST = 1 << 26  # bytes of corpus.json
 
 
@@ -60,8 +63,12 @@ def content_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps(plain, sort_keys=True, default=str))
 
 
-def kept(folder: Path, key: str, files: Sequence[Path], make: Callable[[Path], Corpus]) -> tuple[Corpus, str]:
+def kept(
+    folder: Path, key: str, files: Sequence[Path], make: Callable[[Path], Corpus], *, limit: int
+) -> tuple[Corpus, str]:
     """The corpus with this key from the folder, or else the one that `make` writes into the folder that it is given.
+
+    After one was made, others are deleted while the folder holds more than `limit` bytes, least recently used first.
 
     Returns the corpus, and a sentence on where it is kept. If another process is making it, this one waits. Raises
     ConfigError if the folder is a file, and WriteFailed or DiskFull if it cannot be written.
@@ -78,12 +85,55 @@ def kept(folder: Path, key: str, files: Sequence[Path], make: Callable[[Path], C
             try:
                 return _checked(place, files), f"read from the cache, {place} ({sized(_size(place))})"
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged = f"; what it held was damaged ({error}) and is replaced"
-                shutil.rmtree(place)
+                if place.exists():  # otherwise another process has deleted it to make room
+                    damaged = f"; what it held was damaged ({error}) and is replaced"
+                    shutil.rmtree(place, ignore_errors=True)
         with staged_folder(place) as staged:
             corpus = make(staged)
             _write(staged, corpus, files)
-    return corpus, f"kept in the cache, {place} ({sized(_size(place))}, {sized(_size(folder))} in all){damaged}"
+    removed = _evicted(folder, limit, keep=place)
+    told = f"kept in the cache, {place} ({sized(_size(place))}, {sized(_size(folder))} in all){damaged}"
+    if removed:
+        sets = counted(len(removed), "data set")
+        told += f"; {sets} not used for the longest time made room ({sized(sum(removed))}; data.cache_limit)"
+    return corpus, told
+
+
+def clear(folder: Path) -> list[int]:
+    """Delete all data sets in the folder. Returns the sizes of what was deleted, in bytes.
+
+    A run that uses one of them goes on: its mapped files stay until it ends.
+    """
+    return _evicted(folder, -1) if folder.is_dir() else []
+
+
+def _evicted(folder: Path, limit: int, *, keep: Path | None = None) -> list[int]:
+    """Delete data sets, least recently used first, until `limit` bytes or none but `keep` are left.
+
+    Returns the sizes of those that were deleted. Several processes may do this at once, and read what is deleted: a
+    data set gets a hidden name first, so it is whole or absent, and mapped files stay until they are closed.
+    """
+    recover(folder)
+    found = []
+    for place in folder.iterdir():
+        with suppress(OSError):  # another process may have deleted it
+            if KEY.fullmatch(place.name) and place.is_dir() and not place.is_symlink():
+                found.append((place.stat().st_mtime, _size(place), place))
+    total, removed = sum(size for _, size, _ in found), []
+    for _, size, place in sorted(found):
+        if total <= limit:
+            break
+        if place == keep:
+            continue
+        hidden = place.with_name(f".{place.name}.reparam-new-{os.urandom(6).hex()}")  # `recover` knows such names
+        try:
+            place.rename(hidden)
+        except FileNotFoundError:
+            continue
+        shutil.rmtree(hidden, ignore_errors=True)
+        total -= size
+        removed.append(size)
+    return removed
 
 
 def _read(place: Path, files: Sequence[Path]) -> Corpus | None:
@@ -120,6 +170,7 @@ def _write(folder: Path, corpus: Corpus, files: Sequence[Path]) -> None:
 
 def _checked(folder: Path, files: Sequence[Path]) -> Corpus:
     """The corpus in a folder. Raises OSError, ValueError, KeyError or TypeError if anything is wrong with it."""
+    os.utime(folder)  # it was used
     expected, _, text = read_bytes(folder / REST, most=LARGEST).decode().partition("\n")
     if _sha256(text) != expected:
         raise ValueError(f"the content of {REST} has changed")
@@ -190,15 +241,32 @@ def _quoted(text: str) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder; those that another process deletes meanwhile do not count."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Let one process at a time into the block."""
-    with os.fdopen(locks(file)) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+    while True:
+        with os.fdopen(locks(file)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_open(file, lock):  # the process before deleted it, and another one may lock a new file
+                continue
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+
+
+def _is_open(file: Path, opened: IO[str]) -> bool:
+    """Whether a path leads to an open file."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False

@@ -33,6 +33,7 @@ from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, default_folder, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
+from reparam.train.ranges import bytes_of
 from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.sections import DataConfig
 
@@ -137,7 +138,7 @@ def _corpus(
 
     found = [files_of(source) for source in sources]
     files = [file for part in found if part is not None for file in part]
-    folder = _cache_folder(data.cache, files)
+    folder = cache_folder(data.cache, files)
     if folder is None or None in found:
         return make(None)
     for file in files:
@@ -155,11 +156,13 @@ def _corpus(
         "template": template,
         "date": str(datetime.date.today()) if "strftime_now" in template else "",  # the template may write it
     }
-    corpus, told = kept(folder, key_of(files, everything), files, make)
+    corpus, told = kept(
+        folder, key_of(files, everything), files, make, limit=bytes_of("data.cache_limit", data.cache_limit)
+    )
     return dataclasses.replace(corpus, lines=(f"encoded rows: {told}",))
 
 
-def _cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
+def cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
     """The folder of the cache, or None if the rows of these files are not kept."""
     if wish == "off":
         return None

@@ -13,7 +13,7 @@ from reparam.data.findings import BadRows
 from reparam.data.lengths import TooLong
 from reparam.data.mixture import Mix
 from reparam.errors import ConfigError
-from reparam.train.ranges import check, count
+from reparam.train.ranges import bytes_of, check, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class DataConfig:
     cache: str = "auto"
     """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
     $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
+    cache_limit: int | str = "50GiB"
+    """Largest size of that folder, in bytes or as 20GiB. What was not used for the longest time is deleted first."""
     score_rows: int = 200
     """Number of held-out rows to answer before and after training, to count exact matches."""
 
@@ -77,6 +79,7 @@ class DataConfig:
             buffer=count(1),
             score_rows=count(0),
         )
+        bytes_of("data.cache_limit", self.cache_limit)
         self.renamed()
         names = self.sources()
         for key, one_for_all in (("weights", False), ("max_rows", True)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from reparam.core.base import Role, Site
 from reparam.core.checks import nearest
 from reparam.errors import ConfigError
 from reparam.optim import PagedAdamW, Paging, check_rates, lora_plus
+from reparam.train.ranges import bytes_of
 from reparam.train.sections import OptimConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from reparam.train.trainer import Resumable
 
 BITS = {"paged_adamw_32bit": 32, "paged_adamw_8bit": 8, "adamw_8bit": 8}
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +183,8 @@ def settings(optim: OptimConfig, *, folder: str | os.PathLike[str] | None) -> di
         "lr": optim.learning_rate,
         "weight_decay": optim.weight_decay,
         "bits": BITS[optim.name],
-        "budget": bytes_of("budget", optim.budget) if paged else None,
-        "page": bytes_of("page", optim.page),
+        "budget": bytes_of("optim.budget", optim.budget) if paged else None,
+        "page": bytes_of("optim.page", optim.page),
         "folder": folder if paged else None,
     }
 
@@ -194,15 +193,3 @@ def paging(optimizer: object) -> Paging | None:
     """Paging statistics of a PagedAdamW, also if accelerate wraps it; None for any other optimizer."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.paging if isinstance(inner, PagedAdamW) else None
-
-
-def bytes_of(key: str, value: int | str) -> int:
-    """Parse a number of bytes in a configuration: an integer, or text with a unit. Raises ConfigError otherwise.
-
-    >>> bytes_of("budget", "64MiB"), bytes_of("budget", 4096), bytes_of("budget", "4096")
-    (67108864, 4096, 4096)
-    """
-    match = re.fullmatch(r"(\d+) ?(|KiB|MiB|GiB)", str(value).strip())
-    if match is None:
-        raise ConfigError(f"optim.{key}: {value!r} is not a number of bytes; write 67108864, 65536KiB, 64MiB or 1GiB")
-    return int(match[1]) * _UNITS[match[2]]

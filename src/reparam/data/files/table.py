@@ -24,6 +24,10 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             header = next(lines, [])
             if len(set(header)) < len(header):
                 raise DataError([f"{path}:1: two columns of the header have the same name"])
+            if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+                wanted = "tabs" if delimiter == "\t" else "commas"
+                hint = f"the header has one column, with {other!r} in its name; separate the fields by {wanted}"
+                raise DataError([f"{path}:1: {hint}"])
             for fields in lines:
                 where = f"{path}:{lines.line_num}"
                 if not fields:
