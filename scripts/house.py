@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOMS = (
-    *("core", "kernels", "data", "weights", "methods", "optim", "sites", "io", "adapter", "hf", "serve"),
-    *("combine", "evaluation", "train", "inspect", "compare", "recipes", "cli"),
+    *("core", "kernels", "data", "weights", "methods", "optim", "sites", "io", "adapter", "hf", "combine", "serve"),
+    *("export", "evaluation", "train", "vision", "plan", "inspect", "compare", "recipes", "cli"),
 )
 Graph = dict[str, set[str]]
 
@@ -83,15 +83,14 @@ def levels(graph: Graph) -> int:
 
 def questions(trees: dict[str, ast.AST]) -> list[str]:
     """Places (file:line) outside `methods/` that call isinstance with a class defined in `methods/`."""
-    classes = {
-        node.name
-        for file, tree in trees.items()
-        if file.startswith("methods/")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
     found = []
     for file, tree in trees.items():
+        classes = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reparam.methods")
+            for alias in node.names
+        }
         for node in ast.walk(tree) if not file.startswith("methods/") else ():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
                 asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
