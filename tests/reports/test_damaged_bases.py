@@ -159,6 +159,14 @@ def test_a_value_of_a_wrong_type_is_explained(folder: Path) -> None:
         (folder / name).write_text(content)
 
 
+@pytest.mark.parametrize("value", ["abc", {}, 1.5, True, [1, "a"]])
+def test_a_token_id_that_is_no_number(folder: Path, value: object) -> None:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": value}))
+    with pytest.raises(BaseError, match=r"generation_config\.json: eos_token_id: expected the number of a token"):
+        load_base(str(folder))
+
+
 def test_an_encoder_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
     t5().save_pretrained(tmp_path)
     with pytest.raises(BaseError, match="no causal language model"):

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from reparam.core.checks import nearest
+from reparam.core.checks import nearest, whole
 from reparam.core.strict_json import loads
 from reparam.data.files.reach import unreachable
 from reparam.errors import BaseError, DuplicateKey
@@ -72,11 +72,15 @@ def _check_entry(path: str, entry: Path) -> None:
         raise BaseError(f"{path}: {entry.name}: {size:,} bytes, more than the {most:,} that such a file can have")
     if entry.name in SETTINGS:
         try:
-            loads(entry.read_bytes())
+            values = loads(entry.read_bytes())
         except DuplicateKey as error:
             raise BaseError(f"{path}: {entry.name}: {error}") from None
         except (ValueError, OSError):
             return  # transformers reports it
+        for key, value in values.items() if isinstance(values, dict) else ():
+            ids = value if isinstance(value, list) else [value]
+            if key.endswith("_token_id") and value is not None and not all(whole(each, -1) for each in ids):
+                raise BaseError(f"{path}: {entry.name}: {key}: expected the number of a token or a list of numbers")
 
 
 def _adapter_hint(folder: Path) -> str:
