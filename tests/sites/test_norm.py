@@ -184,7 +184,7 @@ def test_merging_keeps_outputs_writes_biases_and_restores(model: nn.Module) -> N
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_mixed_batch_is_each_row_alone(family: str) -> None:
     model = {"llama": models.llama, "gpt2": models.gpt2}[family]()
-    places = [name for name in resolve(model, "everything") if "wpe" not in name]  # positions are one row for all
+    places = "everything"
     for number, name in enumerate(("one", "two")):
         move(reparam.attach(model, Shift(), targets=places, name=name), number)
     move(reparam.attach(model, reparam.LoRA(r=2), targets="all-linear", name="three"), 3)

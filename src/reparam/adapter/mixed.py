@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from reparam.adapter.spans import Spans, check_apart, lengths_of
 from reparam.adapter.trials import Inputs, special_ids
 from reparam.core.continuing import continues
-from reparam.sites.routing import SMALL, Routing, Trial, note_orders
+from reparam.sites.routing import SMALL, Routing, Trial, note_orders, note_shared, shared_inputs
 
 LEAK = 1e-4
 """The share of the largest difference up to which float32 outputs of packed sequences do not depend on each other."""
@@ -159,6 +159,41 @@ class Mixed:
         same, _ = self._run(module, *inputs.with_one_token(special))
         self._check_apart(module, inputs, _main(output), _main(changed))
         note_orders(self.sites, plain, other, same, self.routing)
+        if inputs.packed is None:
+            self._share(module, inputs, shared_inputs(self.sites, plain, other, self.routing), plain, output)
+
+    def _share(self, module: nn.Module, inputs: Inputs, sites: list[nn.Module], plain: Trial, output: Any) -> None:
+        """Find out whether these sites can make an output for each row from an input that all rows share.
+
+        That is so if the model's output for the first row, and no other, then changes with that of the site.
+        """
+        fit = []
+        for site in sites:
+            why = self._why_not(module, inputs, site, output)
+            note_shared(site, plain, why)
+            if not why:
+                fit.append(site)
+        if fit:  # sites that get what these return have rows in their input, too
+            before, after = (self._run(module, inputs.args, inputs.kwargs, fit, changed)[0] for changed in ([], fit))
+            note_orders(self.sites, before, after, before, self.routing)
+
+    def _why_not(self, module: nn.Module, inputs: Inputs, site: nn.Module, output: Any) -> str:
+        """Why the model cannot use an output of this site for each row; empty if it can. `output` is the base's."""
+        start = "rows share it, and the model cannot use an output for each row"
+        try:
+            _, changed = self._run(module, inputs.args, inputs.kwargs, [site], [site])
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            return f"{start} ({(str(error).splitlines() or [''])[0]})"
+        before, after = _main(output), _main(changed)
+        first = None if before is None else inputs.of_first(before)
+        if before is None or after is None or before.shape != after.shape or first is None:
+            return f"{start} (its own output then has other dimensions)"
+        difference = torch.nan_to_num(before.float() - after.float()).abs()
+        most = float(difference[first].max())
+        difference[first] = 0
+        if most == 0 or float(difference.max()) > SMALL * most:
+            return f"{start} (another output for the first row changes other rows, or nothing)"
+        return ""
 
     def _check_apart(self, module: nn.Module, inputs: Inputs, before: Tensor | None, after: Tensor | None) -> None:
         """Raise ValueError if outputs of other rows changed with the first row."""
@@ -184,9 +219,16 @@ class Mixed:
                 f"where they start), or by a mask; or give each sequence a row of its own"
             )
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trial, Any]:
-        """Run the base model, without touching what the arguments hold (such as a cache)."""
-        trial = self.routing.trial = Trial()
+    def _run(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shared: Sequence[nn.Module] = (),
+        changed: Sequence[nn.Module] = (),
+    ) -> tuple[Trial, Any]:
+        """Run the base model, without touching what the arguments hold (such as a cache). The last two: see `Trial`."""
+        trial = self.routing.trial = Trial(len(self.routing.slot_list), shared, changed)
         try:
             with _in_evaluation(self.model):
                 output = module.forward(*map(_apart, args), **{name: _apart(value) for name, value in kwargs.items()})

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.rows import bank_update_, packed_update_
-from reparam.sites.layout import Layout, groups
+from reparam.sites.layout import Layout, for_each_row, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
 
@@ -185,12 +185,19 @@ class Bank(Update):
                 y.index_copy_(0, rows, (y.index_select(0, rows) + own).to(y.dtype))
 
     def rows(self, ids: Tensor, weight: Weight) -> Tensor:
-        """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index rows of W."""
+        """ids [B, T] -> embeddings [B, T, I], each row with its own adapter's W'. O = V: ids index rows of W.
+
+        Rows can share their ids, [1, T] or [T], such as those of positions.
+        """
         y = weight.rows(ids)
         if self.routing.trial is not None:
             self.routing.trial.see(self, ids)
-            return y
+            found: Tensor = self.routing.trial.output(self, y)
+            return found
         layout = self.routing.layout(self, torch.Size((*ids.shape, 1)))
+        if layout.shared:
+            y = for_each_row(y, layout.rows).contiguous()
+            ids = ids.expand(y.shape[:-1])
         for out, own, _, numbers in layout.parts(y, ids.unsqueeze(-1), self.routing.slots, self.routing.slot_list):
             for slot, chunks in groups(numbers).items():
                 if slot >= 0:

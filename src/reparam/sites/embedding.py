@@ -70,7 +70,8 @@ class Embedding(Adapted):
         rows = self._rows(ids)
         if not self.body:
             return rows
-        numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        places = rows.shape[:-1]  # those of the ids; or, for ids that the rows of a mixed batch share, [B, T]
+        numbers = torch.arange(places.numel(), device=ids.device).view(places)
         return torch.func.functional_call(self.body[0], {"weight": rows.flatten(0, -2)}, (numbers,))
 
     def _rows(self, ids: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Order = Literal["rows", "tokens", "packed"]
+Order = Literal["rows", "tokens", "packed", "shared"]
 """What comes first in an activation: rows, [B, T, ...] or [B·T, ...]; or tokens, [T, B, ...] or [T·B, ...]; or
-"packed", if the rows are end to end."""
+"packed", if the rows are end to end; or "shared", if rows come first or all rows use the same input, [1, T, ...] or
+[T, ...], such as positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Layout:
     """Whether its first dimension holds rows and tokens."""
     lengths: tuple[int, ...] = ()
     """The tokens of each row of a packed batch."""
+    shared: bool = False
+    """Whether all rows may use the same input."""
 
     def parts(
         self, y: Tensor, x: Tensor, slots: Tensor, numbers: tuple[int, ...]
@@ -100,6 +103,17 @@ class Layout:
         """The places of the tokens of these rows of a packed batch."""
         ends = list(itertools.accumulate(self.lengths))
         return torch.cat([torch.arange(ends[row] - self.lengths[row], ends[row], device=device) for row in rows])
+
+
+def for_each_row(y: Tensor, rows: int) -> Tensor:
+    """An output [1, T, ...] or [T, H] that all rows share as [B, T, ...], a view; one of rows is returned as it is.
+
+    Raises ValueError if its first dimension is neither 1 nor the number of rows.
+    """
+    y = y.unsqueeze(0) if y.ndim < 3 else y
+    if y.shape[0] not in (1, rows):
+        raise ValueError(f"its first dimension is {y.shape[0]}, which is neither 1 nor the number of rows, {rows}")
+    return y.expand(rows, *y.shape[1:])
 
 
 def groups(values: Sequence[Any]) -> dict[Any, list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.layout import groups
+from reparam.sites.layout import for_each_row, groups
 from reparam.sites.routing import Routing
 
 
@@ -25,18 +25,34 @@ class Replaced(nn.Module):
         """The module that this adapter uses: its own copy, or the original if it has none."""
         return self.updates[name] if name is not None and name in self.updates else self.origin
 
-    def forward(self, x: Tensor) -> Any:
-        """The output of the active copy; in a mixed batch, each copy computes its own rows of x."""
-        if self.routing is None:
-            return self.copy_of(self.active)(x)
-        if self.routing.trial is not None:
-            self.routing.trial.see(self, x)
-            return self.origin(x)
-        layout = self.routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the active copy; in a mixed batch, each copy computes its own rows of its argument.
+
+        If rows share their input, or there are several arguments, such as those of OPT's positions, each copy computes
+        all rows. The output is then [B, T, ...] in any case, so that what the model does with it is the same for all
+        batches.
+        """
+        routing = self.routing
+        if routing is None:
+            return self.copy_of(self.active)(*args, **kwargs)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if routing.trial is not None:
+            if given:
+                routing.trial.see(self, given[0])
+            if len(args) + len(kwargs) > 1:
+                routing.trial.whole.add(self)
+            return routing.trial.output(self, self.origin(*args, **kwargs))
+        x = given[0] if given else torch.empty(())
+        layout = routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
         own = set(self.updates)
-        parts = groups([name if name in own else None for name in self.routing.names[: layout.rows]])
+        parts = groups([name if name in own else None for name in routing.names[: layout.rows]])
+        if layout.shared:
+            found = {name: for_each_row(self.copy_of(name)(*args, **kwargs), layout.rows) for name in parts}
+            return layout.merge([y[parts[name]] for name, y in found.items()], list(parts.values()))
         if len(parts) == 1:
-            return self.copy_of(next(iter(parts)))(x)
+            return self.copy_of(next(iter(parts)))(*args, **kwargs)
+        if len(args) + len(kwargs) > 1:
+            routing.refuse(x.shape, "a module that adapters train whole got several arguments")
         outputs = [self.copy_of(name)(layout.pick(x, rows)) for name, rows in parts.items()]
         return layout.merge(outputs, list(parts.values()))
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from reparam.sites.layout import Layout, Order
+from reparam.sites.layout import Layout, Order, for_each_row
 
 SMALL = 0.01
 """Differences below this share of the largest one are rounding."""
+WHY = "why_not_shared"
+"""The attribute of a site that tells why rows cannot share its input."""
 
 
 class Routing:
@@ -70,7 +72,9 @@ class Routing:
         plain: Order = "rows" if self.packed is None else "packed"
         order = orders_of(site).get((plain == "packed", len(shape))) if self.tried else plain
         if order is None or not self.fits(order, shape):
-            self.refuse(shape)
+            self.refuse(shape, site.__dict__.get(WHY, ""))
+        if order == "shared":
+            return Layout("rows", len(self.slot_list), False, shared=True)
         return Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
@@ -79,16 +83,18 @@ class Routing:
             self.refuse(shape)
         return len(self.slots), shape[:-1].numel() // len(self.slots)
 
-    def refuse(self, shape: torch.Size) -> NoReturn:
+    def refuse(self, shape: torch.Size, why: str = "") -> NoReturn:
         """Raise ValueError: rows of an activation of this shape cannot be told apart."""
         raise ValueError(
-            f"cannot map an activation of shape {list(shape)} to the {len(self.slot_list)} rows of the mixed batch; "
-            f"select one adapter at a time for this model"
+            f"cannot map an activation of shape {list(shape)} to the {len(self.slot_list)} rows of the mixed batch"
+            f"{why and ': '}{why}; select one adapter at a time for this model"
         )
 
     def fits(self, order: Order, shape: torch.Size) -> bool:
         """Whether an activation of this shape can hold the rows in this order."""
         rows = len(self.slot_list)
+        if order == "shared":
+            return len(shape) < 3 or shape[0] in (1, rows)
         if len(shape) < 2:
             return False
         if order == "packed":
@@ -110,13 +116,37 @@ def orders_of(site: nn.Module) -> dict[tuple[bool, int], Order | None]:
 
 
 class Trial:
-    """The inputs of all sites in one run of the base model."""
+    """The inputs of all sites in one run of the base model.
 
-    def __init__(self) -> None:
+    In a run for inputs that rows share, the sites `shared` make an output for each row, and `changed` makes another one
+    for the first row.
+    """
+
+    def __init__(self, rows: int = 1, shared: Collection[nn.Module] = (), changed: Collection[nn.Module] = ()) -> None:
         self.calls: dict[nn.Module, list[tuple[torch.Size, Tensor]]] = {}
+        self.ids: set[nn.Module] = set()
+        """The sites that got ids."""
+        self.whole: set[nn.Module] = set()
+        """The sites that got more than one argument."""
+        self.rows, self.shared, self.changed = rows, shared, changed
+
+    def output(self, site: nn.Module, y: Any) -> Any:
+        """What a site returns in this run, given its output."""
+        if site not in self.shared:
+            return y
+        if not isinstance(y, Tensor):
+            raise ValueError(f"it returns a {type(y).__name__}")
+        y = for_each_row(y, self.rows)
+        if site in self.changed:
+            y = y.clone()
+            noise = torch.arange(y[0].numel(), device=y.device, dtype=torch.float32).sin().view(y[0].shape)
+            y[0] += (noise * (y.float().abs().amax() + 1)).to(y.dtype)
+        return y
 
     def see(self, site: nn.Module, x: Tensor) -> None:
         """Note the shape of an input, and 8 numbers for each vector in it; ids are vectors of one number."""
+        if not x.is_floating_point():
+            self.ids.add(site)
         x = x.detach() if x.is_floating_point() else x.unsqueeze(-1)
         weights = torch.arange(1, 8 * x.shape[-1] + 1, device=x.device, dtype=torch.float32).cos().view(-1, 8)
         self.calls.setdefault(site, []).append((x.shape, x.reshape(-1, x.shape[-1]).float() @ weights))
@@ -133,6 +163,8 @@ def note_orders(sites: Mapping[str, nn.Module], plain: Trial, other: Trial, same
     }
     experts = _experts(patterns)
     for path, site in sites.items():
+        if site in plain.whole:  # one of its inputs does not tell the order of its output
+            continue
         found: dict[int, set[Order | None]] = {}
         pairs = zip(plain.calls.get(site, []), other.calls.get(site, []), strict=False)
         for (shape, before), (again, after) in pairs:
@@ -147,7 +179,42 @@ def note_orders(sites: Mapping[str, nn.Module], plain: Trial, other: Trial, same
         for ndim, orders in found.items():
             known, key = orders_of(site), (routing.packed is not None, ndim)
             agreed = orders | ({known[key]} if key in known else set())
+            if agreed == {"rows", "shared"}:
+                agreed = {"shared"}
             known[key] = agreed.pop() if len(agreed) == 1 else None
+
+
+def shared_inputs(sites: Mapping[str, nn.Module], plain: Trial, other: Trial, routing: Routing) -> list[nn.Module]:
+    """The sites whose input does not show an order: ids that do not differ with the first row, or several arguments."""
+    found = []
+    for site in sites.values():
+        calls, others = plain.calls.get(site, []), other.calls.get(site, [])
+        if site in plain.whole:
+            found.append(site)
+        elif (
+            site in plain.ids
+            and len(calls) == len(others)
+            and all(
+                shape == again and torch.equal(before, after)
+                for (shape, before), (again, after) in zip(calls, others, strict=True)
+            )
+        ):
+            orders = orders_of(site)
+            known = [orders.get((False, len(shape))) for shape, _ in calls]
+            if not all(order and routing.fits(order, shape) for order, (shape, _) in zip(known, calls, strict=True)):
+                found.append(site)
+    return found
+
+
+def note_shared(site: nn.Module, trial: Trial, why: str) -> None:
+    """Note that rows can share the inputs that the site got in this trial; or, if `why` is not empty, why not."""
+    orders = orders_of(site)
+    for shape, _ in trial.calls.get(site, []):
+        key = (False, len(shape))
+        refused = why or (key in orders and orders[key] not in ("rows", "shared"))
+        orders[key] = None if refused else "shared"
+    if why:
+        site.__dict__[WHY] = why
 
 
 def _orders(shape: torch.Size, before: Tensor, after: Tensor, routing: Routing) -> list[Order] | None:

@@ -237,7 +237,11 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 
 def unsupported_whole(module: nn.Module) -> str | None:
-    """Why `Replaced`, which passes on one input and no attributes, cannot replace this module; or None if it can."""
+    """Why `Replaced` cannot replace this module; or None if it can.
+
+    It passes on no attributes. In a mixed batch it can give the parts of one input to the copies, or all inputs to each
+    copy of an embedding, such as OPT's positions.
+    """
     if isinstance(module, Adapted | Replaced):
         return None
     kind = type(module).__name__
@@ -247,6 +251,8 @@ def unsupported_whole(module: nn.Module) -> str | None:
         return f"the forward of this {kind} or of a module in it is patched, and a copy would call the original"
     if type(module).forward is nn.Module.forward:
         return f"{kind} does not define forward"
+    if isinstance(module, nn.Embedding):
+        return None
     forward = original_class(module).forward.__get__(module) if isinstance(module, Opened) else module.forward
     takes = inspect.signature(forward).parameters.values()
     names = [p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
