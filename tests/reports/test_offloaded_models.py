@@ -96,13 +96,68 @@ def test_hooks_that_come_after_the_adapter(how: str, tmp_path: Path) -> None:
     if how != "dispatch_model":  # accelerate wants the device of every tensor, also of the description of adapters
         OFFLOADS[how](plain, tmp_path / "more")
         assert torch.equal(logits(plain), wanted)
-        if how != "one device":
-            with pytest.raises(ValueError, match="accelerate offloaded them with the model, so there is nothing to"):
-                reparam.adapters(plain)["default"].save(tmp_path / "never")
-            with pytest.raises(ValueError, match=r"offload a model before you attach to it"):
-                reparam.select(plain, ["default"])
         remove_hook_from_submodules(plain)
         assert torch.equal(logits(plain), wanted)
+
+
+LATER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (reparam.LoRA(r=2), {"targets": [*SITES, "embed_tokens", "model.norm"], "bias": True}),
+    "dora": (reparam.DoRA(r=2), {"targets": [*SITES, "embed_tokens"]}),
+    "intrinsic": (reparam.Intrinsic(d=8), {"targets": SITES}),
+    "full": (reparam.Full(), {"targets": [*SITES, "embed_tokens", "model.norm"]}),
+    "mixture": (reparam.MoLoRA(n=2, r=2), {"targets": SITES}),
+}
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
+@pytest.mark.parametrize("method", LATER)
+@pytest.mark.filterwarnings("ignore:LoRA. the rank exceeds", "ignore:DoRA. the rank exceeds")
+def test_an_adapter_stays_when_its_model_is_offloaded(how: str, method: str, tmp_path: Path) -> None:
+    """It computes, trains with the optimizer of before, is in mixed batches and is saved as without hooks."""
+    found = []
+    for offloaded in (False, True):
+        model = llama(attention_bias=True)
+        adapter = reparam.attach(model, LATER[method][0], **LATER[method][1])
+        change(adapter, 1)
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        if offloaded:
+            OFFLOADS[how](model, tmp_path / "parts")
+            assert model.model.layers[1].mlp.down_proj.weight.is_meta
+        outputs = [logits(model)]
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        outputs.append(logits(model))
+        if method != "mixture":
+            with reparam.select(model, ["default", None, "default"]):
+                outputs.append(logits(model))
+        adapter.save(tmp_path / str(offloaded))
+        remove_hook_from_submodules(model)
+        found.append([*outputs, logits(model), *load_file(tmp_path / str(offloaded) / "adapter.safetensors").values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_an_offload_that_takes_the_place_of_another() -> None:
+    model = llama()
+    change(reparam.attach(model, reparam.DoRA(r=2), targets=SITES), 1)
+    wanted = logits(model)
+    update = reparam.adapters(model)["default"].updates[f"{SITES[0]}"]
+    for _ in range(2):
+        add_hook_to_module(update, AlignDevicesHook(CPU, offload=True))
+    cpu_offload(model, CPU)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_what_an_offloaded_module_that_trains_whole_cannot_do() -> None:
+    model = llama()
+    change(reparam.attach(model, reparam.LoRA(r=2), targets=SITES, modules_to_save=["lm_head"]), 1)
+    wanted = logits(model)
+    cpu_offload(model, CPU)
+    assert torch.equal(logits(model), wanted)
+    with pytest.raises(ValueError, match="accelerate offloaded modules that the adapter trains whole, so there is"):
+        reparam.adapters(model)["default"].save("never")
+    with pytest.raises(ValueError, match=r"offload a model before you attach to it"):
+        reparam.select(model, ["default"])
 
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])

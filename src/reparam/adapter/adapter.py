@@ -193,9 +193,9 @@ class Adapter:
         if not empty:
             return
         found = f"adapter {self.name!r}: {len(empty)} parameters are on the device 'meta' (first: {empty[0]})"
-        if any(offloads(update) for update in self.updates.values()):
+        if any(offloads(holder.updates[self.name]) for holder in self.replaced.values()):
             raise ValueError(
-                f"{found}, because accelerate offloaded them with the model, so {what}; call "
+                f"{found}, because accelerate offloaded modules that the adapter trains whole, so {what}; call "
                 f"accelerate.hooks.remove_hook_from_submodules(model), and offload a model before you attach to it"
             )
         raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reparam.core.continuing import trusted
 from reparam.core.dtypes import wide
+from reparam.core.placing import Stays
 from reparam.core.plain import wrong_types
 from reparam.core.versions import Stamp, sample, stamp_of, tensors_of
 
@@ -214,7 +215,7 @@ class ExpertChoice(Protocol):
         """The inner products of the experts' weight changes [N, N] in float64."""
 
 
-class Update(nn.Module):
+class Update(Stays):
     """The trainable part of one site. Its `forward` calls the frozen map itself.
 
     `roles` gives each parameter a role: "in" (applied to the input, LoRA's A), "out" (produces the output, LoRA's B),

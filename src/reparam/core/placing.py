@@ -2,6 +2,7 @@
 
 accelerate patches the `forward` of a module and keeps the hook in `_hf_hook`. Between the calls of an offloaded module
 its parameters are on the device "meta", and their values in the hook's `weights_map`. Nothing here imports accelerate.
+The parameters of adapters are not offloaded with a model (`Stays`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,60 @@ from torch import Tensor, nn
 
 ADDED = ("_hf_hook", "_old_forward", "forward")
 """The attributes that accelerate sets in a module with a hook."""
+
+
+class _Noticed:
+    """An attribute of a module whose setting `Stays` notices. It is kept in the module's `__dict__`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        if self.name not in module.__dict__:
+            raise AttributeError(self.name)
+        return module.__dict__[self.name]
+
+    def __set__(self, module: Stays, value: Any) -> None:
+        module.__dict__[self.name] = value
+        module._notice(self.name)
+
+    def __delete__(self, module: nn.Module) -> None:
+        if self.name not in module.__dict__:
+            raise AttributeError(self.name)
+        del module.__dict__[self.name]
+
+
+class Stays(nn.Module):
+    """A module whose parameters stay where they are used when accelerate offloads the model that it is in.
+
+    Adapters read their parameters also outside of a forward pass (for factors, norms, files), where offloaded ones have
+    no values, and train them, while accelerate drops the gradients of those that it loads for a call. So the hook that
+    accelerate sets gets the parameters of before back, on its device, and does not offload.
+    """
+
+    _old_forward = _Noticed()  # accelerate sets this before it takes the parameters away
+    _hf_hook = _Noticed()  # and this afterwards
+
+    def _notice(self, name: str) -> None:
+        if name == "_old_forward":
+            self.__dict__["_before_hook"] = dict(self._parameters), dict(self._buffers)
+            return
+        before = self.__dict__.pop("_before_hook", None)
+        for hook in hooks_of(self):
+            if not getattr(hook, "offload", False):
+                continue
+            if before is None:  # the hook takes the place of another one
+                hook.detach_hook(self)
+            else:
+                self._parameters.update(before[0])
+                self._buffers.update(before[1])
+            hook.offload = False
+            if (device := hook.execution_device) is not None:
+                for tensor in (*self._parameters.values(), *self._buffers.values()):
+                    if tensor is not None:
+                        tensor.data = tensor.data.to(device)
 
 
 def patched(module: nn.Module) -> bool:

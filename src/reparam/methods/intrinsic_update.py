@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from reparam.core.base import Factors, Role, Update, Weight
 from reparam.core.dtypes import compute_dtype
+from reparam.core.placing import Stays
 from reparam.methods.full import of_matrix
 from reparam.methods.projections import Projection
 
@@ -28,7 +29,7 @@ class Move:
     """Index of its λ, from 0 to m − 1; None without λ."""
 
 
-class Space(nn.Module):
+class Space(Stays):
     """Parameters that all sites share: θ [d], zero at first, and for mode "said" also `scale`, λ [m], 1 at first."""
 
     scale: nn.Parameter | None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reparam.core.base import Site, Update, Weight
 from reparam.sites.kinds import kind
-from reparam.sites.module import Adapted
+from reparam.sites.module import Adapted, Biases
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
 from reparam.weights.quantized import QuantizedMatrix
 
@@ -74,7 +74,7 @@ class Expert(Adapted):
         self._parameters["bias"] = None
         self.frozen = frozen
         self.updates = nn.ModuleDict()
-        self.biases = nn.ParameterDict()
+        self.biases = Biases()
         self.biased = set()
         self.active = None
         self.origin = ()  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Kind, Site, Update, Weight
-from reparam.core.placing import ADDED, carry, value_of
+from reparam.core.placing import ADDED, Stays, carry, value_of
 from reparam.errors import FormatError
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
 from reparam.weights.layouts import layout_of
@@ -27,6 +27,10 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 """The attributes in which `nn.Module` keeps its hooks."""
+
+
+class Biases(Stays, nn.ParameterDict):
+    """The trained biases of a site, by adapter name."""
 
 
 class Adapted(nn.Module):
@@ -66,7 +70,7 @@ class Adapted(nn.Module):
         self._parameters["bias"] = origin._parameters.get("bias")
         self.frozen: Weight = DenseWeight.of(self, layout)  # W [O, I]
         self.updates = nn.ModuleDict()
-        self.biases = nn.ParameterDict()  # adapter name -> its trained bias [O]
+        self.biases = Biases()  # adapter name -> its trained bias [O]
         self.biased: set[str] = set()  # the keys of `biases`; a lookup in a ParameterDict is slow
         self.active: str | None = None
         self.origin = (origin,)  # the original module, in a tuple so that it is not a submodule

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.core.dtypes import wide
+from reparam.core.placing import Stays
 
 Reads = Literal["nothing", "tasks", "token", "sequence", "hidden"]
 
 
-class Router(nn.Module):
+class Router(Stays):
     """Base class of routers; `reads` names the input."""
 
     reads: ClassVar[Reads]
