@@ -4,17 +4,21 @@ The judge is each row alone under its adapter.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
 from models import TOKENS, VOCABULARY, build
-from selecting import adapted, ids_of, rows_alone_or_refused
+from peft import PeftModel
+from selecting import adapted, close, ids_of, rows_alone_or_refused
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     RobertaConfig,
@@ -39,13 +43,29 @@ def roberta() -> Any:
     return build(RobertaForSequenceClassification, config)
 
 
-def bart() -> Any:
-    config = BartConfig(
+def encoder_decoder(kind: Any, settings: Any) -> Any:
+    config = settings(
         vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, init_std=0.2,
         bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
     )  # fmt: skip
-    return build(BartForConditionalGeneration, config)
+    return build(kind, config)
+
+
+def bart() -> Any:
+    return encoder_decoder(BartForConditionalGeneration, BartConfig)
+
+
+def blenderbot() -> Any:
+    """Its positions get sizes and no tensor."""
+    return encoder_decoder(BlenderbotForConditionalGeneration, BlenderbotConfig)
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own, as Gemma's."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
 
 
 class Plain(nn.Module):
@@ -53,7 +73,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, 8), nn.Embedding(64, 8)
+        self.tokens, self.places = nn.Embedding(VOCABULARY, 8), Scaled(64, 8)
         self.of_places, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -103,7 +123,8 @@ def test_positions_that_the_caller_gives() -> None:
 @pytest.mark.parametrize(
     ("make", "targets", "whole"),
     [(models.gpt2, ["wpe"], []), (models.gpt2, ["c_attn"], ["wpe"]), (opt, ["q_proj"], ["embed_positions"]),
-     (bart, ["q_proj"], ["encoder.embed_positions", "decoder.embed_positions"])],
+     (bart, ["q_proj"], ["encoder.embed_positions", "decoder.embed_positions"]),
+     (blenderbot, ["q_proj"], ["encoder.embed_positions", "decoder.embed_positions"])],
 )  # fmt: skip
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_with_a_cache(make: Callable[[], Any], targets: list[str], whole: list[str], beams: int) -> None:
@@ -121,6 +142,7 @@ def test_generation_with_a_cache(make: Callable[[], Any], targets: list[str], wh
     assert torch.equal(found, torch.stack(alone))
 
 
+@pytest.mark.filterwarnings("ignore:LoRA. the rank exceeds")
 def test_what_does_not_broadcast_is_refused_with_the_reason() -> None:
     """T5's positions are distances [T, T], and their embeddings are biases of attention, not one vector for a token."""
     config = T5Config(
@@ -130,3 +152,15 @@ def test_what_does_not_broadcast_is_refused_with_the_reason() -> None:
     for tokens in (3, 5):
         with reparam.select(model, ["a", "b", None]), pytest.raises(ValueError, match="rows share it, and the model"):
             model(input_ids=ids_of(3, tokens), decoder_input_ids=ids_of(3, 2))
+
+
+def test_peft_reads_positions_that_train_whole(tmp_path: Path) -> None:
+    model = adapted(opt(), targets=["q_proj"], modules_to_save=["embed_positions"])
+    ids, names = ids_of(2, 5), ["a", "b"]
+    with torch.no_grad(), reparam.select(model, names):
+        found = model(ids).logits
+    for row, name in enumerate(names):
+        reparam.adapters(model)[name].save(tmp_path / name, format="peft")
+        judge = PeftModel.from_pretrained(opt(), tmp_path / name)
+        with torch.no_grad():
+            assert close(found[row], judge(ids).logits[row])

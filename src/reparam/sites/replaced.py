@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from reparam.sites.layout import for_each_row, groups
 from reparam.sites.routing import Routing
 
+NOTHING = torch.zeros(1, 1)
+"""Stands for the input of a module that gets no tensor, such as positions that are computed from sizes."""
+
 
 class Replaced(nn.Module):
     """A module that adapters train in full (for example a task head): the original and one copy per adapter."""
@@ -35,14 +38,12 @@ class Replaced(nn.Module):
         routing = self.routing
         if routing is None:
             return self.copy_of(self.active)(*args, **kwargs)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), NOTHING)
         if routing.trial is not None:
-            if given:
-                routing.trial.see(self, given[0])
-            if len(args) + len(kwargs) > 1:
+            routing.trial.see(self, x)
+            if len(args) + len(kwargs) > 1 or x is NOTHING:
                 routing.trial.whole.add(self)
             return routing.trial.output(self, self.origin(*args, **kwargs))
-        x = given[0] if given else torch.empty(())
         layout = routing.layout(self, x.shape if x.is_floating_point() else torch.Size((*x.shape, 1)))
         own = set(self.updates)
         parts = groups([name if name in own else None for name in routing.names[: layout.rows]])

@@ -127,7 +127,7 @@ class Trial:
         self.ids: set[nn.Module] = set()
         """The sites that got ids."""
         self.whole: set[nn.Module] = set()
-        """The sites that got more than one argument."""
+        """The sites that got more than one argument, or no tensor."""
         self.rows, self.shared, self.changed = rows, shared, changed
 
     def output(self, site: nn.Module, y: Any) -> Any:
