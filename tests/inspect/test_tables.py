@@ -4,30 +4,28 @@ from pathlib import Path
 
 import pytest
 from adapters import trained
-from command import reparam as command
 from models import llama
+from rich.table import Table
 
 from reparam import LoRA
 from reparam.inspect import tables
+from reparam.inspect.deep import view
 
 
-def test_many_sites_are_shown_by_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def rows(table: Table) -> dict[str, list[str]]:
+    cells = [list(column.cells) for column in table.columns]
+    return {str(name): [str(cell) for cell in rest] for name, *rest in zip(*cells, strict=True)}
+
+
+def test_many_sites_are_shown_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(llama(), method=LoRA(r=2), targets="all-linear").save(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    assert command("inspect", tmp_path, "--deep") == 0
-    single = capsys.readouterr().out
-    assert "0.self_attn.q_proj" in single
+    spectra = {site.name: site.spectrum for site in view(tmp_path, None) if site.spectrum is not None}
+    single = rows(tables.spectra(spectra))
+    assert len(single) == 14
     monkeypatch.setattr(tables, "MOST", 13)
-    assert command("inspect", tmp_path, "--deep") == 0
-    folded = capsys.readouterr().out
-    assert "*.self_attn.q_proj (2)" in folded
-    assert "14 sites: a row with * has the range over all layers" in folded
-    values = [[cell.strip() for cell in line.split("│")] for line in single.splitlines() if "self_attn.q_proj" in line]
-    (row,) = (
-        [cell.strip() for cell in line.split("│")] for line in folded.splitlines() if "*.self_attn.q_proj" in line
-    )
-    at = len(row) - 3  # σ1
-    low, high = sorted((cells[at] for cells in values if len(cells) == len(row)), key=float)
-    assert row[at] == (low if low == high else f"{low} to {high}")
+    folded = tables.spectra(spectra)
+    assert folded.caption == "14 sites: a row with * has the range over all layers; --json has every site"
+    assert len(rows(folded)) == 7
+    both = zip(single["0.self_attn.q_proj"], single["1.self_attn.q_proj"], strict=True)
+    expected = [one if one == two else "–".join(sorted((one, two), key=float)) for one, two in both]
+    assert rows(folded)["*.self_attn.q_proj (2)"] == expected

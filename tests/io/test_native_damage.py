@@ -194,7 +194,7 @@ def test_every_single_edit_is_noticed(folder: Path) -> None:
         (lambda c: c["sites"][SITE].update(shape=[32, "32"]), "shape[1]"),
         (lambda c: c["sites"][SITE].update(shape=[33, 32]), "the adapter was trained on linear, 33 x 32"),
         (lambda c: c["sites"][SITE].update(kind="embedding"), "the adapter was trained on embedding"),
-        (lambda c: c["sites"][SITE].update(kind="conv"), "kind: expected one of 'embedding', 'linear', 'vector'"),
+        (lambda c: c["sites"][SITE].update(kind="conv"), "kind: expected one of 'embedding', 'expert'"),
         (lambda c: c["sites"].update({"": c["sites"][SITE]}), "the model itself"),
         (lambda c: c["sites"].update({"model.nowhere": c["sites"][SITE]}), "model.nowhere"),
         (lambda c: c["sites"].update({"re:.*": c["sites"][SITE]}), "re:.*"),

@@ -132,7 +132,7 @@ def _span(cells: Sequence[str]) -> str:
     """The lowest and the highest of these values.
 
     >>> _span(["1,200", "80"]), _span(["5 %", "5 %"]), _span(["8 -> 2", "8 -> drop"])
-    ('80 to 1,200', '5 %', '8 -> 2 to 8 -> drop')
+    ('80–1,200', '5 %', '8 -> 2–8 -> drop')
     """
 
     def value(cell: str) -> float:
@@ -140,4 +140,4 @@ def _span(cells: Sequence[str]) -> str:
         return float(found[-1].replace(",", "")) if found else float("inf")
 
     low, high = min(cells, key=value), max(cells, key=value)
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"{low}–{high}"
