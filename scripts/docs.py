@@ -66,6 +66,7 @@ def first_page(readme: str) -> str:
             return found[0]
         return f"[{text.removeprefix('docs/')}]({target[5:]})" if target.startswith("docs/") else f"`{target}`"
 
+    readme = re.sub(r"^.*\(README\.zh-CN\.md\)\n\n", "", readme, flags=re.MULTILINE)  # the site is in English
     return LINK.sub(link, readme.partition("\n## More\n")[0]) + "\n"
 
 

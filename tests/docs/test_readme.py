@@ -81,7 +81,7 @@ def test_every_option_that_the_documents_print_exists() -> None:
 def test_the_files_that_the_documents_name_are_there(site: ModuleType) -> None:
     """The linked files exist, or are generated when the site is built."""
     made = {ROOT / "docs" / path for path, _ in site.pages()}
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
+    for document in [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", *PAGES]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", document.read_text()):
             file = (document.parent / target).resolve()
             assert target.startswith("http") or file.exists() or file in made, f"{document.name}: {target}"

@@ -46,6 +46,7 @@ def test_the_command_line_has_every_verb_with_its_options(site: ModuleType) -> N
 
 def test_the_first_page_links_within_the_site(site: ModuleType) -> None:
     text = site.first_page((ROOT / "README.md").read_text())
+    assert "README.zh-CN.md" not in text
     targets = [target for _, target in re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", text)]
     assert "qlora.md" in targets
     assert all(target.startswith("http") or (ROOT / "docs" / target).exists() for target in targets)
