@@ -170,7 +170,7 @@ def test_a_forgotten_engine_does_not_keep_the_process(tmp_path: Path) -> None:
     script.write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\nfrom reparam.serve import Engine, Request\n"
         "sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)\n"
-        "engine = Engine(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)))\n"
+        "engine = Engine(LlamaForCausalLM(LlamaConfig(vocab_size=97, eos_token_id=None, **sizes)))\n"
         "print(len(engine.answer([Request([3], None, 4)])[0].ids))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
