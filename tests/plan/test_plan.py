@@ -11,6 +11,7 @@ from command import reparam as command
 from models import save_base
 from torch.profiler import ProfilerActivity, profile
 
+from reparam.errors import ConfigError
 from reparam.hf.chunked import ChunkedLoss
 from reparam.plan.device import bytes_of
 from reparam.plan.estimate import Estimator, plan
@@ -140,3 +141,13 @@ def test_wrong_settings(base: str, more: list[str], said: str, capsys: pytest.Ca
 def test_amounts() -> None:
     assert bytes_of("24GiB") == 24 * 2**30
     assert bytes_of("80g") == 80 * 2**30
+
+
+def test_a_base_that_is_quantized_in_its_files(shallow: str, tmp_path: Path) -> None:
+    assert command("quantize", shallow, tmp_path / "nf4", "--storage", "nf4") == 0
+    packed = Estimator(configured(str(tmp_path / "nf4"))).peak(ROWS, TOKENS)
+    assert packed.parts == Estimator(configured(shallow, base__storage="nf4")).peak(ROWS, TOKENS).parts
+    settings = tmp_path / "nf4" / "config.json"
+    settings.write_text(settings.read_text().replace('"reparam"', '"gptq"'))
+    with pytest.raises(ConfigError, match="quantized in a way that reparam plan does not know"):
+        Estimator(configured(str(tmp_path / "nf4"))).peak(ROWS, TOKENS)

@@ -74,7 +74,7 @@ def load_base(
             place, revision=revision or "main", trust_remote_code=False, local_files_only=cached
         )
         check_config(config)
-        quantized = _storage_config(config)
+        quantized = storage_config_of(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
@@ -170,7 +170,7 @@ def vocabulary(model: nn.Module) -> int:
     return int(module.weight.shape[0])
 
 
-def _storage_config(config: Any) -> StorageConfig | None:
+def storage_config_of(config: Any) -> StorageConfig | None:
     """The quantization config of a model that reparam or bitsandbytes wrote; None for any other model."""
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict):

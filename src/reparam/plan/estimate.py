@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reparam.errors import ConfigError
-from reparam.plan.hollow import config_of, layers_of, with_layers
+from reparam.plan.hollow import config_of, hollow, layers_of, with_layers
 from reparam.plan.trace import Peak, traced
 from reparam.train.config import Config, resolve, tables
 
@@ -172,8 +172,6 @@ def _flops(config: Config, architecture: Any, rows: int, tokens: int) -> int:
 
     The gradient of a frozen weight is not computed. Attention's own products are left out.
     """
-    from reparam.plan.hollow import hollow
-
     layers = layers_of(architecture)
     small = architecture if layers is None or layers <= FEW else with_layers(architecture, 1)
     with hollow(config, small) as model:

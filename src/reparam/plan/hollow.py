@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.quantize import quantize
 from reparam.adapter.untie import untie
+from reparam.errors import ConfigError
 from reparam.hf.folder import check_path
 from reparam.hf.gguf import tokenizer_folder_of
+from reparam.hf.models import storage_config_of
 from reparam.hf.sound import check_config, from_files
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
@@ -71,19 +73,28 @@ def with_layers(config: Any, count: int) -> Any:
 
 @contextmanager
 def hollow(config: Config, architecture: Any) -> Iterator[Hollow]:
-    """Build the model of this configuration with this architecture. Raises the errors of `attach` and `quantize`."""
+    """Build the model of this configuration with this architecture.
+
+    Raises ConfigError for a base that is quantized in an unknown way, and the errors of `attach` and `quantize`.
+    """
     base = config.base
     dtype = getattr(torch, base.dtype) if base.dtype != "auto" else (architecture.dtype or torch.float32)
-    quantized = getattr(architecture, "quantization_config", None)
-    if quantized is not None:
+    storage, targets = base.quantization(), base.quantized
+    if getattr(architecture, "quantization_config", None) is not None:
+        stored = storage_config_of(architecture)
+        if stored is None:
+            raise ConfigError(
+                f"{base.path}: is quantized in a way that reparam plan does not know; use the original model"
+            )
+        storage, targets = stored.storage, stored.targets
         architecture = copy.deepcopy(architecture)
         del architecture.quantization_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training gives these warnings, once
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=False)
-        if storage := base.quantization():
-            quantize(model, storage, targets=base.quantized)
+        if storage is not None:
+            quantize(model, storage, targets=targets)
         if base.untie:
             untie(model)
         adapter = attached(config, model, config.method)
