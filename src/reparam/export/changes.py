@@ -53,10 +53,7 @@ class Change:
             u, s, vh = singular(self.factors)
             root = s[:rank].sqrt()
             A, B = root[:, None] * vh[:rank], u[:, :rank] * root
-        missing = rank - len(A)
-        return Factors(
-            torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), missing)], 1)
-        )
+        return filled(A, B, rank)
 
 
 @torch.no_grad()
@@ -103,6 +100,12 @@ def check_linear(adapter: Adapter, program: str, *, experts: bool = False) -> No
                 f"{program} takes changes of linear maps only, and this adapter also trains {what}: {listed(names)}; "
                 f"pass --merged to write a merged model instead"
             )
+
+
+def filled(A: Tensor, B: Tensor, rank: int) -> Factors:
+    """The factors A [R, I] and B [O, R] with rows and columns of zeros up to this rank."""
+    missing = rank - len(A)
+    return Factors(torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), missing)], 1))
 
 
 def rank_for(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.core.progress import tracked
 from reparam.errors import ExportError
-from reparam.export.gguf_names import Names
+from reparam.export.gguf_names import INSTEAD, Names
 from reparam.export.gguf_tokenizer import add_tokenizer
 from reparam.io.staged import staged_folder
 
@@ -23,16 +23,13 @@ def check_model(config: Any) -> None:
     """Raise ExportError if a model with this configuration cannot be written."""
     if config.model_type not in TYPES:
         raise ExportError(
-            f"merged models of the type {config.model_type} are not supported for GGUF, only {', '.join(TYPES)}; write "
-            f"a merged model with reparam merge, and convert it with llama.cpp's convert_hf_to_gguf.py"
+            f"merged models of the type {config.model_type} are not supported for GGUF, only {', '.join(TYPES)}; "
+            f"{INSTEAD}"
         )
     kind = config.rope_parameters.get("rope_type", "default")
     known = {"default", "linear"} | ({"llama3"} if config.model_type in ("llama", "mistral") else set())
     if kind not in known:
-        raise ExportError(
-            f"rotary embeddings of the type {kind} are not supported for GGUF; write a merged model with reparam "
-            f"merge, and convert it with llama.cpp's convert_hf_to_gguf.py"
-        )
+        raise ExportError(f"rotary embeddings of the type {kind} are not supported for GGUF; {INSTEAD}")
     if config.hidden_act not in ("silu", "swish"):
         raise ExportError(f"llama.cpp computes this architecture with SiLU, and this model has {config.hidden_act}")
 

@@ -25,6 +25,7 @@ ARCHITECTURES = {  # model type in transformers -> architecture in GGUF
     "smollm3": "smollm3",
     "starcoder2": "starcoder2",
 }
+INSTEAD = "write a merged model with reparam merge, and convert it with llama.cpp's convert_hf_to_gguf.py"
 _ROTATED = re.compile(r"\.(?P<which>[qk])_proj$")
 
 
@@ -40,8 +41,8 @@ class Names:
         kind = str(config.model_type)
         if kind not in ARCHITECTURES:
             raise ExportError(
-                f"models of the type {kind} are not supported for GGUF, only {', '.join(sorted(ARCHITECTURES))}; write "
-                f"a merged model with reparam merge, and convert it with llama.cpp's convert_hf_to_gguf.py"
+                f"models of the type {kind} are not supported for GGUF, only {', '.join(sorted(ARCHITECTURES))}; "
+                f"{INSTEAD}"
             )
         self.architecture = ARCHITECTURES[kind]
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from reparam.errors import ExportError
+from reparam.export.gguf_names import INSTEAD
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +75,7 @@ def _rules_of(told: dict[str, Any]) -> str:
     if told["model"].get("type") != "BPE":
         raise ExportError(
             f"the tokenizer is of the type {told['model'].get('type')}, and only byte-level BPE is supported for GGUF; "
-            f"write a merged model with reparam merge, and convert it with llama.cpp's convert_hf_to_gguf.py"
+            f"{INSTEAD}"
         )
     rules = told["pre_tokenizer"] or {}
     parts = rules.get("pretokenizers", [rules])
@@ -84,6 +85,5 @@ def _rules_of(told: dict[str, Any]) -> str:
             return name
     raise ExportError(
         f"the tokenizer cuts texts into words by rules that are none of {', '.join(RULES)}, and llama.cpp would use "
-        f"others without a warning; write a merged model with reparam merge, and convert it with llama.cpp's "
-        f"convert_hf_to_gguf.py"
+        f"others without a warning; {INSTEAD}"
     )

@@ -22,7 +22,7 @@ from reparam.adapter.adapter import Adapter
 from reparam.core.base import Factors
 from reparam.core.checks import listed
 from reparam.errors import ExportError
-from reparam.export.changes import Change, check_linear
+from reparam.export.changes import Change, check_linear, filled
 from reparam.io.mlx import CONFIG, WEIGHTS
 from reparam.io.native import pack_tensors
 from reparam.io.staged import staged_folder
@@ -58,7 +58,7 @@ def write(folder: Path, adapter: Adapter, changes: Mapping[str, Change] | None, 
     if changes is None:
         for path, factors in (with_gains(adapter) or {}).items():
             gain = torch.ones(len(factors.B), dtype=torch.float64) if factors.gain is None else factors.gain
-            factors = _filled(factors.A, factors.B / gain[:, None], rank)
+            factors = filled(factors.A, factors.B / gain[:, None], rank)
             tensors |= _pair(path, factors)
             direction = adapter.modules[path].frozen.dense().double() + factors.B @ factors.A
             tensors[f"{path}.m"] = (gain * direction.norm(dim=1)).float()
@@ -88,11 +88,6 @@ def _pair(path: str, factors: Factors) -> dict[str, Tensor]:
         f"{path}.lora_a": factors.A.float().t().contiguous(),
         f"{path}.lora_b": factors.B.float().t().contiguous(),
     }
-
-
-def _filled(A: Tensor, B: Tensor, rank: int) -> Factors:
-    missing = rank - len(A)
-    return Factors(torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), missing)], 1))
 
 
 def _layers(adapter: Adapter) -> tuple[str, int]:

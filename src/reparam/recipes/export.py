@@ -10,23 +10,18 @@ from rich.console import Console
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import context
-from reparam.adapter.merge import merge
-from reparam.adapter.quantize import quantize
 from reparam.core.checks import finite, whole
 from reparam.core.text import counted
 from reparam.errors import ExportError
 from reparam.evaluation.terminal import say
 from reparam.export import gguf_adapter, gguf_model, mlx, vllm
 from reparam.export.changes import LARGEST_ERROR, Change, changes_of, rank_for, worst_error
-from reparam.hf.models import check_not_base, save_model
-from reparam.hf.open import base_of, open_model
-from reparam.io import files
+from reparam.hf.open import open_model
 from reparam.io import mlx as mlx_files
-from reparam.io.files import adapter_folder
-from reparam.io.outputs import check_apart, check_files, check_model_folder
+from reparam.io.outputs import check_files
 from reparam.io.peft import CONFIG, WEIGHTS
-from reparam.recipes.task import check_task
-from reparam.sites.walk import storages_in
+from reparam.recipes.merge import checked_base, merge_to
+from reparam.recipes.merge import merged as merged_onto
 
 TARGETS = {"vllm": vllm, "gguf": gguf_adapter, "mlx": mlx}
 _FILES = {
@@ -68,47 +63,42 @@ def export_to(
     ExportError if the program cannot take the adapter; and the errors of `open_model`.
     """
     _check(to, rank, max_error, merged)
-    check_task(task, adapter)
-    folder = adapter_folder(adapter)
-    path = base or base_of(files.read(folder), folder)
-    check_not_base(output, path)
-    check_apart(output, [folder], "the adapter")
     if merged and to != "gguf":
-        check_model_folder(output, overwrite=overwrite)
-    else:
-        check_files(output, _FILES[to], overwrite=overwrite)
+        merge_to(output, base, adapter, dtype=dtype, task=task, overwrite=overwrite, console=console)
+        return
+    path = checked_base(output, base, adapter, task)
+    check_files(output, _FILES[to], overwrite=overwrite)
     model, tokenizer, opened = open_model(base, adapter, dtype=dtype)
     if not isinstance(opened, Adapter):
-        raise ExportError(f"{folder}: virtual tokens are no change of weights, so {to} cannot take them")
+        raise ExportError(f"{adapter}: virtual tokens are no change of weights, so {to} cannot take them")
+    if merged:
+        gguf_model.check_model(model.config)
+        report = merged_onto(model, opened, path, task=task)
+        gguf_model.write(output, model, tokenizer)
+        say(console, str(report))
+        say(console, f"merged model   {output / gguf_model.FILE}")
+        return
     with context(model, tasks=task) if task is not None else nullcontext():
-        if merged:
-            if to == "gguf":
-                gguf_model.check_model(model.config)
-            report = merge(model)
-            if packed := list(storages_in(model)):
-                quantize(model, "dense", targets=packed)
-            if to == "gguf":
-                gguf_model.write(output, model, tokenizer)
-            else:
-                save_model(model, tokenizer, output, overwrite=overwrite)
-            say(console, str(report))
-            say(console, f"merged model   {output / gguf_model.FILE if to == 'gguf' else output}")
-            return
-        program = TARGETS[to]
-        exact = mlx.with_gains(opened) if to == "mlx" and rank is None else None
-        if exact is not None:
-            chosen = max(len(factors.A) for factors in exact.values())
-            program.write(output, opened, None, chosen)
-            say(console, f"exact: DoRA of rank {chosen}, {counted(len(exact), 'module')}")
-        else:
-            ranks = vllm.RANKS if to == "vllm" else None
-            name = program.PROGRAM
-            changes = changes_of(opened, name, most=max(ranks) if ranks else None, experts=to == "vllm")
-            chosen = rank_for(changes, ranks, rank, max_error, name)
-            program.write(output, opened, changes, chosen)
-            say(console, _said(changes, chosen))
+        rank = _written(output, opened, to, rank, max_error, console)
     say(console, f"written        {output}")
-    say(console, f"next           {program.next_step(output, path, chosen)}")
+    say(console, f"next           {TARGETS[to].next_step(output, path, rank)}")
+
+
+def _written(output: Path, adapter: Adapter, to: str, rank: int | None, max_error: float, console: Console) -> int:
+    """Write the adapter, and print whether that is exact. Returns its rank."""
+    program = TARGETS[to]
+    gains = mlx.with_gains(adapter) if to == "mlx" and rank is None else None
+    if gains is not None:
+        rank = max(len(factors.A) for factors in gains.values())
+        mlx.write(output, adapter, None, rank)
+        say(console, f"exact: DoRA of rank {rank}, {counted(len(gains), 'module')}")
+        return rank
+    ranks = vllm.RANKS if to == "vllm" else None
+    changes = changes_of(adapter, program.PROGRAM, most=max(ranks) if ranks else None, experts=to == "vllm")
+    rank = rank_for(changes, ranks, rank, max_error, program.PROGRAM)
+    program.write(output, adapter, changes, rank)
+    say(console, _said(changes, rank))
+    return rank
 
 
 def _said(changes: dict[str, Change], rank: int) -> str:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.context import context
@@ -69,16 +70,50 @@ def merge_to(
         raise ValueError(
             f"{adapter}: is a model that sees; merge it with `reparam vision merge {output} --from {adapter}`"
         )
+    path = checked_base(output, base, adapter, task)
+    check_model_folder(output, overwrite=overwrite)
+    model, tokenizer, opened = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
+    names = ", ".join(sorted({storage.name for storage in storages_in(model).values()}))
+    report = merged(model, opened, path, into=into, rounding=rounding, force=force, task=task)
+    save_model(model, tokenizer, output, overwrite=overwrite)
+    say(console, str(report))
+    say(console, f"merged onto    {_said(path, names, onto, into)}")
+    for quantized in reports(model):
+        say(console, str(quantized))
+    say(console, f"merged model   {output}")
+    return report
+
+
+def checked_base(output: Path, base: str | None, adapter: str, task: str | None) -> str:
+    """Folder or hub id of the base: `base`, or the one in the adapter's file.
+
+    Raises ValueError if `output` is the folder of the base or of the adapter or lies in one, and if the adapter has no
+    tasks and one is given; FormatError if neither `base` nor the adapter names the base.
+    """
     check_task(task, adapter)
     folder = adapter_folder(adapter)
     path = base or base_of(files.read(folder), folder)
     check_not_base(output, path)
     check_apart(output, [folder], "the adapter")
-    check_model_folder(output, overwrite=overwrite)
-    model, tokenizer, opened = open_model(base, adapter, dtype=dtype, storage="dense" if onto == "original" else None)
-    held = storages_in(model)
-    names = ", ".join(sorted({storage.name for storage in held.values()}))
-    if opened is not None and (new := _new_biases(opened)):
+    return path
+
+
+def merged(
+    model: nn.Module,
+    adapter: Adapter | None,
+    path: str,
+    *,
+    into: str | None = None,
+    rounding: str = "aware",
+    force: bool = False,
+    task: str | None = None,
+) -> MergeReport:
+    """Merge the adapter on this model of the base `path`, and dequantize what is still quantized, unless `into` is set.
+
+    Raises ValueError if the adapter adds biases that the model's class would not read from files, and the errors of
+    `reparam.merge`.
+    """
+    if adapter is not None and (new := _new_biases(adapter)):
         raise ValueError(
             f"{path}: a {type(model).__name__} cannot load {listed(new)} from files; use the adapter without merging "
             f"it, or call reparam.merge in Python"
@@ -88,12 +123,6 @@ def merge_to(
     rest = list(storages_in(model))
     if rest and into is None:
         quantize(model, "dense", targets=rest)
-    save_model(model, tokenizer, output, overwrite=overwrite)
-    say(console, str(report))
-    say(console, f"merged onto    {_said(path, names, onto, into)}")
-    for quantized in reports(model):
-        say(console, str(quantized))
-    say(console, f"merged model   {output}")
     return report
 
 
