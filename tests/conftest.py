@@ -1,9 +1,14 @@
 """Settings of all tests: one thread, no network, quiet libraries, short collections, a quick hypothesis profile."""
 
+from __future__ import annotations
+
 import gc
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -14,6 +19,12 @@ import pytest
 import torch
 from models import save_base
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
 TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"
 
 torch.set_num_threads(1)  # tiny models, and several test processes on one machine
@@ -31,6 +42,18 @@ def _short_collections() -> None:
     they train or compile a tiny model.
     """
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome on this machine (Debian: apt-get install chromium)")
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=BROWSER, args=[*FLAGS, *sandbox])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

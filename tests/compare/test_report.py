@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +16,6 @@ from reparam.compare.svg import placed, ticks
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
 
@@ -80,18 +74,6 @@ def results() -> dict[str, Any]:
         "machine": "a machine",
         "plan": {"base.path": "model", "data.train": HOSTILE},
     }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no Chromium or Chrome on this machine (Debian: apt-get install chromium)")
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=BROWSER, args=[*FLAGS, *sandbox])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -27,11 +27,6 @@ LONG: dict[str, Any] = {"model": "a", "prompt": "def area(", "max_tokens": 200, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return http_server.make_base(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     with http_server.serving(folder, loading=True, send_seconds=1.0) as running:
         yield running

@@ -22,11 +22,6 @@ CHAT = [{"role": "system", "content": "Write Python."}, {"role": "user", "conten
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return http_server.make_base(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     with http_server.serving(folder, loading=True) as running:
         yield running

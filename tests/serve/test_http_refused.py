@@ -23,11 +23,6 @@ KINDS = {401: "authentication_error", 403: "permission_error", 409: "conflict_er
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return http_server.make_base(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
     with http_server.serving(folder, loading=True) as running:
         yield running

@@ -27,11 +27,6 @@ ONE, TWO = "first-key-0123456789", "second-key-0123456789"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return http_server.make_base(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
 def keyed(folder: Path) -> Iterator[Served]:
     with http_server.serving(
         folder, keys=(ONE, TWO), key_requests=3, body_bytes=5000, body_seconds=1.5, max_tokens=100

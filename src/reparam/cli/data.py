@@ -47,11 +47,12 @@ def data(
     resolved = resolve(config, overrides)
     if clear_cache:
         from reparam.core.text import counted, sized
-        from reparam.train.cache import clear, default_folder
+        from reparam.io.outputs import user_cache
+        from reparam.train.cache import clear
 
         if resolved.data.train:
             raise ConfigError("--clear-cache deletes the cache and studies no rows: leave out the rows")
-        folder = Path(resolved.data.cache) if resolved.data.cache not in ("auto", "off") else default_folder()
+        folder = Path(resolved.data.cache) if resolved.data.cache not in ("auto", "off") else user_cache("data")
         removed = clear(folder)
         say(console, f"{counted(len(removed), 'data set')} ({sized(sum(removed))}) deleted from {folder}")
         return

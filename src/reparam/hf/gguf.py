@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -30,10 +31,12 @@ from reparam.core.progress import waiting
 from reparam.data.files.reach import unreachable
 from reparam.errors import BaseError
 from reparam.hf.folder import is_gguf
-from reparam.io.staged import digest, staged_folder
+from reparam.io.outputs import user_cache
+from reparam.io.staged import digest, staged_folder, write_file
 
 SHARD = 2 << 30  # bytes of one file of weights
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)$")
+_SHA = re.compile(rb"[0-9a-f]{64}")
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST = 1 << 20  # tensors, and entries of metadata
 
@@ -53,7 +56,7 @@ def folder_of(path: str, *, dtype: str = "auto", revision: str | None = None) ->
         return path
     file, name = _found(path, revision)
     kept = "float32" if dtype == "auto" else dtype
-    place = cache() / f"{name}-{kept}"
+    place = user_cache("gguf") / f"{name}-{kept}"
     if not place.exists():
         _convert(path, file, place, getattr(torch, kept))
     return str(place)
@@ -64,7 +67,7 @@ def tokenizer_folder_of(path: str, *, revision: str | None = None) -> str:
     if not is_gguf(path):
         return path
     file, name = _found(path, revision)
-    if not (place := cache() / f"{name}-tokenizer").exists():
+    if not (place := user_cache("gguf") / f"{name}-tokenizer").exists():
         with waiting(f"reading the tokenizer of {path}"):
             settings = {"gguf_file": file.name, "trust_remote_code": False}
             config = AutoConfig.from_pretrained(file.parent, **settings)
@@ -79,12 +82,14 @@ def tokenizer_folder_of(path: str, *, revision: str | None = None) -> str:
 def converted(path: str) -> str | None:
     """A folder with the weights of this GGUF file, in any dtype; None if it was not converted yet."""
     _, name = _found(path, None)
-    return next((str(cache() / f"{name}-{end}") for end in _DTYPES if (cache() / f"{name}-{end}").exists()), None)
-
-
-def cache() -> Path:
-    """Where converted files are kept: $XDG_CACHE_HOME/reparam/gguf, by default ~/.cache/reparam/gguf."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reparam" / "gguf"
+    return next(
+        (
+            str(user_cache("gguf") / f"{name}-{end}")
+            for end in _DTYPES
+            if (user_cache("gguf") / f"{name}-{end}").exists()
+        ),
+        None,
+    )
 
 
 def _found(path: str, revision: str | None) -> tuple[Path, str]:
@@ -98,8 +103,15 @@ def _found(path: str, revision: str | None) -> tuple[Path, str]:
 
 @functools.lru_cache
 def _digest(file: str, size: int, changed: int) -> str:
-    """The SHA-256 of the file; `size` and `changed` tell when it is another file."""
-    return digest(file)
+    """The SHA-256 of the file; `size` and `changed` tell when it is another file.
+
+    It is kept in the cache, because reading a large file takes as long as loading a model.
+    """
+    key = hashlib.sha256(f"{file}\0{size}\0{changed}".encode()).hexdigest()[:32]
+    kept = user_cache("digests") / key
+    if not kept.is_file() or not _SHA.fullmatch(kept.read_bytes()):
+        write_file(kept, digest(file).encode())
+    return kept.read_text()
 
 
 def _local(path: str, revision: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Checks of the place where a command writes, before it reads or computes anything."""
+"""The places where commands write: checks before anything is read or computed, and the user's caches."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ _MODEL = re.compile(
 )
 
 
+def user_cache(kind: str) -> Path:
+    """Where this kind of converted data is kept: $XDG_CACHE_HOME/reparam/kind, by default ~/.cache/reparam/kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reparam" / kind
+
+
 def check_adapter_folder(output: Path, format: str, *, overwrite: bool) -> None:
     """Raise an error unless an adapter in this format can be written to `output`.
 
@@ -32,7 +37,7 @@ def check_adapter_folder(output: Path, format: str, *, overwrite: bool) -> None:
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     own = {FORMATS[format].CONFIG, FORMATS[format].WEIGHTS, prompt_format.FILE}
-    _check_replaceable(output, own.__contains__, overwrite=overwrite)
+    check_replaceable(output, lambda entry: entry.name in own and entry.is_file(), overwrite=overwrite)
 
 
 def check_model_folder(output: Path, *, overwrite: bool) -> None:
@@ -41,7 +46,9 @@ def check_model_folder(output: Path, *, overwrite: bool) -> None:
     Raises ValueError if `output` is a file, and if it is a folder that is not empty, unless `overwrite` is set and it
     holds the files of a model alone; and WriteFailed if it cannot be created.
     """
-    _check_replaceable(output, lambda name: _MODEL.fullmatch(name) is not None, overwrite=overwrite)
+    check_replaceable(
+        output, lambda entry: _MODEL.fullmatch(entry.name) is not None and entry.is_file(), overwrite=overwrite
+    )
 
 
 def check_files(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
@@ -129,10 +136,14 @@ def check_writable(output: Path, *, inside: bool = False) -> None:
         ) from error
 
 
-def _check_replaceable(output: Path, own: Callable[[str], bool], *, overwrite: bool) -> None:
+def check_replaceable(output: Path, own: Callable[[Path], bool], *, overwrite: bool) -> None:
+    """Raise ValueError if `output` is a file or a folder that is not empty; WriteFailed if it cannot be created.
+
+    With `overwrite`, a folder may hold entries for which `own` is true, and no others.
+    """
     _check_not_file(output)
     held = sorted(output.iterdir()) if output.exists() else []
-    foreign = [entry.name for entry in held if not own(entry.name) or not entry.is_file()]
+    foreign = [entry.name for entry in held if not own(entry)]
     if held and not overwrite:
         more = "" if foreign else f", or replace its content with {OVERWRITE}"
         raise ValueError(f"{output}: exists and is not empty; give a new folder{more}")

@@ -40,11 +40,6 @@ KEY = re.compile("[0-9a-f]{32}")
 LARGEST = 1 << 26  # bytes of corpus.json
 
 
-def default_folder() -> Path:
-    """The folder of the user's caches for this: $XDG_CACHE_HOME/reparam/data, by default ~/.cache/reparam/data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reparam" / "data"
-
-
 def key_of(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
     """The key of the rows of these files, encoded with these settings by this version of the code."""
     parts = {

@@ -29,8 +29,9 @@ from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
+from reparam.io.outputs import user_cache
 from reparam.io.prompt_format import PromptFormat
-from reparam.train.cache import content_of, default_folder, kept, key_of
+from reparam.train.cache import content_of, kept, key_of
 from reparam.train.config import Config
 from reparam.train.model import by_task
 from reparam.train.ranges import bytes_of
@@ -168,7 +169,7 @@ def cache_folder(wish: str, files: Sequence[Path]) -> Path | None:
         return None
     if wish != "auto":
         return Path(wish)
-    place = default_folder()
+    place = user_cache("data")
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
     large = sum(file.stat().st_size for file in files) >= WORTH_KEEPING
     return place if large and os.access(existing, os.W_OK) else None

@@ -159,11 +159,15 @@ class Show:
             return Wait(self.console, steps)
         return (Dashboard if self.console.is_terminal else Lines)(self.console, steps)
 
-    def result(self, result: Result, difference: float) -> None:
-        """Print the scores before and after training, up to five answers, and the paths of the results."""
+    def scores(self, result: Result) -> None:
+        """Print the scores before and after training, and up to five answers."""
         say(self.console, scores_table(result.before, result.after))
         if result.answers:
             say(self.console, answers_table(result.answers[:5]))
+
+    def result(self, result: Result, difference: float) -> None:
+        """Print the scores before and after training, up to five answers, and the paths of the results."""
+        self.scores(result)
         say(
             self.console,
             f"The saved adapter was read back: its outputs equal those of the trained one bit for bit, and it changes "

@@ -25,7 +25,7 @@ from reparam.hf.open import open_model
 from reparam.io import prompt_format
 from reparam.io.files import prompt_format_of
 from reparam.io.native import pack_tensors, parse_tensors, read_bytes, read_json
-from reparam.io.outputs import OVERWRITE, check_writable
+from reparam.io.outputs import check_replaceable
 from reparam.io.staged import staged_folder
 from reparam.vision.found import ADAPTER, LANGUAGE, RUN, SETTINGS, vora_folder
 from reparam.vision.model import VoRA
@@ -53,19 +53,8 @@ class Settings:
 
 def check_vora_folder(output: Path, *, overwrite: bool) -> None:
     """Raise ValueError unless `output` is absent or empty or, with `overwrite`, holds a model that sees alone."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: is a file; give a folder as output")
-    held = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
     own = {SETTINGS, TENSORS, ADAPTER, LANGUAGE, prompt_format.FILE}
-    foreign = [name for name in held if name not in own]
-    if held and not overwrite:
-        more = "" if foreign else f", or replace its content with {OVERWRITE}"
-        raise ValueError(f"{output}: exists and is not empty; give a new folder{more}")
-    if foreign:
-        raise ValueError(
-            f"{output}: holds other files ({', '.join(foreign[:3])}), which {OVERWRITE} would delete; give a new folder"
-        )
-    check_writable(output)
+    check_replaceable(output, lambda entry: entry.name in own, overwrite=overwrite)
 
 
 def save(vora: VoRA, folder: str | Path, *, overwrite: bool = False) -> None:

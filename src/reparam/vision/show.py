@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam.core.text import counted
-from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import say
 from reparam.train.show import Show
 
@@ -53,9 +52,7 @@ class ShowVision(Show):
 
     def vision_result(self, result: Result, difference: float) -> None:
         """Print the scores before and after training, up to five answers, and where the model is."""
-        say(self.console, scores_table(result.before, result.after))
-        if result.answers:
-            say(self.console, answers_table(result.answers[:5]))
+        self.scores(result)
         say(
             self.console,
             f"The saved model was read back: its outputs equal those of the trained one bit for bit, and its adapter "
