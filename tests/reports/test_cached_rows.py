@@ -16,6 +16,7 @@ from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf.models import load_tokenizer
+from reparam.train import cache
 from reparam.train import data as module
 from reparam.train.cache import clear
 from reparam.train.config import resolve
@@ -238,3 +239,16 @@ def test_processes_that_make_and_delete_at_once(base: str, file: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(act, range(8)))
     assert len([each for each in folders(file) if not each.name.startswith(".")]) <= 2
+
+
+def test_a_data_set_that_vanishes_once_it_is_read(base: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process makes room between the reading and the report on it."""
+    first, original = read(base, file, max_length=60), cache._read
+
+    def then_deleted(place: Path, files: Any) -> Any:
+        found = original(place, files)
+        shutil.rmtree(place, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(cache, "_read", then_deleted)
+    assert read(base, file, max_length=60).digest() == first.digest()

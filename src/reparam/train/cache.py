@@ -236,11 +236,12 @@ def _quoted(text: str) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder; those that another process deletes meanwhile do not count."""
+    """Bytes of the files in a folder; what another process deletes meanwhile, even the folder, does not count."""
     total = 0
-    for file in folder.rglob("*"):
-        with suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+    for root, _, names in os.walk(folder):  # unlike rglob, it goes on where a folder has vanished
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(root, name)).st_size
     return total
 
 
