@@ -16,7 +16,6 @@ from reparam.data.batches import Encoded
 from reparam.data.encode import encode
 from reparam.data.rows import read_rows
 from reparam.hf.models import load_tokenizer
-from reparam.train import cache
 from reparam.train import data as module
 from reparam.train.cache import clear
 from reparam.train.config import resolve
@@ -241,14 +240,19 @@ def test_processes_that_make_and_delete_at_once(base: str, file: Path) -> None:
     assert len([each for each in folders(file) if not each.name.startswith(".")]) <= 2
 
 
-def test_a_data_set_that_vanishes_once_it_is_read(base: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_vanishes_while_its_size_is_told(
+    base: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process makes room between the reading and the report on it."""
-    first, original = read(base, file, max_length=60), cache._read
+    first = read(base, file, max_length=60)
+    (place,) = (each for each in folders(file) if each.is_dir())
+    scandir = os.scandir
 
-    def then_deleted(place: Path, files: Any) -> Any:
-        found = original(place, files)
-        shutil.rmtree(place, ignore_errors=True)
-        return found
+    def deleted(path: Any = ".") -> Any:
+        if os.fspath(path) == str(place):
+            monkeypatch.setattr(os, "scandir", scandir)
+            shutil.rmtree(place)
+        return scandir(path)
 
-    monkeypatch.setattr(cache, "_read", then_deleted)
+    monkeypatch.setattr(os, "scandir", deleted)
     assert read(base, file, max_length=60).digest() == first.digest()
