@@ -96,14 +96,20 @@ class Expert(Adapted):
         w = self.frozen
         return Site(name, self.kind, w.out_features, w.in_features, transposed=self.layout == "transposed")
 
+    def update_of(self, name: str | None) -> Update | None:
+        """The update of this adapter; None if it has none here."""
+        return None if name is None else self._modules["updates"]._modules.get(name)  # type: ignore[union-attr, return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """The output of the base's matrix or, if an adapter is active, of its update."""
+        return self.applied(x, self.active)
+
+    def applied(self, x: Tensor, name: str | None) -> Tensor:
+        """x [N, I] -> [N, O] with the update of this adapter; of the base's matrix if it has none here."""
         weight = self.frozen
         x = weight.cast(x)
-        if self.active is None:
-            return weight(x)
-        update: Update = self.updates[self.active]  # type: ignore[assignment]
-        return update(x, weight)
+        update = self.update_of(name)
+        return weight(x) if update is None else update(x, weight)
 
     def stock(self) -> dict[str, Tensor]:
         """The matrix, if it is not a part of the stacked parameter, which the module of experts has."""

@@ -115,7 +115,11 @@ class Opened(nn.Module):
 
     def is_idle(self) -> bool:
         """Whether the module's own parameters compute its output: no update is active and nothing is quantized."""
-        return all(e.active is None and type(e.frozen) is Part for name in self.stacks for e in self.experts_of(name))
+        for name in self.stacks:
+            for expert in self.experts_of(name):  # by `_modules`, because nn.Module's lookup of attributes is slow
+                if expert.active is not None or type(expert._modules["frozen"]) is not Part:
+                    return False
+        return True
 
     def _standing(self) -> nn.Module:
         """A module of the original class, with the same parameters and children and stacks for the experts' weights."""
