@@ -107,10 +107,8 @@ class _Grouped(torch.autograd.Function):
         kept: list[Tensor] = []
         y = forward(x, groups, width, kept)
         trains = any(ctx.needs_input_grad[3:])
-        ctx.plain = [
-            group._replace(lows=[(low.start, low.stop, low.scale) for low in group.lows])  # type: ignore[arg-type]
-            for group in groups
-        ]
+        ctx.plain = [group._replace(lows=()) for group in groups]
+        ctx.spans = [[(low.start, low.stop, low.scale) for low in group.lows] for group in groups]
         ctx.width, ctx.count = x.shape[1], len(factors)
         ctx.save_for_backward(x if trains else None, *factors, *(kept if trains else ()))
         return y
@@ -121,10 +119,8 @@ class _Grouped(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         parts = iter(saved[: ctx.count])
         groups = [
-            group._replace(
-                lows=[Low(start, stop, next(parts), next(parts), scale) for start, stop, scale in group.lows]
-            )
-            for group in ctx.plain
+            group._replace(lows=[Low(first, last, next(parts), next(parts), scale) for first, last, scale in spans])
+            for group, spans in zip(ctx.plain, ctx.spans, strict=True)
         ]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         g_x, found = backward(g, x, groups, saved[ctx.count :], ctx.width, needs)

@@ -8,8 +8,8 @@ gates, biases and norms are those of the model, whatever its class.
     F.grouped_mm(x, stack, offs=ends)    torch.bmm(x [E, N, I], stack)     rows sorted by expert
     torch.bmm(stack[experts], x[..., None])                                a row for each entry of `experts`
 
-In a mixed batch, a stack has a number for each expert with each adapter of the batch: with n names (the base's, which
-is None, and the adapters'), number e · n + i stands for expert e with the i-th name. The module then sorts its rows by
+In a mixed batch, a stack has a number for each expert with each adapter of the batch: with n names (or slots, or None
+for the base), number e · n + i stands for expert e with the i-th of them. The module then sorts its rows by
 both at once, and each expert's own matrix is still applied once to all its rows.
 
 Shapes: E experts, O out_features, I in_features, S rows (pairs of a token and an expert).
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reparam.kernels.grouped import Group, Low, grouped_linear
-from reparam.sites.expert import Expert, Part
+from reparam.sites.expert import Choice, Expert, Part
 from reparam.weights.dense import DenseWeight
 
 
@@ -165,7 +165,7 @@ class Stack(_Stands):
     """The matrices of all experts, [E, O, I] or, with `outputs_last`, [E, I, O]; E · n of them with n `names`."""
 
     def __init__(
-        self, owner: str, experts: Sequence[Expert], outputs_last: bool, names: Sequence[str | None] | None = None
+        self, owner: str, experts: Sequence[Expert], outputs_last: bool, names: Sequence[Choice] | None = None
     ) -> None:
         self.owner, self.experts, self.outputs_last, self.names = owner, experts, outputs_last, names
         weight = experts[0].frozen
@@ -194,8 +194,8 @@ class Stack(_Stands):
             return Picked(self, index)
         return Matrix(self, int(index), self.outputs_last, self.dtype)
 
-    def at(self, number: int) -> tuple[Expert, str | None]:
-        """The expert of a number, and the adapter."""
+    def at(self, number: int) -> tuple[Expert, Choice]:
+        """The expert of a number, and the adapter or slot."""
         if self.names is None:
             expert = self.experts[number]
             return expert, expert.active
