@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.adapter.slots import BANK
 from reparam.core.base import Factors
 from reparam.sites import targets
 from reparam.sites.bank import Bank
+from reparam.sites.held import BANK
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
 from reparam.sites.walk import put
