@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Factors
+from reparam.kernels import rows
 from reparam.sites import targets
 from reparam.sites.bank import Bank
 from reparam.sites.held import BANK
@@ -34,6 +35,8 @@ class Banks:
         self.model = model
         self.sites: dict[str, Adapted] = {}
         self._device: torch.device = next(model.parameters()).device
+        if self._device.type == "cpu":
+            rows.backend()  # loads the kernel, so that the first request need not wait for it
         self._tokens, self._heads = (Routing(self._slots(())) for _ in range(2))
         self._on = False
         self._count = 64  # slots that every bank knows
