@@ -19,6 +19,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "io",
     "adapter",
     "hf",
+    "images",
     "combine",
     "serve",
     "export",
