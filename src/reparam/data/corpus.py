@@ -17,9 +17,9 @@ from torch import Tensor
 from reparam.core.checks import nearest
 from reparam.core.text import counted
 from reparam.data.batches import BLOCK, Encoded, Report
-from reparam.data.examples import Arrays
 from reparam.data.findings import BAD, THREE, beyond_vocabulary
 from reparam.data.flat import TYPES, Growing
+from reparam.data.made import Arrays
 from reparam.data.tasks import COLUMN, missing
 from reparam.errors import DataError
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from reparam.data.chat import LossOn
-from reparam.data.examples import Arrays
 from reparam.data.findings import BadRows, Found
 from reparam.data.lengths import Lengths, TooLong
+from reparam.data.made import Arrays
 from reparam.data.row import Row
 from reparam.data.tokenize import Tokenizer
 

@@ -1,73 +1,98 @@
-"""What is made of a batch of rows, in flat arrays with the names and types of `data.flat`."""
+"""Encoded rows of a task other than causal language modeling: the tokens of their texts, and what is expected of each.
+
+Shapes: E examples, B examples in a batch, T tokens of the longest text of a batch.
+"""
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
+from torch.utils.data import Dataset
 
-from reparam.data.answers import Span
-from reparam.data.flat import TYPES
-from reparam.data.row import Row
-from reparam.data.tasks import task_of
+from reparam.core.text import counted
+from reparam.data.batches import Report
+from reparam.data.findings import beyond_vocabulary
+from reparam.errors import DataError
 
-_NUMBERED = re.compile(r"(.*?)([1-9]\d{0,17})", re.DOTALL)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-
-class Arrays(NamedTuple):
-    """The arrays, and the names that they refer to by number."""
-
-    of: Mapping[str, np.ndarray]
-    names: Sequence[str]
-    tasks: Sequence[str]
+Features = Mapping[str, Any]
+"""What is known of an example, as plain values: lists of numbers, and numbers."""
 
 
-class Examples:
-    """Collects the examples of a batch of rows. Numbers of rows are those in the batch."""
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A row of a task."""
 
-    def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
-        self._spans: list[Span] = []  # with loss, in all tokens of the batch
-        self._of: dict[str, list[int]] = {name: [] for name in TYPES if name not in ("ids", "loss", "loss_tokens")}
-        self._tokens = 0
-        self._names: dict[str, int] = {}
-        self._tasks: dict[str, int] = {}
+    source: str
+    """Where it comes from, as "file:line"."""
+    texts: tuple[Any, ...]
+    """Its texts in the order of the task; for token classification, one list of words."""
+    target: Any = None
+    """What is expected: a label, a number, a text or a list of tags; None if the row does not say."""
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """All other keys of the row."""
 
-    def add_row(self, row: Row, tokens: int, flags: int, *, with_task: bool) -> None:
-        """Add what is known of a row: its place, its length in tokens, its flags and, if it has one, its task."""
-        name = row.source.rstrip("0123456789")
-        number = row.source[len(name) :]
-        line = int(number) if 0 < len(number) < 19 and number[0] != "0" else -1
-        if number and line < 0 and (match := _NUMBERED.fullmatch(row.source)):
-            name, line = match[1], int(match[2])
-        name = name if line >= 0 else row.source
-        task = task_of(row) if with_task else None
-        of = self._of
-        of["tokens"].append(tokens)
-        of["file"].append(self._names.setdefault(name, len(self._names)))
-        of["line"].append(line)
-        of["task"].append(-1 if task is None else self._tasks.setdefault(task, len(self._tasks)))
-        of["flags"].append(flags)
 
-    def add(self, row: int, ids: np.ndarray, spans: Sequence[Span], text_bytes: int) -> None:
-        """Add an example of the row with this number. `ids` is [T]; `spans` are the ranges of it with loss."""
-        self._ids.append(ids)
-        self._spans += [(self._tokens + first, self._tokens + end) for first, end in spans]
-        self._of["lengths"].append(len(ids))
-        self._of["text_bytes"].append(text_bytes)
-        self._of["row"].append(row)
-        self._tokens += len(ids)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples(Dataset[dict[str, Any]]):
+    """A map-style dataset. `examples[i]` is the features of an example with `row`, its index."""
 
-    def arrays(self) -> Arrays:
-        """All arrays."""
-        loss = np.zeros(self._tokens, dtype=bool)
-        for first, end in self._spans:
-            loss[first:end] = True
-        of = {name: np.array(values, dtype=TYPES[name]) for name, values in self._of.items()}
-        starts = np.cumsum(of["lengths"], dtype=np.int64) - of["lengths"]
-        of["loss"] = loss
-        of["loss_tokens"] = np.add.reduceat(loss, starts, dtype=np.int32) if len(starts) else np.zeros(0, np.int32)
-        of["ids"] = np.concatenate([np.zeros(0, dtype=np.int32), *self._ids])
-        return Arrays(of, list(self._names), list(self._tasks))
+    features: Sequence[Features]
+    """`input_ids` is a list of token ids, or a list of such lists for several texts."""
+    items: Sequence[Item]
+    """The rows, [E]."""
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.features[index], "row": torch.tensor(index)}
+
+    @property
+    def sources(self) -> list[str]:
+        """Where each example comes from, as "file:line", [E]."""
+        return [item.source for item in self.items]
+
+    def digest(self) -> str:
+        """SHA-256 of all examples, in their order."""
+        return hashlib.sha256(json.dumps(list(map(dict, self.features)), sort_keys=True).encode()).hexdigest()
+
+    def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise DataError, with the first row of each, for token ids of at least `size`."""
+        found: dict[int, tuple[str, int]] = {}
+        for item, features in zip(self.items, self.features, strict=True):
+            for ids in texts_of(features):
+                for token in sorted({token for token in ids if token >= size}):
+                    first, count = found.get(token, (item.source, 0))
+                    found[token] = (first, count + 1)
+        if found:
+            raise DataError(beyond_vocabulary(found, size, tokenizer))
+
+
+def texts_of(features: Features) -> list[list[int]]:
+    """The token ids of each text of an example."""
+    ids = features["input_ids"]
+    own = list(ids) if ids and isinstance(ids[0], list) else [ids]
+    return [*own, features["labels"]] if features.get("decodes") else own
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamplesReport(Report):
+    """Counts of the rows of a task."""
+
+    targets: str = ""
+    """The classes with their numbers of rows, or the range of the numbers, for the report of a run."""
+
+    def __str__(self) -> str:
+        parts = [counted(self.rows, "row"), counted(self.tokens, "token"), f"longest row {self.longest:,}"]
+        parts += [f"{counted(self.truncated, 'row')} truncated"] if self.truncated else []
+        parts += [f"{counted(self.dropped, 'row')} left out"] if self.dropped else []
+        return "; ".join([*parts, *([self.targets] if self.targets else [])])

@@ -20,8 +20,8 @@ from typing import Literal
 
 from reparam.data.answers import Span
 from reparam.data.corpus import CUT, DROPPED, SPLIT
-from reparam.data.examples import Arrays, Examples
 from reparam.data.findings import CUTS, LEFT_OUT, Found
+from reparam.data.made import Arrays, Collected
 from reparam.data.row import Row
 from reparam.data.tokenize import Tokens
 
@@ -39,14 +39,14 @@ class Lengths:
         self._max_length, self._too_long, self._with_tasks = max_length, too_long, with_tasks
 
         self._found = Found((), vocab_size=None, bad_rows="error")
-        self._examples = Examples()
+        self._examples = Collected()
 
     def __call__(self, rows: Sequence[Row], tokenized: Sequence[tuple[int, Tokens]], found: Found) -> Arrays:
         """The examples of a batch of rows.
 
         `tokenized` has their texts, in order, each with the number of its row: none, one or several for each row.
         """
-        self._found, self._examples = found, Examples()
+        self._found, self._examples = found, Collected()
         at = 0
         for number, row in enumerate(rows):
             first = at
