@@ -20,7 +20,7 @@ from reparam.data.row import Row
 FOLDER = Path(trl.__file__).with_name("chat_templates")
 TWINS = sorted(path.stem.removesuffix("_training") for path in FOLDER.glob("*_training.jinja"))
 TOKENS = re.compile(r"<[|｜]?[a-z_▁]+[|｜]?>|<\|[A-Z_]+\|>|</s>", re.IGNORECASE)
-# The template renders a second header after the response of a tool, where generation has none.
+# The template renders a second header after the response of a tool, where generation has none: the model writes it.
 ODD = {("diffusion_gemma", "call"), ("diffusion_gemma", "two calls"), ("diffusion_gemma", "content and call")}
 # Tags that are plain text, so that they end no turn.
 TAGS = {"<think>", "<tools>", "<tool_call>", "<tool_response>", "<function>", "<parameter>"}
