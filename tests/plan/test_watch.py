@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def events(out: str) -> dict[str, dict]:
+def events(out: str) -> dict[str, dict[str, Any]]:
     return {found["event"]: found for found in map(json.loads, out.splitlines())}
 
 
@@ -37,7 +38,7 @@ def test_the_plan_is_what_is_held_and_the_run_does_not_change(
 ) -> None:
     files = []
     for name in ("with", "without"):
-        more = ["--json", "--plan" if name == "with" else "--no-plan", "--base.dtype", "float32"]
+        more = ["--json", *(["--plan"] if name == "with" else []), "--base.dtype", "float32"]
         assert train(wide, rows, tmp_path / name, *more, *case) == 0
         said = events(capsys.readouterr().out)
         files.append(load_file(tmp_path / name / "adapter" / "adapter.safetensors"))
@@ -47,3 +48,11 @@ def test_the_plan_is_what_is_held_and_the_run_does_not_change(
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     assert planned == pytest.approx(held, rel=0.02)
+
+
+def test_what_cannot_be_planned_is_said(
+    base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, rows, tmp_path, "--plan", "--method", "prefix", "--json") == 0
+    notes = [found["text"] for found in map(json.loads, capsys.readouterr().out.splitlines()) if "text" in found]
+    assert any("cannot be planned: " in text and "prefix changes no weights" in text for text in notes)

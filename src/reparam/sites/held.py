@@ -5,22 +5,31 @@ Shapes: N rows, R rank, O out_features, I in_features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from reparam.core.base import Weight
-    from reparam.sites.bank import Bank
+    from reparam.sites.places import Places
 
 BANK = "*"
 """The key of a site's bank among its updates. It is not a valid adapter name, so it cannot collide."""
 
 
+class Tables(Protocol):
+    """The tables of a bank."""
+
+    A: Tensor
+    B_t: Tensor
+    gain: Tensor
+    places: dict[str, Places]
+
+
 class Held:
     """The update in one slot of a bank, by itself: of an expert, whose rows come sorted."""
 
-    def __init__(self, bank: Bank, slot: int) -> None:
+    def __init__(self, bank: Tables, slot: int) -> None:
         self._bank, self._slot = bank, slot
 
     def product(self) -> tuple[Tensor, Tensor, float] | None:
