@@ -144,7 +144,8 @@ class Banks:
     def _set(self, routing: Routing, slots: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         if slots != routing.slot_list:  # the banks compute what they need from the slots once for each tuple
             routing.route(self._slots(slots))
-        routing.packed = lengths
+        if lengths != routing.packed:
+            routing.packed = lengths
 
     def _slots(self, slots: tuple[int, ...]) -> Tensor:
         return torch.tensor(slots, dtype=torch.int64, device=self._device)
