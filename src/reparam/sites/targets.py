@@ -27,6 +27,7 @@ from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 SHOWN = 5  # paths or targets that a message lists for one problem
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "router", "everything")
 
 _LACKS = dict.fromkeys(("experts", "router"), ": this model is no mixture of experts that reparam knows")
@@ -68,7 +69,7 @@ def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
             names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
         elif target in KEYWORDS:
-            asked = _keyword(target, list(linear), head=_head(model), routers=routers(modules))
+            asked = _keyword(target, list(linear), heads=_heads(model, linear), routers=routers(modules))
             names = [name for name in asked if linear.get(name, odd.get(name)) is None]
             missed |= {name: why for name in asked if (why := linear.get(name, odd.get(name)))}
         elif target.startswith("re:"):
@@ -259,10 +260,10 @@ def unsupported_whole(module: nn.Module) -> str | None:
     return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
 
 
-def _keyword(target: str, linear: list[str], *, head: str | None, routers: dict[str, None]) -> list[str]:
+def _keyword(target: str, linear: list[str], *, heads: set[str], routers: dict[str, None]) -> list[str]:
     if target == "router":
         return list(routers)
-    linear = [name for name in linear if name != head and name not in routers]
+    linear = [name for name in linear if name not in heads and name not in routers]
     if target == "all-linear":
         return linear
     blocks = [name for name in linear if re.search(r"(^|\.)\d+\.", name)]
@@ -280,6 +281,14 @@ def _head(model: nn.Module) -> str | None:
         if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
+
+
+def _heads(model: nn.Module, linear: Iterable[str]) -> set[str]:
+    """Paths of the linear maps of the output head; of a classifier, of all that lie outside its base model."""
+    head, owner = _head(model), bare(model)
+    inner = getattr(owner, "base_model_prefix", "-")
+    classifies = type(owner).__name__.endswith(CLASSIFIERS) and hasattr(owner, inner)
+    return {head or ""} | {name for name in linear if classifies and not name.startswith(f"{inner}.")}
 
 
 def wrap(module: nn.Module) -> Adapted:

@@ -18,6 +18,7 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
+from reparam.data.examples import Examples
 from reparam.data.files import files_of, kind, reader
 from reparam.data.files.about import rows_about
 from reparam.data.files.jsonl import LARGEST_LIST
@@ -29,6 +30,7 @@ from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
+from reparam.io.head import Head
 from reparam.io.outputs import user_cache
 from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, kept, key_of
@@ -49,18 +51,20 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences | Prompts
-    valid: Encoded | Preferences | Prompts
+    train: Encoded | Preferences | Prompts | Examples
+    valid: Encoded | Preferences | Prompts | Examples
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences | Prompts | Streamed, ...]
+    checked: tuple[Corpus | Preferences | Prompts | Streamed | Examples, ...]
     """All that was encoded or will be; the first one holds the training rows."""
-    prompt_format: PromptFormat
-    """How an adapter that is trained on the rows is prompted."""
+    prompt_format: PromptFormat | None
+    """How an adapter that is trained on the rows is prompted; None for other tasks than causal language modeling."""
     stream: Streamed | None = None
     """The training rows, if they are streamed; `train` holds a sample of them."""
+    head: Head | None = None
+    """What the model must be for; None for a causal language model."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -134,7 +138,9 @@ def _corpus(
     def make(folder: Path | None) -> Corpus:
         reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
-        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
+        corpus = encode_all(
+            framed.rows(reading), tokenizer, **settings, folder=folder, about=about, workers=data.workers
+        )
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]
