@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import reparam as command
 from models import save_base
+from sampled import FULL
 from torch.profiler import ProfilerActivity, profile
 
 from reparam.errors import ConfigError
@@ -74,11 +75,10 @@ def measured(config: Config) -> int:
 @pytest.mark.parametrize(
     ("method", "storage", "checkpointing", "chunked"),
     [
-        ("lora", "dense", False, True),
         ("lora", "nf4", True, False),
-        ("dora", "dense", True, True),
         ("adalora", "int8", False, True),
         ("full", "dense", False, False),
+        *([("lora", "dense", False, True), ("dora", "dense", True, True)] if FULL else []),
     ],
 )
 @pytest.mark.filterwarnings("ignore:targets")  # `full` leaves out tied weights
