@@ -19,9 +19,11 @@ from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import note, say, say_json
 from reparam.hf.models import load_base, vocabulary
 from reparam.hf.open import frame_of, open_model
+from reparam.hf.tasks import own_head
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
+from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_files
 
@@ -62,7 +64,7 @@ def show(
     if _holds_model(folder):
         _show_model(folder, console, json=json)
         return
-    model = load_base(base) if base else None
+    model = load_base(base, head=files.read(adapter_folder(folder)).head) if base else None
     summary = summarize(adapter_folder(folder), model)
     seen = closely.look(asked, adapter_folder(folder), base, model)
     if plot is not None:
@@ -82,6 +84,9 @@ def show(
     )
     say(console, note(summary.method, f"in {summary.format} format: {settings}", "bold"))
     say(console, f"base        {summary.base}")
+    if summary.task != "causal":
+        classes = f"; {counted(len(summary.labels), 'class', 'classes')}: {', '.join(summary.labels)}"
+        say(console, f"task        {summary.task}{classes if summary.labels else ''}")
     say(console, f"parameters  {summary.parameters:,} in {counted(summary.bytes, 'byte')}")
     say(console, _table(summary))
     found = _ranks(summary)
@@ -149,7 +154,7 @@ def _show_routing(
 
 
 def _show_model(folder: Path, console: Console, *, json: bool) -> None:
-    model = load_base(str(folder))
+    model = load_base(str(folder), head=own_head(str(folder)))
     found = reports(model)
     if json:
         told = [

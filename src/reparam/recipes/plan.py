@@ -16,6 +16,7 @@ from reparam.plan.draw import draw
 from reparam.plan.estimate import Plan, plan
 from reparam.train.config import Config
 from reparam.train.data import read_data
+from reparam.train.objectives import objective_of
 from reparam.train.reading import tokenizer_of
 
 
@@ -56,6 +57,9 @@ def _longest(config: Config) -> tuple[int, str]:
         return most, "packs are full"
     if not config.data.train or config.data.streaming:
         return most, "data.max_length"
+    if config.run.task != "causal":
+        found = objective_of(config).data(config, tokenizer_of(config))
+        return found.train.report.longest, "the longest text of the training rows"
     data = read_data(config, tokenizer_of(config))
     return int(data.train.lengths.max()), "the longest training row"  # type: ignore[union-attr]
 
