@@ -23,6 +23,7 @@ from reparam.data.chat import LossOn
 from reparam.data.corpus import Arrays, Corpus, growing
 from reparam.data.findings import BadRows, Findings
 from reparam.data.lengths import Lengths, TooLong
+from reparam.data.placing import Placing
 from reparam.data.row import Row
 from reparam.data.tokenize import Tokenizer
 from reparam.errors import DataError
@@ -45,6 +46,7 @@ def encode(
     tasks: Sequence[str] = (),
     too_long: TooLong = "auto",
     bad_rows: BadRows = "error",
+    images: Placing | None = None,
 ) -> Encoded:
     """Tokenize rows and mark the tokens that carry loss.
 
@@ -52,7 +54,7 @@ def encode(
     answer of a chat does; text rows always carry loss on all tokens. `vocab_size` is the number of rows of the model's
     input embedding. With `tasks`, the column "task" of each row must name one of them, and each example gets its index.
     `too_long` says what becomes of longer rows (`data.lengths`). With `bad_rows="drop"`, rows that cannot be trained on
-    are left out and counted.
+    are left out and counted. `images` says how a vision-language model writes the images of the rows.
 
     Raises DataError with all problems: no rows; a slow tokenizer, or one without a chat template if there are chats; a
     chat that the template refuses, partly ignores, or renders so that the answers cannot be located; rows without loss
@@ -67,6 +69,7 @@ def encode(
         vocab_size=vocab_size,
         too_long=too_long,
         bad_rows=bad_rows,
+        images=images,
         with_tasks=bool(tasks),
     )
     return corpus.part(tasks=tasks)
@@ -81,6 +84,7 @@ def encode_all(
     vocab_size: int | None = None,
     too_long: TooLong = "auto",
     bad_rows: BadRows = "error",
+    images: Placing | None = None,
     with_tasks: bool = False,
     folder: Path | None = None,
     about: int | None = None,
@@ -98,7 +102,7 @@ def encode_all(
         raise DataError(problems)
     assert start is not None
     findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size, bad_rows=bad_rows)
-    tokenize = Tokenizer(tokenizer, findings, loss_on=loss_on)
+    tokenize = Tokenizer(tokenizer, findings, loss_on=loss_on, images=images)
     arrays = Arrays(growing(folder))
     lengths = Lengths(
         arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks, lenient=lenient

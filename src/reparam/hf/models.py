@@ -6,13 +6,22 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from reparam.core.base import Storage
@@ -37,6 +46,18 @@ from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
 from reparam.weights.layouts import QUANTIZED
 
+PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""The files of the processor of a vision-language model, beside those of its tokenizer."""
+_OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -48,7 +69,9 @@ def load_base(
     storage: Storage | None = None,
     targets: targets_.Targets = "all-linear",
 ) -> nn.Module:
-    """Load a causal language model from a local folder, a GGUF file or the hub, in eval mode.
+    """Load a causal language model, or a vision-language model, from a local folder, a GGUF file or the hub.
+
+    The model is in eval mode.
 
     `dtype` is "auto" (as in the files) or one of `DTYPES`. With a `storage`, the matrices that `targets`
     selects are quantized while they are read; the result equals that of `reparam.quantize` after loading. A model that
@@ -79,7 +102,7 @@ def load_base(
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = _class_for(config).from_pretrained(
             place,
             config=config,
             dtype=wanted,
@@ -153,6 +176,7 @@ def save_model(
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+            _copy_processor(model, staging)
 
 
 def check_not_base(folder: str | Path, base: str) -> None:
@@ -168,6 +192,22 @@ def vocabulary(model: nn.Module) -> int:
     """The size of the vocabulary: the number of rows of the input embedding."""
     module = model.get_input_embeddings()  # type: ignore[operator]
     return int(module.weight.shape[0])
+
+
+def _class_for(config: Any) -> Any:
+    """The class of transformers that makes the model of a configuration."""
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def _copy_processor(model: Any, folder: Path) -> None:
+    """Copy the files of the base's processor, if there are any, that the tokenizer has not written."""
+    base = str(model.config._name_or_path)
+    if not base or getattr(model.config, "vision_config", None) is None:
+        return
+    for name in PROCESSOR:
+        if not (folder / name).exists() and (file := cached_file(base, name, **_OPTIONAL)) is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def storage_config_of(config: Any) -> StorageConfig | None:

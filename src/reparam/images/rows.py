@@ -73,6 +73,23 @@ class ImageRows(Reading):
         return row
 
 
+class WithoutImages(Reading):
+    """A stream of rows for a model that reads text alone: a row with an image is refused, with "file:line"."""
+
+    def row_of(self, value: Mapping[str, Any], place: str) -> Row:
+        """The row. Raises DataError if it has an image, and as `Reading` does."""
+        named = next((key for key in KEYS if value.get(key)), None)
+        key = f' ("{named}")' if named else ""
+        if named is not None or _inside_messages(dict(value))[0]:
+            raise DataError(
+                [
+                    f"{place}: the row has an image{key}, and the base reads text alone; "
+                    f"leave images out, use a vision-language model, or teach the base with `reparam vision pretrain`"
+                ]
+            )
+        return super().row_of(value, place)
+
+
 def _folder(place: str) -> Path | None:
     """The folder of the file of a place ("file:line"); None if it is no file."""
     file = Path(place.rpartition(":")[0])

@@ -64,14 +64,15 @@ def _prove(job: Job, folder: Path) -> float:
     Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
     for bit.
     """
-    valid, collate = flat(job.valid), Collator(padding_id(job.tokenizer))
+    collate: Any = Collator(padding_id(job.tokenizer)) if job.seeing is None else job.seeing.collate
+    valid: Any = flat(job.valid) if job.seeing is None else job.seeing.rows(flat(job.valid))
     device = next(job.model.parameters()).device
     read_back(job.adapter, folder, name=CHECK)
     job.model.eval()
     difference, same = 0.0, True
     for index in range(min(4, len(valid))):  # one by one, because the logits of a long row are large
         batch = collate([valid[index]])
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "row", "task")}
         logits = {}
         with torch.no_grad():
             for name in (None, job.adapter.name, CHECK):

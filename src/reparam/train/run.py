@@ -155,7 +155,18 @@ def prepare(config: Config) -> Job:
     adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     packed = _packed(config, adapter, data)
-    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed, data.stream)
+    return Job(
+        config,
+        adapter.model,
+        tokenizer,
+        adapter,
+        data.train,
+        data.valid,
+        data.held_out,
+        packed,
+        data.stream,
+        data.seeing,
+    )
 
 
 def _packed(config: Config, adapter: Adapter, data: Data) -> Packed | None:
