@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -75,16 +74,17 @@ def _images_only(kind: Any) -> Any:
     """The class of a processor without its processor of videos, which needs torchvision."""
     if not any("video" in name for name in kind.get_attributes()):
         return kind
-    needs = inspect.signature(kind.__init__).parameters["video_processor"].default is inspect.Parameter.empty
-
-    @functools.wraps(kind.__init__)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, *args, **({"video_processor": None} if needs else {}), **kwargs)
 
     def attributes(cls: Any) -> list[str]:
         return [name for name in kind.get_attributes() if "video" not in name]
 
-    return type(kind.__name__, (kind,), {"__init__": init, "get_attributes": classmethod(attributes)})
+    def arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        found = iter(super(made, cls)._get_arguments_from_pretrained(*args, **kwargs))
+        return [None if "video" in name else next(found) for name in kind.get_attributes()]
+
+    methods = {"get_attributes": attributes, "_get_arguments_from_pretrained": arguments}
+    made: Any = type(kind.__name__, (kind,), {name: classmethod(method) for name, method in methods.items()})
+    return made
 
 
 def _config(path: str, revision: str | None) -> Any:
