@@ -241,7 +241,7 @@ def _prompt(
         assert template is not None
         text = template.prompt(question, row.variables)
     if seeing is not None:
-        return seeing.prompt_ids(row, text, raw=raw)
+        return seeing.prompt_ids(seeing.sources(row.source), text, raw=raw)
     return list(tokenizer(text, **({} if raw else {"add_special_tokens": False}))["input_ids"])
 
 

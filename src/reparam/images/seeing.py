@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoConfig
 
 from reparam.core.text import counted
 from reparam.data.batches import Collator, Encoded, padding_id
@@ -25,6 +26,7 @@ from reparam.data.offsets import with_offsets
 from reparam.data.placing import Placed
 from reparam.data.row import Row
 from reparam.errors import BaseError, DataError
+from reparam.hf.processors import load_processor, sees
 from reparam.images.places import MARK
 from reparam.images.rows import Images
 from reparam.images.sources import Source, pillow, size_of, upright
@@ -99,9 +101,18 @@ class Seeing:
             at += len(self.token) + len(piece)
         return Placed(with_offsets(self.tokenizer, [long])[0], places)
 
-    def prompt_ids(self, row: Row, text: str, *, raw: bool) -> list[int]:
-        """The token ids of a prompt of a row: a chat as its template writes it, or with `raw` a text with marks."""
-        ids = self.placed(self.written(text) if raw else text, self.sources(row.source)).ids.tolist()
+    def prompt_ids(self, sources: Sequence[Any], text: str, *, raw: bool) -> list[int]:
+        """The token ids of a prompt with these images: a chat as its template writes it, or, if `raw`, with marks.
+
+        Raises ValueError if it has another number of images.
+        """
+        text = self.written(text) if raw else text
+        if (found := text.count(self.token)) < len(sources):
+            raise ValueError(
+                f"{counted(found, 'place')} {self.token} for {counted(len(sources), 'image')} in the prompt; the chat "
+                f"template leaves out an image: choose another one"
+            )
+        ids = self.placed(text, sources).ids.tolist()
         begin = self.tokenizer("")["input_ids"][:1] if raw else []
         return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
@@ -197,6 +208,17 @@ class Seeing:
 
     def _blank(self, size: tuple[int, int]) -> Any:
         return pillow().new("RGB", size)
+
+
+def seeing_of(path: str, *, revision: str | None = None) -> Seeing | None:
+    """The processor of the model in a folder or on the hub, without rows; None if the model reads text alone.
+
+    Raises BaseError if a vision-language model has no processor.
+    """
+    if not sees(path, revision=revision):
+        return None
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    return Seeing(load_processor(path, revision=revision), {}, config=config)
 
 
 class _Rows(Dataset[dict[str, Any]]):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
 from reparam.errors import ConfigError
-from reparam.hf.processors import load_processor, sees
-from reparam.images.seeing import Seeing
+from reparam.images import seeing
 from reparam.train import processes
 from reparam.train.config import Config
 
 
-def seeing_of(config: Config) -> Seeing | None:
+def seeing_of(config: Config) -> seeing.Seeing | None:
     """What makes the inputs of a run on a vision-language model; None if the base reads text alone.
 
     Raises ConfigError for settings that such runs do not support, and BaseError if the base has no processor.
     """
-    path, revision = config.base.path, config.base.revision
-    if not sees(path, revision=revision):
-        return None
-    check(config)
-    settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    return Seeing(load_processor(path, revision=revision), {}, config=settings)
+    found = seeing.seeing_of(config.base.path, revision=config.base.revision)
+    if found is not None:
+        check(config)
+    return found
 
 
 def check(config: Config) -> None:
