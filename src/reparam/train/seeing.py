@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reparam.errors import ConfigError
+from reparam.hf.processors import sees
 from reparam.images import seeing
 from reparam.train import processes
 from reparam.train.config import Config
@@ -36,3 +37,9 @@ def check(config: Config) -> None:
         )
     if processes.count() > 1:
         raise ConfigError("training of a vision-language model runs in one process: call it without torchrun")
+
+
+def check_objective(config: Config) -> None:
+    """Raise ConfigError if a vision-language model is to be trained on anything but answers and texts."""
+    if config.run.objective != "sft" and sees(config.base.path, revision=config.base.revision):
+        check(config)
