@@ -24,6 +24,7 @@ ROOMS = (  # from the bottom up: a package imports only from those before it
     "serve",
     "export",
     "evaluation",
+    "tasks",
     "train",
     "vision",
     "plan",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.adapter.slots import BANK
 from reparam.core.base import Factors
+from reparam.kernels import rows
 from reparam.sites import targets
 from reparam.sites.bank import Bank
+from reparam.sites.held import BANK
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
 from reparam.sites.walk import put
@@ -34,6 +35,8 @@ class Banks:
         self.model = model
         self.sites: dict[str, Adapted] = {}
         self._device: torch.device = next(model.parameters()).device
+        if self._device.type == "cpu":
+            rows.backend()  # loads the kernel, so that the first request need not wait for it
         self._tokens, self._heads = (Routing(self._slots(())) for _ in range(2))
         self._on = False
         self._count = 64  # slots that every bank knows

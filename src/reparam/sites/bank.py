@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.rows import bank_update_, packed_update_
+from reparam.sites.held import Held
 from reparam.sites.layout import Layout, for_each_row, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
@@ -122,6 +123,10 @@ class Bank(Update):
     def bytes_for(self, factors: Factors | None, bias: Tensor | None) -> int:
         """The bytes that a slot with these contents would take."""
         return sum(rows * self._row_bytes(name) for name, rows in self._sizes(factors, bias).items())
+
+    def held(self, slot: int) -> Held | None:
+        """The update in a slot; None if it does not change the weight."""
+        return Held(self, slot) if any(self.places[name].of(slot) for name in ("A", "gain")) else None
 
     def changed(self, slot: int, w: Tensor) -> Tensor:
         """W' [O, I] of a slot, given W."""

@@ -10,16 +10,16 @@ KEYWORDS = ("all-linear", "attention", "mlp", "experts", "router", "everything")
 
 
 def keyword(
-    target: str, linear: list[str], *, head: str | None, routers: dict[str, None], parts: Parts | None
+    target: str, linear: list[str], *, heads: set[str], routers: dict[str, None], parts: Parts | None
 ) -> list[str]:
     """The paths among those of linear maps that a keyword, or a word for a part, selects.
 
-    The output head `head` and the `routers` of experts are left out. In a vision-language model, which has `parts`,
+    The output `heads` and the `routers` of experts are left out. In a vision-language model, which has `parts`,
     keywords select in the language model.
     """
     if target == "router":
         return list(routers)
-    linear = [name for name in linear if name != head and name not in routers]
+    linear = [name for name in linear if name not in heads and name not in routers]
     if parts is not None:
         part, _, kind = target.partition(".") if target in WORDS else ("language", "", target)
         linear, target = [name for name in linear if parts.of(name) == part], kind or "all-linear"

@@ -30,6 +30,7 @@ from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 SHOWN = 5  # paths or targets that a message lists for one problem
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
 _LACKS = dict.fromkeys(("experts", "router"), ": this model is no mixture of experts that reparam knows")
 
@@ -74,7 +75,7 @@ def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
             names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
         elif target in KEYWORDS or (parts is not None and target in WORDS):
-            asked = keyword(target, list(linear), head=_head(model), routers=routers(modules), parts=parts)
+            asked = keyword(target, list(linear), heads=_heads(model, linear), routers=routers(modules), parts=parts)
             names = [name for name in asked if linear.get(name, odd.get(name)) is None]
             missed |= {name: why for name in asked if (why := linear.get(name, odd.get(name)))}
         elif target.startswith("re:"):
@@ -278,6 +279,14 @@ def _head(model: nn.Module) -> str | None:
         if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
+
+
+def _heads(model: nn.Module, linear: Iterable[str]) -> set[str]:
+    """Paths of the linear maps of the output head; of a classifier, of all that lie outside its base model."""
+    head, owner = _head(model), bare(model)
+    inner = getattr(owner, "base_model_prefix", "-")
+    classifies = type(owner).__name__.endswith(CLASSIFIERS) and hasattr(owner, inner)
+    return {head or ""} | {name for name in linear if classifies and not name.startswith(f"{inner}.")}
 
 
 def wrap(module: nn.Module) -> Adapted:

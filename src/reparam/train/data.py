@@ -19,6 +19,7 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
+from reparam.data.examples import Examples
 from reparam.data.files import files_of, kind, reader
 from reparam.data.files.about import rows_about
 from reparam.data.files.jsonl import LARGEST_LIST
@@ -32,6 +33,7 @@ from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
 from reparam.images.rows import ImageRows, WithoutImages
 from reparam.images.seeing import Seeing
+from reparam.io.head import Head
 from reparam.io.outputs import user_cache
 from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, kept, key_of
@@ -53,20 +55,22 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences | Prompts
-    valid: Encoded | Preferences | Prompts
+    train: Encoded | Preferences | Prompts | Examples
+    valid: Encoded | Preferences | Prompts | Examples
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences | Prompts | Streamed, ...]
+    checked: tuple[Corpus | Preferences | Prompts | Streamed | Examples, ...]
     """All that was encoded or will be; the first one holds the training rows."""
-    prompt_format: PromptFormat
-    """How an adapter that is trained on the rows is prompted."""
+    prompt_format: PromptFormat | None
+    """How an adapter that is trained on the rows is prompted; None for other tasks than causal language modeling."""
     stream: Streamed | None = None
     """The training rows, if they are streamed; `train` holds a sample of them."""
     seeing: Seeing | None = None
     """What makes the inputs of a vision-language model from the rows."""
+    head: Head | None = None
+    """What the model must be for; None for a causal language model."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reparam.adapter.adapter import Adapter
 from reparam.data.batches import Encoded
+from reparam.data.examples import Examples
 from reparam.data.packing import Packed
 from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
@@ -30,8 +31,8 @@ class Job:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
-    train: Encoded | Preferences | Prompts
-    valid: Encoded | Preferences | Prompts
+    train: Encoded | Preferences | Prompts | Examples
+    valid: Encoded | Preferences | Prompts | Examples
     held_out: Sequence[Any]
     """The held-out rows; `valid` holds the same rows, encoded."""
     packed: Packed | None = None
@@ -42,8 +43,8 @@ class Job:
     """What makes the inputs of a vision-language model from the rows."""
 
     @property
-    def drawn(self) -> Encoded | Preferences | Prompts | Packed | Streamed:
-        """What batches are drawn from: training rows, packs of them, a stream, preferences, or prompts."""
+    def drawn(self) -> Encoded | Preferences | Prompts | Examples | Packed | Streamed:
+        """What batches are drawn from: training rows, packs of them, a stream, preferences, prompts, rows of a task."""
         return self.stream or self.packed or self.train
 
 

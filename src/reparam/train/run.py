@@ -28,6 +28,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, vocabulary
 from reparam.hf.packed import unpackable_reason
+from reparam.hf.tasks import pad_with
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
@@ -151,9 +152,11 @@ def prepare(config: Config) -> Job:
     set_seed(config.run.seed)
     tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes
-    model = loaded(config.base)
+    model = loaded(config.base, data.head)
+    if data.head is not None:
+        pad_with(model, tokenizer)
     data.check_vocabulary(vocabulary(model), tokenizer)
-    adapter = attached(config, model, data.method)
+    adapter = attached(config, model, data.method, data.head)
     adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     packed = _packed(config, adapter, data)

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted
+from reparam.data.examples import Examples
 from reparam.data.preferences import flat
 from reparam.data.preview import preview
+from reparam.data.sample import sample
 from reparam.evaluation.tables import answers_table, scores_table, short
 from reparam.evaluation.terminal import note, say
 from reparam.io.outputs import OVERWRITE
@@ -69,6 +71,9 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
+        if isinstance(job.train, Examples):
+            say(self.console, sample(job.train, job.tokenizer))
+            return
         say(
             self.console,
             preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),

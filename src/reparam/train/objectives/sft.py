@@ -30,6 +30,7 @@ class SFT(Objective):
 
     name = "sft"
     metrics = ("loss", "exact_match")
+    answers = True
 
     def unsupported(self, config: Config) -> dict[str, bool]:
         """None: all settings but those of preferences are for this objective."""
