@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -56,6 +57,20 @@ def without_vision(model: nn.Module, paths: list[str]) -> list[str]:
     """The paths without those in the vision encoder or the projector of a vision-language model."""
     parts = parts_of(model)
     return paths if parts is None else [path for path in paths if parts.of(path) == "language"]
+
+
+def check_mixed(model: nn.Module, name: str, paths: Iterable[str]) -> None:
+    """Raise ValueError if an adapter on these modules cannot be in a mixed batch, because some of them see images.
+
+    The vision encoder and the projector get all images of a batch one after the other, without the rows they are in.
+    """
+    parts = parts_of(model)
+    outside = next((path for path in paths if parts is not None and parts.of(path) != "language"), None)
+    if parts is not None and outside is not None:
+        raise ValueError(
+            f"the adapter {name!r} is also on {outside}, in the {parts.of(outside)} part, where the rows of images are "
+            f"not known: in a mixed batch, adapters are on the language model; select one adapter at a time"
+        )
 
 
 def _within(path: str, above: str) -> bool:
