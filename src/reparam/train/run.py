@@ -44,7 +44,7 @@ from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.reading import tokenizer_of
-from reparam.train.seeing import check_objective
+from reparam.train.seeing import check_base
 from reparam.train.show import Show
 from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
@@ -148,7 +148,7 @@ def prepare(config: Config) -> Job:
     optimizer.check_optimizer(config.optim)
     check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
-    check_objective(config)
+    check_base(config)
     set_seed(config.run.seed)
     tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes

@@ -39,7 +39,7 @@ def check(config: Config) -> None:
         raise ConfigError("training of a vision-language model runs in one process: call it without torchrun")
 
 
-def check_objective(config: Config) -> None:
-    """Raise ConfigError if a vision-language model is to be trained on anything but answers and texts."""
-    if config.run.objective != "sft" and sees(config.base.path, revision=config.base.revision):
+def check_base(config: Config) -> None:
+    """Raise ConfigError for settings that the base does not support, because it is a vision-language model."""
+    if sees(config.base.path, revision=config.base.revision):
         check(config)
