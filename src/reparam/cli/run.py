@@ -111,8 +111,9 @@ def generate(
         typer.Option(
             "--image",
             "-i",
-            help="File of an image to ask about; may be given several times. The base or the adapter is a model that "
-            "sees: the folder of `reparam vision`. <image> in the prompt is its place, by default at the start.",
+            help="File of an image to ask about; may be given several times. The base is a vision-language model, or "
+            "the folder of `reparam vision`, as the adapter may be. <image> in the prompt is its place, by default at "
+            "the start.",
         ),
     ] = None,
     task: TaskName = None,
@@ -134,7 +135,6 @@ def generate(
     from reparam.recipes.chat import Asking, Chat
     from reparam.tasks.evaluate import is_for_task, predict
     from reparam.train.sections import DataConfig
-    from reparam.vision.asking import ask
     from reparam.vision.found import is_seeing
 
     if prompts is not None and prompt is not None:
@@ -164,7 +164,7 @@ def generate(
     if engine:
         check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    if image or is_seeing([base, *(adapter or [])]):
+    if is_seeing([base, *(adapter or [])]):
         given = {"--compare": compare, "--storage": storage, "--prompts": prompts, "--task": task}
         given |= {"--engine": engine, "--chat-template": chat_template, "--system": system, "--thinking": thinking}
         if unused := [name for name, value in given.items() if value not in (None, False)]:
@@ -174,6 +174,8 @@ def generate(
         text = ask(prompt, image or [], base, adapter or [], raw, sampling, max_new_tokens, dtype)
         say(console, text)
         return
+    if image and prompts is not None:
+        raise ValueError("--image is for one prompt; leave out --prompts, or give rows with images to reparam eval")
     if output is not None:
         check_output(output, overwrite=overwrite)
     renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
@@ -188,6 +190,7 @@ def generate(
         dtype=dtype,
         storage=storage,
         task=task,
+        images=image or (),
     )
     for told in chat.notes():
         say(messages, note("note", told))
