@@ -172,6 +172,8 @@ class RunConfig:
     """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
     chunked_loss: bool = True
     """Compute the loss from a few logits at a time, only of tokens that carry loss: less memory, the same loss."""
+    liger: bool | None = None
+    """Compute this loss with Liger's kernel. By default, on a GPU where liger_kernel is installed and can be used."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
