@@ -78,7 +78,8 @@ def _plain(found: Plan, rate: float, where: str) -> dict[str, Any]:
 
 def _show(found: Plan, rate: float, where: str, console: Console) -> None:
     total = found.peak.total
-    table = Table(title=f"memory at the peak of a step: {sized(total)}", title_justify="left")
+    say(console, f"peak           {sized(total)} of memory in a step, by what it is for")
+    table = Table()
     for name in ("for", "bytes", "share"):
         table.add_column(name, justify="left" if name == "for" else "right")
     for name, size in sorted(found.peak.parts.items(), key=lambda part: -part[1]):
