@@ -40,7 +40,8 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
     """Modules to adapt, separated by commas: all-linear, attention, mlp, experts, router, everything, the end of a
     module's path such as q_proj, or re: followed by a regular expression. The default depends on the method; for most
-    it is all-linear."""
+    it is all-linear. On a vision-language model, these words select in the language model; language, vision and
+    projector name its parts."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
