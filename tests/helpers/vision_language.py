@@ -118,7 +118,7 @@ def gemma3(folder: Path) -> None:
     soft, begin, end = ids(words, *named.values())
     text = {**TEXT, "head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
     config = hf.Gemma3Config(
-        vision_config=hf.SiglipVisionConfig(**{**VISION, "image_size": 16}),
+        vision_config=hf.SiglipVisionConfig(**{**VISION, "image_size": 16}, vision_use_head=False),
         text_config=hf.Gemma3TextConfig(vocab_size=len(words), **text),
         mm_tokens_per_image=4,
         image_token_index=soft,

@@ -26,6 +26,7 @@ from reparam.data.corpus import Corpus, Gathered
 from reparam.data.encoder import Encoder, Settings
 from reparam.data.findings import BadRows, Findings
 from reparam.data.lengths import TooLong
+from reparam.data.placing import Placing
 from reparam.data.row import Row
 from reparam.data.workers import encoded
 from reparam.errors import DataError
@@ -48,6 +49,7 @@ def encode(
     tasks: Sequence[str] = (),
     too_long: TooLong = "auto",
     bad_rows: BadRows = "error",
+    images: Placing | None = None,
 ) -> Encoded:
     """Tokenize rows and mark the tokens that carry loss.
 
@@ -55,7 +57,7 @@ def encode(
     answer of a chat does; text rows always carry loss on all tokens. `vocab_size` is the number of rows of the model's
     input embedding. With `tasks`, the column "task" of each row must name one of them, and each example gets its index.
     `too_long` says what becomes of longer rows (`data.lengths`). With `bad_rows="drop"`, rows that cannot be trained on
-    are left out and counted.
+    are left out and counted. `images` says how a vision-language model writes the images of the rows.
 
     Raises DataError with all problems: no rows; a slow tokenizer, or one without a chat template if there are chats; a
     chat that the template refuses, partly ignores, or renders so that the answers cannot be located; rows without loss
@@ -70,6 +72,7 @@ def encode(
         vocab_size=vocab_size,
         too_long=too_long,
         bad_rows=bad_rows,
+        images=images,
         with_tasks=bool(tasks),
     )
     return corpus.part(tasks=tasks)
@@ -84,6 +87,7 @@ def encode_all(
     vocab_size: int | None = None,
     too_long: TooLong = "auto",
     bad_rows: BadRows = "error",
+    images: Placing | None = None,
     with_tasks: bool = False,
     folder: Path | None = None,
     about: int | None = None,
@@ -105,7 +109,8 @@ def encode_all(
     assert start is not None
     findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size)
     settings = Settings(max_length, loss_on, vocab_size, too_long, bad_rows, with_tasks, lenient)
-    make = functools.partial(Encoder, tokenizer, settings)
+    make = functools.partial(Encoder, tokenizer, settings, images)
+    workers = workers if images is None else 1  # their images are known to this process alone
     gathered = Gathered(folder)
     columns: set[str] = set()
     uses: dict[str, bool] = {}

@@ -10,6 +10,7 @@ from reparam.data.chat import LossOn
 from reparam.data.findings import BadRows, Found
 from reparam.data.lengths import Lengths, TooLong
 from reparam.data.made import Arrays
+from reparam.data.placing import Placing
 from reparam.data.row import Row
 from reparam.data.tokenize import Tokenizer
 
@@ -45,9 +46,10 @@ class Made(NamedTuple):
 class Encoder:
     """Encodes batches of rows."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Settings) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Settings, images: Placing | None = None) -> None:
+        """`images` says how a vision-language model writes the images of rows."""
         self.how = how
-        self._tokenize = Tokenizer(tokenizer, loss_on=how.loss_on)
+        self._tokenize = Tokenizer(tokenizer, loss_on=how.loss_on, images=images)
         self._lengths = Lengths(
             max_length=how.max_length, too_long=how.too_long, with_tasks=how.with_tasks, lenient=how.lenient
         )

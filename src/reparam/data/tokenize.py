@@ -19,6 +19,7 @@ from reparam.data.chat import ChatTemplate, LossOn, special_names, special_token
 from reparam.data.findings import Found
 from reparam.data.offsets import Located, with_offsets
 from reparam.data.pieces import Pieces
+from reparam.data.placing import Placed, Placing, without
 from reparam.data.row import Row
 from reparam.errors import DataError
 
@@ -60,11 +61,12 @@ class Tokenizer:
     the row already contains them. Chats get only the special tokens of their template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, loss_on: LossOn) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, loss_on: LossOn, images: Placing | None = None) -> None:
         self._tokenizer = tokenizer
         self._found = Found((), vocab_size=None, bad_rows="error")
         self._loss_on: LossOn = loss_on
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._template = ChatTemplate(tokenizer, images=images) if tokenizer.chat_template else None
+        self._images = images
         self._pieces = Pieces.of(tokenizer)
         self._specials = special_tokens(tokenizer)
         # Looking for one character is much faster than looking for the tokens.
@@ -100,6 +102,19 @@ class Tokenizer:
             return self._pieces(texts)
         return with_offsets(self._tokenizer, texts)
 
+    def _placed(self, rows: Sequence[Row], texts: Sequence[str]) -> Sequence[Located | None]:
+        """The tokens of each text of a row, with those of its images; None for a row that is refused."""
+        if self._images is None:
+            return self._located(texts)
+        found: list[Located | None] = []
+        for row, text in zip(rows, texts, strict=True):
+            try:
+                found.append(self._images.located(row, text))
+            except ValueError as error:
+                self._found.refuse(row, str(error))
+                found.append(None)
+        return found
+
     # --- the three kinds of rows; each yields (position in `rows`, tokens) ---
 
     def _chats(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
@@ -128,14 +143,20 @@ class Tokenizer:
             chats += [(i, part) for part in rendered]
             for warning in dict.fromkeys(warning for part in rendered for warning in part.warnings):
                 self._found.warn(row, warning)
-        for (i, chat), tokens in zip(chats, self._located([chat.text for _, chat in chats]), strict=True):
-            yield i, Tokens(tokens.ids, self._token_spans(rows[i], chat.spans, tokens))
+        placed = self._placed([rows[i] for i, _ in chats], [chat.text for _, chat in chats])
+        for (i, chat), tokens in zip(chats, placed, strict=True):
+            if tokens is not None:
+                yield i, Tokens(tokens.ids, self._token_spans(rows[i], chat.spans, tokens))
 
     def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
-        prompts = [tokens.ids for tokens in self._located([row.prompt for row in rows])]
+        written = [self._images.written(row.prompt) if self._images else row.prompt for row in rows]
+        prompts = self._placed(rows, written)
         completions = [tokens.ids for tokens in self._located([row.completion for row in rows])]
         begun = self._may_hold_special([text for row in rows for text in (row.prompt, row.completion)])
-        for i, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
+        for i, (row, placed, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
+            if placed is None:
+                continue
+            prompt = placed.ids
             if begun:
                 self._look_at(row, row.prompt, row.completion)
             if not len(completion):
@@ -143,7 +164,9 @@ class Tokenizer:
             before = self._before(prompt)
             first = 0 if self._loss_on == "all" else len(before) + len(prompt)
             ids = np.concatenate([before, prompt, completion, self._after(row, completion)])
-            yield i, Tokens(ids, [(first, len(ids))])
+            images = placed.images() if isinstance(placed, Placed) else []
+            shifted = [(len(before) + start, len(before) + end) for start, end in images]
+            yield i, Tokens(ids, without([(first, len(ids))], shifted))
 
     def _texts(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         begun = self._may_hold_special([row.text for row in rows])
@@ -175,6 +198,8 @@ class Tokenizer:
         return any(first in joined for first in self._begin_special)
 
     def _look_at(self, row: Row, *contents: str) -> None:
+        mark = self._images.mark if self._images else None
+        contents = tuple(content.replace(mark, "") for content in contents) if mark else contents
         begin = [content for content in contents if any(first in content for first in self._begin_special)]
         if any(self._specials.search(content) for content in begin):
             self._found.warn(row, "the content contains the text of a special token, which is tokenized as that token")
@@ -192,7 +217,7 @@ class Tokenizer:
                 first -= 1
                 self._found.warn(row, "an answer begins inside a token that also ends its prompt")
             result.append((first, last))
-        return result
+        return without(result, tokens.images()) if isinstance(tokens, Placed) else result
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:

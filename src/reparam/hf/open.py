@@ -21,7 +21,8 @@ from reparam.core.registry import find_storage
 from reparam.data.framing import Frame, frame
 from reparam.errors import FormatError
 from reparam.hf import prompts
-from reparam.hf.models import load_base, load_tokenizer
+from reparam.hf.models import load_base
+from reparam.hf.processors import words_of
 from reparam.hf.tasks import pad_with
 from reparam.io import files
 from reparam.io.files import adapter_folder
@@ -55,11 +56,11 @@ def open_model(
         if base is None:
             check_there(path, folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
-        return found.model, prompted(load_tokenizer(path), found), found
+        return found.model, prompted(words_of(path), found), found
     record = files.read(folder) if folder is not None else None
     path = base or base_of(record, folder)
     head = record.head if record is not None else head
-    model, tokenizer = _load(path, record, dtype, storage, head), load_tokenizer(path)
+    model, tokenizer = _load(path, record, dtype, storage, head), words_of(path)
     if head is not None:
         pad_with(model, tokenizer)
     if record is None or folder is None:

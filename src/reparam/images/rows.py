@@ -54,6 +54,8 @@ class ImageRows(Reading):
 
     def row_of(self, value: Mapping[str, Any], place: str) -> Row:
         """The row, with a place for each image. Raises DataError as the class says."""
+        if other := _neither_text_nor_image(value):
+            raise DataError([f"{place}: the row has {other}, which no run reads; leave it out, or give images of it"])
         given = {key: held for key, held in value.items() if key not in self._image_columns.values()}
         given |= {key: value[name] for key, name in self._image_columns.items() if name in value}
         named = [given.pop(key, None) for key in KEYS]
@@ -71,6 +73,35 @@ class ImageRows(Reading):
             read = b"".join(hashlib.sha256(check_header(source)).digest() for source in sources)
             self._found[row.source] = Images(sources, hashlib.sha256(read).hexdigest())
         return row
+
+
+class WithoutImages(Reading):
+    """A stream of rows for a model that reads text alone: a row with an image is refused, with "file:line"."""
+
+    def row_of(self, value: Mapping[str, Any], place: str) -> Row:
+        """The row. Raises DataError if it has an image, and as `Reading` does."""
+        named = next((key for key in KEYS if value.get(key)), None)
+        key = f' ("{named}")' if named else ""
+        if named is not None or _inside_messages(dict(value))[0]:
+            raise DataError(
+                [
+                    f"{place}: the row has an image{key}, and the base reads text alone; "
+                    f"leave images out, use a vision-language model, or teach the base with `reparam vision pretrain`"
+                ]
+            )
+        return super().row_of(value, place)
+
+
+def _neither_text_nor_image(value: Mapping[str, Any]) -> str:
+    """A video or a sound in a row, for a message; "" if there is none."""
+    messages = value.get("messages")
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    types = {str(part.get("type")).partition("_")[0] for part in parts}
+    for kind in ("video", "audio"):
+        if kind in types or value.get(kind) or value.get(f"{kind}s"):
+            return "a video" if kind == "video" else "audio"
+    return ""
 
 
 def _folder(place: str) -> Path | None:

@@ -114,8 +114,23 @@ def check_header(source: Source) -> bytes:
     return found
 
 
+def size_of(source: Source | Any) -> tuple[int, int]:
+    """Width and height in pixels of an image, as its EXIF orientation says, from its header. Raises as `upright`."""
+    if not isinstance(source, Source):
+        width, height = upright(source, 3).size
+        return width, height
+    with _opened(source.read(), source.name) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = image.size
+    return (height, width) if turned else (width, height)
+
+
 def upright(source: Any, channels: int) -> Image:
-    """The image with the mode for this number of channels, turned as its EXIF orientation says."""
+    """The image with the mode for this number of channels, turned as its EXIF orientation says.
+
+    `source` may also be a Pillow image, a path, or bytes. Raises DataError, with the image's name, for a file that is
+    missing, damaged, too large or in another format.
+    """
     library = pillow()
     from PIL import ImageOps
 

@@ -21,9 +21,11 @@ from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import note, say, say_json
 from reparam.hf.models import load_base, vocabulary
 from reparam.hf.open import frame_of, open_model
+from reparam.hf.tasks import own_head
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
+from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_files
 
@@ -65,7 +67,7 @@ def show(
     if _holds_model(folder):
         _show_model(folder, console, json=json, more=more)
         return
-    model = load_base(base) if base else None
+    model = load_base(base, head=files.read(adapter_folder(folder)).head) if base else None
     summary = summarize(adapter_folder(folder), model)
     seen = closely.look(asked, adapter_folder(folder), base, model)
     if plot is not None:
@@ -84,6 +86,9 @@ def show(
     )
     say(console, note(summary.method, f"in {summary.format} format: {settings}", "bold"))
     say(console, f"base        {summary.base}")
+    if summary.task != "causal":
+        classes = f"; {counted(len(summary.labels), 'class', 'classes')}: {', '.join(summary.labels)}"
+        say(console, f"task        {summary.task}{classes if summary.labels else ''}")
     say(console, f"parameters  {summary.parameters:,} in {counted(summary.bytes, 'byte')}")
     say(console, _table(summary))
     found = _ranks(summary)
@@ -151,7 +156,7 @@ def _show_routing(
 
 
 def _show_model(folder: Path, console: Console, *, json: bool, more: Mapping[str, Any]) -> None:
-    model = load_base(str(folder))
+    model = load_base(str(folder), head=own_head(str(folder)))
     found = reports(model)
     if json:
         told = [

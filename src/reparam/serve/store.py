@@ -103,18 +103,9 @@ class Store:
 
         Raises FormatError if there is none, or a folder is a link that leads out of `root`.
         """
-        if not root.is_dir():
-            raise FormatError(f"{root}: no such folder of adapters")
+        found = adapters_in(root)
         self._roots |= {root, root.resolve()}
-        for folder in sorted(root.iterdir()):
-            inside = adapter_folder(folder)
-            if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
-                continue
-            check_inside(folder, root)
-            check_name(folder.name)
-            self._folders[folder.name] = inside
-        if not self._folders:
-            raise FormatError(f"{root}: no adapter here; each one is a folder with adapter.json or adapter_config.json")
+        self._folders |= found
 
     def load(self, name: str, folder: Path) -> Future[str]:
         """Read an adapter, now, and use it by this name. The result is its digest.
@@ -260,6 +251,26 @@ class Store:
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]
         self._banks.free(resident.slot)
+
+
+def adapters_in(root: Path) -> dict[str, Path]:
+    """The adapters in the folders of `root`, by the name of the folder.
+
+    Raises FormatError if there is none, or a folder is a link that leads out of `root`.
+    """
+    if not root.is_dir():
+        raise FormatError(f"{root}: no such folder of adapters")
+    found = {}
+    for folder in sorted(root.iterdir()):
+        inside = adapter_folder(folder)
+        if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
+            continue
+        check_inside(folder, root)
+        check_name(folder.name)
+        found[folder.name] = inside
+    if not found:
+        raise FormatError(f"{root}: no adapter here; each one is a folder with adapter.json or adapter_config.json")
+    return found
 
 
 def check_name(name: str) -> None:

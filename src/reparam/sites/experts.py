@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.placing import hooks_of, patched
+from reparam.sites import expert_graph
 from reparam.sites.expert import Choice, Expert, Part
 from reparam.sites.layout import groups
 from reparam.sites.routing import Routing
@@ -58,7 +59,20 @@ class Opened(nn.Module):
         """The output of the module's own class, with the active updates and the quantized weights of its experts."""
         if self.routing is not None:
             return self._mixed(self.routing, args, kwargs)
+        if torch.compiler.is_compiling() and not self.is_idle() and (products := self._products()) is not None:
+            first, last = ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
+            return expert_graph.forward(self, products, *args, **kwargs, first=first, last=last)
         return original_class(self).forward(self if self.is_idle() else self._standing(), *args, **kwargs)
+
+    def _products(self) -> dict[str, expert_graph.Product] | None:
+        """What a compiled graph computes with, by the names of the stacks; None if it cannot."""
+        found: dict[str, expert_graph.Product] = {}
+        for name, layout in self.stacks.items() if is_decorated(self) else ():
+            own = expert_graph.product_of(self._parameters.get(name), self.experts_of(name), layout == "transposed")
+            if own is None:
+                return None
+            found[name] = own
+        return found or None
 
     def _mixed(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A mixed batch: each token goes through its experts with its adapter."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
+from reparam.images.rows import ImageRows, WithoutImages
+from reparam.images.seeing import Seeing
 from reparam.io.head import Head
 from reparam.io.outputs import user_cache
 from reparam.io.prompt_format import PromptFormat
@@ -39,6 +42,7 @@ from reparam.train.model import by_task
 from reparam.train.ranges import bytes_of
 from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.sections import DataConfig
+from reparam.train.seeing import seeing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +67,8 @@ class Data(NamedTuple):
     """How an adapter that is trained on the rows is prompted; None for other tasks than causal language modeling."""
     stream: Streamed | None = None
     """The training rows, if they are streamed; `train` holds a sample of them."""
+    seeing: Seeing | None = None
+    """What makes the inputs of a vision-language model from the rows."""
     head: Head | None = None
     """What the model must be for; None for a causal language model."""
 
@@ -72,21 +78,29 @@ class Data(NamedTuple):
             rows.check_vocabulary(size, tokenizer)
 
 
-def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Callable[..., Reading] = Reading) -> Data:
-    """Read and encode all rows; `reading` makes the stream of rows.
+def read_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Callable[..., Reading] | None = None
+) -> Data:
+    """Read and encode all rows. `reading` makes the stream of rows; by default, as the base needs them.
 
     Raises DataError for rows that cannot be used, and ConfigError for settings of [data].
 
     Rows are held out before others are mixed. Which ones depends on the seed and on the number of rows alone.
     """
     data, seed = config.data, config.run.seed
+    seeing = seeing_of(config) if reading is None else None
+    if seeing is not None:
+        data = dataclasses.replace(data, cache="off")  # tokens depend on the sizes of images, too
+    reading = reading or (functools.partial(ImageRows, found=seeing.found) if seeing is not None else WithoutImages)
     with_tasks = config.method.known_tasks is not None
     framed = frame_of(data, tokenizer)
-    corpus = _corpus(data, data.sources(), tokenizer, framed, reading, with_tasks=with_tasks, most=data.max_rows)
+    corpus = _corpus(
+        data, data.sources(), tokenizer, framed, reading, with_tasks=with_tasks, most=data.max_rows, images=seeing
+    )
     check_chats(data, corpus.kinds)
     other = None
     if data.valid is not None:
-        other = _corpus(data, data.sources("valid"), tokenizer, framed, reading, with_tasks=with_tasks)
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, reading, with_tasks=with_tasks, images=seeing)
     rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
     if other is None:
         out = held_out(config, len(corpus))
@@ -105,7 +119,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Ca
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
     shown = list(framed.rows(_held_out(data, other or corpus, held, reading)))
     checked = (corpus, *([other] if other else []))
-    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
+    if seeing is not None:
+        for part in (train, valid):
+            seeing.check(part)
+    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds), seeing=seeing)
 
 
 def read_valid(
@@ -125,6 +142,7 @@ def _corpus(
     *,
     with_tasks: bool,
     most: tuple[int, ...] = (),
+    images: Seeing | None = None,
 ) -> Corpus:
     """The encoded rows of these sources, from the cache if there is one."""
     settings: dict[str, Any] = {
@@ -138,9 +156,8 @@ def _corpus(
     def make(folder: Path | None) -> Corpus:
         reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
-        corpus = encode_all(
-            framed.rows(reading), tokenizer, **settings, folder=folder, about=about, workers=data.workers
-        )
+        more: dict[str, Any] = {"folder": folder, "about": about, "workers": data.workers, "images": images}
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, **more)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]

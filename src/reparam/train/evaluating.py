@@ -135,7 +135,9 @@ class Answering(Measure):
 
     def measure(self) -> dict[str, float]:
         """Answer the rows. Returns the share of right answers, from 0 to 1, if it is the metric."""
-        self.answers = answer(self.job.model, self.job.tokenizer, self.rows, longest=self.longest)
+        self.answers = answer(
+            self.job.model, self.job.tokenizer, self.rows, longest=self.longest, seeing=self.job.seeing
+        )
         right = [given.right for given in self.answers[: self.counted]]
         self.rows_measured = len(right)
         return {"eval_exact_match": sum(right) / len(right)} if self.counts else {}

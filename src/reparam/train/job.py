@@ -18,6 +18,7 @@ from reparam.data.preferences import Preferences
 from reparam.data.prompts import Prompts
 from reparam.data.streamed import Streamed
 from reparam.evaluation.score import Answer, Score
+from reparam.images.seeing import Seeing
 from reparam.optim.pager import Paging
 from reparam.train.config import Config
 
@@ -38,6 +39,8 @@ class Job:
     """The training rows in packs, with `data.packing`."""
     stream: Streamed | None = None
     """The training rows, with `data.streaming`; `train` holds a sample of them."""
+    seeing: Seeing | None = None
+    """What makes the inputs of a vision-language model from the rows."""
 
     @property
     def drawn(self) -> Encoded | Preferences | Prompts | Examples | Packed | Streamed:

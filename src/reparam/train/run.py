@@ -45,6 +45,7 @@ from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.reading import tokenizer_of
+from reparam.train.seeing import check_base
 from reparam.train.show import Show
 from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
@@ -152,6 +153,7 @@ def prepare(config: Config) -> Job:
     optimizer.check_optimizer(config.optim)
     check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
+    check_base(config)
     set_seed(config.run.seed)
     tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes
@@ -163,7 +165,18 @@ def prepare(config: Config) -> Job:
     adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     packed = _packed(config, adapter, data)
-    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed, data.stream)
+    return Job(
+        config,
+        adapter.model,
+        tokenizer,
+        adapter,
+        data.train,
+        data.valid,
+        data.held_out,
+        packed,
+        data.stream,
+        data.seeing,
+    )
 
 
 def _packed(config: Config, adapter: Adapter, data: Data) -> Packed | None:

@@ -40,7 +40,8 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
     """Modules to adapt, separated by commas: all-linear, attention, mlp, experts, router, everything, the end of a
     module's path such as q_proj, or re: followed by a regular expression. The default depends on the method; for most
-    it is all-linear."""
+    it is all-linear. On a vision-language model, these words select in the language model; language, vision and
+    projector name its parts."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
@@ -171,6 +172,8 @@ class RunConfig:
     """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
     chunked_loss: bool = True
     """Compute the loss from a few logits at a time, only of tokens that carry loss: less memory, the same loss."""
+    liger: bool | None = None
+    """Compute this loss with Liger's kernel. By default, on a GPU where liger_kernel is installed and can be used."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0

@@ -86,11 +86,12 @@ class Objective(abc.ABC):
 
         They prove that the saved adapter is the trained one. One by one, because the logits of a long row are large.
         """
-        valid, collate = flat(job.valid), Collator(padding_id(job.tokenizer))
+        collate: Any = Collator(padding_id(job.tokenizer)) if job.seeing is None else job.seeing.collate
+        valid: Any = flat(job.valid) if job.seeing is None else job.seeing.rows(flat(job.valid))
         device = next(job.model.parameters()).device
         for index in range(min(4, len(valid))):
             batch = collate([valid[index]])
-            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+            inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "row", "task")}
             yield batch, functools.partial(_logits, job.model, inputs)
 
     @abc.abstractmethod
