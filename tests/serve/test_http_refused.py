@@ -1,4 +1,7 @@
-"""Bad requests get an error in OpenAI's shape that names the field; none gets a 500, and none stops the server."""
+"""Bad requests get an error in OpenAI's shape that names the field; none gets a 500, and none stops the server.
+
+REPARAM_FUZZ_SECONDS=3600 sends new ones for that long.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import http.client
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,11 @@ import http_server
 import pytest
 from bad_requests import Bad
 from http_server import Served
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 FULL = os.environ.get("REPARAM_TESTS") == "full"
+SECONDS = float(os.environ.get("REPARAM_FUZZ_SECONDS", 60 if FULL else 0))
 KINDS = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 429: "rate_limit_error"}
 
 
@@ -90,15 +95,50 @@ VALUES = st.recursive(
 FIELDS = sorted({*bad_requests.WRONG, *bad_requests.ONLY[bad_requests.CHAT], *bad_requests.ONLY[bad_requests.TEXT]})
 
 
-@settings(max_examples=20_000 if FULL else 60, suppress_health_check=list(HealthCheck), deadline=None)
-@given(
-    path=st.sampled_from([*bad_requests.GOOD, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]),
-    fields=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, max_size=4),
-)
-def test_whatever_stands_in_the_fields_there_is_an_answer(line: Line, path: str, fields: dict[str, Any]) -> None:
+ANY = settings(suppress_health_check=list(HealthCheck), deadline=None, database=None)
+PATHS = st.sampled_from([*bad_requests.GOOD, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+BODIES = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, max_size=4)
+
+
+def check_any(line: Line, path: str, fields: dict[str, Any]) -> int:
     body = {**bad_requests.GOOD.get(path, {"lora_name": "a", "lora_path": "nowhere"}), **fields}
     status, answer, _ = line.ask(path, json.dumps(body).encode())
     assert status in (200, 400, 403, 404, 409), (status, answer)
+    return status
+
+
+@settings(ANY, max_examples=20_000 if FULL else 60)
+@given(path=PATHS, fields=BODIES)
+def test_whatever_stands_in_the_fields_there_is_an_answer(line: Line, path: str, fields: dict[str, Any]) -> None:
+    check_any(line, path, fields)
+
+
+@pytest.mark.skipif(not SECONDS, reason="set REPARAM_FUZZ_SECONDS")
+@pytest.mark.timeout(2 * SECONDS + 600)
+def test_requests_of_all_kinds_for_a_given_time(served: Served, line: Line) -> None:
+    """Rounds with seeds of their own; after each one, an answer is what it was at the beginning."""
+    asked: dict[str, Any] = {"model": "b", "prompt": "def area(", "max_tokens": 8, "temperature": 0}
+    client = served.client().with_options(timeout=600)
+    right = client.completions.create(**asked).choices[0].text
+    end, number, count = time.monotonic() + SECONDS, 0, dict.fromkeys((200, 400, 403, 404, 409), 0)
+
+    while time.monotonic() < end:
+        number += 1
+
+        @seed(number)
+        @settings(ANY, max_examples=200)
+        @given(path=PATHS, fields=BODIES)
+        def one_round(path: str, fields: dict[str, Any]) -> None:
+            count[check_any(line, path, fields)] += 1
+
+        one_round()
+        for bad in bad_requests.many(100, seed=number):
+            status, body, _ = line.ask(bad.path, bad.body)
+            assert status in (200, 400, 404), (bad, status, body)
+            count[status] += 1
+        assert client.completions.create(**asked).choices[0].text == right
+        assert served.engine.metrics().restarts == 0
+        print(f"round {number}: {sum(count.values()):,} requests, by status {count}", flush=True)
 
 
 def test_loading_by_name_and_path(line: Line, folder: Path) -> None:

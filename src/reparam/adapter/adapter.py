@@ -17,6 +17,7 @@ from reparam.core.controller import Controller
 from reparam.core.method import Method
 from reparam.core.text import counted
 from reparam.io import files
+from reparam.io.head import Head
 from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Base, Packing, Record, Tied
 from reparam.sites.expert_paths import numbers_of_experts
@@ -50,6 +51,8 @@ class Adapter:
         self.controller: Controller | None = None
         self.prompt_format: PromptFormat | None = None
         """How the adapter is prompted, which `save` writes beside it; None when unknown."""
+        self.head: Head | None = None
+        """What the model is for, which `save` writes beside it; None for a causal language model."""
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -185,6 +188,7 @@ class Adapter:
             experts=numbers_of_experts(self.model),
             model_type=str(getattr(config, "model_type", "") or ""),
             prompt_format=self.prompt_format,
+            head=self.head,
         )
 
     def check_values(self, what: str) -> None:

@@ -28,6 +28,7 @@ from reparam.sites import targets as targets_
 from reparam.sites.experts import close_idle, opened
 from reparam.sites.follower import Follower
 from reparam.sites.module import SHARED, Adapted, Shared
+from reparam.sites.parts import WORDS, without_vision
 from reparam.sites.reads import announce
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import newly_initialized, put, walk
@@ -82,7 +83,9 @@ def attach(
     method = _configured(method, settings)
     with opened(model):
         wanted = [targets] if isinstance(targets, str) else list(method.default_targets if targets is None else targets)
-        names = _reached(model, method, wanted, targets_.resolve(model, wanted, tie=tie))
+        found = targets_.resolve(model, wanted, tie=tie)
+        found = without_vision(model, found) if targets is None else found
+        names = _reached(model, method, wanted, found)
         ends = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
         whole = [path for end in ends for path in targets_.ending(model, end)]
         whole, linked = whole_together(model, whole) if tie else (whole, {})
@@ -144,7 +147,7 @@ def _reached(model: nn.Module, method: Method, wanted: Sequence[str], found: lis
     """
     modules = dict(walk(model))
     odd = {name: why for name in found if (why := method.unsupported_reason(targets_.site_of(name, modules[name])))}
-    paths = [target for target in wanted if target not in targets_.KEYWORDS]
+    paths = [target for target in wanted if target not in (*targets_.KEYWORDS, *WORDS)]
     named = [name for name in targets_.resolve(model, paths) if name in odd] if odd and paths else []
     if named or len(odd) == len(found):
         reasons: dict[str, list[str]] = {}

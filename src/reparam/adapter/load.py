@@ -98,6 +98,7 @@ def place(
             raise FormatError(f"{folder}: this adapter cannot be put on this model: {error}") from error
         fill(adapter, record, folder)
         adapter.prompt_format = record.prompt_format
+        adapter.head = record.head
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
         adapter.requires_grad_(False)

@@ -25,6 +25,7 @@ from reparam.sites.expert_paths import experts_with
 from reparam.sites.experts import Opened
 from reparam.sites.held import BANK
 from reparam.sites.module import SHARED, Adapted
+from reparam.sites.parts import check_mixed
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing
 from reparam.sites.wrapped import bare
@@ -144,6 +145,9 @@ class AdapterState:
             raise ValueError("select: the list is empty; pass one name, or None, for each row of the batch")
         if spans is not None:
             check(spans, len(rows or ()))
+        for name in set(rows or ()) - {None} if len(set(rows or ())) > 1 else ():
+            own = self.adapters[str(name)]
+            check_mixed(self.model, own.name, (*own.modules, *own.replaced))
         if rows is not None:
             self._renew(rows, budget)
         selection = Selection(self, self._request)

@@ -51,6 +51,8 @@ class Inputs:
             first = self.of_first(value) if isinstance(value, Tensor) else None
             if first is None or not (value.is_floating_point() or name in IDS or value is self.batch):
                 return value
+            if name.startswith("pixel_") and value is not self.batch:
+                return value  # of images, whose number some models find by which pixels are not zero
             return change(value, first)
 
         return tuple(changed(x) for x in self.args), {name: changed(x, name) for name, x in self.kwargs.items()}

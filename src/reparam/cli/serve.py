@@ -10,7 +10,7 @@ import typer
 from reparam.cli.options import Dtype, console
 
 NEEDED = {"fastapi", "prometheus_client", "sse_starlette", "starlette", "uvicorn"}
-SIZES, BOUNDS = "Sizes of the engine", "Limits of requests"
+SIZES, BOUNDS, RAY = "Sizes of the engine", "Limits of requests", "Several engines"
 
 
 def serve(
@@ -70,11 +70,37 @@ def serve(
         float,
         typer.Option(help="Seconds that open requests have to end when the server stops.", rich_help_panel=BOUNDS),
     ] = 30,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Serve with several engines on a Ray cluster: RAY_ADDRESS, or one here.", rich_help_panel=RAY
+        ),
+    ] = False,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Engines, each with a copy of the base; the fewest, if they vary.", rich_help_panel=RAY
+        ),
+    ] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most engines; their number follows the open requests.", rich_help_panel=RAY),
+    ] = None,
+    target_requests: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Open requests for each engine, which their number aims at; --requests.", rich_help_panel=RAY
+        ),
+    ] = None,
 ) -> int:
     """Serve a base and many adapters over HTTP, as OpenAI's clients speak it, in one batch. A page is at /.
 
     [bold]reparam serve ./model --adapters out[/bold]
     """
+    if ray:
+        _check_ray(allow_loading)
+    elif replicas > 1 or max_replicas or target_requests:
+        raise ValueError("--replicas, --max-replicas and --target-requests are for several engines; add --ray")
     try:
         from reparam.recipes.serve import name_of
         from reparam.recipes.serve import serve as run
@@ -99,6 +125,22 @@ def serve(
         drain_seconds=drain_seconds,
     )
     limits = Limits(requests, step_tokens, cache_tokens, queue, adapter_bytes)
+    if ray:
+        from reparam.recipes.serve_ray import serve_on_ray
+        from reparam.serve.ray import plan_of
+
+        plan = plan_of(
+            base,
+            settings,
+            limits,
+            api_key_file=api_key_file,
+            dtype=dtype,
+            storage=storage,
+            replicas=replicas,
+            max_replicas=max_replicas,
+            target_requests=target_requests,
+        )
+        return serve_on_ray(plan, host=host, port=port, console=console)
     return run(
         base,
         settings=settings,
@@ -110,3 +152,16 @@ def serve(
         storage=storage,
         console=console,
     )
+
+
+def _check_ray(loading: bool) -> None:
+    """Raise ValueError if Ray Serve is not installed, and for what several engines cannot do."""
+    try:
+        import ray.serve  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs {error.name}, which is not installed: pip install 'reparam[ray]'") from None
+    if loading:
+        raise ValueError(
+            "--allow-loading: an adapter that is loaded over HTTP would be in one engine only; put its folder below "
+            "--adapters and start the server again"
+        )

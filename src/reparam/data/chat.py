@@ -14,6 +14,7 @@ from reparam.data.answers import PROBE, Answers, Render, Rendered, Span, text_or
 from reparam.data.forms import Form
 from reparam.data.messages import Messages, learned
 from reparam.data.omissions import Omissions
+from reparam.data.placing import Placing
 from reparam.data.rendering import render, render_digests
 from reparam.data.skeletons import Skeletons
 from reparam.errors import DataError
@@ -49,14 +50,15 @@ class ChatTemplate:
     cannot be read, or that takes too much time or memory, is refused with a DataError.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, images: Placing | None = None) -> None:
+        """With `images`, the marks in contents are images."""
         self._template = tokenizer.get_chat_template()
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._specials = special_tokens(tokenizer)
         self._added = _any_of({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         self._marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         self._form = Form()
-        self._form = self._accepted_form()
+        self._form = self._accepted_form(images)
         self._omissions = Omissions(self._renderer)
         self._begin_special = {name[0] for name in special_names(tokenizer)}
         self._plain: dict[str, Skeletons] = {}
@@ -131,9 +133,9 @@ class ChatTemplate:
                 return name
         return None
 
-    def unused(self) -> list[str]:
-        """The keys of messages and the variables that changed no text so far."""
-        return self._omissions.unused()
+    def uses(self) -> dict[str, bool]:
+        """Whether the keys of messages and the variables that were tried changed a text, since the last call."""
+        return self._omissions.uses()
 
     def _renderer(self, variables: Mapping[str, Any]) -> Render:
         """The template with these variables. The texts of one chat are kept, because some are asked for twice."""
@@ -162,12 +164,16 @@ class ChatTemplate:
         }
         return render(self._template, {**others, "messages": [self._form.of(message) for message in messages]})
 
-    def _accepted_form(self) -> Form:
-        """The form of messages that the template reads."""
+    def _accepted_form(self, images: Placing | None) -> Form:
+        """The form of messages that the template reads. Many read strings, too, but images only in parts."""
         question: dict[str, Any] = {"role": "user", "content": PROBE}
-        form = Form()
-        if not self._writes(form, [question]) and self._writes(form._replace(parts=True), [question]):
-            form = form._replace(parts=True)
+        form = Form() if images is None else Form(mark=images.mark, token=images.token)
+        parts = form._replace(parts=True)
+        pictured = [{"role": "user", "content": f"{form.mark}{PROBE}"}]
+        if (images is not None and self._writes(parts, pictured, form.token)) or (
+            not self._writes(form, [question]) and self._writes(parts, [question])
+        ):
+            form = parts
         call = {"type": "function", "function": {"name": "f", "arguments": {"a": PROBE}}}
         called = [{**question, "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         forms = [
@@ -177,11 +183,12 @@ class ChatTemplate:
         ]
         return next((form for form in forms if self._writes(form, called)), form)
 
-    def _writes(self, form: Form, messages: Messages) -> bool:
-        """Whether the template writes the probe in these messages in this form."""
+    def _writes(self, form: Form, messages: Messages, image: str = "") -> bool:
+        """Whether the template writes the probe in these messages in this form, and what stands for an image."""
         self._form = form
         try:
-            return PROBE in self._text(messages, {}, False)[0]
+            text = self._text(messages, {}, False)[0]
+            return PROBE in text and image in text
         except DataError:
             raise
         except ValueError:

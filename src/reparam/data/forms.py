@@ -21,6 +21,10 @@ class Form(NamedTuple):
     """Arguments of tool calls are JSON in a string, as in OpenAI's format, and not objects."""
     null_content: bool = False
     """An empty content beside tool calls is null."""
+    mark: str = ""
+    """What stands for an image in a content, if models see; a part of the type "image" in a list of parts."""
+    token: str = ""
+    """What is written for an image in a content that is no list of parts."""
 
     def of(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message in this form, with its reasoning under each of the names that templates use."""
@@ -28,7 +32,9 @@ class Form(NamedTuple):
         if (reasoning := reasoning_of(message)) is not None:
             result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
         if self.parts:
-            result["content"] = [{"type": "text", "text": message["content"]}]
+            result["content"] = self._parts(message["content"])
+        elif self.mark:
+            result["content"] = message["content"].replace(self.mark, self.token)
         if calls := message.get("tool_calls"):
             result["tool_calls"] = [self._call(call) for call in calls]
             if self.null_content and not message["content"]:
@@ -36,6 +42,14 @@ class Form(NamedTuple):
         else:
             result.pop("tool_calls", None)
         return result
+
+    def _parts(self, content: str) -> list[dict[str, str]]:
+        """The parts of a content. Without images, it is one part, also if it is empty."""
+        texts = content.split(self.mark) if self.mark else [content]
+        if len(texts) == 1:
+            return [{"type": "text", "text": content}]
+        image, *found = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})]
+        return [part for part in found if part["type"] == image["type"] or part["text"]]
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(call.get("function"), dict):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reparam.data.batches import Encoded, Report
 from reparam.data.encode import encode
+from reparam.data.examples import Examples
 from reparam.data.formats.preference import PAIR, read_judged, read_pair
 from reparam.data.prompts import Prompts, check_vocabulary, read_items
 from reparam.data.row import Row
@@ -112,6 +113,7 @@ def encode_preferences(
     return Preferences(encoded, torch.tensor(good), paired)
 
 
-def flat(examples: Encoded | Preferences | Prompts) -> Encoded:
-    """The encoded texts, one after another: of preferences, those of all answers."""
+def flat(examples: Encoded | Preferences | Prompts | Examples) -> Encoded:
+    """The encoded texts, one after another: of preferences, those of all answers. Not for rows of other tasks."""
+    assert not isinstance(examples, Examples)
     return examples if isinstance(examples, Encoded) else examples.encoded

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reparam.adapter.context import context
 from reparam.adapter.selection import select
@@ -90,6 +90,7 @@ def complete(
     tasks: Sequence[int | str] | None = None,
     adapters: Sequence[str | None] | None = None,
     sampling: Sampling = GREEDY,
+    more: Callable[[Sequence[int], Tensor], Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Generate continuations of prompts, which are lists of token ids, up to the first of `stop_tokens`.
 
@@ -97,7 +98,8 @@ def complete(
     padding would separate the virtual tokens from the text, so each batch has prompts of one length and no padding.
     `tasks` are the names or numbers of the prompts' tasks, for an adapter that depends on them. `adapters` are the
     names of the prompts' adapters (None for the base), which are mixed in one batch; by default, all prompts use what
-    is selected. Raises ValueError for a prompt without tokens, and if the adapters cannot be mixed.
+    is selected. `more` gives what the model takes beside the token ids, for the numbers of the prompts of a batch and
+    their ids [B, T]. Raises ValueError for a prompt without tokens, and if the adapters cannot be mixed.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens, so there is nothing to continue; give a prompt with text")
@@ -129,6 +131,7 @@ def complete(
                     max_new_tokens=max_new_tokens,
                     pad_token_id=pad,
                     eos_token_id=stops or None,
+                    **_on(device, more(chosen, ids) if more is not None else {}),
                     **PLAIN,
                     **sampling.settings(),
                 )
@@ -137,6 +140,10 @@ def complete(
                 found[i] = text
     model.train(training)
     return found
+
+
+def _on(device: torch.device, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in given.items()}
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[Sequence[int]]:

@@ -21,11 +21,16 @@ from reparam.data.encode import encode
 from reparam.data.row import Row
 from reparam.data.rows import read_rows
 from reparam.evaluation.engine import answers_of, opened
-from reparam.evaluation.score import Answer, Score, answer, answerable, score_answers, score_loss
+from reparam.evaluation.score import Answer, Score, answer, answerable, score_answers, score_loss, score_losses
 from reparam.evaluation.tables import answers_table, scores_table
 from reparam.evaluation.terminal import say, say_json
 from reparam.hf.models import vocabulary
-from reparam.hf.open import frame_of, open_model
+from reparam.hf.open import base_of, frame_of, open_model
+from reparam.hf.prompts import prompting_of
+from reparam.images.rows import ImageRows, WithoutImages
+from reparam.images.seeing import Seeing, seeing_of
+from reparam.io import files
+from reparam.io.files import adapter_folder
 from reparam.io.record import Record
 
 if TYPE_CHECKING:
@@ -73,20 +78,33 @@ def evaluate(
     `storage` are those of `reparam.hf.open.open_model`. With `engine`, answers come from the serving engine. Raises
     ValueError if the data, the base model or the adapter cannot be used.
     """
-    rows = read_rows(data)
+    seeing = _seeing(base, adapter)
+    rows = list(ImageRows([data], found=seeing.found) if seeing is not None else WithoutImages([data]))
     model, tokenizer, loaded = open_model(base, adapter, dtype=dtype, storage=storage)
     rows = list(frame_of(tokenizer, loaded).rows(rows))
     size, tasks = vocabulary(model), tasks_of(model)
-    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks)
+    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=size, tasks=tasks, images=seeing)
+    scored = functools.partial(scores, model, tokenizer, rows, encoded, batch=batch, longest=max_length, seeing=seeing)
     if engine:
+        if seeing is not None:
+            raise ValueError("--engine is not for vision-language models; leave it out")
         return _through_engine(model, tokenizer, rows, encoded, adapter, loaded, batch=batch, longest=max_length)
     if loaded is None:
-        return Evaluation(scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)[0], None, ())
+        return Evaluation(scored()[0], None, ())
     select(model, None)
-    before, plain = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
+    before, plain = scored()
     select(model, loaded.name)
-    after, adapted = scores(model, tokenizer, rows, encoded, batch=batch, longest=max_length)
+    after, adapted = scored()
     return Evaluation(before, after, tuple(zip(plain, adapted, strict=True)))
+
+
+def _seeing(base: str | None, adapter: str | None) -> Seeing | None:
+    """What makes the inputs of the base, if it is a vision-language model."""
+    folder = adapter_folder(adapter) if adapter is not None else None
+    if folder is not None and prompting_of(folder) is not None:
+        return None
+    path = base or base_of(files.read(folder) if folder is not None else None, folder)
+    return seeing_of(path)
 
 
 def _through_engine(
@@ -133,13 +151,15 @@ def scores(
     *,
     batch: int,
     longest: int,
+    seeing: Seeing | None = None,
 ) -> tuple[tuple[Score, ...], list[Answer]]:
     """Score the model with the selected adapter. Returns scores and answers, of at most `longest` tokens.
 
     `encoded` holds the same rows, encoded.
     """
-    answers = answer(model, tokenizer, rows, longest=longest)
-    found = [score_loss(model, encoded, tokenizer, batch=batch)] + ([score_answers(answers)] if answers else [])
+    answers = answer(model, tokenizer, rows, longest=longest, seeing=seeing)
+    losses = score_losses(model, encoded, tokenizer, batch=batch, seeing=seeing)
+    found = losses + ([score_answers(answers)] if answers else [])
     return tuple(found), answers
 
 

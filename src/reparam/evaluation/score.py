@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,12 @@ from reparam.data.tasks import task_numbers
 from reparam.errors import DataError
 from reparam.evaluation.complete import complete
 from reparam.hf.chunked import RowLosses
+from reparam.images.seeing import Seeing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LOSS = "loss per token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,30 @@ def score_loss(model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenize
         )
     if texts:
         return loss_score("bits per byte", nats, weights, unit=math.log(2))
-    return loss_score("loss per token", nats, weights)
+    return loss_score(LOSS, nats, weights)
+
+
+def score_losses(
+    model: nn.Module,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch: int = 8,
+    seeing: Seeing | None = None,
+) -> list[Score]:
+    """What `score_loss` returns. If a vision-language model has rows with images and rows without, also that of each.
+
+    `seeing` makes the inputs of such a model.
+    """
+    if seeing is None:
+        return [score_loss(model, encoded, tokenizer, batch=batch)]
+    nats, tokens = token_losses(model, encoded, tokenizer, batch=batch, seeing=seeing)
+    found = [loss_score(LOSS, nats, tokens)]
+    seen = torch.tensor([bool(seeing.sources(place)) for place in encoded.sources])
+    if bool(seen.any()) and not bool(seen.all()):
+        kinds = ((f"{LOSS} with images", seen), (f"{LOSS} of text alone", ~seen))
+        found += [loss_score(name, nats[kind], tokens[kind]) for name, kind in kinds]
+    return found
 
 
 def loss_score(name: str, nats: Tensor, weights: Tensor, *, unit: float = 1.0) -> Score:
@@ -95,10 +122,16 @@ def loss_score(name: str, nats: Tensor, weights: Tensor, *, unit: float = 1.0) -
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, batch: int
+    model: nn.Module,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch: int,
+    seeing: Seeing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed cross entropy in nats and the number of loss tokens of each example, both [E] float64."""
-    collate = Collator(padding_id(tokenizer))
+    collate: Any = Collator(padding_id(tokenizer)) if seeing is None else seeing.collate
+    dataset: Any = encoded if seeing is None else seeing.rows(encoded)
     device = next(model.parameters()).device
     nats, tokens = torch.zeros(len(encoded), dtype=torch.float64), torch.zeros(len(encoded), dtype=torch.float64)
     by_length = torch.argsort(encoded.lengths).tolist()
@@ -106,9 +139,9 @@ def token_losses(
     model.eval()
     row_losses = RowLosses(model)
     for start in tracked(range(0, len(by_length), batch), "scoring held-out rows", unit="batches"):
-        examples = collate([encoded[i] for i in by_length[start : start + batch]])
+        examples = collate([dataset[i] for i in by_length[start : start + batch]])
         rows = examples["row"]
-        inputs = {key: examples[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
+        inputs = {key: value.to(device) for key, value in examples.items() if key not in ("row", "task")}
         with told(model, examples):
             nats[rows] = row_losses(inputs).double().cpu()
         tokens[rows] = (examples["labels"][:, 1:] != -100).sum(1).double()
@@ -140,21 +173,24 @@ def answer(
     max_new_tokens: int | None = None,
     longest: int | None = None,
     through: Callable[[Sequence[list[int]], int], list[str]] | None = None,
+    seeing: Seeing | None = None,
 ) -> list[Answer]:
     """Generate greedy answers to completions and to the last turn of chats.
 
     Rows without an expected answer (texts, and chats that do not end with one) are left out. `batch` is the number of
     prompts per call of `generate`. By default, `max_new_tokens` is the length of the longest expected answer plus 8, or
     `longest` if that is less: a longer answer counts as wrong, and takes no more time. `through` gives the texts of
-    prompts and a number of new tokens; by default, `complete` does.
+    prompts and a number of new tokens; by default, `complete` does. `seeing` makes the inputs of a vision-language
+    model.
     Raises DataError if the selected adapter depends on the task and a row has no known task, and for a prompt without
     tokens.
     """
-    asked = answerable(rows)
+    asked = [row for row in answerable(rows) if seeing is None or row.kind == "chat" or row.prompt]
     pairs = [pair for pair in map(_split, asked) if pair is not None]
-    template = ChatTemplate(tokenizer) if any(row.kind == "chat" for row in asked) else None
+    chats = any(row.kind == "chat" for row in asked)
+    template = ChatTemplate(tokenizer, images=seeing) if chats else None
     prompts = [
-        _prompt(tokenizer, template, question, row.variables) for row, (question, _) in zip(asked, pairs, strict=True)
+        _prompt(tokenizer, template, question, row, seeing) for row, (question, _) in zip(asked, pairs, strict=True)
     ]
     empty = [row.source for row, prompt in zip(asked, prompts, strict=True) if not prompt]
     if empty:
@@ -166,7 +202,8 @@ def answer(
         max_new_tokens = max((len(tokenizer(text)["input_ids"]) for text in expected), default=0) + 8
         max_new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest)
     if through is None:
-        given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks)
+        more = None if seeing is None else functools.partial(_with_images, seeing, [row.source for row in asked])
+        given = complete(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, tasks=tasks, more=more)
     else:
         given = through(prompts, max_new_tokens)
     return [
@@ -194,9 +231,19 @@ def _prompt(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate | None,
     question: str | Messages,
-    variables: Mapping[str, Any],
+    row: Row,
+    seeing: Seeing | None,
 ) -> list[int]:
+    raw = isinstance(question, str)
     if isinstance(question, str):
-        return list(tokenizer(question)["input_ids"])
-    assert template is not None
-    return list(tokenizer(template.prompt(question, variables), add_special_tokens=False)["input_ids"])
+        text = question
+    else:
+        assert template is not None
+        text = template.prompt(question, row.variables)
+    if seeing is not None:
+        return seeing.prompt_ids(seeing.sources(row.source), text, raw=raw)
+    return list(tokenizer(text, **({} if raw else {"add_special_tokens": False}))["input_ids"])
+
+
+def _with_images(seeing: Seeing, places: Sequence[str], chosen: Sequence[int], ids: Tensor) -> dict[str, Tensor]:
+    return seeing.inputs(ids, [seeing.sources(places[i]) for i in chosen])

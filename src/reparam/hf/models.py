@@ -6,13 +6,16 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from reparam.core.base import Storage
@@ -32,11 +35,25 @@ from reparam.hf.digest import order_metadata
 from reparam.hf.folder import check_path
 from reparam.hf.gguf import folder_of, tokenizer_folder_of
 from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
+from reparam.hf.tasks import CLASSES, check_fits, known, name_of, new_parts, seeded, set_head, without_new_pooler
+from reparam.io.head import Head
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
 from reparam.sites.walk import storages_in
 from reparam.weights.layouts import QUANTIZED
 
+PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""The files of the processor of a vision-language model, beside those of its tokenizer."""
+_OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -47,8 +64,14 @@ def load_base(
     revision: str | None = None,
     storage: Storage | None = None,
     targets: targets_.Targets = "all-linear",
+    head: Head | None = None,
 ) -> nn.Module:
-    """Load a causal language model from a local folder, a GGUF file or the hub, in eval mode.
+    """Load a causal language model, or a vision-language model, from a local folder, a GGUF file or the hub.
+
+    The model is in eval mode.
+
+    With a `head`, load a model for its task instead, with its labels. A head or pooler that the files lack, or hold for
+    another number of classes, gets random values from the seed of `head`.
 
     `dtype` is "auto" (as in the files) or one of `DTYPES`. With a `storage`, the matrices that `targets`
     selects are quantized while they are read; the result equals that of `reparam.quantize` after loading. A model that
@@ -63,23 +86,27 @@ def load_base(
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     disable_progress_bar()
-    with from_files(path, "causal language model"):
+    what = name_of(head)
+    with from_files(path, what):
         folder = folder_of(path, dtype=dtype, revision=revision)
     cached = check_path(folder)
     place = os.path.abspath(folder) if os.path.isdir(folder) else folder
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     loading = waiting(f"loading {path}")
-    with from_files(path, "causal language model"), report_held() as reports, loading, waits_of_transformers():
+    with from_files(path, what), report_held() as reports, loading, waits_of_transformers(), seeded(head):
         config = AutoConfig.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False, local_files_only=cached
         )
         check_config(config)
+        check_fits(config, head)
+        if head is not None:
+            set_head(config, head)
         quantized = storage_config_of(config)
         if quantized is not None:
             config.quantization_config = quantized.to_dict()
             _check_storage(quantized, storage)
         quantizing = None if quantized is not None or storage is None else config_for(storage, targets)
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = _class_for(config, head).from_pretrained(
             place,
             config=config,
             dtype=wanted,
@@ -92,7 +119,10 @@ def load_base(
             **({} if quantizing is None else {"quantization_config": quantizing}),
         )
         model, info = found
-        check_complete(info)
+        info = known(info, new_parts(model, head, info))
+        if head is not None:
+            without_new_pooler(model, head)
+        check_complete(info, what)
         if getattr(model, "hf_quantizer", None) is None:
             check_dense(info, QUANTIZED)
         check_finite(model)
@@ -102,7 +132,7 @@ def load_base(
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
                 raise ValueError(f"is quantized already, but not in {', '.join(dense[:3])}; load the original model")
-    for record in reports:  # of tensors in the files that the model does not use
+    for record in reports if head is None else ():  # of tensors in the files that the model does not use
         logging.getLogger(record.name).handle(record)
     return model.eval()
 
@@ -153,6 +183,7 @@ def save_model(
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+            _copy_processor(model, staging)
 
 
 def check_not_base(folder: str | Path, base: str) -> None:
@@ -168,6 +199,24 @@ def vocabulary(model: nn.Module) -> int:
     """The size of the vocabulary: the number of rows of the input embedding."""
     module = model.get_input_embeddings()  # type: ignore[operator]
     return int(module.weight.shape[0])
+
+
+def _class_for(config: Any, head: Head | None) -> Any:
+    """The class of transformers that makes the model of a configuration, with a head for another task or without."""
+    if head is not None:
+        return CLASSES[head.task]
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing else CLASSES["causal"]
+
+
+def _copy_processor(model: Any, folder: Path) -> None:
+    """Copy the files of the base's processor, if there are any, that the tokenizer has not written."""
+    base = str(model.config._name_or_path)
+    if not base or getattr(model.config, "vision_config", None) is None:
+        return
+    for name in PROCESSOR:
+        if not (folder / name).exists() and (file := cached_file(base, name, **_OPTIONAL)) is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def storage_config_of(config: Any) -> StorageConfig | None:

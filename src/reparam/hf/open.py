@@ -21,22 +21,31 @@ from reparam.core.registry import find_storage
 from reparam.data.framing import Frame, frame
 from reparam.errors import FormatError
 from reparam.hf import prompts
-from reparam.hf.models import load_base, load_tokenizer
+from reparam.hf.models import load_base
+from reparam.hf.processors import words_of
+from reparam.hf.tasks import pad_with
 from reparam.io import files
 from reparam.io.files import adapter_folder
+from reparam.io.head import Head
 from reparam.io.record import Packing, Record
 from reparam.sites.walk import storages_in, tied, walk
 
 
 def open_model(
-    base: str | None, adapter: str | Path | None, *, dtype: str = "auto", storage: str | None = None
+    base: str | None,
+    adapter: str | Path | None,
+    *,
+    dtype: str = "auto",
+    storage: str | None = None,
+    head: Head | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Adapter | None]:
     """Load a base model and its tokenizer, and put an adapter, if one is given, on the model.
 
     Without `base`, the adapter's files name the base model. Matrices that were quantized when the adapter was trained
     are quantized in the same way here, unless `storage` ("dense", "nf4", "int8" or another registered name) sets the
     storage of all linear maps. Tied weights are untied if the adapter changes one of them, unless it was attached with
-    `tie`. The tokenizer has the chat template that the adapter was trained with.
+    `tie`. `head` is what the model is for, if no adapter is given; otherwise the adapter's files tell it. The tokenizer
+    has the chat template that the adapter was trained with.
 
     Raises FormatError if neither `base` nor the adapter names the base model, or if the adapter's files are damaged or
     do not fit, and BaseError if the base model cannot be loaded.
@@ -47,10 +56,13 @@ def open_model(
         if base is None:
             check_there(path, folder)
         found = prompts.load(_load(path, None, dtype, storage), folder, name="adapter")
-        return found.model, prompted(load_tokenizer(path), found), found
+        return found.model, prompted(words_of(path), found), found
     record = files.read(folder) if folder is not None else None
     path = base or base_of(record, folder)
-    model, tokenizer = _load(path, record, dtype, storage), load_tokenizer(path)
+    head = record.head if record is not None else head
+    model, tokenizer = _load(path, record, dtype, storage, head), words_of(path)
+    if head is not None:
+        pad_with(model, tokenizer)
     if record is None or folder is None:
         return model, tokenizer, None
     with warnings.catch_warnings():
@@ -82,21 +94,21 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None) -> Fra
     return frame(tokenizer, system=told.system, thinking=told.thinking, key="the adapter's ")
 
 
-def _load(path: str, record: Record | None, dtype: str, storage: str | None) -> nn.Module:
+def _load(path: str, record: Record | None, dtype: str, storage: str | None, head: Head | None = None) -> nn.Module:
     """The base model in the given storage, by default in the storages that the adapter was trained with."""
     if storage is not None and storage != "dense":
-        return load_base(path, dtype=dtype, storage=find_storage(storage)())
+        return load_base(path, dtype=dtype, storage=find_storage(storage)(), head=head)
     told = record.base if record is not None and storage is None else None
     quantizing = told.packing if told is not None else ()
     first = quantizing[0] if quantizing else None
     if first is None:
-        model = load_base(path, dtype=dtype)
+        model = load_base(path, dtype=dtype, head=head)
         if storage == "dense" and storages_in(model):
             raise FormatError(
                 f"{path}: its matrices are quantized, so the dense values are lost; pass the original model with --base"
             )
         return model
-    model = load_base(path, dtype=dtype, storage=made(first), targets=first.modules)
+    model = load_base(path, dtype=dtype, storage=made(first), targets=first.modules, head=head)
     for other in quantizing[1:]:
         quantize(model, made(other), targets=other.modules)
     return model

@@ -77,11 +77,11 @@ def check_config(config: Any) -> None:
             raise ValueError(f"config.json: {key}: expected at most {MOST:,}, found {value:,}")
 
 
-def check_complete(info: Mapping[str, Any]) -> None:
+def check_complete(info: Mapping[str, Any], what: str) -> None:
     """Raise ValueError for parameters that the files lack, or hold in another shape; they would be random numbers.
 
-    `info` is what transformers returns beside the model. Tied weights, and those that the model's class declares as
-    optional, are not in it.
+    `info` is what transformers returns beside the model, `what` the kind of model. Tied weights, and those that the
+    model's class declares as optional, are not in it.
     """
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [
@@ -91,7 +91,7 @@ def check_complete(info: Mapping[str, Any]) -> None:
     if problems:
         raise ValueError(
             f"{listed(problems)}; transformers would fill this with random numbers, so use the folder of a complete "
-            "causal language model"
+            f"{what}"
         )
 
 

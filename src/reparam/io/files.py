@@ -11,7 +11,8 @@ import torch
 from reparam.core.checks import listed
 from reparam.core.plain import decode
 from reparam.errors import FormatError
-from reparam.io import native, peft, prompt_format, whole
+from reparam.io import head, native, peft, prompt_format, whole
+from reparam.io.head import Head
 from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.io.staged import between_renames, staged_folder
@@ -35,7 +36,8 @@ def _read(folder: Path, name: str | None) -> Record:
         raise FormatError(f"{folder}: {'is a file; give its folder' if folder.exists() else 'no such folder'}")
     found = [module for module in FORMATS.values() if (folder / module.CONFIG).exists()]
     if len(found) == 1:
-        return dataclasses.replace(found[0].read(folder), prompt_format=prompt_format_of(folder))
+        record = found[0].read(folder)
+        return dataclasses.replace(record, prompt_format=prompt_format_of(folder), head=head_of(folder) or record.head)
     if found:
         raise FormatError(f"{folder}: holds both {native.CONFIG} and {peft.CONFIG}; move one of the two adapters away")
     if whole.has_adapters(folder):
@@ -62,6 +64,28 @@ def prompt_format_of(folder: Path) -> PromptFormat | None:
     return decode(PromptFormat, native.read_json(file), file) if file.exists() else None
 
 
+def head_of(folder: Path) -> Head | None:
+    """What the model of the adapter in `folder` is for; None if `task.json` is missing.
+
+    Raises FormatError for a damaged file.
+    """
+    file = folder / head.FILE
+    if not file.exists():
+        return None
+    found = decode(Head, native.read_json(file), file)
+    if len(set(found.labels)) < len(found.labels) or (found.regression and found.labels):
+        raise FormatError(f"{file}: labels: expected different names, and none for a regression")
+    return found
+
+
+def has_head(folder: Path) -> bool:
+    """Whether the adapter in `folder` is for another task than causal language modeling; this reads no tensors."""
+    if (folder / head.FILE).exists():
+        return True
+    file = folder / peft.CONFIG
+    return file.exists() and str(native.read_json(file).get("task_type")) in head.PEFT_TYPES
+
+
 def _holds(folder: Path) -> bool:
     return any((folder / module.CONFIG).exists() for module in FORMATS.values())
 
@@ -81,7 +105,9 @@ def write(folder: str | Path, record: Record, *, format: str = "reparam") -> Non
     contents = FORMATS[format].files(record)
     if record.prompt_format is not None:
         contents[prompt_format.FILE] = record.prompt_format.content()
-    check_holds_only(folder, {*contents, prompt_format.FILE})
+    if record.head is not None:
+        contents[head.FILE] = record.head.content()
+    check_holds_only(folder, {*contents, prompt_format.FILE, head.FILE})
     with staged_folder(folder, owned=True) as staging:
         for name, content in contents.items():
             (staging / name).write_bytes(content)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from reparam.errors import WriteFailed
-from reparam.io import prompt_format
+from reparam.io import head, prompt_format
 from reparam.io.failures import reason
 from reparam.io.files import FORMATS
 from reparam.io.staged import inside as inside_of
@@ -36,7 +36,7 @@ def check_adapter_folder(output: Path, format: str, *, overwrite: bool) -> None:
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
-    own = {FORMATS[format].CONFIG, FORMATS[format].WEIGHTS, prompt_format.FILE}
+    own = {FORMATS[format].CONFIG, FORMATS[format].WEIGHTS, prompt_format.FILE, head.FILE}
     check_replaceable(output, lambda entry: entry.name in own and entry.is_file(), overwrite=overwrite)
 
 

@@ -10,20 +10,25 @@ and it names the base without a fingerprint. Only contradictions within the file
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 import reparam.io
 from reparam.io import mlx, peft_experts
+from reparam.io.head import PEFT_TYPES, Head
 from reparam.io.native import pack_tensors, read_json
 from reparam.io.peft_formats import CONFIG, PREFIX, Folder, reader_of, writer_of
 from reparam.io.peft_weights import WEIGHTS
 from reparam.io.record import Record
 
+HEADS = ("score", "classifier", "classification_head")  # how transformers names the heads of classifiers
 __all__ = ["CONFIG", "WEIGHTS", "files", "read"]
 
 for _file in pkgutil.iter_modules(reparam.io.__path__):
@@ -37,7 +42,26 @@ def read(folder: Path) -> Record:
     if mlx.is_mlx(settings):
         return mlx.read(folder, settings)
     found = Folder(folder, settings)
-    return reader_of(found).read(found)
+    record = reader_of(found).read(found)
+    return dataclasses.replace(record, head=_head(settings, record))
+
+
+def _head(settings: Mapping[str, Any], record: Record) -> Head | None:
+    """The task that the settings name. The saved head tells the number of classes; PEFT does not keep their names."""
+    task = PEFT_TYPES.get(str(settings.get("task_type")))
+    if task is None or task == "causal":
+        return None
+    ends = (".weight", ".out_proj.weight")
+    sizes = [
+        len(record.tensors[f"{path}{end}"])
+        for path in record.replaced
+        for end in ends
+        if path.rpartition(".")[2] in HEADS and f"{path}{end}" in record.tensors
+    ]
+    if task not in ("classification", "token-classification") or not sizes:
+        return Head(task)
+    number = task == "classification" and sizes[0] == 1
+    return Head(task, () if number else tuple(f"LABEL_{i}" for i in range(sizes[0])), regression=number)
 
 
 def files(record: Record) -> dict[str, bytes]:
@@ -48,6 +72,8 @@ def files(record: Record) -> dict[str, bytes]:
     whole = record.apart()
     record = peft_experts.without_experts(whole)
     config = writer.settings(method, record)
+    if record.head is not None:
+        config["task_type"] = record.head.peft_type
     tensors: dict[str, Tensor] = {}
     if writer.experts:
         stacked = peft_experts.add(config, whole, method)

@@ -11,6 +11,7 @@ from reparam.core.base import Kind, Site
 from reparam.core.checks import listed
 from reparam.core.method import Method
 from reparam.errors import FormatError
+from reparam.io.head import Head
 from reparam.io.prompt_format import PromptFormat
 
 
@@ -92,6 +93,8 @@ class Record:
     """The `model_type` of the base's configuration; "" when unknown."""
     prompt_format: PromptFormat | None = None
     """How the adapter is prompted; None when unknown."""
+    head: Head | None = None
+    """What the model is for; None for a causal language model, and when unknown."""
     claims: Claims | None = None
     """The modules for which the file states to hold tensors, if this can be checked only with the model."""
 

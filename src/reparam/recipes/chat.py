@@ -31,6 +31,7 @@ from reparam.hf.prompts import prompting_of
 from reparam.hf.stops import stop_tokens
 from reparam.io.files import adapter_folder
 from reparam.io.prompt_format import PromptFormat
+from reparam.recipes.pictures import Pictures
 from reparam.recipes.task import check_task
 
 STYLES = ("green", "cyan", "magenta", "yellow")  # of the frames around the adapters' answers
@@ -65,17 +66,21 @@ class Speaker:
     """Whether prompts are continued as plain text."""
     trained_on: str | None = None
     """The kind of the adapter's training rows, if `raw` follows from it."""
+    pictures: Pictures | None = None
+    """The images that prompts are about."""
 
     def ids(self, asked: str | Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids of a text to continue, or of a chat up to where its next answer begins."""
         if isinstance(asked, str):
-            return list(self.tokenizer(asked)["input_ids"])
+            return self.pictures.ids(asked, raw=True) if self.pictures else list(self.tokenizer(asked)["input_ids"])
         text = self._template.prompt(self.frame.messages(asked), {**self.frame.variables, **(variables or {})})
+        if self.pictures:
+            return self.pictures.ids(text, raw=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer)
+        return self.pictures.template(self.tokenizer) if self.pictures else ChatTemplate(self.tokenizer)
 
 
 class Chat:
@@ -91,6 +96,7 @@ class Chat:
         dtype: dtype of the base, or "auto".
         storage: storage of the base; None for that of the first adapter's training.
         task: the task, for an adapter whose gates depend on it; only with one adapter.
+        images: files of images that the first prompt is about, for a vision-language model.
 
     Raises ValueError if there is no chat template and `raw` is not set, if a setting of `asking` has no effect, for a
     task of an adapter that has no tasks, and if the adapters are not of one base.
@@ -108,10 +114,12 @@ class Chat:
         dtype: str = "auto",
         storage: str | None = None,
         task: str | None = None,
+        images: Sequence[str] = (),
     ) -> None:
         first = adapters[0] if adapters else None
         _check_together(adapters, task)
         check_task(task, first)
+        self.pictures = Pictures(images, base, first) if images else None
         self.model, tokenizer, opened = open_model(base, first, dtype=dtype, storage=storage)
         self.tasks = None if task is None else [task]
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
@@ -124,6 +132,7 @@ class Chat:
         if compare or not self.speakers:
             told = opened.prompt_format if opened is not None else None
             self.speakers.insert(0, _speaker("base", None, tokenizer, told, asking))
+        self.speakers = [dataclasses.replace(speaker, pictures=self.pictures) for speaker in self.speakers]
         self._mixed = True
 
     def notes(self) -> list[str]:
@@ -138,9 +147,8 @@ class Chat:
     def answer(self, prompt: str, console: Console, *, before: Sequence[Sequence[Mapping[str, Any]]] = ()) -> list[str]:
         """Print and return the answer of each speaker to a prompt; `before` has the earlier messages of each."""
         histories = before or [()] * len(self.speakers)
-        question = {"role": "user", "content": prompt}
         asked = [
-            speaker.ids(prompt if speaker.raw else [*history, question])
+            speaker.ids(self._asked(prompt, speaker, history))
             for speaker, history in zip(self.speakers, histories, strict=True)
         ]
         texts = self._complete([asked], batch=len(asked))[0]
@@ -159,13 +167,20 @@ class Chat:
         say(console, Columns(panels, equal=True, expand=True))
         return texts
 
+    def _asked(self, prompt: str, speaker: Speaker, history: Sequence[Mapping[str, Any]]) -> str | Messages:
+        """The text to continue, or the messages of the chat, with places for the images."""
+        if self.pictures is not None:
+            prompt = self.pictures.placed(prompt, history, raw=speaker.raw)
+        return prompt if speaker.raw else [*history, {"role": "user", "content": prompt}]
+
     def loop(self, console: Console) -> None:
         """Read and answer prompts until an empty line or the end of input."""
         histories: list[list[Mapping[str, Any]]] = [[] for _ in self.speakers]
         say(console, "enter an empty line to quit", style="dim")
         while prompt := _read(console):
             for history, text in zip(histories, self.answer(prompt, console, before=histories), strict=True):
-                history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                asked = self.pictures.placed(prompt, history, raw=False) if self.pictures else prompt
+                history += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
 
     def answers(self, questions: Sequence[Question], *, batch: int = 16, engine: bool = False) -> list[dict[str, str]]:
         """For each question, the answers by the labels of the speakers. `batch` is in prompts for a forward pass.
@@ -224,6 +239,7 @@ class Chat:
                     tasks=self.tasks and self.tasks * len(places),
                     adapters=[self.speakers[s].adapter for _, s in places] if len(self.speakers) > 1 else None,
                     sampling=self.sampling,
+                    more=self.pictures.inputs if self.pictures else None,
                 )
             except ValueError:
                 if len(group) == 1:

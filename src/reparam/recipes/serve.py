@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -19,11 +15,10 @@ from reparam.evaluation.terminal import say
 from reparam.hf.models import load_base, load_tokenizer
 from reparam.serve.engine import Engine
 from reparam.serve.http.auth import check_host, is_loopback, read_keys
+from reparam.serve.http.log import logged
 from reparam.serve.http.run import bound, run
-from reparam.serve.http.settings import Settings
+from reparam.serve.http.settings import LOCAL, Settings
 from reparam.serve.limits import Limits
-
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def serve(
@@ -58,14 +53,13 @@ def serve(
     listener = bound(host, port)
     try:
         model, tokenizer = load_base(base, dtype=dtype, storage=made), load_tokenizer(base)
-        with Engine(model, tokenizer, adapters=settings.root, limits=limits) as engine, _logged():
-            shown = f"[{host}]" if ":" in host else host
+        with Engine(model, tokenizer, adapters=settings.root, limits=limits) as engine, logged():
             names = engine.adapters
             listing = f" ({listed(names)})" if names else ""
             say(
                 console,
                 f"serving {settings.name} with {counted(len(names), 'adapter')}{listing} "
-                f"on http://{shown}:{listener.getsockname()[1]}",
+                f"on {shown(host, listener.getsockname()[1])}",
             )
             say(console, "the page is at /, Ctrl-C stops", style="dim")
             return run(engine, settings, listener)
@@ -78,16 +72,10 @@ def name_of(base: str) -> str:
     return Path(os.path.abspath(base)).name if os.path.isdir(base) else base
 
 
-@contextmanager
-def _logged() -> Iterator[None]:
-    """Write the lines of the server and of its engine to standard error."""
-    log, handler = logging.getLogger("reparam.serve"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    level = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
+def shown(host: str, port: int) -> str:
+    """The address of a server, as browsers take it.
+
+    >>> shown("::1", 8000)
+    'http://[::1]:8000'
+    """
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Factors
+from reparam.kernels import rows
 from reparam.sites import targets
 from reparam.sites.bank import Bank
 from reparam.sites.expert_paths import open_at
@@ -36,6 +37,8 @@ class Banks:
         self.model = model
         self.sites: dict[str, Adapted] = {}
         self._device: torch.device = next(model.parameters()).device
+        if self._device.type == "cpu":
+            rows.backend()  # loads the kernel, so that the first request need not wait for it
         self._tokens, self._heads = (Routing(self._slots(())) for _ in range(2))
         self._on = False
         self._count = 64  # slots that every bank knows
@@ -161,7 +164,8 @@ class Banks:
     def _set(self, routing: Routing, slots: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         if slots != routing.slot_list:  # the banks compute what they need from the slots once for each tuple
             routing.route(self._slots(slots))
-        routing.packed = lengths
+        if lengths != routing.packed:
+            routing.packed = lengths
 
     def _slots(self, slots: tuple[int, ...]) -> Tensor:
         return torch.tensor(slots, dtype=torch.int64, device=self._device)

@@ -103,18 +103,9 @@ class Store:
 
         Raises FormatError if there is none, or a folder is a link that leads out of `root`.
         """
-        if not root.is_dir():
-            raise FormatError(f"{root}: no such folder of adapters")
+        found = adapters_in(root)
         self._roots |= {root, root.resolve()}
-        for folder in sorted(root.iterdir()):
-            inside = adapter_folder(folder)
-            if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
-                continue
-            check_inside(folder, root)
-            check_name(folder.name)
-            self._folders[folder.name] = inside
-        if not self._folders:
-            raise FormatError(f"{root}: no adapter here; each one is a folder with adapter.json or adapter_config.json")
+        self._folders |= found
 
     def load(self, name: str, folder: Path) -> Future[str]:
         """Read an adapter, now, and use it by this name. The result is its digest.
@@ -195,10 +186,13 @@ class Store:
         with Pace(self._busy):
             proven = self._prover.prove(folder)
             self._shelf.put(proven)
-        return self._put(proven, folder)
+            return self._put(proven, folder)
 
     def _put(self, proven: Proven, folder: Path) -> Resident:
-        """Give an adapter a slot, unless its contents have one. Returns a lease."""
+        """Give an adapter a slot, unless its contents have one. Returns a lease.
+
+        Without rests, because a request waits: to write the tables of an adapter that is in memory takes milliseconds.
+        """
         with self._lock:
             held = self._residents.get(proven.digest)
             if held is not None:
@@ -208,8 +202,7 @@ class Store:
         self._make_room(need, folder)
         taken = {resident.slot for resident in self._residents.values()}
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        with Pace(self._busy):
-            self._banks.write(slot, proven.contents, self._quiet, more=self._expected(need))
+        self._banks.write(slot, proven.contents, self._quiet, more=self._expected(need))
         with self._lock:
             resident = Resident(proven.digest, proven.method, slot, need, proven.prompt_format, leases=1)
             self._residents[proven.digest] = resident
@@ -258,6 +251,26 @@ class Store:
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]
         self._banks.free(resident.slot)
+
+
+def adapters_in(root: Path) -> dict[str, Path]:
+    """The adapters in the folders of `root`, by the name of the folder.
+
+    Raises FormatError if there is none, or a folder is a link that leads out of `root`.
+    """
+    if not root.is_dir():
+        raise FormatError(f"{root}: no such folder of adapters")
+    found = {}
+    for folder in sorted(root.iterdir()):
+        inside = adapter_folder(folder)
+        if not any((inside / module.CONFIG).is_file() for module in FORMATS.values()):
+            continue
+        check_inside(folder, root)
+        check_name(folder.name)
+        found[folder.name] = inside
+    if not found:
+        raise FormatError(f"{root}: no adapter here; each one is a folder with adapter.json or adapter_config.json")
+    return found
 
 
 def check_name(name: str) -> None:

@@ -17,9 +17,12 @@ from reparam.core.surface import advice
 from reparam.core.text import counted
 from reparam.sites.expert_paths import routers
 from reparam.sites.experts import ExpertSlot, Opened, closed_reason, opened, original_class, stacks_of
+from reparam.sites.keywords import KEYWORDS as KEYWORDS
+from reparam.sites.keywords import keyword
 from reparam.sites.kinds import KINDS, kind_of
 from reparam.sites.module import Adapted
 from reparam.sites.offloaded import beneath_offload, offloads
+from reparam.sites.parts import WORDS, Parts, parts_of
 from reparam.sites.reads import never_called, read_without_call
 from reparam.sites.replaced import Replaced
 from reparam.sites.walk import other_paths, tied, walk
@@ -27,7 +30,7 @@ from reparam.sites.wrapped import bare
 
 Targets = str | Iterable[str]
 SHOWN = 5  # paths or targets that a message lists for one problem
-KEYWORDS = ("all-linear", "attention", "mlp", "experts", "router", "everything")
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
 _LACKS = dict.fromkeys(("experts", "router"), ": this model is no mixture of experts that reparam knows")
 
@@ -38,6 +41,9 @@ def resolve(model: nn.Module, targets: Targets, *, tie: bool = False) -> list[st
     - "all-linear": all linear maps, also those of experts, except the output head and the routers of experts.
     - "attention" and "mlp": the linear maps of the repeated blocks inside and outside an attention module.
     - "experts": the linear maps of the experts of a Mixture-of-Experts model; "router": those that choose the experts.
+    - "language", "vision" and "projector": the linear maps of these parts of a vision-language model;
+      "vision.attention" and the like: those inside or outside an attention module. On such a model, the words above
+      select in the language model alone.
     - "everything": all linear maps, embeddings and norms, but no routers, that do not share their weight with another
       module, or, with `tie`, all of them.
     - "re:...": a regular expression that matches the whole path of a linear map or an embedding.
@@ -54,6 +60,7 @@ def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
     modules = dict(walk(model))
     paths = {path: path for path in modules} | other_paths(model)
     odd = unsupported(model, modules)
+    parts = parts_of(model)
     linear = {name: odd.get(name) for name, m in modules.items() if (kind := kind_of(m)) and kind.is_map}
     linear |= fused(modules)
     problems: list[str] = []
@@ -67,8 +74,8 @@ def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
         if target == "everything":
             names, out = _everything(model, modules, odd, tie=tie)
             missed |= out
-        elif target in KEYWORDS:
-            asked = _keyword(target, list(linear), head=_head(model), routers=routers(modules))
+        elif target in KEYWORDS or (parts is not None and target in WORDS):
+            asked = keyword(target, list(linear), heads=_heads(model, linear), routers=routers(modules), parts=parts)
             names = [name for name in asked if linear.get(name, odd.get(name)) is None]
             missed |= {name: why for name in asked if (why := linear.get(name, odd.get(name)))}
         elif target.startswith("re:"):
@@ -86,7 +93,7 @@ def _resolved(model: nn.Module, wanted: list[str], *, tie: bool) -> list[str]:
         found |= set(names)
     left = "; ".join(f"{name} ({why})" for name, why in list(missed.items())[:3])
     left += f"; and {len(missed) - 3} more" if len(missed) > 3 else ""
-    nothing, usable = _nothing(absent, modules) if absent else ([], [])
+    nothing, usable = _nothing(absent, modules, parts) if absent else ([], [])
     problems += [*nothing, *(f"{_shown(names)}: {why}" for why, names in refused.items()), *usable]
     if problems:
         raise ValueError("targets: " + "; ".join(problems) + (f"; unsupported: {left}" if left else ""))
@@ -185,11 +192,16 @@ def _everything(
     return [name for name in names if name not in missed], missed
 
 
-def _nothing(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
+def _nothing(
+    targets: Sequence[str], modules: Mapping[str, nn.Module], parts: Parts | None
+) -> tuple[list[str], list[str]]:
     """The problems of targets that match nothing: the first ones with the names that are close; and what there is."""
     usable = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if is_matrix(module)})
+    words = [*KEYWORDS, *(WORDS if parts is not None else ())]
+    bare_part = "has no such part" if parts is None else "has no linear map in that part"
+    lacks = _LACKS | dict.fromkeys(WORDS, f": this model {bare_part}")
     found = [
-        f"{target!r} matches no module{_LACKS.get(target) or nearest(target, [*KEYWORDS, *usable, *modules])}"
+        f"{target!r} matches no module{lacks.get(target) or nearest(target, [*words, *usable, *modules])}"
         for target in targets[:SHOWN]
     ]
     more = len(targets) - SHOWN
@@ -259,19 +271,6 @@ def unsupported_whole(module: nn.Module) -> str | None:
     return f"{kind} takes more than one input ({', '.join(names[:3])})" if len(names) > 1 else None
 
 
-def _keyword(target: str, linear: list[str], *, head: str | None, routers: dict[str, None]) -> list[str]:
-    if target == "router":
-        return list(routers)
-    linear = [name for name in linear if name != head and name not in routers]
-    if target == "all-linear":
-        return linear
-    blocks = [name for name in linear if re.search(r"(^|\.)\d+\.", name)]
-    if target == "experts":
-        return [name for name in blocks if re.search(r"(^|\.)\w*experts?\.", name, re.IGNORECASE)]
-    attention = [name for name in blocks if re.search(r"attn|attention", name.rsplit(".", 1)[0], re.IGNORECASE)]
-    return attention if target == "attention" else [name for name in blocks if name not in attention]
-
-
 def _head(model: nn.Module) -> str | None:
     """Path of the output head: `model.get_output_embeddings()`, or else a top-level lm_head, score or classifier."""
     find = getattr(model, "get_output_embeddings", None)
@@ -280,6 +279,14 @@ def _head(model: nn.Module) -> str | None:
         if (head is not None and module is bare(head)) or (head is None and name in ("lm_head", "score", "classifier")):
             return name
     return None
+
+
+def _heads(model: nn.Module, linear: Iterable[str]) -> set[str]:
+    """Paths of the linear maps of the output head; of a classifier, of all that lie outside its base model."""
+    head, owner = _head(model), bare(model)
+    inner = getattr(owner, "base_model_prefix", "-")
+    classifies = type(owner).__name__.endswith(CLASSIFIERS) and hasattr(owner, inner)
+    return {head or ""} | {name for name in linear if classifies and not name.startswith(f"{inner}.")}
 
 
 def wrap(module: nn.Module) -> Adapted:

@@ -13,8 +13,6 @@ import torch
 from reparam.adapter.context import told
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import read_back
-from reparam.data.batches import Collator, padding_id
-from reparam.data.preferences import flat
 from reparam.errors import NothingLearned
 from reparam.evaluation.score import Answer, Score
 from reparam.io.staged import write_file
@@ -40,7 +38,7 @@ def conclude(
     job.adapter.save(folder / "adapter")
     show.step("reading the saved adapter back and scoring it on held-out rows")
     try:
-        difference = _prove(job, folder / "adapter")
+        difference = _prove(job, objective, folder / "adapter")
     except NothingLearned:
         shutil.rmtree(folder / "adapter")
         raise
@@ -58,25 +56,21 @@ def history_of(trainer: Resumable) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
-def _prove(job: Job, folder: Path) -> float:
-    """Verify the saved adapter. Returns the largest absolute change of a logit on up to four held-out rows.
+def _prove(job: Job, objective: Objective, folder: Path) -> float:
+    """Verify the saved adapter. Returns the largest absolute change of an output on up to four held-out rows.
 
-    Raises NothingLearned if no logit changes, or if the logits of the saved and the trained adapter are not equal bit
-    for bit.
+    Raises NothingLearned if no output changes, or if those of the saved and the trained adapter are not equal bit for
+    bit.
     """
-    valid, collate = flat(job.valid), Collator(padding_id(job.tokenizer))
-    device = next(job.model.parameters()).device
     read_back(job.adapter, folder, name=CHECK)
     job.model.eval()
     difference, same = 0.0, True
-    for index in range(min(4, len(valid))):  # one by one, because the logits of a long row are large
-        batch = collate([valid[index]])
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+    for batch, compute in objective.outputs(job):
         logits = {}
         with torch.no_grad():
             for name in (None, job.adapter.name, CHECK):
                 with select(job.model, name), told(job.model, batch):
-                    logits[name] = job.model(**inputs).logits
+                    logits[name] = compute()
         difference = max(difference, float((logits[CHECK].float() - logits[None].float()).abs().max()))
         same = same and torch.equal(logits[CHECK], logits[job.adapter.name])
     if not same:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.corpus import Corpus
 from reparam.data.encode import encode_all
+from reparam.data.examples import Examples
 from reparam.data.files import files_of, kind, reader
 from reparam.data.files.about import rows_about
 from reparam.data.files.jsonl import LARGEST_LIST
@@ -29,6 +31,9 @@ from reparam.data.row import Row
 from reparam.data.rows import Reading
 from reparam.data.streamed import Streamed
 from reparam.errors import ConfigError
+from reparam.images.rows import ImageRows, WithoutImages
+from reparam.images.seeing import Seeing
+from reparam.io.head import Head
 from reparam.io.outputs import user_cache
 from reparam.io.prompt_format import PromptFormat
 from reparam.train.cache import content_of, kept, key_of
@@ -37,6 +42,7 @@ from reparam.train.model import by_task
 from reparam.train.ranges import bytes_of
 from reparam.train.reading import check_chats, frame_of, prompt_format
 from reparam.train.sections import DataConfig
+from reparam.train.seeing import seeing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,18 +55,22 @@ KEPT = 1000  # held-out rows that are kept as rows, to answer them; all of them 
 class Data(NamedTuple):
     """The encoded rows of a run."""
 
-    train: Encoded | Preferences | Prompts
-    valid: Encoded | Preferences | Prompts
+    train: Encoded | Preferences | Prompts | Examples
+    valid: Encoded | Preferences | Prompts | Examples
     held_out: list[Row]
     """The first held-out rows to answer: `data.score_rows`, and at least 1,000."""
     method: Method
     """The configured method, which knows the tasks of the rows if it depends on them."""
-    checked: tuple[Corpus | Preferences | Prompts | Streamed, ...]
+    checked: tuple[Corpus | Preferences | Prompts | Streamed | Examples, ...]
     """All that was encoded or will be; the first one holds the training rows."""
-    prompt_format: PromptFormat
-    """How an adapter that is trained on the rows is prompted."""
+    prompt_format: PromptFormat | None
+    """How an adapter that is trained on the rows is prompted; None for other tasks than causal language modeling."""
     stream: Streamed | None = None
     """The training rows, if they are streamed; `train` holds a sample of them."""
+    seeing: Seeing | None = None
+    """What makes the inputs of a vision-language model from the rows."""
+    head: Head | None = None
+    """What the model must be for; None for a causal language model."""
 
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError for token ids that the model, with an input embedding of `size` rows, does not have."""
@@ -68,21 +78,29 @@ class Data(NamedTuple):
             rows.check_vocabulary(size, tokenizer)
 
 
-def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Callable[..., Reading] = Reading) -> Data:
-    """Read and encode all rows; `reading` makes the stream of rows.
+def read_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Callable[..., Reading] | None = None
+) -> Data:
+    """Read and encode all rows. `reading` makes the stream of rows; by default, as the base needs them.
 
     Raises DataError for rows that cannot be used, and ConfigError for settings of [data].
 
     Rows are held out before others are mixed. Which ones depends on the seed and on the number of rows alone.
     """
     data, seed = config.data, config.run.seed
+    seeing = seeing_of(config) if reading is None else None
+    if seeing is not None:
+        data = dataclasses.replace(data, cache="off")  # tokens depend on the sizes of images, too
+    reading = reading or (functools.partial(ImageRows, found=seeing.found) if seeing is not None else WithoutImages)
     with_tasks = config.method.known_tasks is not None
     framed = frame_of(data, tokenizer)
-    corpus = _corpus(data, data.sources(), tokenizer, framed, reading, with_tasks=with_tasks, most=data.max_rows)
+    corpus = _corpus(
+        data, data.sources(), tokenizer, framed, reading, with_tasks=with_tasks, most=data.max_rows, images=seeing
+    )
     check_chats(data, corpus.kinds)
     other = None
     if data.valid is not None:
-        other = _corpus(data, data.sources("valid"), tokenizer, framed, reading, with_tasks=with_tasks)
+        other = _corpus(data, data.sources("valid"), tokenizer, framed, reading, with_tasks=with_tasks, images=seeing)
     rows, held = np.arange(len(corpus)), np.arange(len(other or ()))
     if other is None:
         out = held_out(config, len(corpus))
@@ -101,7 +119,10 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase, *, reading: Ca
     valid = (other or corpus).part(held, tasks=tasks, notes=other is not None)
     shown = list(framed.rows(_held_out(data, other or corpus, held, reading)))
     checked = (corpus, *([other] if other else []))
-    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds))
+    if seeing is not None:
+        for part in (train, valid):
+            seeing.check(part)
+    return Data(train, valid, shown, method, checked, prompt_format(data, tokenizer, corpus.kinds), seeing=seeing)
 
 
 def read_valid(
@@ -121,6 +142,7 @@ def _corpus(
     *,
     with_tasks: bool,
     most: tuple[int, ...] = (),
+    images: Seeing | None = None,
 ) -> Corpus:
     """The encoded rows of these sources, from the cache if there is one."""
     settings: dict[str, Any] = {
@@ -134,7 +156,8 @@ def _corpus(
     def make(folder: Path | None) -> Corpus:
         reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
-        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
+        more: dict[str, Any] = {"folder": folder, "about": about, "workers": data.workers, "images": images}
+        corpus = encode_all(framed.rows(reading), tokenizer, **settings, **more)
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-SHARES = ("exact_match", "reward_accuracy")
+SHARES = ("exact_match", "reward_accuracy", "accuracy", "recall_at_1", "recall_at_5", "recall_at_10")
 """Metrics that are shares of rows, so that evaluations are often equal: the lower loss is then better."""
 
 
@@ -64,7 +64,7 @@ def evaluating(job: Job, objective: Objective, show: Show) -> list[TrainerCallba
     """
     run = job.config.run
     found: list[TrainerCallback] = []
-    if run.metric == "exact_match" or run.samples:
+    if objective.answers and (run.metric == "exact_match" or run.samples):
         found.append(Answering(job, show))
     elif run.metric != "loss":
         found.append(Scoring(job, objective))
@@ -135,7 +135,9 @@ class Answering(Measure):
 
     def measure(self) -> dict[str, float]:
         """Answer the rows. Returns the share of right answers, from 0 to 1, if it is the metric."""
-        self.answers = answer(self.job.model, self.job.tokenizer, self.rows, longest=self.longest)
+        self.answers = answer(
+            self.job.model, self.job.tokenizer, self.rows, longest=self.longest, seeing=self.job.seeing
+        )
         right = [given.right for given in self.answers[: self.counted]]
         self.rows_measured = len(right)
         return {"eval_exact_match": sum(right) / len(right)} if self.counts else {}

@@ -51,7 +51,16 @@ FREE = {
         "run.samples",
         "run.name",
     ),
-    *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "data.cache_limit", "optim.budget", "optim.page"),
+    *(
+        "run.max_steps",
+        "run.epochs",
+        "data.score_rows",
+        "data.cache",
+        "data.cache_limit",
+        "data.workers",
+        "optim.budget",
+        "optim.page",
+    ),
     *("base.revision", "prefer.reward", *PATHS),
 }
 ENDS = 1 << 20  # bytes at both ends of a streamed file whose digest stands for its content
@@ -83,6 +92,7 @@ def identity(job: Job) -> dict[str, Any]:
         content = rows.digest() if of_files is None else of_files[0] if len(of_files) == 1 else of_files
         found[f"content of data.{key}"] = content or None
     found["content of prefer.reward"] = code_of(config.prefer.reward) if config.prefer.reward else None
+    found |= job.seeing.digests() if job.seeing is not None else {}
     start = config.adapter.start
     found["content of adapter.start"] = _folder(adapter_folder(start)) if start is not None else None
     found["content of method.experts"] = [_folder(adapter_folder(path)) for path in config.method.expert_folders]

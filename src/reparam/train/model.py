@@ -17,8 +17,10 @@ from reparam.core.method import Method
 from reparam.errors import ConfigError
 from reparam.hf.models import load_base
 from reparam.hf.prompts import prompting_of  # the import registers prefix and prompt tuning
+from reparam.hf.tasks import trained_parts
 from reparam.io import files
 from reparam.io.files import adapter_folder
+from reparam.io.head import Head
 from reparam.methods.lora import LoRA
 from reparam.sites.expert_paths import numbers_of_experts
 from reparam.train.base import BaseConfig
@@ -26,34 +28,45 @@ from reparam.train.config import Config
 from reparam.train.sections import AdapterConfig
 
 
-def loaded(base: BaseConfig) -> nn.Module:
-    """Load the base model that [base] describes: in its storage, and untied if `untie` is set."""
+def loaded(base: BaseConfig, head: Head | None = None) -> nn.Module:
+    """Load the base model that [base] describes: in its storage, and untied if `untie` is set; for its task, if any."""
     model = load_base(
-        base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized
+        base.path,
+        dtype=base.dtype,
+        revision=base.revision,
+        storage=base.quantization(),
+        targets=base.quantized,
+        head=head,
     )
     if base.untie:
         untie(model)
     return model
 
 
-def attached(config: Config, model: nn.Module, method: Method) -> Adapter:
-    """Attach a new adapter of the method to the model.
+def attached(config: Config, model: nn.Module, method: Method, head: Head | None = None) -> Adapter:
+    """Attach a new adapter of the method to the model. The `head` of a classifier trains whole.
 
     Raises ConfigError if [adapter] or run.gradient_checkpointing is set for a method that does not change weights
     (prefix and prompt tuning), and ValueError if the method does not fit the model.
     """
     where = config.adapter
     if where.start is not None:
-        return load(model, adapter_folder(where.start), trainable=True)
+        adapter = load(model, adapter_folder(where.start), trainable=True)
+        adapter.head = head
+        return adapter
     if method.changes_weights:
-        return attach(
+        adapter = attach(
             model,
             divided(method, model) if where.divide_expert_rank else method,
             targets=where.targets,
             bias=where.bias,
-            modules_to_save=where.modules_to_save,
+            modules_to_save=dict.fromkeys((*where.modules_to_save, *trained_parts(model, head))),
             tie=where.tie,
         )
+        adapter.head = head
+        return adapter
+    if head is not None:
+        raise ConfigError(f"method.name: {method.name} is for causal language models; choose another method for a task")
     if where != AdapterConfig() or config.run.gradient_checkpointing:
         raise ConfigError(f"{method.name} does not change modules: leave out [adapter] and run.gradient_checkpointing")
     return put_on(method, model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from reparam.data.framing import Frame, frame
 from reparam.data.templates import chosen
 from reparam.errors import ConfigError, DataError
-from reparam.hf.models import load_tokenizer
+from reparam.hf.processors import words_of
 from reparam.io.prompt_format import PromptFormat
 from reparam.train.config import Config
 from reparam.train.sections import DataConfig
@@ -21,7 +21,7 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 
     Raises BaseError if there is no tokenizer, and ConfigError if the template cannot be used.
     """
-    tokenizer = load_tokenizer(config.base.path, revision=config.base.revision)
+    tokenizer = words_of(config.base.path, revision=config.base.revision)
     if config.data.chat_template is not None:
         try:
             tokenizer.chat_template = chosen(config.data.chat_template, tokenizer)

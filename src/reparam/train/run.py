@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.hf.models import check_not_base, vocabulary
 from reparam.hf.packed import unpackable_reason
+from reparam.hf.tasks import pad_with
 from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
@@ -43,14 +45,17 @@ from reparam.train.model import attached, loaded, started
 from reparam.train.objectives import objective_of
 from reparam.train.objectives.objective import Objective
 from reparam.train.reading import tokenizer_of
+from reparam.train.seeing import check_base
 from reparam.train.show import Show
 from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable
 
 
-def train(config: Config, *, show: Show) -> Result:
+def train(config: Config, *, show: Show, watch: Callable[[Job, Resumable], TrainerCallback] | None = None) -> Result:
     """Train as configured, and write all results into `run.output`.
+
+    `watch` gives a callback for the trainer, before the first step (see `plan/watch.py`).
 
     After SIGINT or SIGTERM, saves a checkpoint and returns a result with that `signal`. Raises ValueError for errors
     that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
@@ -73,6 +78,8 @@ def train(config: Config, *, show: Show) -> Result:
     own = processes.first(lambda: _identified(job))  # before anything is written
     trainer, rates = processes.together(lambda: _trainer(job, objective, show))
     show.rates(rates)
+    if watch is not None:
+        trainer.add_callback(watch(job, trainer))
     with contextlib.ExitStack() as held:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))
@@ -146,16 +153,30 @@ def prepare(config: Config) -> Job:
     optimizer.check_optimizer(config.optim)
     check_loggers(config.run.loggers)
     check_not_base(config.run.output, config.base.path)
+    check_base(config)
     set_seed(config.run.seed)
     tokenizer = tokenizer_of(config)
     data = objective.data(config, tokenizer)  # before the model, which may take minutes
-    model = loaded(config.base)
+    model = loaded(config.base, data.head)
+    if data.head is not None:
+        pad_with(model, tokenizer)
     data.check_vocabulary(vocabulary(model), tokenizer)
-    adapter = attached(config, model, data.method)
+    adapter = attached(config, model, data.method, data.head)
     adapter.prompt_format = data.prompt_format
     optimizer.groups(config.optim, adapter.named_parameters(), adapter.sites)
     packed = _packed(config, adapter, data)
-    return Job(config, adapter.model, tokenizer, adapter, data.train, data.valid, data.held_out, packed, data.stream)
+    return Job(
+        config,
+        adapter.model,
+        tokenizer,
+        adapter,
+        data.train,
+        data.valid,
+        data.held_out,
+        packed,
+        data.stream,
+        data.seeing,
+    )
 
 
 def _packed(config: Config, adapter: Adapter, data: Data) -> Packed | None:

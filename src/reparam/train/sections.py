@@ -8,8 +8,29 @@ from typing import Literal
 
 from reparam.core.checks import finite, whole
 from reparam.errors import ConfigError
+from reparam.io.head import Pooling
 from reparam.train.data_section import DataConfig as DataConfig
 from reparam.train.ranges import ABOVE, LEAST, check, count
+
+Metric = Literal[
+    "loss",
+    "exact_match",
+    "reward_margin",
+    "reward_accuracy",
+    "mean_reward",
+    "accuracy",
+    "f1",
+    "f1_macro",
+    "matthews",
+    "pearson",
+    "spearman",
+    "span_f1",
+    "rouge_l",
+    "recall_at_1",
+    "recall_at_5",
+    "recall_at_10",
+    "mrr",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +40,8 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
     """Modules to adapt, separated by commas: all-linear, attention, mlp, experts, router, everything, the end of a
     module's path such as q_proj, or re: followed by a regular expression. The default depends on the method; for most
-    it is all-linear."""
+    it is all-linear. On a vision-language model, these words select in the language model; language, vision and
+    projector name its parts."""
     bias: bool = False
     """Also train the biases of the adapted sites."""
     modules_to_save: tuple[str, ...] = ()
@@ -128,6 +150,9 @@ class PreferConfig:
 class RunConfig:
     """Length of the run, batch size, checkpoints, and the output folder."""
 
+    task: Literal["causal", "classification", "token-classification", "seq2seq", "embedding"] = "causal"
+    """What the model is for: a causal language model, classes or numbers for texts (classification) or for their words
+    (token-classification), texts from an encoder-decoder model (seq2seq), or vectors of texts (embedding)."""
     objective: Literal["sft", "dpo", "orpo", "kto", "grpo"] = "sft"
     """What is trained: answers or texts with sft, pairs of answers with dpo or orpo, judged answers with kto, and the
     model's own answers, by a reward, with grpo."""
@@ -147,13 +172,21 @@ class RunConfig:
     """Precision of the forward and backward passes: float32, or bfloat16 with autocast. Independent of base.dtype."""
     chunked_loss: bool = True
     """Compute the loss from a few logits at a time, only of tokens that carry loss: less memory, the same loss."""
+    liger: bool | None = None
+    """Compute this loss with Liger's kernel. By default, on a GPU where liger_kernel is installed and can be used."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 0
     """Number of steps between evaluations of the held-out loss; 0 means a tenth of the run."""
-    metric: Literal["loss", "exact_match", "reward_margin", "reward_accuracy", "mean_reward"] = "loss"
+    metric: Metric = "loss"
     """What evaluations measure beside the loss: exact_match, the share of right answers to run.eval_rows held-out rows
-    (sft); reward_margin or reward_accuracy (dpo, orpo, kto); mean_reward (grpo). run.best and run.patience go by it."""
+    (sft); reward_margin or reward_accuracy (dpo, orpo, kto); mean_reward (grpo); accuracy, f1, f1_macro, matthews,
+    pearson or spearman (classification); accuracy or span_f1 (token-classification); exact_match or rouge_l (seq2seq);
+    recall_at_1, recall_at_5, recall_at_10 or mrr (embedding). run.best and run.patience go by it."""
+    pooling: Pooling = "mean"
+    """embedding: how the vectors of the tokens become one: their mean, the first one (cls), or the last one."""
+    temperature: float = 0.05
+    """embedding: what similarities are divided by in the loss; 0.05 is the scale 20 of sentence-transformers."""
     eval_rows: int = 50
     """Number of held-out rows to answer at each evaluation, with run.metric exact_match."""
     samples: int = 0
@@ -189,6 +222,7 @@ class RunConfig:
             **dict.fromkeys(("batch_size", "accumulation", "keep", "log_every"), count(1)),
             **dict.fromkeys(("eval_every", "save_every", "samples", "patience"), count(0)),
             eval_rows=count(1),
+            temperature=ABOVE,
         )
         if self.keeps_best and self.keep == 1:
             raise ConfigError("run.keep: 1 with run.best or run.patience: expected at least 2, the newest and the best")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from reparam.adapter.quantize import entries, reports
 from reparam.core.text import counted, sized
+from reparam.data.examples import Examples
 from reparam.data.preferences import flat
 from reparam.data.preview import preview
+from reparam.data.sample import sample
 from reparam.evaluation.tables import answers_table, scores_table, short
 from reparam.evaluation.terminal import note, say
 from reparam.io.outputs import OVERWRITE
@@ -71,6 +73,9 @@ class Show:
             say(self.console, f"                {line}")
         for warning in (*job.train.report.warnings, *job.valid.report.warnings):
             say(self.console, note("note", warning))
+        if isinstance(job.train, Examples):
+            say(self.console, sample(job.train, job.tokenizer))
+            return
         say(
             self.console,
             preview(flat(job.train), job.tokenizer, rows=max(3, 3 * len(flat(job.train)) // len(job.train))),
@@ -89,6 +94,10 @@ class Show:
     def note(self, text: str) -> None:
         """Print a note about how the run works."""
         say(self.console, note("note", text))
+
+    def told(self, text: str, event: str, **fields: Any) -> None:
+        """Print a line; for machines, an event with these fields is printed instead."""
+        say(self.console, text)
 
     def samples(self, answers: Sequence[Answer]) -> None:
         """Print answers to held-out rows, one per line."""

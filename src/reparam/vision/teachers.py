@@ -37,7 +37,7 @@ def load_teacher(path: str) -> Teacher:
             path, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         model, info = found
-        check_complete(info)
+        check_complete(info, "vision model")
         check_finite(model)
     return Teacher(model, **_normalization(path))
 

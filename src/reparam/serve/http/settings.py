@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""The names by which a server that only its own machine reaches is called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

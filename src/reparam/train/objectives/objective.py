@@ -5,9 +5,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
+
+from reparam.data.batches import Collator, padding_id
+from reparam.data.preferences import flat
 from reparam.errors import ConfigError
 from reparam.evaluation.score import Answer, Score
 from reparam.train.config import Config
@@ -26,6 +31,8 @@ class Objective(abc.ABC):
     """The keys of the configuration for preferences that change something."""
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """The values of `run.metric`."""
+    answers: ClassVar[bool] = False
+    """Whether held-out rows are answered during training, as by `run.metric` exact_match and `run.samples`."""
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for settings that the objective does not use or cannot use."""
@@ -74,6 +81,24 @@ class Objective(abc.ABC):
         """The name of the adapter to which the trained one is compared; None for the base alone."""
         return None
 
+    def outputs(self, job: Job) -> Iterator[tuple[Mapping[str, Tensor], Callable[[], Tensor]]]:
+        """Up to four held-out rows as batches, each with a function that computes its outputs by the selected adapter.
+
+        They prove that the saved adapter is the trained one. One by one, because the logits of a long row are large.
+        """
+        collate: Any = Collator(padding_id(job.tokenizer)) if job.seeing is None else job.seeing.collate
+        valid: Any = flat(job.valid) if job.seeing is None else job.seeing.rows(flat(job.valid))
+        device = next(job.model.parameters()).device
+        for index in range(min(4, len(valid))):
+            batch = collate([valid[index]])
+            inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "row", "task")}
+            yield batch, functools.partial(_logits, job.model, inputs)
+
     @abc.abstractmethod
     def score(self, job: Job) -> tuple[tuple[Score, ...], list[Answer]]:
         """Score the model with the selected adapter on the held-out rows. Returns scores and any answers."""
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    found: Tensor = model(**inputs).logits
+    return found
