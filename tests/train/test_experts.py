@@ -13,6 +13,7 @@ from reparam.errors import ConfigError
 from reparam.inspect.show import _together
 from reparam.inspect.summary import summarize
 from reparam.train.model import divided
+from reparam.train.show import of_experts
 
 
 def test_the_rank_of_experts_is_divided_by_those_of_a_token() -> None:
@@ -24,6 +25,14 @@ def test_the_rank_of_experts_is_divided_by_those_of_a_token() -> None:
     assert {rank for path, rank in ranks.items() if path.endswith("q_proj")} == {8}
     least = reparam.attach(model, divided(reparam.LoRA(r=1), model), name="least")
     assert {len(update.A) for update in least.updates.values()} == {1}  # type: ignore[arg-type]
+
+
+def test_what_experts_take_is_told() -> None:
+    model = build("Qwen3Moe", num_hidden_layers=1)  # 4 experts: gate_up_proj 32 x 32, down_proj 32 x 16
+    hint = of_experts(reparam.attach(model, reparam.LoRA(r=2)))
+    count = 4 * 2 * (32 + 32 + 32 + 16)
+    assert f"experts have {count:,} of these parameters, which take {16 * count / 1024:.0f} KiB" in str(hint)
+    assert of_experts(reparam.attach(models.llama(), reparam.LoRA(r=2))) is None
 
 
 @pytest.mark.parametrize(

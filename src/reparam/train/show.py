@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reparam.adapter.quantize import entries, reports
-from reparam.core.text import counted
+from reparam.core.text import counted, sized
 from reparam.data.examples import Examples
 from reparam.data.preferences import flat
 from reparam.data.preview import preview
@@ -57,6 +57,8 @@ class Show:
             self.console,
             f"that is {trained / total:.2%} of the base model's {total:,} parameters; everything else is frozen",
         )
+        if hint := of_experts(job.adapter):
+            say(self.console, note("note", hint))
         if taken := job.adapter.positions:
             say(self.console, f"virtual tokens take {taken} of {job.adapter.context or 'the'} positions of every text")
         for report in reports(job.model):
@@ -201,6 +203,28 @@ def _remaining(done: int, steps: int, before: int, schedule: str, *, fixed: bool
     rates = "" if schedule == "constant" else f", at the rates of the {schedule} schedule of {steps} steps"
     other = "" if schedule == "constant" else f"; a run that had {steps} steps from its start would have other rates"
     return [f"the run had {before} steps and goes on from step {done} to step {steps}{rates}{other}"]
+
+
+def of_experts(adapter: Adapter) -> str | None:
+    """How many parameters and how much memory the updates of stacked experts take; None if there are none.
+
+    Each parameter has a gradient of its own size, and AdamW keeps two numbers in float32 for it.
+    """
+    parameters = [
+        parameter
+        for path, site in adapter.sites.items()
+        if site.kind == "expert"
+        for parameter in adapter.updates[path].parameters()
+    ]
+    if not parameters:
+        return None
+    count = sum(parameter.numel() for parameter in parameters)
+    memory = sum(2 * parameter.nbytes + 8 * parameter.numel() for parameter in parameters)
+    return (
+        f"the updates of experts have {count:,} of these parameters, which take {sized(memory)} with their gradients "
+        f"and AdamW's states in float32; a lower rank for experts (method.rank_pattern, or "
+        f"adapter.divide_expert_rank) takes less"
+    )
 
 
 def sites_table(adapter: Adapter) -> Table:
