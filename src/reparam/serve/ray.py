@@ -157,8 +157,9 @@ class Replica:
         if self.engine.state == "closed":
             raise RuntimeError("the engine has ended")
 
-    async def __del__(self) -> None:
-        await asyncio.to_thread(self.engine.close)
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
 
     async def _problem(self, wanted: Mapping[str, str]) -> Problem | None:
         for name, digest in wanted.items():
