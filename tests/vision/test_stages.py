@@ -209,6 +209,60 @@ def test_tune_generate_and_eval(place: Path, merged: Path, capsys: pytest.Captur
     assert scores[0]["rows"] == 28
 
 
+def test_answers_are_counted_and_shown_during_training(
+    place: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a rate at which nothing changes, the answers are those of the base, and the run stops early, in vain."""
+    rows, out = place / "rows.jsonl", tmp_path / "run"
+    given: tuple[object, ...] = ("--base.path", merged, "--data.train", rows, "--data.valid", rows, "-o", out)
+    given = (*given, "--run.metric", "exact_match", "--run.eval_rows", 2, "--run.samples", 2, "--run.eval_every", 1)
+    given = (*given, "--run.patience", 1, "--max_steps", 3, "--lr", 1e-8, "--data.score_rows", 0)
+    assert reparam("vision", "tune", *given, "--json") == 1
+    told = capsys.readouterr()
+    assert "does not change any output" in told.err
+    events = [json.loads(line) for line in told.out.splitlines()]
+    samples = [event for event in events if event["event"] == "sample"]
+    assert [sample["expected"] for sample in samples] == ["a red picture", "red"] * 2  # of two evaluations
+    (best,) = [event for event in events if event["event"] == "best"]
+    assert (best["metric"], best["stopped_early"]) == ("exact_match", True)
+    picture = place / "pictures" / "red0.png"
+    said = vision.load(merged).generate("a <image> b <image>", [picture, picture], raw=True, max_new_tokens=40)
+    assert samples[1]["given"]
+    assert said.startswith(samples[1]["given"])
+
+
+@pytest.mark.parametrize("wish", ["drop", "truncate"])
+def test_rows_that_are_too_long(place: Path, tmp_path: Path, wish: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captions have more tokens than rows with two images."""
+    long = [f"a picture {'of ' * 9}red" for _ in range(2)]
+    path = "pictures/red0.png"
+    rows = [{"image": path, "text": text} for text in ("a red picture", *long)]
+    rows += [{"images": [path, path], "prompt": f"{'a ' * 12}<image> b <image>", "completion": "red"}] * 2
+    file = place / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:1] * 3]))
+    given = ("--base.path", place / "base", "--data.train", file, "--data.valid", place / "rows.jsonl")
+    given = (
+        *given,
+        "-o",
+        tmp_path / "run",
+        "--data.max_length",
+        16,
+        "--data.too_long",
+        wish,
+        "--dry-run",
+        "--json",
+        "--method.r",
+        4,
+    )
+    assert reparam("vision", "pretrain", *given, *PIXELS) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (told,) = [event for event in events if event["event"] == "vision"]
+    numbers = {key: [int(name.rpartition(":")[2]) for name in told[key]] for key in ("cut", "left_out")}
+    expected = {"drop": {"cut": [], "left_out": [2, 3, 4, 5]}, "truncate": {"cut": [2, 3], "left_out": [4, 5]}}
+    assert numbers == expected[wish]
+    assert told["rows_with_images"] == {"drop": 4, "truncate": 6}[wish]
+
+
 def test_mistakes(place: Path, run: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, out = place / "rows.jsonl", tmp_path / "out"
     tune = ("vision", "tune", "--data.train", rows, "-o", out)
@@ -282,7 +336,7 @@ def test_defaults_and_files_of_a_stage(tmp_path: Path) -> None:
         ("tune", {"vision.size": 28}, "has its own"),
         ("pretrain", {"vision.sise": 28}, "did you mean 'size'"),
         ("pretrain", {"vision.channels": 2}, "expected 1 or 3"),
-        ("pretrain", {"run.metric": "exact_match"}, "run.metric"),
+        ("pretrain", {"run.metric": "reward_margin"}, "run.metric"),
     ):
         with pytest.raises(ConfigError, match=told):
             resolve_stage(stage, None, given)  # type: ignore[arg-type]

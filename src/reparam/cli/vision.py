@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from reparam.cli.config_options import with_options
 from reparam.cli.help import Verb
 from reparam.cli.options import ConfigFile, Dtype, Overwrite, console
-from reparam.evaluation.terminal import say
+from reparam.evaluation.terminal import say, say_line
 from reparam.train.config import check_inputs
 from reparam.vision.config import Stage, VisionConfig, resolve_stage
 
@@ -29,8 +30,10 @@ DryRun = Annotated[
     typer.Option("--dry-run", "--dry_run", help="Show the resolved configuration and what would be trained; stop."),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print progress and result as lines of JSON, and nothing else.")]
 
-def pretrain(config: ConfigFile = None, dry_run: DryRun = False, overrides: Any = None) -> None:
+
+def pretrain(config: ConfigFile = None, dry_run: DryRun = False, json: Json = False, overrides: Any = None) -> None:
     """Teach a language model to see, on rows with images.
 
     Rows are {"image": "cat.png", "text": ...}, or those of train with "image" or "images": paths below the folder of
@@ -41,17 +44,17 @@ def pretrain(config: ConfigFile = None, dry_run: DryRun = False, overrides: Any 
 
     [bold]reparam vision pretrain --base.path ./model --data.train captions.jsonl --vision.teacher ./vit -o sees[/bold]
     """
-    _run("pretrain", config, overrides, dry_run=dry_run)
+    _run("pretrain", config, overrides, dry_run=dry_run, json=json)
 
 
-def tune(config: ConfigFile = None, dry_run: DryRun = False, overrides: Any = None) -> None:
+def tune(config: ConfigFile = None, dry_run: DryRun = False, json: Json = False, overrides: Any = None) -> None:
     """Tune a merged model that sees, on instructions with and without images.
 
     The adapter goes on all blocks; --method full trains whole matrices.
 
     [bold]reparam vision tune --base.path ./merged --data.train instructions.jsonl -o out/tuned[/bold]
     """
-    _run("tune", config, overrides, dry_run=dry_run)
+    _run("tune", config, overrides, dry_run=dry_run, json=json)
 
 
 def merge(
@@ -74,22 +77,25 @@ def merge(
     merge_to(output, run, base=base, dtype=dtype, overwrite=overwrite, console=console)
 
 
-def _run(stage: Stage, config: Path | None, overrides: Mapping[str, Any], *, dry_run: bool) -> None:
+def _run(stage: Stage, config: Path | None, overrides: Mapping[str, Any], *, dry_run: bool, json: bool) -> None:
     resolved = resolve_stage(stage, config, overrides)
     check_inputs(resolved.train)
+    words = Console(quiet=True) if json else console
     if not dry_run:
         base, rows = resolved.train.base.path, ", ".join(resolved.train.data.sources())
-        say(console, f"training {base} to see with {rows}; results go to {resolved.train.run.output}")
+        say(words, f"training {base} to see with {rows}; results go to {resolved.train.run.output}")
     from reparam.vision.run import rehearse, train
-    from reparam.vision.show import ShowVision
+    from reparam.vision.show import ShowVision, ShowVisionJson
 
-    show = ShowVision(console)
+    show = ShowVisionJson(console) if json else ShowVision(console)
     if dry_run:
         rehearse(resolved, show=show)
         return
     result = train(resolved, show=show)
     if result.signal is not None:
-        say(console, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
+        if json:
+            say_line(console, {"event": "stopped", "signal": result.signal, "folder": str(result.folder)})
+        say(words, f"stopped by a signal; run the same command to continue from the checkpoint in {result.folder}")
         raise typer.Exit(128 + result.signal)
 
 

@@ -14,9 +14,12 @@ from reparam.train import processes
 from reparam.train.trainer import Resumable, Trainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput
 
+    from reparam.data.row import Row
     from reparam.train.job import Job
     from reparam.train.objectives.objective import Objective
     from reparam.train.sections import RunConfig
@@ -119,12 +122,16 @@ class Answering(Measure):
     They are stored in the entry of the evaluation in the log, which belongs to each checkpoint.
     """
 
-    def __init__(self, job: Job, show: Show) -> None:
+    def __init__(self, job: Job, show: Show, *, ask: Callable[[Sequence[Row]], list[Answer]] | None = None) -> None:
+        """`ask` answers rows; by default, the model of the job does."""
         super().__init__(job)
         run = job.config.run
         self.show, self.samples = show, run.samples
         self.counts = run.metric == "exact_match"
         rows = answerable(job.held_out)
+        if ask is not None:
+            rows = [row for row in rows if row.kind == "chat" or row.prompt]
+        self.ask = ask or self._ask
         self.rows = rows[: max(run.samples, run.eval_rows if self.counts else 0)]
         self.counted = run.eval_rows
         self.longest = job.config.data.max_length
@@ -135,12 +142,13 @@ class Answering(Measure):
 
     def measure(self) -> dict[str, float]:
         """Answer the rows. Returns the share of right answers, from 0 to 1, if it is the metric."""
-        self.answers = answer(
-            self.job.model, self.job.tokenizer, self.rows, longest=self.longest, seeing=self.job.seeing
-        )
+        self.answers = self.ask(self.rows)
         right = [given.right for given in self.answers[: self.counted]]
         self.rows_measured = len(right)
         return {"eval_exact_match": sum(right) / len(right)} if self.counts else {}
+
+    def _ask(self, rows: Sequence[Row]) -> list[Answer]:
+        return answer(self.job.model, self.job.tokenizer, rows, longest=self.longest, seeing=self.job.seeing)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Print the samples, store them in the log, and add the value by which evaluations are compared."""

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 class ShowJson(Show):
     """Prints a training run as lines of JSON, each with an `event`; docs/files.md lists the fields."""
 
+    part = "adapter"
+    """The folder of the result in that of the run, and its field."""
+
     def __init__(self, console: Console) -> None:
         super().__init__(Console(quiet=True))
         self.lines = console
@@ -99,7 +102,7 @@ class ShowJson(Show):
         self._say(
             "result",
             folder=str(result.folder),
-            adapter=str(result.folder / "adapter"),
+            **{self.part: str(result.folder / self.part)},
             before=_scores(result.before),
             after=_scores(result.after),
             largest_change_of_a_logit=difference,

@@ -125,12 +125,11 @@ def _check(config: Config, where: str) -> None:
     run, data, adapter = config.run, config.data, config.adapter
     unsupported = {
         "run.objective": run.objective != "sft",
-        "run.metric": run.metric != "loss",
-        "run.samples": run.samples > 0,
+        "run.metric": run.metric not in ("loss", "exact_match"),
         "run.group_by_length": run.group_by_length,
         "data.packing": data.packing,
         "data.streaming": data.streaming,
-        "data.too_long": data.too_long not in ("auto", "error"),
+        "data.too_long": data.too_long == "split",
         "adapter.start": adapter.start is not None,
         "adapter.bias": adapter.bias,
         "adapter.modules_to_save": bool(adapter.modules_to_save),

@@ -33,6 +33,8 @@ from reparam.vision.processor import Processor, mark_id, marked
 from reparam.vision.rows import Seen
 from reparam.vision.teachers import load_teacher
 
+UNLIMITED = 2**31 - 1  # tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionJob:
@@ -83,8 +85,8 @@ def prepare(stage: StageConfig) -> VisionJob:
         tokenizer = _tokenizer_that_sees(config.base.path)
     mark = marked(tokenizer)
     images: dict[str, Images] = {}
-    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="off"))
-    data = read_data(cached, mark, reading=functools.partial(ImageRows, found=images))
+    whole = dataclasses.replace(config.data, cache="off", max_length=UNLIMITED, too_long="auto")  # `Seen` cuts
+    data = read_data(dataclasses.replace(config, data=whole), mark, reading=functools.partial(ImageRows, found=images))
     if stage.stage == "pretrain" and not images:
         raise DataError([f'{", ".join(config.data.sources())}: no row has an image; give rows with "image"'])
     vora = _first(stage) if stage.stage == "pretrain" else _further(stage)
@@ -100,10 +102,11 @@ def prepare(stage: StageConfig) -> VisionJob:
     assert isinstance(data.train, Encoded)
     assert isinstance(data.valid, Encoded)
     most = getattr(vora.config.get_text_config(), "max_position_embeddings", None)
-    settings = {
+    settings: dict[str, Any] = {
         "mark": mark_id(mark),
         "fill": padding_id(tokenizer),
         "longest": min(config.data.max_length, most or config.data.max_length),
+        "too_long": config.data.too_long,
     }
     train, valid = (Seen(rows, images, vora.vision, **settings) for rows in (data.train, data.valid))
     optimizer.groups(config.optim, Trained(vora).named_parameters(), vora.adapter.sites)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 
 from reparam.adapter.selection import select
 from reparam.adapter.without_sites import fill_from, read_back
@@ -28,6 +29,7 @@ from reparam.io.staged import write_file
 from reparam.train import optimizer, processes
 from reparam.train.checkpoint import Found, newest
 from reparam.train.conclude import CHECK, history_of
+from reparam.train.evaluating import Answering, Evaluated
 from reparam.train.guard import stopped_early
 from reparam.train.identity import STEPS, check_folder, check_same, clear, write_record
 from reparam.train.job import Result
@@ -37,18 +39,18 @@ from reparam.train.plot import plot_losses
 from reparam.train.run import Bind, arguments
 from reparam.train.speed import slow_dtype
 from reparam.train.state import read_tree, write_tree
-from reparam.train.trainer import Resumable, Trainer
+from reparam.train.trainer import Resumable
 from reparam.vision.config import StageConfig
 from reparam.vision.files import TENSORS, save
 from reparam.vision.found import ADAPTER, RUN
 from reparam.vision.job import Trained, VisionJob, prepare
 from reparam.vision.model import VoRA
 from reparam.vision.rows import collator
-from reparam.vision.scores import scored
-from reparam.vision.show import ShowVision
+from reparam.vision.scores import answered, scored
+from reparam.vision.show import Shows
 
 
-def train(stage: StageConfig, *, show: ShowVision) -> Result:
+def train(stage: StageConfig, *, show: Shows) -> Result:
     """Run a stage as configured, and write all results into `run.output`.
 
     After SIGINT or SIGTERM, saves a checkpoint and returns a result with that `signal`. Raises ValueError for errors
@@ -89,7 +91,7 @@ def train(stage: StageConfig, *, show: ShowVision) -> Result:
         return _concluded(held, trainer, before, show)
 
 
-def rehearse(stage: StageConfig, *, show: ShowVision) -> None:
+def rehearse(stage: StageConfig, *, show: Shows) -> None:
     """Load and check everything that `train` needs, and show what it would do. Writes nothing."""
     held = _checked(stage)
     config, own = held.job.config, held.identity
@@ -127,12 +129,12 @@ class _Losses(TrainerCallback):
             state.log_history[-1]["loss_distillation_by_pair"] = last
 
 
-def _trainer(held: VisionJob, show: ShowVision) -> tuple[Resumable, tuple[optimizer.Rates, ...]]:
+def _trainer(held: VisionJob, show: Shows) -> tuple[Resumable, tuple[optimizer.Rates, ...]]:
     vora, job = held.vora, held.job
     steps = job.config.run.steps(len(held.train), processes.count())
     if job.adapter.controller is not None:
         job.adapter.controller.plan(steps)
-    trainer = Trainer(
+    trainer = Evaluated(
         vora,
         TrainingArguments(**arguments(job.config, steps)),
         train_dataset=held.train,
@@ -140,14 +142,23 @@ def _trainer(held: VisionJob, show: ShowVision) -> tuple[Resumable, tuple[optimi
         data_collator=collator(held.train.fill),
         save_trained=lambda folder: _save(vora, folder),
         load_trained=lambda folder: _load(vora, folder),
-        row_names=job.train.sources,
+        row_names=held.train.sources,
         extra_loss=lambda: _extra(vora),
-        callbacks=[Bind(job.adapter), _Losses(vora), show.callback(steps)],
+        callbacks=[Bind(job.adapter), _Losses(vora), show.callback(steps), *_evaluating(held, show)],
     )
     rates = optimizer.install_optimizer(trainer, job.config.optim, Trained(vora))  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
     place_files(trainer.callback_handler.callbacks, job.config.run)
     return trainer, rates
+
+
+def _evaluating(held: VisionJob, show: Shows) -> list[TrainerCallback]:
+    """The callbacks that answer held-out rows at evaluations, and that stop the run early."""
+    run, found = held.job.config.run, []
+    if run.metric == "exact_match" or run.samples:
+        ask = functools.partial(answered, held.vora, images=held.images, batch=run.batch_size)
+        found.append(Answering(held.job, show, ask=ask))
+    return found + ([EarlyStoppingCallback(run.patience)] if run.patience else [])
 
 
 def _extra(vora: VoRA) -> Tensor | None:
@@ -183,7 +194,7 @@ def _load(vora: VoRA, folder: Path) -> None:
 
 
 def _concluded(
-    held: VisionJob, trainer: Resumable, before: tuple[tuple[Score, ...], list[Answer]], show: ShowVision
+    held: VisionJob, trainer: Resumable, before: tuple[tuple[Score, ...], list[Answer]], show: Shows
 ) -> Result:
     """Save the trained model, read it back, score it, and write the figures."""
     folder = trainer.run_folder

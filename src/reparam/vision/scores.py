@@ -43,7 +43,7 @@ def token_losses(vora: VoRA, rows: Seen, *, batch: int) -> tuple[Tensor, Tensor]
     nats, tokens = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(2))
     training = vora.training
     vora.eval()
-    order = torch.argsort(rows.encoded.lengths).tolist()
+    order = torch.argsort(rows.lengths).tolist()
     for start in tracked(range(0, len(order), batch), "scoring held-out rows", unit="batches"):
         given: dict[str, Any] = collate([rows[i] for i in order[start : start + batch]])
         numbers, labels = given.pop("row"), given.pop("labels")[:, 1:].to(device)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam.core.text import counted
 from reparam.evaluation.terminal import say
+from reparam.train.config import tables
 from reparam.train.show import Show
+from reparam.train.show_json import ShowJson
 
 if TYPE_CHECKING:
     from reparam.train.checkpoint import Found
     from reparam.train.job import Result
     from reparam.vision.config import StageConfig
     from reparam.vision.job import VisionJob
+    from reparam.vision.rows import Seen
 
 
 class ShowVision(Show):
@@ -33,6 +37,9 @@ class ShowVision(Show):
                 f"teacher         {held.stage.vision.teacher}; states of model and teacher: {pairs}; "
                 f"{counted(heads, 'parameter')} of heads, which are dropped after training",
             )
+        for rows in (held.train, held.valid):
+            for line in left(rows):
+                self.note(line)
         seen = sum(count > 0 for count in held.train.counts)
         say(
             self.console,
@@ -60,3 +67,52 @@ class ShowVision(Show):
         )
         say(self.console, f"model           {result.folder / 'vora'}  (merge it with `reparam vision merge`)")
         say(self.console, f"figures, plot   {result.folder / 'figures.json'}, {result.folder / 'loss.png'}")
+
+
+class ShowVisionJson(ShowJson):
+    """Prints a stage as lines of JSON, each with an `event`, as `ShowJson` does a run."""
+
+    part = "vora"
+
+    def vision_job(self, held: VisionJob) -> None:
+        """Print what will be trained, and on which rows."""
+        self.job(held.job)
+        distillation = held.vora.distillation
+        heads = distillation.parameters() if distillation is not None else ()
+        self._say(
+            "vision",
+            blocks=held.vora.blocks,
+            tokens_of_an_image=held.vora.vision.side**2,
+            rows_with_images=sum(count > 0 for count in held.train.counts),
+            parameters_of_the_patch_embedding=sum(p.numel() for p in held.vora.embedding.parameters()),
+            teacher=held.stage.vision.teacher,
+            pairs=[list(pair) for pair in distillation.pairs] if distillation is not None else [],
+            parameters_of_heads=sum(p.numel() for p in heads),
+            cut=[*held.train.cut, *held.valid.cut],
+            left_out=[*held.train.left_out, *held.valid.left_out],
+        )
+
+    def vision_plan(self, stage: StageConfig, steps: int, found: Found) -> None:
+        """Print the resolved configuration and the number of steps of a stage that `--dry-run` describes."""
+        checkpoint = None if found.path is None else str(found.path)
+        own = dataclasses.asdict(stage.vision) if stage.stage == "pretrain" else None
+        configuration = tables(stage.train) | ({"vision": own} if own is not None else {})
+        self._say("plan", steps=steps, checkpoint=checkpoint, configuration=configuration)
+
+    def vision_result(self, result: Result, difference: float) -> None:
+        """Print the scores before and after training, and where the model is."""
+        self.result(result, difference)
+
+
+Shows = ShowVision | ShowVisionJson
+
+
+def left(rows: Seen) -> list[str]:
+    """What became of rows that are too long, as sentences."""
+    found = ((rows.cut, "cuts off tokens with loss of"), (rows.left_out, "is too short, so these are left out:"))
+    return [
+        f"max_length={rows.longest} {what} {counted(len(names), 'row')}: {', '.join(names[:3])}"
+        + (", ..." if len(names) > 3 else "")
+        for names, what in found
+        if names
+    ]
