@@ -16,8 +16,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
-import torch
-from models import save_base
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -27,11 +25,21 @@ FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 FLAGS += ["--disable-component-update", "--disable-sync"]
 TASK = Path(__file__).parents[1] / "assets" / "tasks" / "signatures"
 
-torch.set_num_threads(1)  # tiny models, and several test processes on one machine
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("quick")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Compute in one thread: models are tiny, and several test processes share a machine.
+
+    The process of pytest-xdist that only hands tests to its workers computes nothing, and imports no torch.
+    """
+    if not session.config.getoption("numprocesses", None):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +66,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from models import save_base
+
     folder = tmp_path_factory.mktemp("base") / "model"
     save_base(folder, tie_word_embeddings=True)
     return str(folder)

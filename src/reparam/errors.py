@@ -17,6 +17,7 @@
     │   └── Busy             (Unavailable)         the serving engine has as many open requests as it may
     ├── ClientGone           (ConnectionError)     a client has closed its connection before it had its answer
     ├── AnswerFailed         (RuntimeError)        the serving engine failed while it computed an answer
+    ├── WorkerLost           (RuntimeError)        a process that encodes rows ended early
     ├── NotFinite            (FloatingPointError)  the loss or the gradient became NaN or infinite
     ├── NothingLearned       (RuntimeError)        training did not change the model's outputs
     ├── DiskFull             (OSError)             the disk has no room for a result
@@ -84,6 +85,9 @@ class DataError(ReparamError, ValueError):
     def __str__(self) -> str:
         return "\n".join(map(self._line, self._lines))
 
+    def __reduce__(self) -> tuple[type[DataError], tuple[Sequence[str]]]:
+        return type(self), (self.problems,)
+
 
 class ConfigError(ReparamError, ValueError):
     """The configuration is invalid. The message names the key, the file that sets it and the expected value."""
@@ -127,6 +131,10 @@ class ClientGone(ReparamError, ConnectionError):  # noqa: N818  (reads as what h
 
 class AnswerFailed(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
     """The serving engine failed while it computed an answer, or an adapter's scores are not numbers."""
+
+
+class WorkerLost(ReparamError, RuntimeError):  # noqa: N818  (reads as what happened)
+    """A process that encodes rows ended early."""
 
 
 class NotFinite(ReparamError, FloatingPointError):  # noqa: N818  (reads as what happened)

@@ -10,8 +10,8 @@ from selecting import banks, check_rows, close, moved, two, under
 from torch import nn
 
 import reparam
-from reparam.adapter.slots import BANK
 from reparam.sites.bank import Bank
+from reparam.sites.held import BANK
 
 
 def optimize(model: nn.Module, adapter: reparam.Adapter) -> None:

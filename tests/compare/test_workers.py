@@ -23,7 +23,7 @@ TASK = Path(__file__).parents[2] / "assets" / "tasks" / "signatures"
 @pytest.fixture(scope="module")
 def on_ray() -> Iterator[Workers]:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield workers("ray")
     ray.shutdown()
 

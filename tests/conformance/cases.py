@@ -5,7 +5,7 @@ that depend on their input, and modules other than `nn.Linear` are always tested
 """
 
 import dataclasses
-import os
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from sampled import FULL, pairs
 from torch import Tensor, nn
 from toys import Fixed16, Nudge, Product
 from transformers.pytorch_utils import Conv1D
@@ -39,10 +40,19 @@ QUANTIZED: dict[str, Storage] = {
     for index, settings in enumerate(cls.examples)
 }
 KINDS = ("linear", "bias", "conv1d", "embedding", "product")
-FULL = os.environ.get("REPARAM_TESTS") == "full"
-"""Whether the suite runs every combination."""
-SAMPLE = [*((kind, "dense") for kind in KINDS), ("linear", next(name for name in QUANTIZED if name != "dense"))]
-"""Kinds of layer and storages, for tests that do not run every combination."""
+PACKED = [name for name in QUANTIZED if name != "dense"]
+EVERYWHERE = list(itertools.product(SETTINGS, KINDS, QUANTIZED))
+PAIRS = pairs(SETTINGS, KINDS, QUANTIZED)
+"""Every setting on every kind of layer and every storage, and every kind on every storage."""
+SAMPLE = [
+    (setting, kind, storage)
+    for index, setting in enumerate(SETTINGS)
+    for kind, storage in (
+        *((kind, "dense") for kind in (KINDS if setting in FIRST else (KINDS[index % len(KINDS)],))),
+        ("linear", PACKED[index % len(PACKED)]),
+    )
+]
+"""The first setting of every method on every kind of layer, the others on one; and each on a quantized storage."""
 
 
 class One(nn.Module):

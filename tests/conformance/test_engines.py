@@ -9,7 +9,7 @@ import torch
 from cases import (
     FAMILIES,
     FIRST,
-    FULL,
+    SETTINGS,
     Family,
     attach,
     base_of,
@@ -22,6 +22,7 @@ from cases import (
     whole_models,
 )
 from models import IDS, logits
+from sampled import FULL
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -71,7 +72,7 @@ def test_layers_compile_without_graph_breaks(storage: str, method: Method) -> No
     check_compiled(model.eval(), torch.randint(9, (2, 5)), adapter)
 
 
-@pytest.mark.parametrize("method", FIRST if FULL else FIRST[::3])
+@pytest.mark.parametrize("method", FIRST if FULL else FIRST[::7])
 def test_a_model_compiles_without_graph_breaks(method: Method) -> None:
     """With the hooks on the model. Every method is compiled on layers above."""
     model = models.llama(num_hidden_layers=1)
@@ -100,7 +101,7 @@ def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None
     adapter.bind(optimizer)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=5,
+        max_steps=3,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
@@ -121,10 +122,15 @@ def test_trainer_trains_it(storage: str, method: Method, tmp_path: Path) -> None
 
 
 @whole_models(10)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_base_trains_with_masters_in_float32(
-    family: Family, storage: str, method: Method, dtype: torch.dtype
-) -> None:
+def test_a_16_bit_base_trains_with_masters_in_float32(family: Family, storage: str, method: Method) -> None:
+    """In bfloat16 or float16, by turns of the settings; in the full suite, in both."""
+    turn = [param.values[0] for param in SETTINGS].index(method)
+    for dtype in (torch.bfloat16, torch.float16) if FULL else ((torch.bfloat16, torch.float16)[turn // 2 % 2],):
+        check_16_bits(family, storage, method, dtype)
+
+
+def check_16_bits(family: Family, storage: str, method: Method, dtype: torch.dtype) -> None:
+    """Train a 16-bit base for a few steps, and use the adapter in a mixed batch."""
     model = family.build(storage).to(dtype)
     base = logits(model)
     adapter = family.attach(model, method)

@@ -1,14 +1,18 @@
 """One site: every setting of every method, on every storage, on every kind of layer.
 
-The oracle runs on all combinations. The other tests run every method on every kind of layer, and on one quantized
-storage, unless `REPARAM_TESTS=full` is set (`make full`).
+The oracle and the differences run on a sample of all combinations, in which every setting meets every kind of layer and
+every storage. The other tests run every method on every kind of layer, and on one quantized storage. With
+`REPARAM_TESTS=full` (`make full`) all run on all combinations.
 
 The oracle is `torch.nn.utils.parametrize`: a plain module whose matrix is `factors.apply(W)`, in float64.
 """
 
+from typing import Any
+
 import pytest
 import torch
-from cases import FULL, KINDS, QUANTIZED, SAMPLE, SETTINGS, One, error, has_factors, move, one, starts_exactly
+from cases import EVERYWHERE, PAIRS, SAMPLE, One, error, has_factors, move, one, starts_exactly
+from sampled import FULL
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -17,9 +21,15 @@ from reparam.core.method import Method
 from reparam.methods import dora
 from reparam.sites.module import Adapted
 
-pytestmark = pytest.mark.parametrize("method", SETTINGS)
-everywhere = pytest.mark.parametrize(("kind", "storage"), [(kind, storage) for storage in QUANTIZED for kind in KINDS])
-sampled = everywhere if FULL else pytest.mark.parametrize(("kind", "storage"), SAMPLE)
+
+def on(cases: list[tuple[Any, str, str]]) -> pytest.MarkDecorator:
+    """Run a test on these settings, kinds of layer and storages."""
+    found = [pytest.param(*s.values, kind, storage, id=f"{s.id}-{kind}-{storage}") for s, kind, storage in cases]
+    return pytest.mark.parametrize(("method", "kind", "storage"), found)
+
+
+everywhere = on(PAIRS)
+sampled = on(EVERYWHERE if FULL else SAMPLE)
 
 
 class Changed(nn.Module):
@@ -102,27 +112,25 @@ def test_the_output_and_all_gradients_are_those_of_the_oracle(kind: str, storage
     assert error(y, model(x)) > 1e-3  # the update does something here
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_differences(kind: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+@everywhere
+def test_gradients_are_those_of_differences(
+    kind: str, storage: str, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compared with finite differences, also for updates that depend on their input.
 
-    On the dense storage, and on one of the others in turn. DoRA's norms are constants of its backward pass by default,
-    so the differences keep those of the first forward.
+    DoRA's norms are constants of its backward pass by default, so the differences keep those of the first forward.
     """
     monkeypatch.setattr(dora, "trusted", lambda: True)
-    others = [name for name in QUANTIZED if name != "dense"]
-    turn = KINDS.index(kind) + [param.values[0] for param in SETTINGS].index(method)
-    for storage in QUANTIZED if FULL else ("dense", others[turn % len(others)]):
-        model, adapter = one(kind, method, storage)
-        move(adapter, 2)
-        model.double().eval()
-        x = model.input(2, dtype=torch.float64)
-        if model(x).dtype != torch.float64:
-            assert storage != "dense"
-            continue  # the storage computes in less than float64
-        parameters = adapter.parameters()
-        wanted = (x.requires_grad_(), *parameters) if x.is_floating_point() else tuple(parameters)
-        assert torch.autograd.gradcheck(lambda *_, f=model, x=x: f(x), wanted, fast_mode=True), storage
+    model, adapter = one(kind, method, storage)
+    move(adapter, 2)
+    model.double().eval()
+    x = model.input(2, dtype=torch.float64)
+    if model(x).dtype != torch.float64:
+        assert storage != "dense"
+        pytest.skip("the storage computes in less than float64")
+    parameters = adapter.parameters()
+    wanted = (x.requires_grad_(), *parameters) if x.is_floating_point() else tuple(parameters)
+    assert torch.autograd.gradcheck(lambda *_: model(x), wanted, fast_mode=True)
 
 
 @sampled

@@ -11,8 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from reparam.data.chat import ChatTemplate
+from reparam.data.cuts import EXPRESSIONS
+from reparam.data.known import LONGEST, Known, Strings
 from reparam.data.offsets import with_offsets
-from reparam.data.pieces import EXPRESSIONS, Pieces
+from reparam.data.pieces import Pieces
 
 byte_level = pre_tokenizers.ByteLevel
 TEXTS = [
@@ -24,7 +26,12 @@ TEXTS = [
 
 
 def make(
-    before: list[pre_tokenizers.PreTokenizer], *, use_regex: bool, nfc: bool = False, trim: bool | None = None
+    before: list[pre_tokenizers.PreTokenizer],
+    *,
+    use_regex: bool,
+    nfc: bool = False,
+    trim: bool | None = None,
+    space: bool = False,
 ) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     steps = [*before, byte_level(add_prefix_space=False, use_regex=use_regex)]
@@ -33,7 +40,7 @@ def make(
     if nfc:
         backend.normalizer = normalizers.NFC()
     if trim is not None:
-        backend.post_processor = processors.ByteLevel(trim_offsets=trim, add_prefix_space=False)
+        backend.post_processor = processors.ByteLevel(trim_offsets=trim, add_prefix_space=space)
     special = [AddedToken(name, normalized=False) for name in (kit.END, "<tool>")]
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=byte_level.alphabet(), show_progress=False
@@ -51,6 +58,7 @@ TOKENIZERS = {
     "trimmed": make([], use_regex=True, trim=True),
     "digits": make([pre_tokenizers.Digits(individual_digits=True)], use_regex=True),
     **{f"expression {i}": make([expression(e)], use_regex=False) for i, e in enumerate(EXPRESSIONS)},
+    "trimmed, with a space": make([], use_regex=True, trim=True, space=True),
     "qwen": make([expression(EXPRESSIONS[2])], use_regex=False, nfc=True, trim=False),
 }
 PIECES = {name: Pieces.of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
@@ -92,6 +100,27 @@ def test_pieces_that_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None
         assert [ours.before(i) for i in range(len(text))] == [theirs.before(i) for i in range(len(text))]
 
 
+@pytest.mark.parametrize("bits", [5, 12])
+@given(added=st.lists(st.binary(max_size=60), max_size=40, unique=True), asked=st.lists(st.binary(max_size=60)))
+def test_the_table_of_strings_is_exact_when_places_collide(bits: int, added: list[bytes], asked: list[bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reparam.data.known.BITS", bits)
+        table, room = Known(room=30), {}
+        for some in (added[:20], added[20:]):
+            room |= {key: entry for key, entry in zip(some, table.add(strings(some)).tolist(), strict=True) if entry}
+        everything = [*added, *asked, *(key + b"\0" for key in added), *(key[:-1] for key in added)]
+        found = table.find(strings(everything)).tolist()
+    assert found == [room.get(key, 0) for key in everything]
+    assert len(room) <= 30
+    assert max(map(len, room), default=0) <= LONGEST
+    assert bits == 5 or len(room) == min(30, sum(len(key) <= LONGEST for key in added))
+
+
+def strings(values: list[bytes]) -> Strings:
+    sizes = np.array([len(value) for value in values], dtype=np.int64)
+    return Strings(b"".join(values) + b"rest", np.cumsum(sizes) - sizes, sizes)
+
+
 def test_settings_of_other_calls_are_not_kept() -> None:
     tokenizer = make([], use_regex=True)
     pieces = Pieces.of(tokenizer)
@@ -115,12 +144,12 @@ def other(change: str) -> PreTrainedTokenizerFast:
             backend.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=False)
         case "strips":
             backend.add_special_tokens([AddedToken("<s>", rstrip=True)])
-        case "offsets":
-            backend.post_processor = processors.ByteLevel(trim_offsets=True, add_prefix_space=True)
+        case "no bytes":
+            backend.model = models.BPE({"a": 0, "b": 1}, [])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=kit.END)
 
 
-@pytest.mark.parametrize("change", ["prefix", "lower", "expression", "no words", "strips", "offsets"])
+@pytest.mark.parametrize("change", ["prefix", "lower", "expression", "no words", "strips", "no bytes"])
 def test_tokenizers_whose_texts_cannot_be_cut_are_left_alone(change: str) -> None:
     assert Pieces.of(other(change)) is None
 

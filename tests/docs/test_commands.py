@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = {"train": 60, "valid": 12, "test": 12}  # kept of each file of a task
 # Arguments appended to a verb's, so that a page takes seconds; the last of two values of an option counts.
-TRAINING = "--max_steps 2 --batch_size 2 --data.score_rows 2 --max_length 64"
+TRAINING = "--max_steps 2 --batch_size 2 --data.score_rows 2 --max_length 64 --eval_steps 2 --save_steps 2"
 SMALLER = {
     "train": TRAINING,
     "compare": f"{TRAINING} --minutes 0.05 --seeds 1 --rates 1e-3 --rows 2",

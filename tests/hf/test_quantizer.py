@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import IDS, logits
 from safetensors.torch import load_file, save_file
+from sampled import pairs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -25,6 +26,7 @@ from reparam.io.mapped import Mapped
 from reparam.weights.nf4 import NF4Weight
 
 FAMILIES = {name: models.ALL[name] for name in ("llama", "tied_llama", "gpt2", "mixtral", "qwen_moe", "t5")}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STORAGES = [reparam.NF4(), reparam.NF4(32, double=False), reparam.Int8()]
 CONFIGS: dict[str, Callable[[], StorageConfig]] = {
     "nf4": reparam.NF4Config,
@@ -64,9 +66,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: place / name for name in FAMILIES}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", CONFIGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "how", "dtype"), pairs(FAMILIES, CONFIGS, DTYPES))
 def test_quantizing_on_load_is_packing_after_it(
     family: str, how: str, dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
 ) -> None:

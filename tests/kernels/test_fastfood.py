@@ -58,7 +58,7 @@ def test_the_gradient_is_the_adjoint(d: int, rows: int, n: int) -> None:
     x, g = vector(d).requires_grad_(), vector(rows, 1)
     (found,) = torch.autograd.grad(fastfood(x, KEY, n, rows) @ g, x)
     torch.testing.assert_close(found, matrix(d, rows, n).T @ g)
-    assert torch.autograd.gradcheck(lambda x: fastfood(x, KEY, n, rows), (x,))
+    assert torch.autograd.gradcheck(lambda x: fastfood(x, KEY, n, rows), (x,), fast_mode=d > 9)
 
 
 def test_columns_have_norm_one_where_blocks_are_whole() -> None:

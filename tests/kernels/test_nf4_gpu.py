@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampled import FULL, pairs
 from torch import Tensor
 
 from reparam.kernels.nf4_reference import compress_scales, dequantize_reference, quantize_reference
@@ -28,7 +29,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [1, 63, 4097, 12346]
 SHAPES = [(1, 1), (5, 33), (2, 5001), (4, 2050)]
-IN_TURN = INTERPRETED and os.environ.get("REPARAM_TESTS") != "full"  # the interpreter takes some of the combinations
+IN_TURN = INTERPRETED and not FULL  # the interpreter takes some of the combinations
 
 
 def on_device(test: object) -> object:
@@ -97,9 +98,7 @@ def test_blocks_of_zeros_and_at_the_ends_of_float32(scale: float) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "double", "dtype"), pairs(BLOCKS, [False, True], DTYPES, full=not IN_TURN), ids=str)
 def test_dequantizing_gives_the_bits_of_the_reference(block: int, double: bool, dtype: torch.dtype) -> None:
     """In turn, each block and each dtype meet all numbers of elements."""
     turn = BLOCKS.index(block) + DTYPES.index(dtype) + double
@@ -127,9 +126,7 @@ def test_many_blocks_of_statistics_an_own_map_and_a_part_from_the_middle(first: 
 
 
 @on_device
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "double", "shape"), pairs(BLOCKS, [False, True], SHAPES, full=not IN_TURN), ids=str)
 def test_the_product_equals_the_unpacked_one(block: int, double: bool, shape: tuple[int, int]) -> None:
     """Compared in float64 with the reference's matrix, up to float32 rounding of sums and of the result."""
     outputs, inputs = shape
@@ -193,13 +190,16 @@ COMPILED = [
 def test_the_kernels_compile(
     capability: int, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """To machine code with exact division, rounding to bfloat16, and no fused operations where bits must match."""
+    """To machine code with exact division, rounding to bfloat16, and no fused operations where bits must match.
+
+    The kernels take turns on the two GPUs; in the full suite each is compiled for both.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     statistics = {"absmax": "*u8"} if double else dict.fromkeys(("nested", "offset"), "constexpr")
-    for name, block, numbers in COMPILED:
+    for name, block, numbers in COMPILED if FULL else COMPILED[int(double) :: 2]:
         kernel = getattr(nf4_gpu, name)
         constants = numbers | {"BLOCK": block} | ({} if double else {"nested": None, "offset": None})
         types = TYPES | (statistics if name != "_quantize" else {}) | dict.fromkeys(constants, "constexpr")

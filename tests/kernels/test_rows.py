@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reparam.kernels.packs import Step, Tables
 from reparam.kernels.rows import backend, bank_update_, packed_update_, update_by_row_, update_by_slot_
 
 IMPLEMENTATIONS = [bank_update_, update_by_slot_, update_by_row_]
@@ -381,19 +382,22 @@ print(backend())
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_of_any_lengths_equal_each_row_alone_bit_for_bit(threads: int) -> None:
     lengths, slots = [1, 170, 0, 1, 5, 1, 133, 1], [2, 0, 1, -1, 3, 0, 2, 3]
-    y, x, _, *tables = case(1, sum(lengths), 257, 400, [0, 1, 2, 3], [8, 1, 5, 16], gain=True)
+    y, x, _, *held = case(1, sum(lengths), 257, 400, [0, 1, 2, 3], [8, 1, 5, 16], gain=True)
+    tables, most = tables_of(held), held[3]
     begins = torch.tensor([0, *np.cumsum(lengths)])
     expected = y.clone()
     for slot, start, end in zip(slots, begins.tolist(), begins[1:].tolist(), strict=False):
-        bank_update_(expected[:, start:end], x[:, start:end], torch.tensor([slot]), *tables)
+        bank_update_(expected[:, start:end], x[:, start:end], torch.tensor([slot]), *held)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
             found = y[0].clone()
-            assert packed_update_(found, x[0], begins, torch.tensor(slots), *tables)
+            assert packed_update_(found, x[0], Step(begins, torch.tensor(slots)), tables, most)
             with pytest.raises(ValueError, match="slots must be from -1 to 3"):
-                packed_update_(found, x[0], begins, torch.tensor([4] * 8), *tables)
+                packed_update_(found, x[0], Step(begins, torch.tensor([4] * 8)), tables, most)
+            with pytest.raises(ValueError, match=r"has 312 tokens, .* x is \[311, 257\]"):
+                packed_update_(found, x[0, 1:], Step(begins, torch.tensor(slots)), tables, most)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, expected[0])
@@ -401,10 +405,15 @@ def test_rows_of_any_lengths_equal_each_row_alone_bit_for_bit(threads: int) -> N
 
 
 def test_what_the_packed_kernel_cannot_compute_is_left_unchanged() -> None:
-    y, x, slots, *tables = case(1, 4, 8, 8, [0], [2], gain=True, dtype=torch.bfloat16)
-    before, begins = y.clone(), torch.tensor([0, 4])
+    y, x, slots, *held = case(1, 4, 8, 8, [0], [2], gain=True, dtype=torch.bfloat16)
+    before, step = y.clone(), Step(torch.tensor([0, 4]), slots)
     with torch.no_grad():
-        assert not packed_update_(y[0], x[0], begins, slots, *tables)
-    y, x, slots, *tables = case(1, 4, 8, 8, [0], [2], gain=True)
-    assert not packed_update_(y[0], x[0].requires_grad_(), begins, slots, *tables)
+        assert not packed_update_(y[0], x[0], step, tables_of(held), held[3])
+    y, x, slots, *held = case(1, 4, 8, 8, [0], [2], gain=True)
+    assert not packed_update_(y[0], x[0].requires_grad_(), Step(step.begins, slots), tables_of(held), held[3])
     assert torch.equal(before, case(1, 4, 8, 8, [0], [2], gain=True, dtype=torch.bfloat16)[0])
+
+
+def tables_of(held: list[Any]) -> Tables:
+    A, B_t, spans, _, gain = held
+    return Tables(A, B_t, spans, gain)

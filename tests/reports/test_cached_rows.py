@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from command import reparam, train
+from sampled import FULL
 
 from reparam.data.batches import Encoded
 from reparam.data.encode import encode
@@ -134,13 +135,13 @@ def test_a_damaged_data_set_is_made_again(base: str, file: Path, damage: str) ->
     (place,) = folders(file)
     names = sorted(each.name for each in place.iterdir())
     assert "marks-0" in names
-    for name in names:
-        if (place / name).stat().st_size:
-            DAMAGES[damage](place / name)
-            again = read(base, file, tokenizer, max_length=60)
-            assert "damaged" in again.report.lines[0], name
-            assert same(again, made), name
-            assert "read from" in read(base, file, tokenizer, max_length=60).report.lines[0]
+    names = [name for name in names if (place / name).stat().st_size]
+    for name in names if FULL else names[list(DAMAGES).index(damage) % 2 :: 2]:  # each file has several kinds of damage
+        DAMAGES[damage](place / name)
+        again = read(base, file, tokenizer, max_length=60)
+        assert "damaged" in again.report.lines[0], name
+        assert same(again, made), name
+        assert "read from" in read(base, file, tokenizer, max_length=60).report.lines[0]
 
 
 def test_without_a_cache_nothing_is_written(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import IDS, llama, logits
+from sampled import in_turn
 from selecting import change
 from torch import nn
 
@@ -56,9 +57,12 @@ def adapted(method: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("method", "which"), [*((method, "a") for method in METHODS), *((method, ["a", None, "a"]) for method in MIXED)]
+    ("method", "way", "which"),
+    [
+        *((*case, "a") for case in in_turn(METHODS, WAYS)),
+        *((*case, ["a", None, "a"]) for case in in_turn(MIXED, list(WAYS)[::-1])),
+    ],
 )
 def test_a_copy_computes_the_same_and_is_independent(method: str, which: Any, way: str) -> None:
     model = adapted(method)

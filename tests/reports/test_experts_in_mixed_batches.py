@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import models
+import moe
 import pytest
 import torch
 from models import TOKENS, VOCABULARY, build
@@ -78,6 +79,12 @@ def test_stacked_experts_with_other_methods_quantized_and_beside_the_base(method
     reparam.quantize(model, "nf4", targets="experts")
     for seed, name in enumerate("ab"):
         change(reparam.attach(model, method, name=name, targets=["experts", "q_proj"]), seed)
+    assert rows_alone_or_refused(model, ids_of(3, 5))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_biases_and_other_implementations(implementation: str) -> None:
+    model = adapted(moe.build("GptOss", implementation), targets=["experts"])
     assert rows_alone_or_refused(model, ids_of(3, 5))
 
 

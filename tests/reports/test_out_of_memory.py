@@ -40,19 +40,25 @@ def long_rows(tmp_path: Path) -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of this process from /proc")
-@pytest.mark.parametrize("verb", ["eval", "train"])
+@pytest.mark.parametrize("verb", ["eval", "train", "train --plan"])
 def test_a_command_says_what_lowers_the_memory(
     verb: str, base: str, long_rows: str, tmp_path: Path, little_memory: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if verb == "eval":
         code = reparam("eval", long_rows, "--base", base, "--batch-size", 64, "--max-length", 2048)
     else:
-        code = train(base, long_rows, tmp_path / "out", "--batch_size", 16, "--max_length", 2048)
+        code = train(base, long_rows, tmp_path / "out", "--batch_size", 16, "--max_length", 2048, *verb.split()[1:])
     said = capsys.readouterr().err.strip()
     assert code == 1
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("failed:")]
-    assert all(word in line for word in SETTINGS)
+    if "--plan" in verb:
+        assert "the plan for 16 x 2048 tokens is" in line
+        assert all(
+            word in line for word in ("with run.gradient_checkpointing true, it is", "run.batch_size 8", "iB were held")
+        )
+    else:
+        assert all(word in line for word in SETTINGS)
     assert "not enough memory for another" in line
     assert "iB;" in line
 

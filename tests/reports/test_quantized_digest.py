@@ -11,6 +11,7 @@ import torch
 from models import gpt2, llama, logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampled import FULL
 
 import reparam
 from reparam.errors import BaseError
@@ -62,7 +63,7 @@ def test_any_changed_packed_byte_is_refused(way: Callable[[Any, Path], None], st
     file, kept = tmp_path / "q/model.safetensors", metadata(tmp_path / "q")
     sound = load_file(file)
     packed = sorted(key for key in sound if ".weight.absmax" in key or f"{key}.absmax" in sound)
-    for key in packed[::3]:
+    for key in packed if FULL else [packed[0], packed[len(packed) // 2], packed[-1]]:
         changed = {name: tensor.clone() for name, tensor in sound.items()}
         changed[key].view(-1).view(torch.uint8)[-1] ^= 1
         save_file(changed, file, kept)

@@ -6,8 +6,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from cases import FULL
 from models import TOKENS, VOCABULARY, build
+from sampled import FULL
 from selecting import adapted, close, ids_of, rows_alone_or_refused
 from time_first import fsmt, xlnet
 from torch import Tensor, nn

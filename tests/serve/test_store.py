@@ -190,6 +190,11 @@ def test_an_adapter_that_does_not_fit_or_does_nothing_is_refused(tmp_path: Path)
     }
     with Engine(models.llama(), adapters=tmp_path, limits=SMALL) as engine:
         base = ids(engine, None)
+        save(models.llama(), tmp_path.parent / "right")
+        engine.load(
+            "right", tmp_path.parent / "right"
+        )  # of one structure with most of them, which proves nothing of them
+        engine.unload("right")
         for name, message in expected.items():
             with pytest.raises(reparam.FormatError, match=message):
                 ids(engine, name)
@@ -198,6 +203,19 @@ def test_an_adapter_that_does_not_fit_or_does_nothing_is_refused(tmp_path: Path)
         assert "good" not in engine.adapters
         assert ids(engine, None) == base
         assert not engine._store._residents
+
+
+def test_adapters_of_one_structure_are_tried_in_a_batch_once(tmp_path: Path) -> None:
+    methods = [reparam.LoRA(r=2, alpha=4)] * 3 + [reparam.LoRA(r=3, alpha=4), reparam.DoRA(r=2, alpha=4)]
+    for seed, method in enumerate(methods):
+        save(models.llama(), tmp_path / f"a{seed}", seed=seed, method=method)
+    runs = []
+    with Engine(models.llama(), limits=SMALL) as engine:
+        engine._store._prover.model.register_forward_pre_hook(lambda *_: runs[-1].append(1))
+        for seed in range(len(methods)):
+            runs.append([])
+            engine.load(f"a{seed}", tmp_path / f"a{seed}")
+    assert [len(own) == 1 for own in runs] == [False, True, True, False, False]
 
 
 def test_names_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ WAYS: dict[str, tuple[Any, ...]] = {
     "smooth": ("--optim.label_smoothing", 0.1, "--method.dropout", 0.1),
     "best": ("--run.best", "--learning_rate", 0.3, "--run.samples", 2),
     "best answers": ("--run.metric", "exact_match", "--run.best", "--run.eval_rows", 3),
-    "stopped early": ("--run.patience", 1, "--learning_rate", 3.0, "--max_steps", 20),
+    "stopped early": ("--run.patience", 1, "--learning_rate", 3.0, "--max_steps", 10),
 }
 
 

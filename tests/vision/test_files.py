@@ -16,10 +16,10 @@ import reparam
 from reparam import vision
 from reparam.errors import DataError, FormatError
 from reparam.hf.models import load_base, load_tokenizer
+from reparam.images.places import placed_messages, with_places
 from reparam.io.prompt_format import PromptFormat
 from reparam.vision import Processor, VoRA
 from reparam.vision.files import save
-from reparam.vision.processor import placed_messages, with_places
 
 
 @pytest.fixture(scope="module")

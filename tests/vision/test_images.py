@@ -14,8 +14,9 @@ from PIL import Image
 from seeing import VISION
 
 from reparam.errors import DataError
+from reparam.images.sources import MOST_PIXELS, Source, check_header, source_of
 from reparam.vision import Vision
-from reparam.vision.images import MOST_PIXELS, Source, check_header, decoded, source_of
+from reparam.vision.images import decoded
 
 PLAIN = Vision(patch=2, size=4, width=8, mean=(0.0,), std=(1.0,))
 
@@ -160,7 +161,7 @@ def test_where_images_of_rows_come_from(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reparam.vision.images.LARGEST_FILE", 100)
+    monkeypatch.setattr("reparam.images.sources.LARGEST_FILE", 100)
     (tmp_path / "a.png").write_bytes(bytes(101))
     with pytest.raises(DataError, match=r"a\.png: a file of more than 100 bytes"):
         decoded(tmp_path / "a.png", VISION)

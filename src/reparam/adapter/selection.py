@@ -12,7 +12,7 @@ from torch import nn
 
 from reparam.adapter import resizing
 from reparam.adapter.mixed import Mixed
-from reparam.adapter.slots import BANK, Slots
+from reparam.adapter.slots import Slots
 from reparam.adapter.spans import Spans, check
 from reparam.adapter.written import Written, frozen_at, tensors_in_slot
 from reparam.core import continuing
@@ -23,6 +23,7 @@ from reparam.io import whole
 from reparam.io.record import Record, Tied
 from reparam.sites.expert_paths import experts_with
 from reparam.sites.experts import Opened
+from reparam.sites.held import BANK
 from reparam.sites.module import SHARED, Adapted
 from reparam.sites.replaced import Replaced
 from reparam.sites.routing import Routing

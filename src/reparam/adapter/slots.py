@@ -10,13 +10,12 @@ from torch import Tensor
 
 from reparam.core.base import Factors
 from reparam.sites.bank import Bank
+from reparam.sites.held import BANK
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
 
 if TYPE_CHECKING:
     from reparam.adapter.adapter import Adapter
-
-BANK = "*"  # key of a site's bank among its updates; not a valid adapter name, so it cannot collide
 
 
 class Slots:

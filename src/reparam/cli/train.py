@@ -31,6 +31,10 @@ def train(
     json: Annotated[
         bool, typer.Option("--json", help="Print progress and result as lines of JSON, and nothing else.")
     ] = False,
+    planned: Annotated[
+        bool,
+        typer.Option("--plan/--no-plan", help="Plan the memory of a step, try the longest batch first, compare them."),
+    ] = True,
     overrides: Any = None,
 ) -> None:
     """Train an adapter, check the saved adapter, and print held-out scores before and after.
@@ -66,7 +70,15 @@ def train(
     if dry_run:
         rehearse(resolved, show=show)
         return
-    result = run(resolved, show=show)
+    from reparam.plan.watch import Watch
+
+    watch = Watch(show) if planned else None
+    try:
+        result = run(resolved, show=show, watch=watch)
+    except Exception as error:
+        if watch is not None:
+            watch.explain(error)
+        raise
     if result.signal is not None:
         if json:
             say_line(console, {"event": "stopped", "signal": result.signal, "folder": str(result.folder)})

@@ -92,6 +92,10 @@ class Weight(nn.Module):
         """W [O, I] in `dtype`: the stored tensor itself if the storage is dense, otherwise a new tensor."""
         return self.dense().to(self.dtype) if self.dense_or_none is None else self.dense_or_none
 
+    def write(self, out: Tensor, start: int = 0) -> None:
+        """Write the rows W[start : start + rows] into `out` [rows, I], which is contiguous, in its dtype."""
+        out.copy_(self.dense(slice(start, start + len(out))))
+
     def squared_norms(self, dim: int) -> Tensor:
         """The sum of squares of each row (dim=1, [O]) or column (dim=0, [I]) of W, in float64.
 

@@ -36,7 +36,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def memory_sentence(error: BaseException) -> str:
-    """What was asked for, if the error says it, and the settings that lower it.
+    """What was asked for, if the error says it, and the settings that lower it; or, in their place, the error's notes.
 
     >>> memory_sentence(MemoryError())[:40]
     'not enough memory; lower the batch size '
@@ -44,6 +44,8 @@ def memory_sentence(error: BaseException) -> str:
     found = _AMOUNT.search(str(error))
     where = " on the GPU" if isinstance(error, torch.OutOfMemoryError) else ""
     asked = f" for another {_sized(found[1])}" if found else ""
+    if notes := getattr(error, "__notes__", ()):
+        return f"not enough memory{where}{asked}; {'; '.join(notes)}"
     return (
         f"not enough memory{where}{asked}; lower the batch size or max_length, keep the base in the storage nf4, or, "
         "when training, set run.gradient_checkpointing"

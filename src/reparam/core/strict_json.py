@@ -27,6 +27,8 @@ def loads(text: str | bytes) -> Any:
     'byte 0xff at offset 1 is not UTF-8'
     """
     try:
+        if isinstance(text, str) and not text.startswith("\ufeff"):
+            return _DECODER.decode(text)  # json.loads would make a decoder for each call
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -45,3 +47,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise DuplicateKey(f"the key {twice!r} occurs twice; remove the wrong one")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

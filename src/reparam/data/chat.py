@@ -131,9 +131,9 @@ class ChatTemplate:
                 return name
         return None
 
-    def unused(self) -> list[str]:
-        """The keys of messages and the variables that changed no text so far."""
-        return self._omissions.unused()
+    def uses(self) -> dict[str, bool]:
+        """Whether the keys of messages and the variables that were tried changed a text, since the last call."""
+        return self._omissions.uses()
 
     def _renderer(self, variables: Mapping[str, Any]) -> Render:
         """The template with these variables. The texts of one chat are kept, because some are asked for twice."""

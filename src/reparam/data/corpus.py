@@ -5,9 +5,9 @@ Shapes: R rows that were read, E examples (a row has none, one or several), N to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -19,50 +19,45 @@ from reparam.core.text import counted
 from reparam.data.batches import BLOCK, Encoded, Report
 from reparam.data.findings import BAD, THREE, beyond_vocabulary
 from reparam.data.flat import TYPES, Growing
-from reparam.data.row import Row
-from reparam.data.tasks import COLUMN, missing, task_of
+from reparam.data.made import Arrays
+from reparam.data.tasks import COLUMN, missing
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT, SPLIT, DROPPED = 1, 2, 4  # bits of `flags`
-_NUMBERED = re.compile(r"(.*?)([1-9]\d{0,17})", re.DOTALL)
 
 
-class Arrays:
-    """The arrays of `flat.TYPES` while rows are added, and the names that they refer to by number."""
+class Gathered:
+    """The arrays of all batches of rows, one after another, and the names that they refer to by number."""
 
-    def __init__(self, files: Mapping[str, Growing]) -> None:
-        self.of = files
+    def __init__(self, folder: Path | None = None) -> None:
+        """With a folder, each array is written into the file of its name there."""
+        self._of = {name: Growing(kind, None if folder is None else folder / name) for name, kind in TYPES.items()}
         self.names: dict[str, int] = {}
         self.tasks: dict[str, int] = {}
         self.largest = -1
         """The largest token id so far."""
+        self.rows = 0
+        """Number of rows so far."""
 
-    def add_row(self, row: Row, tokens: int, flags: int, *, with_task: bool) -> None:
-        """Add what is known of a row: its place, its length in tokens, its flags and, if it has one, its task."""
-        match = _NUMBERED.fullmatch(row.source)
-        name, line = (match[1], int(match[2])) if match else (row.source, -1)
-        task = task_of(row) if with_task else None
-        values = {
-            "tokens": tokens,
-            "file": self.names.setdefault(name, len(self.names)),
-            "line": line,
-            "task": -1 if task is None else self.tasks.setdefault(task, len(self.tasks)),
-            "flags": flags,
-        }
-        for key, value in values.items():
-            self.of[key].add(value)
+    def add(self, made: Arrays) -> None:
+        """Add the arrays of the next batch."""
+        of = dict(made.of)
+        names = [self.names.setdefault(name, len(self.names)) for name in made.names]
+        tasks = [*(self.tasks.setdefault(task, len(self.tasks)) for task in made.tasks), -1]  # -1 has no task
+        of["file"] = np.array(names, dtype=np.int32).take(of["file"])
+        of["task"] = np.array(tasks, dtype=np.int32)[of["task"]]
+        of["row"] = of["row"] + self.rows
+        self.rows += len(of["file"])
+        self.largest = max(self.largest, int(of["ids"].max(initial=-1)))
+        for name, values in of.items():
+            self._of[name].extend(values)
 
-    def add_example(self, row: int, ids: np.ndarray, loss: np.ndarray, text_bytes: int) -> None:
-        """Add an example of the row with this number. `ids` and `loss` are [T]."""
-        self.largest = max(self.largest, int(ids.max()))
-        self.of["ids"].extend(ids)
-        self.of["loss"].extend(loss)
-        values = {"lengths": len(ids), "loss_tokens": int(loss.sum()), "text_bytes": text_bytes, "row": row}
-        for key, value in values.items():
-            self.of[key].add(value)
+    def arrays(self) -> dict[str, Tensor]:
+        """All arrays. Nothing can be added after this."""
+        return {name: array.values() for name, array in self._of.items()}
 
 
 class Places(Sequence[str]):
@@ -237,8 +232,3 @@ class Corpus:
 
     def _of(self, name: str) -> Any:
         return self.arrays[name].numpy()
-
-
-def growing(folder: Any = None) -> dict[str, Growing]:
-    """New arrays; with a folder, each is the file of its name there."""
-    return {name: Growing(kind, None if folder is None else folder / name) for name, kind in TYPES.items()}

@@ -7,8 +7,10 @@ files when they are large. Rows without loss tokens are refused.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -20,11 +22,12 @@ from reparam.core.progress import waiting
 from reparam.core.text import counted
 from reparam.data.batches import Encoded
 from reparam.data.chat import LossOn
-from reparam.data.corpus import Arrays, Corpus, growing
+from reparam.data.corpus import Corpus, Gathered
+from reparam.data.encoder import Encoder, Settings
 from reparam.data.findings import BadRows, Findings
-from reparam.data.lengths import Lengths, TooLong
+from reparam.data.lengths import TooLong
 from reparam.data.row import Row
-from reparam.data.tokenize import Tokenizer
+from reparam.data.workers import encoded
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,43 +88,50 @@ def encode_all(
     folder: Path | None = None,
     about: int | None = None,
     lenient: bool = False,
+    workers: int | None = 1,
 ) -> Corpus:
     """As `encode`, but the result is a corpus, from which parts are taken. It can be larger than the memory.
 
     With `with_tasks`, it knows the tasks of the rows. The arrays are written into the files of `folder`, if one is
     given. `about` is the approximate number of rows, to tell the time left. With `lenient`, rows that are refused
-    because their whole answer would be cut off are left out. Raises DataError as `encode` does, but for tasks.
+    because their whole answer would be cut off are left out. `workers` is the number of processes that encode, which
+    changes nothing in the result; None is a number that suits the machine and the size of the rows. Raises DataError as
+    `encode` does, but for tasks.
     """
     iterator = iter(rows)
     start = next(iterator, None)
     if problems := _obstacles(start, tokenizer, max_length=max_length, loss_on=loss_on):
         raise DataError(problems)
     assert start is not None
-    findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size, bad_rows=bad_rows)
-    tokenize = Tokenizer(tokenizer, findings, loss_on=loss_on)
-    arrays = Arrays(growing(folder))
-    lengths = Lengths(
-        arrays, findings, max_length=max_length, too_long=too_long, with_tasks=with_tasks, lenient=lenient
-    )
+    findings = Findings(tokenizer, max_length=max_length, vocab_size=vocab_size)
+    settings = Settings(max_length, loss_on, vocab_size, too_long, bad_rows, with_tasks, lenient)
+    make = functools.partial(Encoder, tokenizer, settings)
+    gathered = Gathered(folder)
     columns: set[str] = set()
+    uses: dict[str, bool] = {}
     kinds: Counter[str] = Counter()
-    with waiting("encoding rows", len(rows) if isinstance(rows, Sized) else about, unit="rows") as advance:
-        for batch in _batches(with_template(chain([start], iterator), tokenizer)):
-            findings.begin(batch, lengths.rows)
-            columns.update(*(row.columns for row in batch))
-            kinds.update(row.kind for row in batch)
-            lengths.add(batch, tokenize(batch))
+    batches = _batches(with_template(chain([start], iterator), tokenizer))
+    with (
+        waiting("encoding rows", len(rows) if isinstance(rows, Sized) else about, unit="rows") as advance,
+        closing(encoded(batches, make, workers)) as made,
+    ):
+        for batch, part in made:
+            findings.add(part.found, gathered.rows)
+            gathered.add(part.arrays)
+            columns |= part.columns
+            uses |= {key: used or uses.get(key, False) for key, used in part.uses.items()}
+            kinds += part.kinds
             advance(len(batch))
     findings.raise_problems()
     return Corpus(
-        arrays={name: array.values() for name, array in arrays.of.items()},
-        names=list(arrays.names),
-        tasks=list(arrays.tasks),
+        arrays=gathered.arrays(),
+        names=list(gathered.names),
+        tasks=list(gathered.tasks),
         marks={what: torch.from_numpy(np.unique(np.array(found))) for what, found in findings.marks.items()},
         reasons=findings.reasons,
-        unused=[*sorted(columns), *tokenize.unused()],
+        unused=[*sorted(columns), *sorted(key for key, used in uses.items() if not used)],
         max_length=max_length,
-        largest=arrays.largest,
+        largest=gathered.largest,
         kinds=dict(kinds),
     )
 

@@ -42,11 +42,6 @@ class Growing:
         self._file: IO[bytes] | None = file.open("w+b") if file is not None else None
         self._written = 0
 
-    def add(self, value: int) -> None:
-        """Append one value."""
-        self._memory.append(value)
-        self._settle()
-
     def extend(self, values: np.ndarray) -> None:
         """Append an array of values."""
         self._memory.frombytes(np.ascontiguousarray(values, dtype=self._dtype).view(np.uint8).data)

@@ -15,14 +15,13 @@ not predicted. Rows that are cut or left out are counted, and the first three ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Literal
 
-import numpy as np
-
 from reparam.data.answers import Span
-from reparam.data.corpus import CUT, DROPPED, SPLIT, Arrays
-from reparam.data.findings import CUTS, LEFT_OUT, Findings
+from reparam.data.corpus import CUT, DROPPED, SPLIT
+from reparam.data.findings import CUTS, LEFT_OUT, Found
+from reparam.data.made import Arrays, Collected
 from reparam.data.row import Row
 from reparam.data.tokenize import Tokens
 
@@ -30,47 +29,48 @@ TooLong = Literal["auto", "error", "drop", "truncate", "split"]
 
 
 class Lengths:
-    """Makes examples of at most `max_length` tokens from tokenized rows, and adds them to the arrays."""
+    """Makes examples of at most `max_length` tokens from the tokenized rows of a batch."""
 
     def __init__(
-        self,
-        arrays: Arrays,
-        findings: Findings,
-        *,
-        max_length: int,
-        too_long: TooLong,
-        with_tasks: bool,
-        lenient: bool = False,
+        self, *, max_length: int, too_long: TooLong = "auto", with_tasks: bool = False, lenient: bool = False
     ) -> None:
         """With `lenient`, "auto" leaves out the rows that it would refuse: those of a stream are not known before."""
-        self._arrays, self._findings, self._lenient = arrays, findings, lenient
+        self._lenient = lenient
         self._max_length, self._too_long, self._with_tasks = max_length, too_long, with_tasks
-        self.rows = 0
-        """Number of rows that were added."""
 
-    def add(self, rows: Sequence[Row], tokenized: Sequence[tuple[Row, Tokens]]) -> None:
-        """Add the next rows. `tokenized` has their texts, in order: none, one or several for each row."""
-        texts = {
-            key: [tokens for _, tokens in group] for key, group in groupby(tokenized, key=lambda pair: id(pair[0]))
-        }
-        for row in rows:
-            self._add_row(row, texts.get(id(row), []))
-            self.rows += 1
+        self._found = Found((), vocab_size=None, bad_rows="error")
+        self._examples = Collected()
 
-    def _add_row(self, row: Row, texts: Sequence[Tokens]) -> None:
-        flags = (SPLIT if len(texts) > 1 else 0) | (0 if texts else DROPPED)
+    def __call__(self, rows: Sequence[Row], tokenized: Sequence[tuple[int, Tokens]], found: Found) -> Arrays:
+        """The examples of a batch of rows.
+
+        `tokenized` has their texts, in order, each with the number of its row: none, one or several for each row.
+        """
+        self._found, self._examples = found, Collected()
+        at = 0
+        for number, row in enumerate(rows):
+            first = at
+            while at < len(tokenized) and tokenized[at][0] == number:
+                at += 1
+            self._add_row(number, row, [tokens for _, tokens in tokenized[first:at]])
+        return self._examples.arrays()
+
+    def _add_row(self, number: int, row: Row, texts: Sequence[Tokens]) -> None:
+        flags, longest = (SPLIT if len(texts) > 1 else 0) | (0 if texts else DROPPED), 0
         for tokens in texts:
-            self._findings.check_vocabulary(row, tokens.ids)
+            length = len(tokens.ids)
+            longest = max(longest, length)
+            self._found.check_vocabulary(row, tokens.ids)
             predicted = [(first, end) for start, end in tokens.spans if (first := max(start, 1)) < end]
             if not predicted:
-                flags |= DROPPED if self._findings.refuse(row, _why_nothing(row)) else 0
+                flags |= DROPPED if self._found.refuse(row, _why_nothing(row)) else 0
             elif predicted[-1][1] <= self._max_length:
-                self._append(row, tokens, (0, min(len(tokens.ids), self._max_length)), predicted)
+                self._add(number, tokens, (0, min(length, self._max_length)), predicted)
             else:
-                flags |= self._add_long(row, tokens, predicted)
-        self._arrays.add_row(row, max((len(t.ids) for t in texts), default=0), flags, with_task=self._with_tasks)
+                flags |= self._add_long(number, row, tokens, predicted)
+        self._examples.add_row(row, longest, flags, with_task=self._with_tasks)
 
-    def _add_long(self, row: Row, tokens: Tokens, predicted: Sequence[Span]) -> int:
+    def _add_long(self, number: int, row: Row, tokens: Tokens, predicted: Sequence[Span]) -> int:
         """Add what becomes of a text that is too long. Returns the flags for its row."""
         limit, wish = self._max_length, self._too_long
         nothing_left = predicted[0][0] >= limit
@@ -79,29 +79,27 @@ class Lengths:
             wish = "split" if row.kind == "text" else "error" if refused else "truncate"
         if wish == "error":
             what = "cuts off the whole answer of" if nothing_left and self._too_long == "auto" else "is too short for"
-            self._findings.too_long(row, what, len(tokens.ids))
+            self._found.too_long(row, what, len(tokens.ids))
             return 0
         if wish == "split":
             for piece in _pieces(len(tokens.ids), limit):
-                self._append(row, tokens, piece, predicted)
+                self._add(number, tokens, piece, predicted)
             return SPLIT
         if wish == "drop" or nothing_left:
-            self._findings.warn(row, LEFT_OUT.format(limit))
+            self._found.warn(row, LEFT_OUT.format(limit))
             return DROPPED
-        self._findings.warn(row, CUTS.format(limit))
-        self._append(row, tokens, (0, limit), predicted)
+        self._found.warn(row, CUTS.format(limit))
+        self._add(number, tokens, (0, limit), predicted)
         return CUT
 
-    def _append(self, row: Row, tokens: Tokens, piece: Span, predicted: Sequence[Span]) -> None:
-        """Add the tokens in this range as an example, if any of them carries loss."""
+    def _add(self, number: int, tokens: Tokens, piece: Span, predicted: Sequence[Span]) -> None:
+        """Add the tokens in this range as an example, if any of them but the first one carries loss."""
         begin, end = piece
-        loss = np.zeros(end - begin, dtype=bool)
-        for first, last in predicted:
-            loss[max(first - begin, 0) : max(last - begin, 0)] = True
-        loss[0] = False
-        if loss.any():
+        spans = [(max(first - begin, 1), min(last, end) - begin) for first, last in predicted]
+        spans = [(first, last) for first, last in spans if first < last]
+        if spans:
             size = tokens.text.text_bytes(begin, end) if tokens.text is not None else 0
-            self._arrays.add_example(self.rows, tokens.ids[begin:end], loss, size)
+            self._examples.add(number, tokens.ids[begin:end], spans, size)
 
 
 def _pieces(length: int, limit: int) -> Iterator[Span]:

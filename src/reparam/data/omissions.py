@@ -13,7 +13,7 @@ from reparam.data.forms import reasoning_of
 from reparam.data.messages import FLAGS, Messages
 
 READ = ("role", "content", "tool_calls", "tool_call_id", *FLAGS)  # keys whose use is not asked about
-TRIES = 50  # messages in which a key must change nothing before it counts as not used
+TRIES = 50  # messages of a batch in which a key must change nothing before it counts as not used there
 
 
 class Omissions:
@@ -49,9 +49,11 @@ class Omissions:
         self._try_message_keys(messages, render)
         self._try_variables(messages, render, variables)
 
-    def unused(self) -> list[str]:
-        """The keys of messages and the variables that changed no text so far."""
-        return sorted(key for key, count in self._unused.items() if count > 0)
+    def uses(self) -> dict[str, bool]:
+        """Whether the keys of messages and the variables that were tried changed a text, since the last call."""
+        found = {key: count < 0 for key, count in self._unused.items()}
+        self._unused.clear()
+        return found
 
     def _check_calls(self, messages: Messages, render: Render) -> None:
         """Raise ValueError if the template leaves out a tool call of the last message."""

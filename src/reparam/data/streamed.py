@@ -23,17 +23,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reparam.core.text import counted
-from reparam.data.corpus import Arrays, Places, growing
+from reparam.data.corpus import Places
 from reparam.data.encode import CHARACTERS, with_template
+from reparam.data.encoder import Encoder, Settings
 from reparam.data.feeds import Feed
 from reparam.data.findings import BAD, THREE, Findings
 from reparam.data.formats import read_row
 from reparam.data.framing import Frame
-from reparam.data.lengths import Lengths
 from reparam.data.packing import best_fit
 from reparam.data.row import Row
 from reparam.data.stream_examples import Example, flat, tensors, unflat
-from reparam.data.tokenize import Tokenizer
 from reparam.errors import DataError
 
 if TYPE_CHECKING:
@@ -90,8 +89,9 @@ class Streamed(Dataset[dict[str, Tensor]]):
         self._weights = weights or [1.0] * len(feeds)
         self._columns, self._frame, self._held = columns, frame or Frame(), frozenset(held)
         self._length = length
-        self._findings = Findings(tokenizer, max_length=how.max_length, vocab_size=None, bad_rows=how.bad_rows)
-        self._tokenize = Tokenizer(tokenizer, self._findings, loss_on=how.loss_on)
+        self._findings = Findings(tokenizer, max_length=how.max_length, vocab_size=None)
+        settings = Settings(how.max_length, how.loss_on, None, how.too_long, how.bad_rows, lenient=True)
+        self._encode = Encoder(tokenizer, settings)
         self._draw = random.Random(how.seed)
         self._ready: deque[Example] = deque()  # encoded, not in the buffer yet
         self._buffer: list[Example] = []
@@ -127,6 +127,7 @@ class Streamed(Dataset[dict[str, Tensor]]):
     def check_vocabulary(self, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the stream refuse rows with token ids of at least `size`."""
         self._findings.vocab_size = size
+        self._encode.how = self._encode.how._replace(vocab_size=size)
 
     def notes(self) -> list[str]:
         """What has been read, and what was cut or left out of it, in sentences."""
@@ -257,20 +258,15 @@ class Streamed(Dataset[dict[str, Tensor]]):
     def _encoded(self, rows: Sequence[tuple[Row, int]]) -> list[Example]:
         """The examples of rows."""
         framed = list(with_template(self._frame.rows(row for row, _ in rows), self._tokenizer))
-        arrays = Arrays(growing())
-        how = self._how
-        lengths = Lengths(
-            arrays, self._findings, max_length=how.max_length, too_long=how.too_long, with_tasks=False, lenient=True
-        )
-        self._findings.begin(framed, 0)
         try:
-            lengths.add(framed, self._tokenize(framed))
+            made = self._encode(framed)
+            self._findings.add(made.found, 0)
             self._findings.raise_problems()
         except DataError as error:
             raise self._told(error) from None
         self._note_findings(framed)
-        of = {name: values.values().numpy() for name, values in arrays.of.items()}
-        places = Places(list(arrays.names), of["file"], of["line"])
+        of = made.arrays.of
+        places = Places(made.arrays.names, of["file"], of["line"])
         ends = np.cumsum(of["lengths"])
         return [
             Example(of["ids"][end - length : end], of["loss"][end - length : end], places[row], rows[row][1])

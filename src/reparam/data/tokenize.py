@@ -16,7 +16,7 @@ import numpy as np
 
 from reparam.data.answers import Rendered, Span
 from reparam.data.chat import ChatTemplate, LossOn, special_names, special_tokens
-from reparam.data.findings import Findings
+from reparam.data.findings import Found
 from reparam.data.offsets import Located, with_offsets
 from reparam.data.pieces import Pieces
 from reparam.data.row import Row
@@ -24,6 +24,9 @@ from reparam.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_NOTHING = np.zeros(0, dtype=np.int32)
 
 
 class Text(NamedTuple):
@@ -57,9 +60,9 @@ class Tokenizer:
     the row already contains them. Chats get only the special tokens of their template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, findings: Findings, *, loss_on: LossOn) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, loss_on: LossOn) -> None:
         self._tokenizer = tokenizer
-        self._findings = findings
+        self._found = Found((), vocab_size=None, bad_rows="error")
         self._loss_on: LossOn = loss_on
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self._pieces = Pieces.of(tokenizer)
@@ -69,23 +72,27 @@ class Tokenizer:
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         probe = tokenizer("a", return_special_tokens_mask=True)
         leading = len(list(takewhile(bool, probe["special_tokens_mask"])))
-        self._prefix: list[int] = probe["input_ids"][:leading]
+        self._prefix = np.array(probe["input_ids"][:leading], dtype=np.int32)
+        end = tokenizer.eos_token_id
+        self._end = None if end is None else np.array([end], dtype=np.int32)
 
-    def __call__(self, rows: Sequence[Row]) -> list[tuple[Row, Tokens]]:
-        """Tokenize rows. Keeps their order, and leaves out rows that are refused and recorded in the findings.
+    def __call__(self, rows: Sequence[Row], found: Found) -> list[tuple[int, Tokens]]:
+        """Tokenize rows: their texts, each with the number of its row, in order.
 
-        A chat comes several times if its template makes it one text for each answer.
+        Leaves out rows that are refused, and records them in `found`. A chat comes several times if its template makes
+        it one text for each answer.
         """
+        self._found = found
         done: list[tuple[int, Tokens]] = []  # (position in `rows`, tokens)
         for kind, tokenize in (("chat", self._chats), ("completion", self._completions), ("text", self._texts)):
             chosen = [i for i, row in enumerate(rows) if row.kind == kind]
             if chosen:
                 done += [(chosen[i], tokens) for i, tokens in tokenize([rows[i] for i in chosen])]
-        return [(rows[i], tokens) for i, tokens in sorted(done, key=lambda pair: pair[0])]
+        return sorted(done, key=lambda pair: pair[0])
 
-    def unused(self) -> list[str]:
-        """The keys of messages and of chats that changed nothing in the text of the rows so far."""
-        return self._template.unused() if self._template else []
+    def uses(self) -> dict[str, bool]:
+        """Whether keys of messages and of chats changed the text of a row, since the last call."""
+        return self._template.uses() if self._template else {}
 
     def _located(self, texts: Sequence[str]) -> Sequence[Located]:
         """The tokens of each text, without added special tokens."""
@@ -105,9 +112,10 @@ class Tokenizer:
             raise DataError([f"{rows[plain[0]].source}: {error}"]) from error
         done = {plain[number]: rendered for number, rendered in found.items()}
         for i, row in enumerate(rows):
-            self._look_at(row, *(message["content"] for message in row.messages))
+            if i not in done:  # the contents of the others hold no special token
+                self._look_at(row, *(message["content"] for message in row.messages))
             if any(_is_empty(message) for message in row.messages):
-                self._findings.warn(row, "an answer is empty, so only its end token is learned")
+                self._found.warn(row, "an answer is empty, so only its end token is learned")
             try:
                 rendered = done.get(i) or self._template.render(
                     row.messages, loss_on=self._loss_on, variables=row.variables
@@ -115,53 +123,61 @@ class Tokenizer:
             except DataError as error:
                 raise DataError([f"{row.source}: {error}"]) from error
             except ValueError as error:
-                self._findings.refuse(row, str(error))
+                self._found.refuse(row, str(error))
                 continue
             chats += [(i, part) for part in rendered]
             for warning in dict.fromkeys(warning for part in rendered for warning in part.warnings):
-                self._findings.warn(row, warning)
+                self._found.warn(row, warning)
         for (i, chat), tokens in zip(chats, self._located([chat.text for _, chat in chats]), strict=True):
             yield i, Tokens(tokens.ids, self._token_spans(rows[i], chat.spans, tokens))
 
     def _completions(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
         prompts = [tokens.ids for tokens in self._located([row.prompt for row in rows])]
         completions = [tokens.ids for tokens in self._located([row.completion for row in rows])]
+        begun = self._may_hold_special([text for row in rows for text in (row.prompt, row.completion)])
         for i, (row, prompt, completion) in enumerate(zip(rows, prompts, completions, strict=True)):
-            self._look_at(row, row.prompt, row.completion)
+            if begun:
+                self._look_at(row, row.prompt, row.completion)
             if not len(completion):
-                self._findings.warn(row, "an answer is empty, so only its end token is learned")
+                self._found.warn(row, "an answer is empty, so only its end token is learned")
             before = self._before(prompt)
             first = 0 if self._loss_on == "all" else len(before) + len(prompt)
-            ids = _joined(before, prompt, completion, self._after(row, completion))
+            ids = np.concatenate([before, prompt, completion, self._after(row, completion)])
             yield i, Tokens(ids, [(first, len(ids))])
 
     def _texts(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tokens]]:
+        begun = self._may_hold_special([row.text for row in rows])
         for i, (row, text) in enumerate(zip(rows, self._located([row.text for row in rows]), strict=True)):
-            self._look_at(row, row.text)
+            if begun:
+                self._look_at(row, row.text)
             before = self._before(text.ids)
-            ids = _joined(before, text.ids, self._after(row, text.ids))
+            ids = np.concatenate([before, text.ids, self._after(row, text.ids)])
             yield i, Tokens(ids, [(0, len(ids))], Text(text, len(before)))
 
     # --- details ---
 
-    def _before(self, ids: np.ndarray) -> list[int]:
+    def _before(self, ids: np.ndarray) -> np.ndarray:
         """The start tokens of the tokenizer, or none if the text already begins with them."""
-        return [] if ids[: len(self._prefix)].tolist() == self._prefix else self._prefix
+        if not len(self._prefix) or np.array_equal(ids[: len(self._prefix)], self._prefix):
+            return _NOTHING
+        return self._prefix
 
-    def _after(self, row: Row, ids: np.ndarray) -> list[int]:
+    def _after(self, row: Row, ids: np.ndarray) -> np.ndarray:
         """The end token, or none if the text already ends with it."""
-        end = self._tokenizer.eos_token_id
-        if end is None:
-            self._findings.warn(row, "the tokenizer has no end token, so the model does not learn where to stop")
-            return []
-        return [] if len(ids) and ids[-1] == end else [end]
+        if self._end is None:
+            self._found.warn(row, "the tokenizer has no end token, so the model does not learn where to stop")
+            return _NOTHING
+        return _NOTHING if len(ids) and ids[-1] == self._end[0] else self._end
+
+    def _may_hold_special(self, contents: Sequence[str]) -> bool:
+        """Whether a content holds a character with which a special token begins."""
+        joined = "".join(contents)
+        return any(first in joined for first in self._begin_special)
 
     def _look_at(self, row: Row, *contents: str) -> None:
         begin = [content for content in contents if any(first in content for first in self._begin_special)]
         if any(self._specials.search(content) for content in begin):
-            self._findings.warn(
-                row, "the content contains the text of a special token, which is tokenized as that token"
-            )
+            self._found.warn(row, "the content contains the text of a special token, which is tokenized as that token")
 
     def _token_spans(self, row: Row, spans: Sequence[Span], tokens: Located) -> list[Span]:
         """Convert character ranges to token ranges.
@@ -174,13 +190,9 @@ class Tokenizer:
             (first, inside), (last, _) = tokens.before(start), tokens.before(end)
             if inside and int(tokens.ids[first - 1]) not in self._special_ids:
                 first -= 1
-                self._findings.warn(row, "an answer begins inside a token that also ends its prompt")
+                self._found.warn(row, "an answer begins inside a token that also ends its prompt")
             result.append((first, last))
         return result
-
-
-def _joined(*parts: np.ndarray | Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,12 +42,13 @@ def show(
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
     overwrite: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print a summary of an adapter's folder or, for a model's folder, its quantized matrices and their bytes.
 
     `asked` selects further analyses of an adapter. `plot` is a folder for PNGs: a map of ranks; with the base, changes
     of magnitudes and directions; and plots of the analyses. With `probe`, a file of rows, print how the routers of a
-    mixture use its experts on these rows instead of the summary.
+    mixture use its experts on these rows instead of the summary. JSON also gets the values of `more`.
 
     Raises FormatError for a folder without a complete adapter or model. Raises ValueError if `plot`, `probe` or `asked`
     does not apply to the folder, and if `plot` is a file or, without `overwrite`, has plots.
@@ -62,7 +65,7 @@ def show(
         _show_routing(folder, base, probe, console, json=json, plot=plot)
         return
     if _holds_model(folder):
-        _show_model(folder, console, json=json)
+        _show_model(folder, console, json=json, more=more)
         return
     model = load_base(base, head=files.read(adapter_folder(folder)).head) if base else None
     summary = summarize(adapter_folder(folder), model)
@@ -74,8 +77,7 @@ def show(
         told = dataclasses.asdict(summary) | {"correlation": summary.correlation}
         for site in told["sites"]:
             site["moved"] = site["moved"] and site["moved"]._asdict()
-        told |= closely.as_json(asked, seen)
-        say_json(console, told)
+        say_json(console, told | closely.as_json(asked, seen) | dict(more))
         return
     settings = ", ".join(
         f"{key}={value if not isinstance(value, dict) or len(value) < 5 else f'{len(value)} entries'}"
@@ -153,7 +155,7 @@ def _show_routing(
         say(console, f"plots are in {plot}")
 
 
-def _show_model(folder: Path, console: Console, *, json: bool) -> None:
+def _show_model(folder: Path, console: Console, *, json: bool, more: Mapping[str, Any]) -> None:
     model = load_base(str(folder), head=own_head(str(folder)))
     found = reports(model)
     if json:
@@ -162,7 +164,7 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
             | {"sites": [dataclasses.asdict(site) for site in r.sites], "dense": r.left}
             for r in found
         ]
-        say_json(console, told)
+        say_json(console, {"quantized": told, **more} if more else told)
         return
     held = sum(p.nbytes for p in model.parameters())
     say(console, note(f"{type(model).__name__}:", f"{counted(entries(model), 'parameter')} in {size(held)}", "bold"))

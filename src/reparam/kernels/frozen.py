@@ -60,7 +60,7 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
         y = product(flat, *parts, shape) if product is not None else None
         if y is None:
             y = x.new_empty(len(flat), shape[0])
-            for start, stop in _pieces(shape, x.device):
+            for start, stop in pieces(shape, x.device):
                 torch.mm(flat, unpack(*parts, shape, start, stop, x.dtype).t(), out=y[:, start:stop])
         y = y if bias is None else y.add_(bias)
         return _shaped(y, x, shape[0])
@@ -68,11 +68,11 @@ def frozen_linear(name: str, packed: str, unpack: Unpack, product: Product | Non
     def backward(g: Tensor, *rest: Any) -> Tensor:
         *parts, shape = rest
         flat = g.reshape(-1, shape[0])
-        pieces = [*_pieces(shape, g.device)]
+        parted = [*pieces(shape, g.device)]
         # Sum several pieces in float32 or wider: a large matrix has hundreds of pieces, and each sum rounds.
-        dtype = torch.promote_types(g.dtype, torch.float32) if len(pieces) > 1 else g.dtype
+        dtype = torch.promote_types(g.dtype, torch.float32) if len(parted) > 1 else g.dtype
         x = g.new_zeros(len(flat), shape[1], dtype=dtype)
-        for start, stop in pieces:
+        for start, stop in parted:
             part, W = flat[:, start:stop], unpack(*parts, shape, start, stop, g.dtype)
             if dtype == g.dtype:
                 x.addmm_(part, W)
@@ -124,7 +124,7 @@ def _shaped(flat: Tensor, like: Tensor, last: int) -> Tensor:
     return torch.ops.aten._unsafe_view.default(flat, [*like.shape[:-1], last])
 
 
-def _pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
+def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
     """The ranges (start, stop) of rows of W to unpack at a time: equal pieces on a CPU, all rows elsewhere."""
     outputs, inputs = shape
     count = max(1, round(outputs * inputs / _PIECE)) if device.type == "cpu" else 1

@@ -1,9 +1,10 @@
 """NF4 on a CPU, compiled by numba. The results equal those of `nf4_reference`, byte for byte.
 
 Whole blocks are processed by vector code that this file emits as LLVM IR, because LLVM's vectorizer cannot keep a table
-in a register: 16 levels of 32 bits fill one AVX-512 register, and one instruction looks up 16 codes. Other processors
-look up the codes one at a time; the rest is vector arithmetic, which LLVM maps to the processor's vector width. A short
-last block is computed by the reference. The kernels are limited by memory bandwidth: unpacking takes about as long as
+in a register: 16 levels of 32 bits fill one AVX-512 register, and one instruction looks up 16 codes. With AVX2, two
+registers of 8 levels each are looked up, and the codes tell which of the two counts. Other processors look up the codes
+one at a time; the rest is vector arithmetic, which LLVM maps to the processor's vector width. A short last block is
+computed by the reference. The kernels are limited by memory bandwidth: unpacking takes about as long as
 copying the result.
 
 All is in one file because numba's cache checks only the age of the file of a kernel. Addresses are integers.
@@ -35,8 +36,9 @@ _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16
 _i1, _i8, _i16, _i32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _half, _float = ir.HalfType(), ir.FloatType()
-WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-"""Whether this processor can look up 16 codes with one instruction."""
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+WIDE = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 1
+"""How many codes this processor looks up with one instruction: in a table of 16, or in two of 8."""
 
 
 def _vector(kind: Any, lanes: int = LANES) -> Any:
@@ -58,9 +60,20 @@ def _pick(b: Any, first: Any, second: Any, places: list[int]) -> Any:
     return b.shuffle_vector(first, second, ir.Constant(_vector(_i32, len(places)), places))
 
 
-def _look_up(b: Any, table: Any, index: Any, *, wide: bool) -> Any:
+def _look_up(b: Any, table: Any, index: Any, *, wide: int) -> Any:
     """table [16] of 32-bit elements, index [16] from 0 to 15 -> table[index] [16]."""
-    if wide:
+    if wide == 8:
+        halves = [_pick(b, table, table, list(range(start, start + 8))) for start in (0, 8)]
+        name = f"llvm.x86.avx2.perm{'ps' if table.type.element == _float else 'd'}"
+        kind = ir.FunctionType(halves[0].type, [halves[0].type, _vector(_i32, 8)])
+        permute = cgutils.get_or_insert_function(b.module, kind, name)  # it reads the low 3 bits of an index
+        parts = []
+        for start in (0, 8):
+            own = _pick(b, index, index, list(range(start, start + 8)))
+            low, high = (b.call(permute, [half, own]) for half in halves)
+            parts.append(b.select(b.icmp_unsigned(">", own, _all(_i32, 7, 8)), high, low))
+        return _pick(b, parts[0], parts[1], list(range(LANES)))
+    if wide == LANES:
         name = f"llvm.x86.avx512.permvar.{'sf' if table.type.element == _float else 'si'}.512"
         kind = ir.FunctionType(table.type, [table.type, index.type])
         return b.call(cgutils.get_or_insert_function(b.module, kind, name), [table, index])
@@ -99,7 +112,7 @@ def _rounded(b: Any, values: Any, dtype: str) -> Any:
     return b.lshr(b.add(b.add(word, _all(_i32, 0x7FFF)), odd), _all(_i32, 16))
 
 
-def unpacker(dtype: str, *, wide: bool = WIDE) -> Any:
+def unpacker(dtype: str, *, wide: int = WIDE) -> Any:
     """f(out, codes, scale, groups): write CODE[code] · scale for `groups` groups, as float32, float16 or bfloat16."""
 
     def emit(b: Any, out: Any, codes: Any, scale: Any, groups: Any) -> None:
@@ -136,7 +149,7 @@ def largest(dtype: str) -> Any:
     return _intrinsic(emit, types.float32, (types.uintp, types.intp))
 
 
-def quantizer(dtype: str, *, wide: bool = WIDE) -> Any:
+def quantizer(dtype: str, *, wide: int = WIDE) -> Any:
     """f(codes, w, inverse, groups): write the codes of w · inverse for `groups` groups."""
     thresholds = [*THRESHOLDS.tolist(), float("inf")]
 

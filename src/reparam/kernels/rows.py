@@ -26,6 +26,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from reparam.kernels.packs import Step, Tables
+
 _NAME = "reparam::bank_update_"
 torch.library.define(
     _NAME,
@@ -75,36 +77,39 @@ def bank_update_(
 
 
 def packed_update_(
-    y: Tensor,  # [N, O]
-    x: Tensor,  # [N, I]
-    begins: Tensor,  # [R + 1] int64
-    slots: Tensor,  # [R] int64, -1 for no adapter
-    A: Tensor,
-    B_t: Tensor,
-    spans: Tensor,
+    y: Tensor,  # [N, O], or with further dimensions of size 1
+    x: Tensor,  # [N, I], the same
+    step: Step,
+    tables: Tables,
     most: int,
-    gain: Tensor,
 ) -> bool:
-    """Like `bank_update_`, for rows of any lengths that are end to end: row r has tokens begins[r] to begins[r + 1].
+    """Like `bank_update_`, for rows of any lengths that are end to end.
 
     False, with `y` unchanged, unless the compiled kernel can compute it: contiguous float32 on a CPU, without autograd.
-    The shapes must match; they are not checked. Raises ValueError for invalid slots and spans.
+    Raises ValueError if the shapes do not match, and for invalid slots and spans.
     """
     single = torch.float32
     if (
-        torch.is_grad_enabled()
+        not tables.compiled
+        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or not y.dtype is x.dtype is A.dtype is gain.dtype is single
+        or not y.dtype is x.dtype is single
         or type(y) is not Tensor
-        or y.device.type != "cpu"
         or not (y.is_contiguous() and x.is_contiguous())
     ):
         return False
     kernel = _compiled_packed()
     if kernel is None:
         return False
-    if not kernel(y, x, begins, slots, A, B_t, spans, most, gain):
-        _check_spans(slots, A, B_t, spans, most, gain)
+    inputs, outputs = tables.widths
+    if x.numel() != step.total * inputs or y.numel() != step.total * outputs:
+        raise ValueError(
+            f"packed_update_: the step has {step.total} tokens, and the tables are for {inputs} inputs and {outputs} "
+            f"outputs, but x is {list(x.shape)} and y {list(y.shape)}"
+        )
+    if not kernel(y, x, step, tables, most):
+        A, B_t, spans, gain = tables.all
+        _check_spans(step.slots, A, B_t, spans, most, gain)
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)  # autograd does not see the kernel's write
     return True

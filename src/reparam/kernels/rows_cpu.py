@@ -16,6 +16,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from reparam.kernels.packs import Step, Tables
 from reparam.kernels.threads import compile_kernel, pointer, spread
 
 _UNIT = 32
@@ -32,35 +33,19 @@ def run(
 ) -> bool:
     """Like `rows.bank_update_`, for contiguous tensors. False, with `y` unchanged, if a slot or span is invalid."""
     rows, tokens, outputs = y.shape
-    return _run(y, x, None, slots, (A, B_t, spans, gain), (rows, tokens, outputs), most)
-
-
-def run_packed(
-    y: Tensor, x: Tensor, begins: Tensor, slots: Tensor, A: Tensor, B_t: Tensor, spans: Tensor, most: int, gain: Tensor
-) -> bool:
-    """Like `run` for y [N, O] and x [N, I], where row r has the tokens from begins[r] to begins[r + 1]."""
-    tokens, outputs = y.shape
-    rows = slots.shape[0]
-    return _run(y, x, begins, slots, (A, B_t, spans, gain), (rows, -(-tokens // max(rows, 1)), outputs), most)
-
-
-def _run(
-    y: Tensor,
-    x: Tensor,
-    begins: Tensor | None,
-    slots: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    shape: tuple[int, int, int],
-    most: int,
-) -> bool:
-    (A, B_t, spans, gain), (rows, tokens, outputs) = tables, shape
     downs, inputs = A.shape
     scale, gains = (0, 0) if gain is None else (gain.data_ptr(), gain.shape[0])
-    starts = 0 if begins is None else begins.data_ptr()
-    at = (y.data_ptr(), x.data_ptr(), starts, slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), spans.data_ptr(), scale)
+    at = (y.data_ptr(), x.data_ptr(), 0, slots.data_ptr(), A.data_ptr(), B_t.data_ptr(), spans.data_ptr(), scale)
     sizes = (rows, tokens, inputs, outputs, spans.shape[0], downs, B_t.shape[0], gains, most)
     worth = rows * tokens * most * (inputs + outputs) // _GRAIN
-    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, begins, slots, tables))
+    return spread(_kernel, *at, *sizes, worth=worth, alive=(y, x, slots, A, B_t, spans, gain))
+
+
+def run_packed(y: Tensor, x: Tensor, step: Step, tables: Tables, most: int) -> bool:
+    """Like `run` for y [N, O] and x [N, I], where row r has the tokens from begins[r] to begins[r + 1]."""
+    numbers = (y.data_ptr(), x.data_ptr(), *step.addresses, *tables.addresses, *step.sizes, *tables.sizes, most)
+    worth = step.total * most * sum(tables.widths) // _GRAIN
+    return spread(_kernel, *numbers, worth=worth, alive=(y, x, step, tables))
 
 
 @numba.njit(fastmath=_MATHS)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from reparam.errors import ConfigError
 from reparam.plan.hollow import config_of, hollow, layers_of, with_layers
+from reparam.plan.longest import Longest
 from reparam.plan.trace import Peak, traced
 from reparam.train.config import Config, resolve, tables
 
@@ -26,15 +28,18 @@ class Change:
     peak: int
     """Bytes at the peak with the change."""
 
+    @property
+    def said(self) -> str:
+        """The value as it is written on the command line."""
+        return self.value if isinstance(self.value, str) else json.dumps(self.value)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run will hold."""
 
-    rows: int
-    """Rows of a batch."""
-    tokens: int
-    """Tokens of its rows."""
+    batch: Longest
+    """The batch that is planned for."""
     peak: Peak
     limit: int | None
     """Bytes that there are; None if unknown."""
@@ -52,10 +57,13 @@ class Plan:
 
 
 class Estimator:
-    """Computes peaks for changes of one configuration. Raises BaseError if the base has no readable configuration."""
+    """Computes peaks for changes of one configuration. `loss` is the share of tokens that carry loss.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    Raises BaseError if the base has no readable configuration.
+    """
+
+    def __init__(self, config: Config, loss: float = 1.0) -> None:
+        self.config, self._loss = config, loss
         self.architecture = config_of(config.base)
         self._traced = functools.lru_cache(maxsize=None)(self._trace)
 
@@ -67,8 +75,8 @@ class Estimator:
         config = changed(self.config, {key.replace("__", "."): value for key, value in changes})
         layers = layers_of(self.architecture)
         if layers is None or layers <= FEW:
-            return traced(config, self.architecture, rows, tokens)
-        one, two = (traced(config, with_layers(self.architecture, n), rows, tokens) for n in (1, 2))
+            return traced(config, self.architecture, rows, tokens, self._loss)
+        one, two = (traced(config, with_layers(self.architecture, n), rows, tokens, self._loss) for n in (1, 2))
         return one.along(two, layers - 1)
 
 
@@ -82,8 +90,10 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return resolve(None, {**flat, **changes})
 
 
-def plan(config: Config, *, rows: int, tokens: int, limit: int | None) -> Plan:
-    """What a run with batches of `rows` x `tokens` holds, and what fits into `limit` bytes.
+def plan(config: Config, batch: Longest, *, limit: int | None, sizes: bool = True) -> Plan:
+    """What a run whose longest batch is this one holds, and what fits into `limit` bytes.
+
+    Without `sizes`, which take a dozen traces, the largest sizes that fit are not computed.
 
     Raises ConfigError for an objective other than sft, and for a method that has no weights to trace; and BaseError if
     the base has no readable configuration.
@@ -92,17 +102,21 @@ def plan(config: Config, *, rows: int, tokens: int, limit: int | None) -> Plan:
         raise ConfigError(f"reparam plan: the objective {config.run.objective} is not supported, only sft")
     if not config.method.changes_weights:
         raise ConfigError(f"reparam plan: {config.method.name} changes no weights, so it cannot be planned")
-    found = Estimator(config)
+    found, rows, tokens = Estimator(config, batch.loss), batch.rows, batch.tokens
     peak = found.peak(rows, tokens)
     return Plan(
-        rows,
-        tokens,
+        batch,
         peak,
         limit,
-        {} if limit is None else _largest(found, rows, tokens, limit),
+        _largest(found, rows, tokens, limit) if sizes and limit is not None else {},
         _changes(found, rows, tokens) if limit is not None and peak.total > limit else (),
         _flops(config, found.architecture, rows, tokens),
     )
+
+
+def advised(config: Config, made: Plan) -> tuple[Change, ...]:
+    """The settings that lower the peak of a plan most, each by itself, at most three."""
+    return made.changes or _changes(Estimator(config, made.batch.loss), made.batch.rows, made.batch.tokens)
 
 
 def _largest(found: Estimator, rows: int, tokens: int, limit: int) -> dict[str, int]:

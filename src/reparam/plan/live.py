@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 
 class Live(TorchDispatchMode):
@@ -40,6 +41,10 @@ class Live(TorchDispatchMode):
                 self._held[key] = (size, part, reference)
             else:
                 self._add(tensor, part)
+
+    def gradient(self, parameter: Tensor) -> RemovableHandle:
+        """Count the gradient of a parameter as one, once it is there, until the handle is removed."""
+        return parameter.register_post_accumulate_grad_hook(lambda p: self.hold([p.grad], "gradients"))
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -38,14 +38,17 @@ class Peak:
         return Peak({n: round(ours.get(n, 0) + distance * (theirs.get(n, 0) - ours.get(n, 0))) for n in names})
 
 
-def traced(config: Config, architecture: Any, rows: int, tokens: int) -> Peak:
-    """The peak of training steps with `rows` rows of `tokens` tokens each. Raises the errors of `hollow`."""
+def traced(config: Config, architecture: Any, rows: int, tokens: int, share: float = 1.0) -> Peak:
+    """The peak of training steps with `rows` rows of `tokens` tokens each, a share of which carries loss.
+
+    Raises the errors of `hollow`.
+    """
     with hollow(config, architecture) as model:
         live = Live(architecture.get_text_config().vocab_size)
         with model.mode:
             live.hold([*model.model.parameters(), *model.model.buffers()], "weights")
             live.hold(model.adapter.parameters(), "adapter")
-            with live, warnings.catch_warnings(), _precision(config), _loss(config, model) as loss:
+            with live, warnings.catch_warnings(), _precision(config), _loss(config, model, share) as loss:
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # it is only compared
                 for _ in _optimizer(config, model, live):
                     loss(*_batch(rows, tokens)).backward()
@@ -68,10 +71,10 @@ def _precision(config: Config) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _loss(config: Config, model: Hollow) -> Any:
+def _loss(config: Config, model: Hollow, share: float) -> Any:
     """A function from ids and mask to the loss, as training computes it: in chunks of logits where that is set."""
     causal = config.run.task == "causal"
-    chunked = _Chunks(model.model) if config.run.chunked_loss and causal else contextlib.nullcontext()
+    chunked = _Chunks(model.model, share) if config.run.chunked_loss and causal else contextlib.nullcontext()
 
     def loss(ids: Tensor, mask: Tensor) -> Tensor:
         if not causal:
@@ -99,9 +102,10 @@ def _loss_of_task(config: Config, model: nn.Module, ids: Tensor, mask: Tensor) -
 
 
 class _Chunks(ChunkedLoss):
-    """The loss in chunks, for tensors without values: every token carries loss, and no softcap is looked for."""
+    """The loss in chunks, for tensors without values: the first tokens carry loss, and no softcap is looked for."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self._share = share
         self.outer = self.root = model
         self.head = model.get_output_embeddings()  # type: ignore[operator]
         self.smoothing, self.row_losses, self.tail = 0.0, None, Tail()
@@ -114,8 +118,10 @@ class _Chunks(ChunkedLoss):
         hidden, self._passes[-1].waiting = self._passes[-1].hidden, False
         assert hidden is not None
         flat, wanted = hidden.reshape(-1, hidden.shape[-1]), F.pad(labels, (0, 1))[..., 1:].reshape(-1)
-        places = torch.arange(len(flat))
-        return self._summed(flat.index_select(0, places), wanted, places, hidden.shape[:-1]) / len(flat)
+        places = torch.arange(max(1, round(self._share * len(flat))))
+        return self._summed(
+            flat.index_select(0, places), wanted.index_select(0, places), places, hidden.shape[:-1]
+        ) / len(flat)
 
 
 def _optimizer(config: Config, model: Hollow, live: Live) -> Any:
@@ -125,7 +131,7 @@ def _optimizer(config: Config, model: Hollow, live: Live) -> Any:
     """
     parameters = model.adapter.parameters()
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda p: live.hold([p.grad], "gradients"))
+        live.gradient(parameter)
         parameter.grad = torch.empty_like(parameter)
     live.hold([p.grad for p in parameters if p.grad is not None], "gradients")
     own = None if config.optim.name in BITS else torch.optim.AdamW(parameters)

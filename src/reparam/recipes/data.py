@@ -172,7 +172,9 @@ def _without_limit(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus
     data = config.data
     rows = Reading(data.sources(), data.renamed(), most=data.max_rows, bad_rows="drop", streaming=data.streaming)
     framed = frame_of(data, tokenizer).rows(rows)
-    return encode_all(framed, tokenizer, max_length=UNLIMITED, loss_on=data.loss_on, bad_rows="drop")
+    return encode_all(
+        framed, tokenizer, max_length=UNLIMITED, loss_on=data.loss_on, bad_rows="drop", workers=data.workers
+    )
 
 
 def _unseen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from reparam.core.text import sized
+from reparam.data.preferences import flat
 from reparam.evaluation.terminal import say, say_line
 from reparam.plan.device import bytes_of, memory, speed
 from reparam.plan.draw import draw
 from reparam.plan.estimate import Plan, plan
+from reparam.plan.longest import Longest, longest
 from reparam.train.config import Config
 from reparam.train.data import read_data
 from reparam.train.objectives import objective_of
@@ -36,13 +37,12 @@ def plan_run(
     that cannot be read.
     """
     where, limit = ("--memory", bytes_of(available)) if available is not None else memory()
-    tokens, told = _longest(config)
-    found = plan(config, rows=config.run.batch_size, tokens=tokens, limit=limit)
+    found = plan(config, _longest(config), limit=limit)
     rate = speed()
     if as_json:
-        say_line(console, _plain(found, rate, where, told))
+        say_line(console, _plain(found, rate, where))
     else:
-        _show(found, rate, where, told, console)
+        _show(found, rate, where, console)
     if plot is not None:
         draw(found, plot)
         if not as_json:
@@ -50,25 +50,19 @@ def plan_run(
     return found
 
 
-def _longest(config: Config) -> tuple[int, str]:
-    """The tokens of the longest row that training would see, and where that is from."""
-    most = config.data.max_length
-    if config.data.packing:
-        return most, "packs are full"
-    if not config.data.train or config.data.streaming:
-        return most, "data.max_length"
-    if config.run.task != "causal":
+def _longest(config: Config) -> Longest:
+    if config.run.task != "causal" and config.data.train:
         found = objective_of(config).data(config, tokenizer_of(config))
-        return found.train.report.longest, "the longest text of the training rows"
-    data = read_data(config, tokenizer_of(config))
-    return int(data.train.lengths.max()), "the longest training row"  # type: ignore[union-attr]
+        return Longest(config.run.batch_size, found.train.report.longest, 1.0, "the longest text of the training rows")
+    known = config.data.train and not config.data.packing and not config.data.streaming
+    return longest(config, flat(read_data(config, tokenizer_of(config)).train) if known else None)
 
 
-def _plain(found: Plan, rate: float, where: str, told: str) -> dict[str, Any]:
+def _plain(found: Plan, rate: float, where: str) -> dict[str, Any]:
     return {
-        "rows": found.rows,
-        "tokens": found.tokens,
-        "tokens from": told,
+        "rows": found.batch.rows,
+        "tokens": found.batch.tokens,
+        "tokens from": found.batch.source,
         "peak": found.peak.total,
         "parts": dict(found.peak.parts),
         "limit": found.limit,
@@ -81,7 +75,7 @@ def _plain(found: Plan, rate: float, where: str, told: str) -> dict[str, Any]:
     }
 
 
-def _show(found: Plan, rate: float, where: str, told: str, console: Console) -> None:
+def _show(found: Plan, rate: float, where: str, console: Console) -> None:
     total = found.peak.total
     table = Table(title=f"memory at the peak of a step: {sized(total)}", title_justify="left")
     for name in ("for", "bytes", "share"):
@@ -89,7 +83,7 @@ def _show(found: Plan, rate: float, where: str, told: str, console: Console) -> 
     for name, size in sorted(found.peak.parts.items(), key=lambda part: -part[1]):
         table.add_row(name, sized(size), f"{size / total:.0%}")
     say(console, table)
-    say(console, f"batch          {found.rows} x {found.tokens} tokens ({told})")
+    say(console, f"batch          {found.batch} ({found.batch.source})")
     seconds = found.flops / rate
     say(console, f"step           {found.flops:.2g} operations, at least {seconds:.2g} s at the speed of this device")
     if found.limit is not None:
@@ -98,5 +92,4 @@ def _show(found: Plan, rate: float, where: str, told: str, console: Console) -> 
         for key, most in found.largest.items():
             say(console, f"largest        {key} {most:,}" if most else f"largest        no {key} fits")
     for change in found.changes:
-        value = json.dumps(change.value) if not isinstance(change.value, str) else change.value
-        say(console, f"with           {change.key} {value}: {sized(change.peak)}")
+        say(console, f"with           {change.key} {change.said}: {sized(change.peak)}")

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam.adapter.slots import BANK
 from reparam.core.base import Factors
+from reparam.kernels import rows
 from reparam.sites import targets
 from reparam.sites.bank import Bank
+from reparam.sites.expert_paths import open_at
+from reparam.sites.experts import Opened, settle
+from reparam.sites.held import BANK
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
 from reparam.sites.walk import put
@@ -34,6 +37,8 @@ class Banks:
         self.model = model
         self.sites: dict[str, Adapted] = {}
         self._device: torch.device = next(model.parameters()).device
+        if self._device.type == "cpu":
+            rows.backend()  # loads the kernel, so that the first request need not wait for it
         self._tokens, self._heads = (Routing(self._slots(())) for _ in range(2))
         self._on = False
         self._count = 64  # slots that every bank knows
@@ -41,6 +46,8 @@ class Banks:
         """Sites that are not in the model yet."""
         self._own: list[str] = []
         """The sites that were plain modules."""
+        self._experts: dict[str, Opened] = {}
+        """The modules of experts that have banks, by path."""
         held: Any = model
         self._head = held.get_output_embeddings()
 
@@ -60,7 +67,9 @@ class Banks:
         if on != self._on:
             self._on = on
             for site in self.sites.values():
-                site.active = BANK if on else None
+                self._activate(site)
+            for holder in self._experts.values():
+                holder.routing = self._tokens if on else None
 
     def nbytes(self) -> int:
         """The bytes of all tables, with their free rows."""
@@ -110,8 +119,12 @@ class Banks:
             site.active = None
             del site.updates[BANK]
         put(self.model, {path: self.sites[path].restore() for path in self._own})
+        for holder in self._experts.values():
+            holder.routing = None
+            settle(holder)
         self.sites.clear()
         self._own.clear()
+        self._experts.clear()
 
     def _place(self, banks: Mapping[str, Bank]) -> None:
         """Use these banks, at sites that are put into the model if they are not in it."""
@@ -121,12 +134,22 @@ class Banks:
                 self._own.append(path)
             site = self.sites.setdefault(path, self._waiting.pop(path, at(self.model, path)))  # type: ignore[arg-type]
             site.updates[BANK] = bank
-            site.active = BANK if self._on else None
+            self._activate(site)
+            if not site.has_bank:
+                holder = at(self.model, path.rsplit(".", 2)[0])
+                assert isinstance(holder, Opened)
+                holder.routing = self._tokens if self._on else None
+                self._experts[path.rsplit(".", 2)[0]] = holder
+
+    def _activate(self, site: Adapted) -> None:
+        """Let the site compute with its bank, or as the base does; a module of experts reads its banks itself."""
+        site.active = BANK if self._on and site.has_bank else None
 
     def _bank(self, path: str) -> Bank:
         """The bank at a path; a new one, if there is none."""
         if path in self.sites:
             return self.sites[path].updates[BANK]  # type: ignore[return-value]
+        open_at(self.model, path)
         module = at(self.model, path)
         if not isinstance(module, Adapted):
             self._waiting[path] = self._waiting.get(path) or targets.wrap(module)
@@ -141,7 +164,8 @@ class Banks:
     def _set(self, routing: Routing, slots: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         if slots != routing.slot_list:  # the banks compute what they need from the slots once for each tuple
             routing.route(self._slots(slots))
-        routing.packed = lengths
+        if lengths != routing.packed:
+            routing.packed = lengths
 
     def _slots(self, slots: tuple[int, ...]) -> Tensor:
         return torch.tensor(slots, dtype=torch.int64, device=self._device)

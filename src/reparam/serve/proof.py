@@ -30,6 +30,8 @@ from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.serve.banks import Contents
 from reparam.serve.inside import check_no_pickle
+from reparam.sites.expert_paths import experts_with
+from reparam.sites.held import BANK
 from reparam.sites.layout import Order
 from reparam.sites.routing import SMALL, orders_of
 
@@ -56,6 +58,8 @@ class Prover:
     def __init__(self, model: nn.Module) -> None:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._adapters: set[str] = set()
+        self._structures: set[str] = set()
+        """Those whose rows in a batch have been compared with what an adapter gives alone."""
         self._base: tuple[Tensor, Tensor] | None = None
         self.model: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
@@ -63,7 +67,8 @@ class Prover:
         """The adapter in a folder. Raises FormatError, which says why, if it is damaged or cannot be served.
 
         Its files must match the base and fit exactly, it must change outputs, all of them finite, and its outputs in a
-        batch with the base must be those that it has alone.
+        batch with the base must be those that it has alone. The last is computed once for adapters of one structure:
+        the same method and settings, with the same shapes at the same sites.
         """
         if prompts.prompting_of(folder) is not None:
             raise _refused(folder, "it adds virtual tokens and changes no weights, so it has no place in a mixed batch")
@@ -92,34 +97,41 @@ class Prover:
                     raise FormatError(f"{folder}: its change of {path} is not finite")
         own = digest(record)
         if own not in self._adapters:  # the same bytes on the same base need no second proof
-            self._probe(adapter, contents, folder)
+            self._probe(adapter, contents, folder, _structure(record, contents))
             self._adapters.add(own)
         return Proven(own, record.method.name, contents, record.prompt_format)
 
-    def _probe(self, adapter: Adapter, contents: Contents, folder: Path) -> None:
+    def _probe(self, adapter: Adapter, contents: Contents, folder: Path, structure: str) -> None:
         rows = self._ids(adapter, contents)  # [2, T]
         base, own = self._base_scores(rows), self._scores(rows, NAME)
         if not bool(own.isfinite().all()):
             raise FormatError(f"{folder}: with it, the model's scores are not finite")
         if torch.equal(own, base):
             raise FormatError(f"{folder}: it does not change the model's outputs, so it is not trained, or damaged")
+        if structure not in self._structures:
+            self._probe_batch(rows, torch.cat([own[0], base[1]]), contents, folder)
+            self._structures.add(structure)
+
+    def _probe_batch(self, rows: Tensor, wanted: Tensor, contents: Contents, folder: Path) -> None:
+        """Compare a batch of the adapter's row and the base's, rows [2, T], with the scores [2·T, V] of each alone."""
         positions = torch.arange(rows.shape[1], device=rows.device).repeat(2)[None]
         try:
             with select(self.model, [NAME, None], spans=[rows.shape[1]] * 2):
                 packed = self.model(input_ids=rows.view(1, -1), position_ids=positions, use_cache=False)
         except ValueError as error:
             raise _refused(folder, str(error)) from None
-        found, wanted = packed.logits[0].float(), torch.cat([own[0], base[1]])
+        found = packed.logits[0].float()
         bound = 1e-3 if self.model.dtype is torch.float32 else 10 * SMALL
         if float((found - wanted).abs().max()) > bound * float(wanted.abs().max()):
             raise _refused(folder, "in a batch with the base, its outputs are not those that it has alone")
         odd = [path for path in contents if None in self._orders(path)]
         if odd:
-            raise _refused(folder, f"which tokens {listed(odd)} get cannot be told, as for experts")
+            raise _refused(folder, f"which tokens {listed(odd)} get cannot be told")
 
     def _orders(self, path: str) -> list[Order | None]:
-        bank = self.model.get_submodule(path).updates["*"]
-        found: list[Order | None] = [order for (packed, _), order in orders_of(bank).items() if packed]
+        site: Any = self.model.get_submodule(path)
+        seen: Any = site.updates[BANK] if site.has_bank else experts_with(self.model, path)
+        found: list[Order | None] = [order for (packed, _), order in orders_of(seen).items() if packed]
         return found or [None]
 
     def _base_scores(self, rows: Tensor) -> Tensor:
@@ -149,8 +161,20 @@ class Prover:
 
 def digest(record: Record) -> str:
     """SHA-256 of the method, its settings and all tensors of an adapter, in hexadecimal."""
-    settings = json.dumps([record.method.name, record.method.settings()], sort_keys=True, default=str)
-    return hashlib.sha256(f"{settings}\n{digest_of(record.tensors)}".encode()).hexdigest()
+    return hashlib.sha256(f"{_settings(record)}\n{digest_of(record.tensors)}".encode()).hexdigest()
+
+
+def _settings(record: Record) -> str:
+    return json.dumps([record.method.name, record.method.settings()], sort_keys=True, default=str)
+
+
+def _structure(record: Record, contents: Contents) -> str:
+    """What the computation of an adapter in a batch depends on, but for the values: method, settings, sites, shapes."""
+    shapes = [
+        (path, *(None if t is None else tuple(t.shape) for t in (*(factors or (None,) * 3), bias)))
+        for path, (factors, bias) in sorted(contents.items())
+    ]
+    return f"{_settings(record)}\n{shapes}"
 
 
 def _refused(folder: Path, why: str) -> FormatError:

@@ -66,13 +66,18 @@ def make_manager(model: nn.Module, limits: Limits, sampling: Sampling, router: O
         attention.register()
         manager._original_attn_impl = held.config._attn_implementation  # `stop` puts it back
         held.set_attn_implementation(attention.NAME)
-    processor = manager.logit_processor
-    processor.logits_processor = LogitsProcessorList([sampling])
-    processor.tensors_required, processor.supported_keys, processor.do_processing = 1, {}, True
+    logits = manager.logit_processor
+    logits.logits_processor = LogitsProcessorList([sampling])
+    logits.tensors_required, logits.supported_keys, logits.do_processing = 1, {}, True
     manager.output_router = router
     try:
         manager.warmup()
         check_names(manager, AFTER.split())
+        if held.config._attn_implementation == attention.NAME:
+            check_names(manager, attention.CACHE.split())
+            processor: Any = manager.batch_processor
+            for allocator in processor.cache.cache_allocators.values():
+                check_names(allocator, attention.ALLOCATOR.split())
     except BaseException:
         if manager._original_attn_impl is not None:
             held.set_attn_implementation(manager._original_attn_impl)

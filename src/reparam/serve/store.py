@@ -195,10 +195,13 @@ class Store:
         with Pace(self._busy):
             proven = self._prover.prove(folder)
             self._shelf.put(proven)
-        return self._put(proven, folder)
+            return self._put(proven, folder)
 
     def _put(self, proven: Proven, folder: Path) -> Resident:
-        """Give an adapter a slot, unless its contents have one. Returns a lease."""
+        """Give an adapter a slot, unless its contents have one. Returns a lease.
+
+        Without rests, because a request waits: to write the tables of an adapter that is in memory takes milliseconds.
+        """
         with self._lock:
             held = self._residents.get(proven.digest)
             if held is not None:
@@ -208,8 +211,7 @@ class Store:
         self._make_room(need, folder)
         taken = {resident.slot for resident in self._residents.values()}
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        with Pace(self._busy):
-            self._banks.write(slot, proven.contents, self._quiet, more=self._expected(need))
+        self._banks.write(slot, proven.contents, self._quiet, more=self._expected(need))
         with self._lock:
             resident = Resident(proven.digest, proven.method, slot, need, proven.prompt_format, leases=1)
             self._residents[proven.digest] = resident

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from reparam.core.base import Factors, Update, Weight
+from reparam.kernels.packs import Tables
 from reparam.kernels.rows import bank_update_, packed_update_
+from reparam.sites.held import Held
 from reparam.sites.layout import Layout, for_each_row, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
@@ -56,6 +58,7 @@ class Bank(Update):
         self.routing = routing
         self.places = {name: Places() for name in TABLES}
         self._kept: tuple[frozenset[int], InUse] | None = None
+        self._ready: Tables | None = None
         for name in TABLES:
             width = weight.in_features if name == "A" else weight.out_features
             self._hold(name, torch.zeros(0, width, dtype=weight.dtype, device=weight.device))
@@ -123,6 +126,14 @@ class Bank(Update):
         """The bytes that a slot with these contents would take."""
         return sum(rows * self._row_bytes(name) for name, rows in self._sizes(factors, bias).items())
 
+    def held(self, slot: int) -> Held | None:
+        """The update in a slot, as views; None if it does not change the weight."""
+        a, b, gain = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
+        if not a and not gain:
+            return None
+        B_t = self.B_t[b.start : b.stop] if b or not a else None
+        return Held(self.A[a.start : a.stop], B_t, self.gain[gain.start] if gain else None)
+
     def changed(self, slot: int, w: Tensor) -> Tensor:
         """W' [O, I] of a slot, given W."""
         a, b, scale = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
@@ -141,14 +152,19 @@ class Bank(Update):
         """x [B, T, I] or [B·T, I] -> the output of each row under its own adapter, [..., O]."""
         if torch.is_grad_enabled() and self.training:
             raise ValueError("a mixed batch is for inference: select one adapter to train it, or call model.eval()")
-        if self.routing.trial is not None:
-            self.routing.trial.see(self, x)
+        routing = self.routing
+        if routing.trial is not None:
+            routing.trial.see(self, x)
             return weight(x, bias)
-        layout = self.routing.layout(self, x.shape)
+        layout = routing.layout(self, x.shape)
         use = self._in_use()
         y = weight(x, None if use.scaled else bias).contiguous()
-        if layout.order == "packed" and not use.biased and self._update_packed(use, y, x):
-            return y if bias is None or not use.scaled else y.add_(bias)
+        if layout.order == "packed" and not use.biased:
+            x = x.contiguous()
+            if packed_update_(y, x, routing.step, self._tables(), use.most):
+                if use.dense:
+                    self._add_dense(use.dense, y, x)
+                return y if bias is None or not use.scaled else y.add_(bias)
         for out, h, slots, numbers in layout.parts(y, x, self.routing.slots, self.routing.slot_list):
             self._update(use, out, h, slots, numbers)
             if use.scaled and bias is not None:
@@ -158,21 +174,24 @@ class Bank(Update):
                 out += torch.where(row[:, None] >= 0, self.bias[row.clamp(min=0)], 0)[:, None]
         return y
 
-    def _update_packed(self, use: InUse, y: Tensor, x: Tensor) -> bool:
-        """Scale y and add the products, for rows that are end to end, in one call. False if that is not possible."""
+    def _tables(self) -> Tables:
+        """The tables for the compiled kernel, as long as they are the same tensors."""
         held: dict[str, Any] = self._buffers  # nn.Module's attribute lookup takes longer than a call of the kernel
-        routing = self.routing
-        A, B_t, spans, gain = (held[name] for name in ("A", "B_t", "spans", "gain"))
-        out, h = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if not packed_update_(out, h, routing.begins, routing.slots, A, B_t, spans, use.most, gain):
-            return False
-        if use.dense:
-            layout = Layout("packed", len(routing.slot_list), True, routing.packed or ())
-            rows = groups(routing.slot_list)
-            for slot in use.dense:
-                tokens, a = layout.tokens(rows[slot], y.device), self.places["A"].of(slot)
-                out.index_add_(0, tokens, h.index_select(0, tokens) @ A[a.start : a.stop].t())
-        return True
+        A, B_t, spans, gain = held["A"], held["B_t"], held["spans"], held["gain"]
+        kept = self._ready
+        if kept is None or not (
+            kept.all[0] is A and kept.all[1] is B_t and kept.all[2] is spans and kept.all[3] is gain
+        ):
+            kept = self._ready = Tables(A, B_t, spans, gain)
+        return kept
+
+    def _add_dense(self, slots: tuple[int, ...], y: Tensor, x: Tensor) -> None:
+        """Add the products of slots that hold a matrix, for rows that are end to end."""
+        routing, out, h = self.routing, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        layout, rows = Layout("packed", len(routing.slot_list), True, routing.packed or ()), groups(routing.slot_list)
+        for slot in slots:
+            tokens, a = layout.tokens(rows[slot], y.device), self.places["A"].of(slot)
+            out.index_add_(0, tokens, h.index_select(0, tokens) @ self.A[a.start : a.stop].t())
 
     def _update(self, use: InUse, y: Tensor, x: Tensor, slots: Tensor, numbers: tuple[int, ...]) -> None:
         """Scale y [C, T, O] and add the products with x [C, T, I], in place."""
@@ -217,7 +236,7 @@ class Bank(Update):
     def _in_use(self) -> InUse:
         """What the slots of the batch need; computed again after a write and for other slots."""
         used, kept = self.routing.used, self._kept  # another thread may write a slot meanwhile
-        if kept is None or kept[0] != used:
+        if kept is None or (kept[0] is not used and kept[0] != used):
             down, up, gain, bias = (self.places[name].by_slot for name in TABLES)
             low = used & up.keys()
             kept = self._kept = (

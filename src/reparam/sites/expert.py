@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.base import Site, Update, Weight
+from reparam.sites.bank import Bank
+from reparam.sites.held import BANK, Held
 from reparam.sites.kinds import kind
 from reparam.sites.module import Adapted, Biases
 from reparam.weights.dense import DenseWeight, Layout, as_parameter
@@ -21,6 +23,9 @@ from reparam.weights.quantized import QuantizedMatrix
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
+
+Choice = str | int | None
+"""The name of an adapter, or a slot of the banks; None for the base."""
 
 
 class Part(DenseWeight):
@@ -96,14 +101,26 @@ class Expert(Adapted):
         w = self.frozen
         return Site(name, self.kind, w.out_features, w.in_features, transposed=self.layout == "transposed")
 
+    def update_of(self, choice: Choice) -> Update | Held | None:
+        """The update of this adapter, or in this slot of the bank; None if it has none here."""
+        if choice is None:
+            return None
+        updates = self._modules["updates"]._modules  # type: ignore[union-attr]
+        if isinstance(choice, str):
+            return updates.get(choice)  # type: ignore[return-value]
+        bank: Bank | None = updates.get(BANK)  # type: ignore[assignment]
+        return None if bank is None else bank.held(choice)
+
     def forward(self, x: Tensor) -> Tensor:
         """The output of the base's matrix or, if an adapter is active, of its update."""
+        return self.applied(x, self.active)
+
+    def applied(self, x: Tensor, choice: Choice) -> Tensor:
+        """x [N, I] -> [N, O] with the update of this adapter or slot; of the base's matrix if it has none here."""
         weight = self.frozen
         x = weight.cast(x)
-        if self.active is None:
-            return weight(x)
-        update: Update = self.updates[self.active]  # type: ignore[assignment]
-        return update(x, weight)
+        update = self.update_of(choice)
+        return weight(x) if update is None else update(x, weight)
 
     def stock(self) -> dict[str, Tensor]:
         """The matrix, if it is not a part of the stacked parameter, which the module of experts has."""

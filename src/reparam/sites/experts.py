@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.core.placing import hooks_of, patched
-from reparam.sites.expert import Expert, Part
+from reparam.sites.expert import Choice, Expert, Part
 from reparam.sites.layout import groups
 from reparam.sites.routing import Routing
 from reparam.sites.stacks import Stack
@@ -61,46 +61,64 @@ class Opened(nn.Module):
         return original_class(self).forward(self if self.is_idle() else self._standing(), *args, **kwargs)
 
     def _mixed(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A mixed batch: the tokens of each adapter go through the experts with that adapter."""
+        """A mixed batch: each token goes through its experts with its adapter."""
         if torch.is_grad_enabled() and self.training:
             raise ValueError("a mixed batch is for inference: select one adapter to train it, or call model.eval()")
         given = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).arguments
         given.pop("self")
-        x: Tensor = next(iter(given.values()))
         blocks = 1 if len(given) > 1 else len(self.__dict__["numbers"])  # Llama 4: all tokens for each expert
+        x: Tensor = next(iter(given.values()))
         if blocks > 1:
             x = x.view(blocks, -1, x.shape[-1]).sum(0)
         if routing.trial is not None:
             routing.trial.see(self, x)
-            return self._of(None, args, kwargs)
+            return self._with((None,), given)
         layout = routing.layout(self, x.shape)
         if not all(isinstance(value, Tensor) and len(value) == blocks * len(x) for value in given.values()):
             routing.refuse(x.shape)
-        held = {name for stack in self.stacks for expert in self.experts_of(stack) for name in expert.updates}
-        parts = groups([name if name in held else None for name in routing.names[: layout.rows]])
+        parts = groups(self._choices(routing)[: layout.rows])
         if len(parts) == 1:
-            return self._of(next(iter(parts)), args, kwargs)
-        tokens = [layout.pick(torch.arange(len(x), device=x.device), rows) for rows in parts.values()]
+            return self._with(tuple(parts), given)
+        if is_decorated(self):
+            places = torch.empty(layout.rows, dtype=torch.int64, device=x.device)
+            for place, rows in enumerate(parts.values()):
+                places[rows] = place
+            return self._with(tuple(parts), given, places[layout.rows_of_tokens(len(x), x.device)])
         y: list[Tensor] = []
-        for name, own in zip(parts, tokens, strict=True):
+        tokens = [layout.pick(torch.arange(len(x), device=x.device), rows) for rows in parts.values()]
+        for choice, own in zip(parts, tokens, strict=True):
             if blocks > 1:
                 own = (torch.arange(blocks, device=own.device)[:, None] * len(x) + own).flatten()
-            y.append(self._of(name, (), {key: value.index_select(0, own) for key, value in given.items()}))
+            y.append(self._with((choice,), {key: value.index_select(0, own) for key, value in given.items()}))
         if blocks > 1:
             y = [part.view(blocks, -1, part.shape[-1]) for part in y]
             return torch.cat(y, 1).index_select(1, torch.cat(tokens).argsort()).flatten(0, 1)
         return torch.cat(y).index_select(0, torch.cat(tokens).argsort())
 
-    def _of(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output with the updates of one adapter, or of none."""
+    def _choices(self, routing: Routing) -> list[Choice]:
+        """The adapter of each row, or its slot if a bank holds it; None for the base and for those without experts."""
         experts = [expert for stack in self.stacks for expert in self.experts_of(stack)]
-        for expert in experts:
-            expert.active = name if name is not None and name in expert.updates else None
-        try:
-            return original_class(self).forward(self if self.is_idle() else self._standing(), *args, **kwargs)
-        finally:
-            for expert in experts:
-                expert.active = None
+        names: Sequence[Choice] = routing.names or [None if slot < 0 else slot for slot in routing.slot_list]
+        held = {name for name in dict.fromkeys(names) if any(expert.update_of(name) is not None for expert in experts)}
+        return [name if name in held else None for name in names]
+
+    def _with(self, choices: tuple[Choice, ...], given: Mapping[str, Any], of_token: Tensor | None = None) -> Any:
+        """The output with these adapters. `of_token` [N] tells the place in `choices` of that of each token."""
+        if choices == (None,):
+            return original_class(self).forward(self if self.is_idle() else self._standing(choices), *given.values())
+        standing: Any = self._standing(choices)
+        if of_token is not None:
+            # Each expert with each adapter is one expert to the module, so that it sorts the tokens by both at once.
+            chosen = list(given)[1]
+            count, own = len(choices), given[chosen]
+            inside = own < standing.num_experts
+            number = torch.where(inside, own * count + of_token.unsqueeze(-1), standing.num_experts * count)
+            given = {**given, chosen: number}
+            for name, bias in self._parameters.items():
+                if name.endswith("_bias") and bias is not None:
+                    standing.__dict__[name] = bias.detach().repeat_interleave(count, 0)
+            standing.num_experts *= count
+        return original_class(self).forward(standing, *given.values())
 
     def __getattr__(self, name: str) -> Any:
         """A stack in the place of a parameter that is quantized."""
@@ -115,9 +133,13 @@ class Opened(nn.Module):
 
     def is_idle(self) -> bool:
         """Whether the module's own parameters compute its output: no update is active and nothing is quantized."""
-        return all(e.active is None and type(e.frozen) is Part for name in self.stacks for e in self.experts_of(name))
+        for name in self.stacks:
+            for expert in self.experts_of(name):  # by `_modules`, because nn.Module's lookup of attributes is slow
+                if expert.active is not None or type(expert._modules["frozen"]) is not Part:
+                    return False
+        return True
 
-    def _standing(self) -> nn.Module:
+    def _standing(self, choices: tuple[Choice, ...] | None = None) -> nn.Module:
         """A module of the original class, with the same parameters and children and stacks for the experts' weights."""
         implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
         if hasattr(self, "is_transposed") and implementation not in KNOWN:
@@ -127,11 +149,16 @@ class Opened(nn.Module):
             )
         found: nn.Module = object.__new__(original_class(self))
         found.__dict__ = dict(self.__dict__)
-        found.__dict__ |= {name: self._stack(name) for name in self.stacks}
+        found.__dict__ |= {name: self._stack(name, choices) for name in self.stacks}
         return found
 
-    def _stack(self, name: str) -> Stack:
-        return Stack(type(self).__name__, self.experts_of(name), self.stacks[name] == "transposed")
+    def _stack(self, name: str, choices: tuple[Choice, ...] | None = None) -> Stack:
+        return Stack(type(self).__name__, self.experts_of(name), self.stacks[name] == "transposed", choices)
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether transformers' decorator for modules of experts has been applied to the class of this module."""
+    return hasattr(type(module), "_apply_gate") and "is_transposed" in vars(module)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -139,8 +166,7 @@ def layout_of(module: nn.Module) -> Layout | None:
 
     The check is by the attributes and names of transformers' classes, because this package imports only torch.
     """
-    decorated = hasattr(type(module), "_apply_gate") and "is_transposed" in vars(module)
-    if decorated:
+    if is_decorated(module):
         return "transposed" if module.is_transposed else "rows"
     if not type(module).__module__.startswith("transformers."):
         return None

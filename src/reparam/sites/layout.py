@@ -66,6 +66,14 @@ class Layout:
             return x.index_select(0 if self.flat else 1, self.tokens(rows, x.device))
         return self._joined(self._by_row(x)[list(rows)])
 
+    def rows_of_tokens(self, count: int, device: torch.device) -> Tensor:
+        """The row of each of the tokens [count] of a flat activation."""
+        if self.order == "packed":
+            lengths = torch.tensor(self.lengths, device=device)
+            return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths, output_size=count)
+        rows, tokens = torch.arange(self.rows, device=device), count // self.rows
+        return rows.repeat(tokens) if self.order == "tokens" else rows.repeat_interleave(tokens)
+
     def merge(self, outputs: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
         """The output for all rows, given one for each group of rows; each is a tensor, or a tuple of tensors.
 

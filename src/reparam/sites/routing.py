@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from reparam.kernels.packs import Step
 from reparam.sites.layout import Layout, Order, for_each_row
 
 SMALL = 0.01
@@ -49,6 +50,8 @@ class Routing:
         """The same numbers, for code that must not wait for the device."""
         self.used = frozenset(self.slot_list) - {-1}
         self.names = names  # [B]
+        self._step: Step | None = None
+        self._layouts: dict[torch.Size, Layout] = {}
         self._alike = len(set(names)) == 1
 
     @property
@@ -60,13 +63,23 @@ class Routing:
     def packed(self, lengths: tuple[int, ...] | None) -> None:
         """Set it, and where each row begins."""
         self._packed = lengths
+        self._step, self._layouts = None, {}
         self.begins = torch.tensor([0, *itertools.accumulate(lengths or ())])  # [B + 1]
+
+    @property
+    def step(self) -> Step:
+        """Rows that are end to end, for the compiled kernel. All sites of a forward pass use the same object."""
+        if self._step is None:
+            self._step = Step(self.begins, self.slots)
+        return self._step
 
     def layout(self, site: nn.Module, shape: torch.Size) -> Layout:
         """How the input of a bank or a replaced module, [..., I], holds the rows. Raises ValueError if it is unknown.
 
         If all rows use one adapter, every activation is one row.
         """
+        if shape in self._layouts:
+            return self._layouts[shape]
         if self.tried and self._alike:
             return Layout("rows", 1, True)
         plain: Order = "rows" if self.packed is None else "packed"
@@ -75,7 +88,10 @@ class Routing:
             self.refuse(shape, site.__dict__.get(WHY, ""))
         if order == "shared":
             return Layout("rows", len(self.slot_list), False, shared=True)
-        return Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
+        layout = Layout(order, len(self.slot_list), len(shape) == 2, self.packed or ())
+        if not self.tried and self.packed is not None:  # the same at all sites
+            self._layouts[shape] = layout
+        return layout
 
     def split(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and tokens of an activation of this shape in which rows come first. Raises ValueError if it has none."""

@@ -8,6 +8,10 @@ gates, biases and norms are those of the model, whatever its class.
     F.grouped_mm(x, stack, offs=ends)    torch.bmm(x [E, N, I], stack)     rows sorted by expert
     torch.bmm(stack[experts], x[..., None])                                a row for each entry of `experts`
 
+In a mixed batch, a stack has a number for each expert with each adapter of the batch: with n names (or slots, or None
+for the base), number e · n + i stands for expert e with the i-th of them. The module then sorts its rows by
+both at once, and each expert's own matrix is still applied once to all its rows.
+
 Shapes: E experts, O out_features, I in_features, S rows (pairs of a token and an expert).
 """
 
@@ -19,9 +23,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from reparam.core.base import Update
-from reparam.kernels.grouped import Group, grouped_linear
-from reparam.sites.expert import Expert, Part
+from reparam.kernels.grouped import Group, Low, grouped_linear
+from reparam.sites.expert import Choice, Expert, Part
 from reparam.weights.dense import DenseWeight
 
 
@@ -73,20 +76,19 @@ class _Stands:
 
 
 class Matrix(_Stands):
-    """One expert's matrix."""
+    """One expert's matrix, with the update of one adapter, or of none."""
 
-    def __init__(self, owner: str, expert: Expert, outputs_last: bool, dtype: torch.dtype | None = None) -> None:
-        self.owner, self.expert, self.outputs_last = owner, expert, outputs_last
-        self.dtype = expert.frozen.dtype if dtype is None else dtype
-        self.device = expert.frozen.device
+    def __init__(self, stack: Stack, number: int, outputs_last: bool, dtype: torch.dtype) -> None:
+        self.stack, self.number, self.outputs_last, self.dtype = stack, number, outputs_last, dtype
+        self.owner, self.device = stack.owner, stack.device
 
     def turned(self) -> Matrix:
         """The transposed matrix."""
-        return Matrix(self.owner, self.expert, not self.outputs_last, self.dtype)
+        return Matrix(self.stack, self.number, not self.outputs_last, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Matrix:
         """The matrix in another dtype."""
-        return Matrix(self.owner, self.expert, self.outputs_last, dtype)
+        return Matrix(self.stack, self.number, self.outputs_last, dtype)
 
     def float(self) -> Matrix:
         """The matrix in float32."""
@@ -106,23 +108,27 @@ class Matrix(_Stands):
         return None
 
     def _product(self, x: Tensor) -> Tensor:
-        expert = self.expert
-        if self.dtype is expert.frozen.dtype:
-            return expert(x)
-        weight = DenseWeight(expert.frozen.tensor().to(self.dtype))
-        return weight(x) if expert.active is None else expert.updates[expert.active](x, weight)
+        stack, (expert, name) = self.stack, self.stack.at(self.number)
+        if self.dtype is not stack.dtype:
+            update = expert.update_of(name)
+            weight = DenseWeight(expert.frozen.tensor().to(self.dtype))
+            return weight(x) if update is None else update(x, weight)
+        groups = stack.groups([(self.number, 0, len(x))]) if x.ndim == 2 else None
+        if groups is None:
+            return expert.applied(x, name)
+        return grouped_linear(x.to(stack.dtype), groups, expert.frozen.out_features)
 
 
 class Picked(_Stands):
     """A matrix for each of S rows, [S, O, I] or [S, I, O]."""
 
-    def __init__(self, stack: Stack, experts: Tensor) -> None:
-        self.stack, self.experts = stack, experts
+    def __init__(self, stack: Stack, numbers: Tensor) -> None:
+        self.stack, self.numbers = stack, numbers
         self.owner, self.outputs_last = stack.owner, stack.outputs_last
 
     def turned(self) -> Picked:
         """The transposed matrices."""
-        return Picked(self.stack.turned(), self.experts)
+        return Picked(self.stack.turned(), self.numbers)
 
     def computed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Products of one row with each matrix."""
@@ -136,16 +142,16 @@ class Picked(_Stands):
         return None
 
     def _product(self, x: Tensor) -> Tensor:
-        order = self.experts.argsort(stable=True)
-        ends = torch.bincount(self.experts, minlength=len(self.stack.experts)).cumsum(0)
-        base = self.stack.parameter
-        hit = self.stack.hit(ends)
-        groups = None if base is None else _fast(hit)
+        stack = self.stack
+        order = self.numbers.argsort(stable=True)
+        ends = torch.bincount(self.numbers, minlength=len(stack)).cumsum(0)
+        base = stack.parameter
+        groups = None if base is None else stack.groups(stack.runs(ends))
         if base is None or groups is None:
-            return self.stack.grouped(x[order], ends)[order.argsort()]
+            return stack.grouped(x[order], ends)[order.argsort()]
         # The product with the base is computed as the model computes it, so that a fresh adapter changes no bit.
-        own = base[self.experts]
-        x = x.to(self.stack.dtype)
+        own = base[self.numbers if stack.names is None else self.numbers // len(stack.names)]
+        x = x.to(stack.dtype)
         y = (
             torch.bmm(x.unsqueeze(1), own).squeeze(1)
             if self.outputs_last
@@ -156,18 +162,20 @@ class Picked(_Stands):
 
 
 class Stack(_Stands):
-    """The matrices of all experts, [E, O, I] or, with `outputs_last`, [E, I, O]."""
+    """The matrices of all experts, [E, O, I] or, with `outputs_last`, [E, I, O]; E · n of them with n `names`."""
 
-    def __init__(self, owner: str, experts: Sequence[Expert], outputs_last: bool) -> None:
-        self.owner, self.experts, self.outputs_last = owner, experts, outputs_last
+    def __init__(
+        self, owner: str, experts: Sequence[Expert], outputs_last: bool, names: Sequence[Choice] | None = None
+    ) -> None:
+        self.owner, self.experts, self.outputs_last, self.names = owner, experts, outputs_last, names
         weight = experts[0].frozen
         sizes = (weight.in_features, weight.out_features)
-        self.shape = torch.Size((len(experts), *(sizes if outputs_last else reversed(sizes))))
+        self.shape = torch.Size((len(self), *(sizes if outputs_last else reversed(sizes))))
         self.dtype, self.device, self.ndim = weight.dtype, weight.device, 3
         self.requires_grad = False
 
     def __len__(self) -> int:
-        return len(self.experts)
+        return len(self.experts) * (1 if self.names is None else len(self.names))
 
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
@@ -179,12 +187,20 @@ class Stack(_Stands):
 
     def turned(self) -> Stack:
         """The transposed matrices."""
-        return Stack(self.owner, self.experts, not self.outputs_last)
+        return Stack(self.owner, self.experts, not self.outputs_last, self.names)
 
     def __getitem__(self, index: Any) -> Matrix | Picked:
         if isinstance(index, Tensor) and index.ndim == 1:
             return Picked(self, index)
-        return Matrix(self.owner, self.experts[int(index)], self.outputs_last)
+        return Matrix(self, int(index), self.outputs_last, self.dtype)
+
+    def at(self, number: int) -> tuple[Expert, Choice]:
+        """The expert of a number, and the adapter or slot."""
+        if self.names is None:
+            expert = self.experts[number]
+            return expert, expert.active
+        number, name = divmod(number, len(self.names))
+        return self.experts[number], self.names[name]
 
     def computed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Products of rows that are sorted by expert."""
@@ -201,48 +217,63 @@ class Stack(_Stands):
     @property
     def parameter(self) -> Tensor | None:
         """The stacked parameter, with its dimensions in this order; None where experts have weights of their own."""
-        parts = [expert.frozen for expert in self.experts]
-        if not all(isinstance(part, Part) for part in parts):
+        if not all(type(expert._modules["frozen"]) is Part for expert in self.experts):
             return None
-        whole: Tensor = parts[0].whole  # type: ignore[assignment]
+        whole: Tensor = self.experts[0].frozen.whole  # type: ignore[assignment]
         return whole if (self.experts[0].layout == "transposed") == self.outputs_last else whole.transpose(1, 2)
 
-    def hit(self, ends: Tensor) -> list[tuple[Expert, int, int]]:
-        """The experts that have rows, with the first row and the one after the last."""
+    def runs(self, ends: Tensor) -> list[tuple[int, int, int]]:
+        """The numbers that have rows, each with its first row and the one after the last."""
         found, start = [], 0
-        for expert, stop in zip(self.experts, ends.tolist(), strict=False):
+        for number, stop in enumerate(ends.tolist()[: len(self)]):
             if stop > start:
-                found.append((expert, start, stop))
+                found.append((number, start, stop))
                 start = stop
         return found
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [S, I], the rows of expert e before ends[e] -> y [S, O]. Rows after the last end are zero."""
-        hit, width = self.hit(ends), self.shape[2 if self.outputs_last else 1]
-        if not hit:
+        """x [S, I], the rows of number i before ends[i] -> y [S, O]. Rows after the last end are zero."""
+        runs, width = self.runs(ends), self.shape[2 if self.outputs_last else 1]
+        if not runs:
             return x.new_zeros(len(x), width)
-        groups = _fast(hit)
+        groups = self.groups(runs)
         if groups is not None:
             return grouped_linear(x.to(self.dtype), groups, width)
-        found = [expert(x[first:last]) for expert, first, last in hit]
-        if (end := hit[-1][2]) < len(x):
-            found.append(found[0].new_zeros(len(x) - end, width))
-        return torch.cat(found)
+        # One split, whose backward is one concatenation: slices would each make a gradient of full size.
+        rest = len(x) - runs[-1][2]
+        parts = x.split([stop - start for _, start, stop in runs] + ([rest] if rest else []))
+        found = [self.at(number)[0].applied(part, self.at(number)[1]) for (number, _, _), part in zip(runs, parts)]  # noqa: B905
+        return torch.cat([*found, found[0].new_zeros(rest, width)] if rest else found)
 
-
-def _fast(hit: Sequence[tuple[Expert, int, int]]) -> list[Group] | None:
-    """The groups for one op, if all weights are dense and all updates are a product of two factors in this call."""
-    groups: list[Group] = []
-    if not hit or torch.is_autocast_enabled(hit[0][0].frozen.device.type):
-        return None
-    for expert, start, stop in hit:
-        weight, factors = expert.frozen.dense_or_none, None
-        if expert.active is not None:
-            update: Update = expert.updates[expert.active]  # type: ignore[assignment]
-            factors = update.product()
-            if factors is None:
-                return None
-        if weight is None:
+    def groups(self, runs: Sequence[tuple[int, int, int]]) -> list[Group] | None:
+        """The groups for one op; None if an update is no product of two factors in this call, or dtypes differ."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not self.dtype:
             return None
-        groups.append(Group(start, stop, weight, factors))
-    return groups
+        found: list[Group] = []
+        whole: Tensor | None = None
+        last: Expert | None = None
+        for number, start, stop in runs:
+            expert, name = self.at(number)
+            update = None if name is None else expert.update_of(name)
+            lows: list[Low] = []
+            if update is not None:
+                product = update.product()
+                if product is None:
+                    return None
+                lows.append(Low(start, stop, *product))
+            if expert is last:
+                first = found[-1]
+                found[-1] = Group(first.start, stop, first.weight, [*first.lows, *lows])
+                continue
+            frozen: Any = expert._modules["frozen"]
+            if type(frozen) is Part:
+                whole = frozen.whole if whole is None else whole
+                own = whole[frozen.number]
+                weight = own.t() if frozen.layout == "transposed" else own
+            else:
+                dense = frozen.dense_or_none
+                weight = frozen.write if dense is None else dense
+            found.append(Group(start, stop, weight, lows))
+            last = expert
+        return found

@@ -138,7 +138,9 @@ def _corpus(
     def make(folder: Path | None) -> Corpus:
         reading = rows(sources, data.renamed(), most=most, bad_rows=data.bad_rows, streaming=data.streaming)
         about = None if None in found or most else rows_about(files)
-        corpus = encode_all(framed.rows(reading), tokenizer, **settings, folder=folder, about=about)
+        corpus = encode_all(
+            framed.rows(reading), tokenizer, **settings, folder=folder, about=about, workers=data.workers
+        )
         return dataclasses.replace(corpus, counts=tuple(reading.counts), notes=reading.notes())
 
     found = [files_of(source) for source in sources]

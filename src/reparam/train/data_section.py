@@ -21,8 +21,8 @@ class DataConfig:
     """The rows to train on, and the held-out rows."""
 
     train: str | tuple[str, ...] = ""
-    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
-    or - for standard input. Several are separated by commas."""
+    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow, text), a glob, a folder, a data set such as
+    owner/name, or - for standard input. Several are separated by commas."""
     valid: str | tuple[str, ...] | None = None
     """Held-out rows to score. By default, a share of the training rows is held out."""
     weights: tuple[float, ...] = ()
@@ -58,6 +58,9 @@ class DataConfig:
     """System message for chats without one."""
     thinking: bool | None = None
     """Whether chats are rendered with thinking, for templates with a variable for it, such as enable_thinking."""
+    workers: int | None = None
+    """Number of processes that encode rows; it changes nothing in them. By default, the number of cores, at most 4, for
+    data of more than 8 MB, and otherwise 1."""
     cache: str = "auto"
     """Where encoded rows are kept for later runs: a folder, off, or auto: data of at least 16 MiB in
     $XDG_CACHE_HOME/reparam/data (by default ~/.cache/reparam/data)."""
@@ -77,6 +80,7 @@ class DataConfig:
             max_rows=("whole numbers of at least 1", lambda values: all(whole(value, 1) for value in values)),
             cache=("off, auto or a folder", bool),
             buffer=count(1),
+            workers=("a whole number of at least 1", lambda value: value is None or whole(value, 1)),
             score_rows=count(0),
         )
         bytes_of("data.cache_limit", self.cache_limit)

@@ -51,7 +51,16 @@ FREE = {
         "run.samples",
         "run.name",
     ),
-    *("run.max_steps", "run.epochs", "data.score_rows", "data.cache", "data.cache_limit", "optim.budget", "optim.page"),
+    *(
+        "run.max_steps",
+        "run.epochs",
+        "data.score_rows",
+        "data.cache",
+        "data.cache_limit",
+        "data.workers",
+        "optim.budget",
+        "optim.page",
+    ),
     *("base.revision", "prefer.reward", *PATHS),
 }
 ENDS = 1 << 20  # bytes at both ends of a streamed file whose digest stands for its content

@@ -14,7 +14,8 @@ from reparam.evaluation.png import write_png
 
 def plot_losses(history: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Plot training and held-out loss (nats per token) over optimizer steps, from a Trainer's log history."""
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.97)
     axes = figure.subplots()
     for key, label, style in (("loss", "training", {"alpha": 0.7}), ("eval_loss", "held out", {"marker": "o"})):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ from reparam.train.state import read_tree, write_tree
 from reparam.train.trainer import Resumable
 
 
-def train(config: Config, *, show: Show) -> Result:
+def train(config: Config, *, show: Show, watch: Callable[[Job, Resumable], TrainerCallback] | None = None) -> Result:
     """Train as configured, and write all results into `run.output`.
+
+    `watch` gives a callback for the trainer, before the first step (see `plan/watch.py`).
 
     After SIGINT or SIGTERM, saves a checkpoint and returns a result with that `signal`. Raises ValueError for errors
     that the user can fix, NotFinite if a loss or gradient is not finite, and NothingLearned if the saved adapter fails
@@ -74,6 +77,8 @@ def train(config: Config, *, show: Show) -> Result:
     own = processes.first(lambda: _identified(job))  # before anything is written
     trainer, rates = processes.together(lambda: _trainer(job, objective, show))
     show.rates(rates)
+    if watch is not None:
+        trainer.add_callback(watch(job, trainer))
     with contextlib.ExitStack() as held:
         steps_before = processes.first(lambda: _begun(job, own, trainer, held))
         found = processes.first(lambda: newest(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -92,6 +92,10 @@ class Show:
     def note(self, text: str) -> None:
         """Print a note about how the run works."""
         say(self.console, note("note", text))
+
+    def told(self, text: str, event: str, **fields: Any) -> None:
+        """Print a line; for machines, an event with these fields is printed instead."""
+        say(self.console, text)
 
     def samples(self, answers: Sequence[Answer]) -> None:
         """Print answers to held-out rows, one per line."""

@@ -65,6 +65,10 @@ class ShowJson(Show):
         if early is not None:
             self.note(early)
 
+    def told(self, text: str, event: str, **fields: Any) -> None:
+        """Print the event."""
+        self._say(event, **fields)
+
     def samples(self, answers: Sequence[Answer]) -> None:
         """Print answers to held-out rows."""
         for given in answers:

@@ -15,11 +15,12 @@ from reparam.data.framing import frame
 from reparam.evaluation.complete import Sampling
 from reparam.evaluation.evaluate import Evaluation
 from reparam.hf.models import vocabulary
+from reparam.images.rows import ImageRows, Images
 from reparam.vision.files import load
 from reparam.vision.found import vora_folder
 from reparam.vision.model import VoRA
 from reparam.vision.processor import mark_id
-from reparam.vision.rows import ImageRows, Images, Seen
+from reparam.vision.rows import Seen
 from reparam.vision.scores import scored
 
 

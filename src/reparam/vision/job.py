@@ -16,6 +16,7 @@ from reparam.core.base import Role
 from reparam.data.batches import Encoded, padding_id
 from reparam.errors import ConfigError, DataError
 from reparam.hf.models import check_not_base, load_tokenizer, vocabulary
+from reparam.images.rows import ImageRows, Images
 from reparam.train import optimizer
 from reparam.train.config import check_inputs
 from reparam.train.data import Data, read_data
@@ -29,7 +30,7 @@ from reparam.vision.files import assembled
 from reparam.vision.found import LANGUAGE, vora_folder
 from reparam.vision.model import VoRA
 from reparam.vision.processor import Processor, mark_id, marked
-from reparam.vision.rows import ImageRows, Images, Seen
+from reparam.vision.rows import Seen
 from reparam.vision.teachers import load_teacher
 
 

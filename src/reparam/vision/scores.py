@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from reparam.core.progress import tracked
 from reparam.data.row import Row
 from reparam.evaluation.score import Answer, Score, loss_score, score_answers
+from reparam.images.places import MARK
+from reparam.images.rows import Images
 from reparam.vision.model import VoRA
-from reparam.vision.processor import MARK
-from reparam.vision.rows import Images, Seen, collator
+from reparam.vision.rows import Seen, collator
 
 LOSS, SEEN, TEXT = "loss per token", "loss per token with images", "loss per token of text alone"
 

@@ -114,6 +114,17 @@ class NF4Weight(QuantizedWeight):
         stop = max(start, stop)
         return _rows(self.codes, self.statistics, self.block, self.in_features, start, stop, torch.float32)
 
+    def write(self, out: Tensor, start: int = 0) -> None:
+        """Write the rows W[start : start + rows] into `out` [rows, I], which is contiguous, in its dtype."""
+        first, ahead = divmod(start * self.in_features, self.block)
+        if ahead:
+            stop = start + len(out)
+            out.copy_(_rows(self.codes, self.statistics, self.block, self.in_features, start, stop, out.dtype))
+        else:
+            dequantize(
+                self.codes, self.statistics, block=self.block, count=out.numel(), dtype=out.dtype, first=first, out=out
+            )
+
     def neighbors(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The gaps to the levels above and below [rows, I], times the block's magnitude."""
         start, stop, _ = rows.indices(self.out_features)

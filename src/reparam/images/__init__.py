@@ -1,0 +1,1 @@
+"""Images in rows: where they come from, their limits, their places in texts, and the processors of models that see."""
