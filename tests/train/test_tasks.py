@@ -205,19 +205,6 @@ def test_a_quantized_base_keeps_its_head_dense(bases: dict[str, str], tmp_path: 
     assert any(dtype == torch.uint8 for dtype in kinds.values())
 
 
-def test_gradients_over_micro_batches_are_those_of_one_batch(bases: dict[str, str], tmp_path: Path) -> None:
-    """Words, of which micro-batches have different numbers: the loss is their mean over the whole step."""
-    found = []
-    for size, count in ((8, 1), (2, 4)):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        more = ("--batch_size", size, "--run.accumulation", count, "--optim.name", "sgd", "--run.fresh")
-        assert train(bases, "token-classification", folder, *more, steps=1) == 0
-        found.append(read(folder / "out" / "adapter").tensors)
-    for key in found[0]:
-        torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("task", "lines", "more", "said"),
     [

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from reparam.data.batches import Encoded
+from reparam.data.examples import Examples
 from reparam.data.packing import Packed
+from reparam.data.preferences import flat
 from reparam.train.config import Config
 
 
@@ -39,6 +42,14 @@ def longest(config: Config, data: Encoded | None = None, packed: Packed | None =
     tokens = int(data.lengths[which[0]])
     loss = sum(int(data.loss[start : start + n].sum()) for start, n in zip(*_places(data, which), strict=True))
     return Longest(len(which), tokens, loss / (len(which) * tokens), "the longest training row", which)
+
+
+def longest_of(config: Config, data: Any, packed: Packed | None = None) -> Longest:
+    """As `longest`, also for the rows of other tasks, of which the longest text is known."""
+    if isinstance(data, Examples):
+        most = min(config.data.max_length, data.report.longest)
+        return Longest(config.run.batch_size, most, 1.0, "the longest text of the training rows")
+    return longest(config, flat(data), packed)
 
 
 def _places(data: Encoded, which: Sequence[int]) -> tuple[list[int], list[int]]:

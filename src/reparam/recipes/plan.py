@@ -14,7 +14,7 @@ from reparam.evaluation.terminal import say, say_line
 from reparam.plan.device import bytes_of, memory, speed
 from reparam.plan.draw import draw
 from reparam.plan.estimate import Plan, plan
-from reparam.plan.longest import Longest, longest
+from reparam.plan.longest import Longest, longest, longest_of
 from reparam.train.config import Config
 from reparam.train.data import read_data
 from reparam.train.objectives import objective_of
@@ -52,8 +52,7 @@ def plan_run(
 
 def _longest(config: Config) -> Longest:
     if config.run.task != "causal" and config.data.train:
-        found = objective_of(config).data(config, tokenizer_of(config))
-        return Longest(config.run.batch_size, found.train.report.longest, 1.0, "the longest text of the training rows")
+        return longest_of(config, objective_of(config).data(config, tokenizer_of(config)).train)
     known = config.data.train and not config.data.packing and not config.data.streaming
     return longest(config, flat(read_data(config, tokenizer_of(config)).train) if known else None)
 
