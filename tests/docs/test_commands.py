@@ -103,6 +103,8 @@ def place(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     files = {"rows": "train", "few": "valid", "valid": "valid", "held-out": "valid", "test": "test"}
     for name, part in files.items():
         cut(tasks / "signatures" / f"{part}.jsonl", tmp_path / f"{name}.jsonl")
+    reviews = [{"text": text, "label": label} for text, label in (("fine", "good"), ("dull", "bad"))] * 20
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from reparam.data.batches import Encoded
+from reparam.data.examples import Examples
 from reparam.data.packing import Packed
+from reparam.data.preferences import flat
 from reparam.train.config import Config
 
 
@@ -41,9 +44,12 @@ def longest(config: Config, data: Encoded | None = None, packed: Packed | None =
     return Longest(len(which), tokens, loss / (len(which) * tokens), "the longest training row", which)
 
 
-def longest_text(config: Config, tokens: int) -> Longest:
-    """The longest batch of a task that reads whole texts, of which the longest has so many tokens."""
-    return Longest(config.run.batch_size, tokens, 1.0, "the longest text of the training rows")
+def longest_of(config: Config, data: Any, packed: Packed | None = None) -> Longest:
+    """As `longest`, also for the rows of other tasks, of which the longest text is known."""
+    if isinstance(data, Examples):
+        most = min(config.data.max_length, data.report.longest)
+        return Longest(config.run.batch_size, most, 1.0, "the longest text of the training rows")
+    return longest(config, flat(data), packed)
 
 
 def _places(data: Encoded, which: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -9,14 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from reparam.core.text import sized
-from reparam.data.preferences import flat
 from reparam.evaluation.terminal import say, say_line
 from reparam.plan.device import bytes_of, memory, speed
 from reparam.plan.draw import draw
 from reparam.plan.estimate import Plan, plan
-from reparam.plan.longest import Longest, longest, longest_text
+from reparam.plan.longest import Longest, longest, longest_of
 from reparam.train.config import Config
-from reparam.train.data import read_data
 from reparam.train.objectives import objective_of
 from reparam.train.reading import tokenizer_of
 
@@ -53,10 +51,7 @@ def plan_run(
 def _longest(config: Config) -> Longest:
     if not config.data.train or config.data.packing or config.data.streaming:
         return longest(config)
-    if config.run.task != "causal":
-        found = objective_of(config).data(config, tokenizer_of(config))
-        return longest_text(config, found.train.report.longest)
-    return longest(config, flat(read_data(config, tokenizer_of(config)).train))
+    return longest_of(config, objective_of(config).data(config, tokenizer_of(config)).train)
 
 
 def _plain(found: Plan, rate: float, where: str) -> dict[str, Any]:
