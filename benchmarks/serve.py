@@ -1,23 +1,27 @@
-"""Measure the serving engine on the embedded model, against the engine without adapters, `generate` and PEFT.
+"""Measure the serving engine against the engine without adapters, `generate` and PEFT.
 
 Prompts have 8 to 512 tokens and answers 8 to 48, adapters are drawn from a power law, and with `arrivals` requests come
 as a Poisson process, as in S-LoRA's test. Rates are new tokens per second of the process's own processor time. The
-cases of a section take turns, each with the same requests, and a ratio is the median over the turns.
+cases of a section take turns, each with the same requests, and a ratio is the median over the turns. `--seconds` is for
+the turns of a section; making and reading the adapters comes before them.
 
-    python benchmarks/serve.py [--only throughput static peft loading thousand memory arrivals] [--seconds 20]
+    python benchmarks/serve.py [--only throughput static mixed peft loading thousand memory arrivals] [--seconds 20]
+                               [--base FOLDER_OR_GGUF]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
+import os
 import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import reparam
+from reparam.hf.gguf import folder_of
 from reparam.serve import Engine, Limits, Request
 
 BASE = Path(__file__).parents[1] / "assets" / "tiny-python"
@@ -34,22 +39,27 @@ RANK = 8
 
 
 def base() -> Any:
+    """The base of `--base`, in float32."""
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
 
 
-def make_adapters(root: Path, count: int) -> list[str]:
-    """LoRA on all linear maps, in folders a0, a1, ..."""
+def make_adapters(root: Path, count: int, used: Collection[str] | None = None) -> list[str]:
+    """LoRA on all linear maps, in folders a0, a1, ...; those that are not `used` have the bytes of a0."""
     model, names = base(), [f"a{i}" for i in range(count)]
     adapter = reparam.attach(model, reparam.LoRA(r=RANK), name="made")
     adapter.save(root / names[0], format="peft")  # without checksums, so that copies are made fast
     file = next((root / names[0]).glob("*.safetensors"))
     with safe_open(file, "pt") as held:
         tensors, about = {key: held.get_tensor(key) for key in held.keys()}, held.metadata()  # noqa: SIM118
-    for seed, name in enumerate(names):
-        if seed:
-            shutil.copytree(root / names[0], root / name)
-        draw = torch.Generator().manual_seed(seed)
-        new = {key: t + 0.01 * torch.randn(t.shape, generator=draw) for key, t in tensors.items()}
+    draw = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(max(t.numel() for t in tensors.values()), generator=draw)
+    for number, name in enumerate(names):
+        if number:
+            shutil.copytree(root / names[0], root / name, copy_function=os.link)
+        if used is not None and name not in used:
+            continue
+        (root / name / file.name).unlink()
+        new = {key: t + noise.roll(7 * number)[: t.numel()].view(t.shape) for key, t in tensors.items()}
         save_file(new, root / name / file.name, about)
     return names
 
@@ -108,37 +118,51 @@ def throughput(root: Path, names: list[str], seconds: float) -> None:
         show("64 requests", turns(cases, seconds), "no adapter")
 
 
-def against_generate(model: Any, root: Path, names: list[str], rows: int, length: int, **more: Any) -> dict[str, Any]:
-    """The engine, and `generate` of `model` on one padded batch, for `rows` prompts of `length` tokens."""
+def against_generate(
+    model: Any, root: Path, names: list[str], rows: int, length: int, answers: tuple[int, int] = (32, 32), **more: Any
+) -> dict[str, Any]:
+    """The engine, and `generate` of `model` on one padded batch, for `rows` prompts of `length` tokens.
+
+    Answers have from `answers[0]` to `answers[1]` tokens. A batch of `generate` goes on until the longest one has
+    ended, and only the tokens that were asked for are counted.
+    """
     engine = Engine(base(), adapters=root)
     engine.answer([Request([10], name, 1) for name in names])
 
-    def prompts(turn: int) -> torch.Tensor:
-        return torch.randint(10, 4000, (rows, length), generator=torch.Generator().manual_seed(turn))
+    def asked(turn: int) -> tuple[torch.Tensor, list[int]]:
+        draw = torch.Generator().manual_seed(turn)
+        most = torch.randint(answers[0], answers[1] + 1, (rows,), generator=draw).tolist()
+        return torch.randint(10, 4000, (rows, length), generator=draw), most
 
     def generate(turn: int) -> float:
-        ids, start = prompts(turn), time.process_time()
-        settings = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 1, **more}
+        (ids, most), start = asked(turn), time.process_time()
+        settings = {"do_sample": False, "pad_token_id": 1, "min_new_tokens": max(most), "max_new_tokens": max(most)}
         with torch.no_grad():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        return rows * 32 / (time.process_time() - start)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **more)
+        return sum(most) / (time.process_time() - start)
 
     def serve(turn: int) -> float:
-        asked = [Request(p, names[i % len(names)], 32, stop_tokens=[]) for i, p in enumerate(prompts(turn).tolist())]
-        return rate(engine, asked)
+        ids, most = asked(turn)
+        each = enumerate(zip(ids.tolist(), most, strict=True))
+        return rate(engine, [Request(p, names[i % len(names)], count, stop_tokens=[]) for i, (p, count) in each])
 
     return {"generate": generate, "engine": serve, "close": engine.close}
 
 
-def static(root: Path, names: list[str], seconds: float) -> None:
+def static(root: Path, names: list[str], seconds: float, answers: tuple[int, int] = (32, 32)) -> None:
     model = base()
     for name in names[:8]:
         reparam.load(model, root / name, name=name)
     reparam.select(model, [names[i % 8] for i in range(32)])
-    cases = against_generate(model, root, names[:8], 32, 300)
+    cases = against_generate(model, root, names[:8], 32, 300, answers)
     close = cases.pop("close")
-    show("32 prompts of 300 tokens, 8 adapters, select([...])", turns(cases, seconds), "generate")
+    which = " to ".join(map(str, sorted(set(answers))))
+    show(f"32 prompts of 300 tokens, answers of {which}, 8 adapters, select([...])", turns(cases, seconds), "generate")
     close()
+
+
+def mixed(root: Path, names: list[str], seconds: float) -> None:
+    static(root, names, seconds, (8, 48))
 
 
 def peft(root: Path, names: list[str], seconds: float) -> None:
@@ -201,6 +225,11 @@ def loading(root: Path, names: list[str], seconds: float) -> None:
             print(f"16 decode, {what} step: {1000 * a:.0f} ms while loading, {1000 * b:.0f} ms without, {a / b:.2f}")
 
 
+def drawn(names: Sequence[str]) -> list[str]:
+    """The adapters of the 128 requests of `thousand`."""
+    return [request.adapter or "" for request in requests_for(names, 128)]
+
+
 def thousand(root: Path, names: list[str], seconds: float) -> None:
     """1,000 registered adapters over room for 64, the others in host memory, against 5 adapters."""
     own = sum(file.stat().st_size for file in (root / names[0]).glob("*.safetensors"))
@@ -208,10 +237,13 @@ def thousand(root: Path, names: list[str], seconds: float) -> None:
     with Engine(base(), adapters=root, limits=limits) as many, Engine(base(), adapters=root) as few:
 
         def asked(own: list[str], turn: int) -> list[Request]:
-            return requests_for(own, 128, seed=turn % 2)  # so that the first turns have read and tried all adapters
+            """Other prompts in each turn, for the same adapters, so that all have been read before the turns."""
+            new = requests_for(own, 128, seed=turn)
+            return [dataclasses.replace(r, adapter=name) for r, name in zip(new, drawn(own), strict=True)]
 
-        for turn in (0, 1):
-            rate(many, asked(names, turn))
+        for name in dict.fromkeys(drawn(names)):  # one by one: a load beside steps takes rests
+            many.answer([Request([10], name, 1)])
+        few.answer([Request([10], name, 1) for name in names[:5]])
         loads = many.metrics().adapter_loads
         cases = {
             "5": lambda turn: rate(few, asked(names[:5], turn)),
@@ -268,6 +300,7 @@ async def arrive(engine: Engine, requests: list[Request], pause: float) -> tuple
 SECTIONS = {
     "throughput": (throughput, 64),
     "static": (static, 8),
+    "mixed": (mixed, 8),
     "peft": (peft, 16),
     "loading": (loading, 40),
     "thousand": (thousand, 1000),
@@ -277,14 +310,19 @@ SECTIONS = {
 
 
 def main() -> None:
+    global BASE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=20, help="processor time of each section, about")
+    parser.add_argument("--base", default=str(BASE), help="the folder of a base, or a GGUF file (default: tiny-python)")
     given = parser.parse_args()
+    BASE = Path(folder_of(given.base, dtype="float32"))
     torch.set_num_threads(1)
     print(json.dumps({"torch": torch.__version__, "threads": 1, "base": BASE.name, "rank": RANK}))
     with tempfile.TemporaryDirectory() as folder:
-        names = make_adapters(Path(folder), max(SECTIONS[name][1] for name in given.only))
+        counts = [SECTIONS[name][1] for name in given.only]
+        every = [f"a{i}" for i in range(max(counts))]
+        names = make_adapters(Path(folder), len(every), {*every[:64], *(drawn(every) if len(every) > 64 else ())})
         for name in given.only:
             SECTIONS[name][0](Path(folder), names[: SECTIONS[name][1]], given.seconds)
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -20,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from reparam.data import files
-from reparam.data.rows import read_rows
+from reparam.data.rows import Reading, read_rows
 from reparam.errors import DataError
 
 ROWS = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}", "note": 'a "b", c\nd'} for i in range(5)]
@@ -189,3 +190,57 @@ def test_a_table_with_other_separators_is_refused_with_what_to_do(
     (file := tmp_path / name).write_text(f"prompt{separator}completion\n1{separator}2\n")
     with pytest.raises(DataError, match=rf"{name}:1: the header has one column, .* separate the fields by {wanted}"):
         read_rows(file)
+
+
+def test_lines_of_a_text_are_rows_as_in_datasets(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes("\ufeff[a] first\r\n\n  é second \nthird".encode())
+    theirs = datasets.load_dataset("text", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))[
+        "text"
+    ]
+    reading = Reading([file])
+    found = list(reading)
+    assert [row.text for row in found] == [text.removeprefix("\ufeff") for text in theirs if text]
+    assert [row.source for row in found] == [f"{file}:{line}" for line in (1, 3, 4)]
+    assert reading.notes() == (f"each line of {file} is a text; for longer texts, write JSONL",)
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.v2", "rows.data.gz"])
+@pytest.mark.parametrize("content", [jsonl(), json.dumps(ROWS, indent=1).encode(), b"\xef\xbb\xbf\n" + jsonl()])
+def test_json_is_known_by_its_content(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [row.prompt for row in read_rows(path)] == [row["prompt"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("sheet.xlsx", b"PK\x03\x04...", "a spreadsheet; export the sheet as CSV"),
+        ("rows.zip", b"PK\x03\x04...", "an archive; unpack it"),
+        ("rows.tar.gz", gzip.compress(b"rows.jsonl\x00"), "an archive; unpack it"),
+        ("rows.pkl", b"\x80\x04K\x01.", "can run code when they are read"),
+        ("rows.h5", b"\x89HDF", "arrays; write one JSON object per line"),
+        ("paper.pdf", b"%PDF-1.7", "a document; write one JSON object per line"),
+        ("notes.md", b"# Title", "name it .txt"),
+        ("rows.txt", b"\x80\x04K\x01.", "Python objects"),
+        ("rows", b"PAR1....", r"a Parquet file; let its name end in \.parquet"),
+        ("rows", b"plain words", "no JSON, and its name has no suffix"),
+        ("rows.foo", b"plain words", r"the suffix '\.foo'"),
+    ],
+)
+def test_files_that_hold_no_rows_are_named_for_what_they_are(
+    tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}: holds .*{told}") as error:
+        read_rows(path)
+    assert len(error.value.problems) == 1
+
+
+def test_a_text_beside_data_files_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "license.txt").write_text("a license")
+    assert read_rows(tmp_path)[0].text == "a license"
+    (tmp_path / "rows.jsonl").write_bytes(jsonl())
+    assert len(read_rows(tmp_path)) == len(ROWS)

@@ -83,11 +83,15 @@ def test_text_alone_equals_the_base_at_the_start(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_does_not_depend_on_its_batch_and_padding(name: str) -> None:
+    """The first row has two adjacent images, and padding on the left; then the same on the right."""
     vora, given = scrambled(seeing(decoder(name))), batch()
+    right = [torch.cat([part[:1].roll(-3, 1), part[1:]]) for part in (given.ids, given.images, given.valid)]
     with torch.no_grad():
-        together = vora(given.ids, **given.inputs()).logits
         alone = vora(given.ids[:1, 3:], pixel_values=given.pixels[:2], image_ids=given.images[:1, 3:]).logits
-    assert torch.allclose(together[0, 3:], alone[0], atol=2e-5)
+        left = vora(given.ids, **given.inputs()).logits
+        moved = vora(right[0], pixel_values=given.pixels, image_ids=right[1], attention_mask=right[2]).logits
+    assert torch.allclose(left[0, 3:], alone[0], atol=2e-5)
+    assert torch.allclose(moved[0, :-3], alone[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

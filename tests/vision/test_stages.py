@@ -144,7 +144,44 @@ def test_a_merged_model_equals_the_adapter_and_stock_tools_load_it(run: Path, me
 def test_inspect_shows_the_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reparam("inspect", run, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert "model.layers.0.self_attn.q_proj" in json.dumps(found)
+    assert "model.layers.0.self_attn.q_proj" in json.dumps(found["sites"])
+    told = found["vision"]
+    assert (told["blocks"], told["blocks of the language model"], told["mask"]) == (2, 2, "image")
+    embedding = vision.load(run).embedding
+    assert told["embedding"]["parameters"] == sum(p.numel() for p in embedding.parameters())
+    assert told["embedding"]["norms"]["positions"] == pytest.approx(embedding.positions.norm().item())
+
+
+def test_inspect_draws_the_attention_of_an_answer(
+    place: Path, run: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = place / "pictures" / "red0.png"
+    asked = ("--image", image, "--prompt", "a", "--plot", tmp_path / "x")
+    for folder in (run, merged):
+        given = ("--image", image, "--prompt", "a picture of", "--plot", tmp_path / folder.name)
+        assert reparam("inspect", folder, *given, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (tmp_path / folder.name / "attention.png").read_bytes()[:4] == b"\x89PNG"
+        assert found["attention"]["answer"] == vision.load(folder).generate("a picture of", [image], max_new_tokens=16)
+        assert sum(map(sum, found["attention"]["patches"][0])) == pytest.approx(
+            sum(found["attention"]["share by block"]) / 2, rel=1e-4
+        )
+    assert reparam("inspect", merged, *given) == 2  # the picture is there
+    assert "holds attention.png" in capsys.readouterr().err
+    for folder, wrong, told in (
+        (run, (*asked[:2], *asked[4:]), "--image needs a question"),
+        (run, ("--image", image, "--prompt", "a"), "pass --plot FOLDER"),
+        (run, ("--prompt", "a"), "pass --image FILE"),
+        (place / "base", ("--image", image, "--prompt", "a"), "holds none"),
+        (
+            run,
+            ("--image", place / "rows.jsonl", "--prompt", "a", "--plot", tmp_path / "x"),
+            "no image in a known format",
+        ),
+    ):
+        assert reparam("inspect", folder, *wrong) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "x").exists()
 
 
 def test_tune_generate_and_eval(place: Path, merged: Path, capsys: pytest.CaptureFixture[str]) -> None:

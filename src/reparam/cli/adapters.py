@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -246,6 +246,14 @@ def inspect(
     data: Annotated[
         Path | None, typer.Option(help="With --suggest: File of held-out rows to score the suggestion on.")
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            help="For a model that sees: Draw the attention of its answer to --prompt over this image; repeatable.",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="With --image: Question about the image.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show an adapter's method, sites, ranks, size of the change, and bytes; or what is quantized in a model.
@@ -253,10 +261,19 @@ def inspect(
     [bold]reparam inspect out/first[/bold]
 
     [bold]reparam inspect out/first --deep --suggest 0.99[/bold]
+
+    [bold]reparam inspect out/sees --image cat.png --prompt "What is this?" --plot out/plots[/bold]
     """
     from reparam.inspect.details import Closely
+    from reparam.inspect.seeing import show_seeing
     from reparam.inspect.show import show
-    from reparam.vision.found import part_of
+    from reparam.vision.found import vora_folder
 
     asked = Closely(deep=deep, survival=survival, against=against, suggest=suggest, data=data)
-    show(part_of(folder), base, console, json=json, plot=plot, probe=probe, asked=asked, overwrite=overwrite)
+    how: Any = {"json": json, "plot": plot, "probe": probe, "asked": asked, "overwrite": overwrite}
+    if (sees := vora_folder(folder)) is not None:
+        show_seeing(sees, base, console, images=image or [], prompt=prompt, **how)
+        return
+    if image or prompt is not None:
+        raise ValueError(f"--image and --prompt are for models that see, and {folder} holds none; leave them out")
+    show(folder, base, console, **how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,12 +132,35 @@ def generate(
     from reparam.evaluation.terminal import note, say
     from reparam.recipes.answers import check_output, write_answers
     from reparam.recipes.chat import Asking, Chat
+    from reparam.tasks.evaluate import is_for_task, predict
     from reparam.train.sections import DataConfig
     from reparam.vision.asking import ask
     from reparam.vision.found import is_seeing
 
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
+    first = adapter[0] if adapter else None
+    if not image and not is_seeing([base, *(adapter or [])]) and is_for_task(base, first):
+        asked: dict[str, Any] = {"--compare": compare, "--engine": engine, "--chat-template": chat_template, "--system": system}
+        asked |= {"--thinking": thinking, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
+        if unused := [name for name, value in asked.items() if value not in (None, False)]:
+            raise ValueError(f"{unused[0]} is for causal language models; leave it out")
+        if len(adapter or []) > 1:
+            raise ValueError("--adapter: several adapters can answer only for causal language models; give one")
+        if output is not None:
+            check_output(output, overwrite=overwrite)
+        own = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+        for line in predict(
+            *(prompt, prompts, base, first),
+            dtype=dtype,
+            storage=storage,
+            batch=batch_size,
+            columns=own,
+            output=output,
+            new_tokens=max_new_tokens,
+        ):
+            say(console, line)
+        return
     if engine:
         check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
@@ -182,8 +205,29 @@ def evaluate(
     adapter: AdapterFolder = None,
     dtype: Dtype = "auto",
     storage: StorageName = None,
-    max_length: Annotated[int, typer.Option(min=3, help="Maximum length of a row in tokens.")] = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=3, help="Maximum length of a row in tokens. By default 1024, or for other tasks that of training."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="What the base is for, if neither an adapter nor its architecture tells: classification, "
+            "token-classification, seq2seq or embedding.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="For tasks: under which keys the rows hold those of the task, such as text=review."),
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="For tasks: JSONL file for what the model says about each row.")
+    ] = None,
+    overwrite: Overwrite = False,
     engine: Annotated[bool, typer.Option("--engine", help=ENGINE)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -192,7 +236,32 @@ def evaluate(
     [bold]reparam eval test.jsonl --adapter out/first[/bold]
     """
     from reparam.evaluation.evaluate import evaluate as run
+    from reparam.recipes.answers import check_output
+    from reparam.tasks.evaluate import evaluate as run_task
+    from reparam.tasks.evaluate import is_for_task
+    from reparam.train.sections import DataConfig
     from reparam.vision.found import is_seeing
+
+    if not is_seeing([base, adapter]) and is_for_task(base, adapter, task):
+        if engine:
+            raise ValueError("--engine is for causal language models; leave it out")
+        if predictions is not None:
+            check_output(predictions, overwrite=overwrite)
+        renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+        run_task(
+            *(data, base, adapter),
+            task=task,
+            dtype=dtype,
+            storage=storage,
+            max_length=max_length,
+            batch=batch_size,
+            columns=renamed,
+            predictions=predictions,
+        ).show(console, json=json)
+        return
+    for name, value in (("--task", task), ("--columns", columns), ("--predictions", predictions)):
+        if value is not None:
+            raise ValueError(f"{name} is for other tasks than causal language modeling; leave it out")
 
     if is_seeing([base, adapter]):
         from reparam.vision.asking import evaluate_seeing
@@ -200,11 +269,18 @@ def evaluate(
         if storage is not None or engine:
             option = "--storage" if storage is not None else "--engine"
             raise ValueError(f"{option} is not for models that see; leave it out")
-        seen = evaluate_seeing(data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size)
+        seen = evaluate_seeing(data, base, adapter, dtype=dtype, max_length=max_length or 1024, batch=batch_size)
         seen.show(console, json=json)
         return
     found = run(
-        data, base, adapter, dtype=dtype, max_length=max_length, batch=batch_size, storage=storage, engine=engine
+        data,
+        base,
+        adapter,
+        dtype=dtype,
+        max_length=max_length or 1024,
+        batch=batch_size,
+        storage=storage,
+        engine=engine,
     )
     found.show(console, json=json)
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reparam.data.formats import renamed
 from reparam.data.mixture import mixed, told
-from reparam.data.row import Row
+from reparam.data.prompts import read_items
 from reparam.data.rows import Reading, read_rows
 from reparam.errors import ConfigError
 from reparam.io.staged import digest, write_file
+from reparam.tasks import find_task
 from reparam.train.sections import DataConfig
 
 # Settings of [data] that are met when the files of the sides are written.
@@ -35,7 +37,7 @@ class Sides:
     valid: str
     test: str
     kind: str
-    """Kind of the test rows: "answers" or "texts"."""
+    """Kind of the test rows: "answers", "texts", or a task."""
     notes: tuple[str, ...]
 
     def stamp(self) -> str:
@@ -43,7 +45,7 @@ class Sides:
         return " ".join(digest(file) for file in (self.train, self.valid, self.test))
 
 
-def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: int) -> Sides:
+def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: int, task: str = "causal") -> Sides:
     """Read the files, split them, and cut `valid` and `test` to at most `rows` rows each; write new files to `folder`.
 
     Raises DataError for unusable rows and ConfigError for a file with too few rows to split.
@@ -53,7 +55,7 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
         raise ConfigError("data.mix: repeated rows would be in training and tuning rows at once; set it to under")
     given = {"train": data.sources(), "valid": data.sources("valid"), "test": (test,) if test is not None else ()}
     names = {side: ", ".join(sources) for side, sources in given.items()}
-    lines = {side: _lines(data, sources, seed, notes, side) for side, sources in given.items() if sources}
+    lines = {side: _lines(data, sources, seed, notes, side, task) for side, sources in given.items() if sources}
     read = dict(lines)
     draw = random.Random(seed)
     if "valid" not in lines and "test" not in lines:
@@ -83,11 +85,17 @@ def sides(data: DataConfig, test: str | None, folder: Path, *, rows: int, seed: 
         whole = len(given[side]) == 1 and lines[side] == read[side] and not (data.columns or data.max_rows)
         as_it_is = whole and data.bad_rows == "error" and given[side][0].endswith(".jsonl")
         files[side] = given[side][0] if as_it_is else _written(side, lines[side], folder)
-    return Sides(files["train"], files["valid"], files["test"], _kind(read_rows(files["test"])), tuple(notes))
+    return Sides(files["train"], files["valid"], files["test"], _kind(files, task), tuple(notes))
 
 
-def _lines(data: DataConfig, sources: Sequence[str], seed: int, notes: list[str], side: str) -> list[str]:
+def _lines(data: DataConfig, sources: Sequence[str], seed: int, notes: list[str], side: str, task: str) -> list[str]:
     """The rows of these sources, mixed as configured, each as a line of JSONL in a format that needs no `columns`."""
+    if task != "causal":
+        find_task(task).read(",".join(sources), data.renamed())
+        values = read_items(
+            ",".join(sources), lambda value, place: [renamed(value, place, data.renamed())], expected="an object"
+        )
+        return [json.dumps(value, ensure_ascii=False, default=str) for value in values]
     most = data.max_rows if side == "train" else ()
     reading = Reading(sources, data.renamed(), most=most, bad_rows=data.bad_rows)
     rows = list(reading)
@@ -120,5 +128,10 @@ def _written(side: str, lines: list[str], folder: Path) -> str:
     return str(file)
 
 
-def _kind(rows: list[Row]) -> str:
+def _kind(files: Mapping[str, str], task: str) -> str:
+    """Kind of the rows: "answers" or "texts", or the task, which is "regression" for a classification by numbers."""
+    if task != "causal":
+        found = find_task(task)
+        return "regression" if found.head(found.read(files["train"], {}), None).regression else task
+    rows = read_rows(files["test"])
     return "texts" if rows[0].kind == "text" else "answers"

@@ -92,7 +92,12 @@ class _Comparison:
         first = plan.config(plan.contestants[0], {})
         self.seed = first.run.seed
         self.sides: Sides = sides(
-            first.data, plan.compare.test, folder / "data", rows=plan.compare.rows, seed=self.seed
+            first.data,
+            plan.compare.test,
+            folder / "data",
+            rows=plan.compare.rows,
+            seed=self.seed,
+            task=first.run.task,
         )
         self.metric = metric_of(plan.compare.metric, self.sides.kind)
         self.parameters, self.notes = preflight(plan, self.sides)

@@ -43,9 +43,9 @@ def serving(run: Path, base: BaseConfig) -> Serving:
         return Serving(**read_json(file))
     folder = run / "adapter"
     size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
-    plain = loaded(base)
     model, _, adapter = open_model(base.path, folder, dtype=base.dtype)
     assert adapter is not None
+    plain = loaded(base, adapter.head)
     base_seconds, seconds = _in_turns(plain, model)
     merged_seconds, merged = None, "yes"
     try:
@@ -69,12 +69,19 @@ def _in_turns(*models: nn.Module) -> list[float]:
 
 @torch.no_grad()
 def _decode(model: nn.Module) -> float:
-    """Seconds per token for decoding TOKENS tokens greedily, with the forward pass of the prompt included."""
+    """Seconds per token for decoding TOKENS tokens greedily, with the forward pass of the prompt included.
+
+    For a model that writes no text, of a forward pass over TOKENS tokens.
+    """
     device = next(model.parameters()).device
     rows = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     prompt = (torch.arange(TOKENS, device=device) % rows)[None]
     _wait()
     began = time.perf_counter()
+    if not model.can_generate():  # type: ignore[operator]
+        model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        _wait()
+        return (time.perf_counter() - began) / TOKENS
     model.generate(  # type: ignore[operator]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

@@ -15,9 +15,25 @@ from reparam.core.plain import wrong_types
 class CompareConfig:
     """Settings of the section [compare]. Raises ValueError, with all problems at once, for values out of range."""
 
-    metric: Literal["auto", "exact", "loss", "bits"] = "auto"
-    """Metric to compare: exact (exact match of answers), loss (per answer token) or bits (per byte of text). auto means
-    exact for rows with answers and bits for rows of text."""
+    metric: Literal[
+        "auto",
+        "exact",
+        "loss",
+        "bits",
+        "accuracy",
+        "f1",
+        "f1_macro",
+        "matthews",
+        "pearson",
+        "spearman",
+        "span_f1",
+        "rouge_l",
+        "recall_at_1",
+        "mrr",
+    ] = "auto"
+    """Metric to compare: exact (exact match of answers), loss (per answer token) or bits (per byte of text), or one of
+    those that run.metric has for run.task. auto means exact for rows with answers, bits for rows of text, and the first
+    metric of a task."""
     test: str | None = None
     """File of the rows for the reported scores. By default, half of data.valid; the other half is for tuning."""
     rows: int = 200

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reparam.core.checks import listed
 from reparam.core.text import counted
-from reparam.data.files import objects
+from reparam.data.files import objects, texts_of
 from reparam.data.findings import BAD, MOST, THREE, BadRows
 from reparam.data.formats import NAMES, read_row
 from reparam.data.row import Row
@@ -94,11 +95,13 @@ class Reading:
             raise DataError(self._told())
 
     def notes(self) -> tuple[str, ...]:
-        """What was left out, as a sentence with the first three places; empty if nothing was."""
-        if not self._bad_count:
-            return ()
-        more = ", ..." if self._bad_count > THREE else ""
-        return (f"{counted(self._bad_count, 'row')} {BAD}: {', '.join(self._bad)}{more}",)
+        """What was left out, as a sentence with the first three places, and which files were read line by line."""
+        lines = [str(path) for source in self._sources for path in texts_of(source)]
+        found = [f"each line of {listed(lines, shown=THREE)} is a text; for longer texts, write JSONL"] if lines else []
+        if self._bad_count:
+            more = ", ..." if self._bad_count > THREE else ""
+            found.insert(0, f"{counted(self._bad_count, 'row')} {BAD}: {', '.join(self._bad)}{more}")
+        return tuple(found)
 
     def row_of(self, value: Mapping[str, Any], place: str) -> Row:
         """The row that the object at a place ("file:line") holds. Raises DataError if it holds none."""

@@ -33,6 +33,8 @@ class Sizes(NamedTuple):
     """The context length that its configuration states (`max_position_embeddings`), in tokens."""
     embedding: str
     """Name of the input embedding's weight."""
+    blocks: int | None = None
+    """Number of its blocks (`num_hidden_layers`)."""
 
 
 def sizes_of(path: str, *, revision: str | None = None) -> Sizes:
@@ -55,7 +57,8 @@ def sizes_of(path: str, *, revision: str | None = None) -> Sizes:
         weight = model.get_input_embeddings().weight
         name = next(name for name, parameter in model.named_parameters() if parameter is weight)
         context = getattr(config, "max_position_embeddings", None)
-        return Sizes(int(weight.shape[0]), context if isinstance(context, int) else None, name)
+        blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+        return Sizes(int(weight.shape[0]), context if isinstance(context, int) else None, name, blocks)
 
 
 def untrained_tokens(path: str, sizes: Sizes, known: int, *, revision: str | None = None) -> list[int] | None:

@@ -32,7 +32,7 @@ from reparam.hf.digest import order_metadata
 from reparam.hf.folder import check_path
 from reparam.hf.gguf import folder_of, tokenizer_folder_of
 from reparam.hf.sound import check_complete, check_config, check_dense, check_finite, from_files, report_held
-from reparam.hf.tasks import CLASSES, check_fits, known, name_of, new_parts, seeded, set_head
+from reparam.hf.tasks import CLASSES, check_fits, known, name_of, new_parts, seeded, set_head, without_new_pooler
 from reparam.io.head import Head
 from reparam.io.staged import staged_folder
 from reparam.sites import targets as targets_
@@ -103,6 +103,8 @@ def load_base(
         )
         model, info = found
         info = known(info, new_parts(model, head, info))
+        if head is not None:
+            without_new_pooler(model, head)
         check_complete(info, what)
         if getattr(model, "hf_quantizer", None) is None:
             check_dense(info, QUANTIZED)
@@ -113,7 +115,7 @@ def load_base(
             dense = sorted(set(targets_.resolve(model, targets)) - storages_in(model).keys())
             if dense:
                 raise ValueError(f"is quantized already, but not in {', '.join(dense[:3])}; load the original model")
-    for record in reports:  # of tensors in the files that the model does not use
+    for record in reports if head is None else ():  # of tensors in the files that the model does not use
         logging.getLogger(record.name).handle(record)
     return model.eval()
 

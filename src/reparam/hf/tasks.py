@@ -153,6 +153,12 @@ def new_parts(model: nn.Module, head: Head | None, info: Mapping[str, Any]) -> l
     return [*heads, *_poolers(info["missing_keys"])]
 
 
+def without_new_pooler(model: Any, head: Head) -> None:
+    """Remove a pooler that the files of an encoder for embeddings lack: embeddings are pooled from its tokens."""
+    if head.task == "embedding" and "pooler" in _poolers(newly_initialized(model)):
+        model.pooler = None
+
+
 def known(info: Mapping[str, Any], parts: list[str]) -> dict[str, Any]:
     """What transformers says is missing or of another shape, without these modules."""
     starts = tuple(f"{part}." for part in parts)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +21,11 @@ from reparam.data.rows import read_rows
 from reparam.evaluation.terminal import note, say, say_json
 from reparam.hf.models import load_base, vocabulary
 from reparam.hf.open import frame_of, open_model
+from reparam.hf.tasks import own_head
 from reparam.inspect import details as closely
 from reparam.inspect import geometry, ranks, routing
 from reparam.inspect.summary import SiteSummary, Summary, summarize
+from reparam.io import files
 from reparam.io.files import adapter_folder
 from reparam.io.outputs import check_files
 
@@ -38,12 +42,13 @@ def show(
     probe: Path | None = None,
     asked: closely.Closely = closely.Closely(),  # noqa: B008  (frozen)
     overwrite: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print a summary of an adapter's folder or, for a model's folder, its quantized matrices and their bytes.
 
     `asked` selects further analyses of an adapter. `plot` is a folder for PNGs: a map of ranks; with the base, changes
     of magnitudes and directions; and plots of the analyses. With `probe`, a file of rows, print how the routers of a
-    mixture use its experts on these rows instead of the summary.
+    mixture use its experts on these rows instead of the summary. JSON also gets the values of `more`.
 
     Raises FormatError for a folder without a complete adapter or model. Raises ValueError if `plot`, `probe` or `asked`
     does not apply to the folder, and if `plot` is a file or, without `overwrite`, has plots.
@@ -60,9 +65,9 @@ def show(
         _show_routing(folder, base, probe, console, json=json, plot=plot)
         return
     if _holds_model(folder):
-        _show_model(folder, console, json=json)
+        _show_model(folder, console, json=json, more=more)
         return
-    model = load_base(base) if base else None
+    model = load_base(base, head=files.read(adapter_folder(folder)).head) if base else None
     summary = summarize(adapter_folder(folder), model)
     seen = closely.look(asked, adapter_folder(folder), base, model)
     if plot is not None:
@@ -72,8 +77,7 @@ def show(
         told = dataclasses.asdict(summary) | {"correlation": summary.correlation}
         for site in told["sites"]:
             site["moved"] = site["moved"] and site["moved"]._asdict()
-        told |= closely.as_json(asked, seen)
-        say_json(console, told)
+        say_json(console, told | closely.as_json(asked, seen) | dict(more))
         return
     settings = ", ".join(
         f"{key}={value if not isinstance(value, dict) or len(value) < 5 else f'{len(value)} entries'}"
@@ -82,6 +86,9 @@ def show(
     )
     say(console, note(summary.method, f"in {summary.format} format: {settings}", "bold"))
     say(console, f"base        {summary.base}")
+    if summary.task != "causal":
+        classes = f"; {counted(len(summary.labels), 'class', 'classes')}: {', '.join(summary.labels)}"
+        say(console, f"task        {summary.task}{classes if summary.labels else ''}")
     say(console, f"parameters  {summary.parameters:,} in {counted(summary.bytes, 'byte')}")
     say(console, _table(summary))
     found = _ranks(summary)
@@ -148,8 +155,8 @@ def _show_routing(
         say(console, f"plots are in {plot}")
 
 
-def _show_model(folder: Path, console: Console, *, json: bool) -> None:
-    model = load_base(str(folder))
+def _show_model(folder: Path, console: Console, *, json: bool, more: Mapping[str, Any]) -> None:
+    model = load_base(str(folder), head=own_head(str(folder)))
     found = reports(model)
     if json:
         told = [
@@ -157,7 +164,7 @@ def _show_model(folder: Path, console: Console, *, json: bool) -> None:
             | {"sites": [dataclasses.asdict(site) for site in r.sites], "dense": r.left}
             for r in found
         ]
-        say_json(console, told)
+        say_json(console, {"quantized": told, **more} if more else told)
         return
     held = sum(p.nbytes for p in model.parameters())
     say(console, note(f"{type(model).__name__}:", f"{counted(entries(model), 'parameter')} in {size(held)}", "bold"))

@@ -61,6 +61,10 @@ class Summary:
     sites: tuple[SiteSummary, ...]
     replaced: tuple[str, ...]
     """Modules of which the adapter stores a full trained copy."""
+    task: str = "causal"
+    """What the model is for."""
+    labels: tuple[str, ...] = ()
+    """The classes of a classifier, in the order of its logits."""
 
     @property
     def correlation(self) -> float | None:
@@ -96,6 +100,8 @@ def summarize(folder: str | Path, model: nn.Module | None = None) -> Summary:
         bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         sites=tuple(sites),
         replaced=record.replaced,
+        task=record.head.task if record.head is not None else "causal",
+        labels=record.head.labels if record.head is not None else (),
     )
 
 

@@ -78,6 +78,14 @@ def head_of(folder: Path) -> Head | None:
     return found
 
 
+def has_head(folder: Path) -> bool:
+    """Whether the adapter in `folder` is for another task than causal language modeling; this reads no tensors."""
+    if (folder / head.FILE).exists():
+        return True
+    file = folder / peft.CONFIG
+    return file.exists() and str(native.read_json(file).get("task_type")) in head.PEFT_TYPES
+
+
 def _holds(folder: Path) -> bool:
     return any((folder / module.CONFIG).exists() for module in FORMATS.values())
 

@@ -189,7 +189,7 @@ def _flops(config: Config, architecture: Any, rows: int, tokens: int) -> int:
     layers = layers_of(architecture)
     small = architecture if layers is None or layers <= FEW else with_layers(architecture, 1)
     with hollow(config, small) as model:
-        head = model.model.get_output_embeddings()  # type: ignore[operator]
+        head = model.model.get_output_embeddings() if config.run.task in ("causal", "seq2seq") else None  # type: ignore[operator]
         base: dict[int, int] = {
             id(m): int(m.out_features) * int(m.in_features)  # type: ignore[arg-type]
             for m in model.model.modules()

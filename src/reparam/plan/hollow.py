@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from reparam.adapter.adapter import Adapter
 from reparam.adapter.quantize import quantize
@@ -24,6 +24,8 @@ from reparam.hf.folder import check_path
 from reparam.hf.gguf import tokenizer_folder_of
 from reparam.hf.models import storage_config_of
 from reparam.hf.sound import check_config, from_files
+from reparam.hf.tasks import CLASSES, CLASSIFYING, check_fits, set_head
+from reparam.io.head import Head
 from reparam.train.base import BaseConfig
 from reparam.train.config import Config
 from reparam.train.model import attached
@@ -52,6 +54,13 @@ def config_of(base: BaseConfig) -> Any:
         config = AutoConfig.from_pretrained(place, revision=base.revision or "main", trust_remote_code=False)
         check_config(config)
     return config
+
+
+def head_of(config: Config) -> Head | None:
+    """What the model is for. A classifier is planned with two classes: only the data tell their number."""
+    task = config.run.task
+    labels = ("0", "1") if task in CLASSIFYING else ()
+    return None if task == "causal" else Head(task, labels, pooling=config.run.pooling)
 
 
 def layers_of(config: Any) -> int | None:
@@ -92,12 +101,17 @@ def hollow(config: Config, architecture: Any) -> Iterator[Hollow]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training gives these warnings, once
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=False)
+            head = head_of(config)
+            architecture = copy.deepcopy(architecture)
+            if head is not None:
+                check_fits(architecture, head)
+                set_head(architecture, head)
+            model = CLASSES[config.run.task].from_config(architecture, dtype=dtype, trust_remote_code=False)
         if storage is not None:
             quantize(model, storage, targets=targets)
         if base.untie:
             untie(model)
-        adapter = attached(config, model, config.method)
+        adapter = attached(config, model, config.method, head)
         if config.run.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -41,5 +41,10 @@ def longest(config: Config, data: Encoded | None = None, packed: Packed | None =
     return Longest(len(which), tokens, loss / (len(which) * tokens), "the longest training row", which)
 
 
+def longest_text(config: Config, tokens: int) -> Longest:
+    """The longest batch of a task that reads whole texts, of which the longest has so many tokens."""
+    return Longest(config.run.batch_size, tokens, 1.0, "the longest text of the training rows")
+
+
 def _places(data: Encoded, which: Sequence[int]) -> tuple[list[int], list[int]]:
     return data.starts[list(which)].tolist(), data.lengths[list(which)].tolist()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.hf.chunked import LOGITS, TOKENS, ChunkedLoss, Tail
-from reparam.plan.hollow import Hollow, hollow
+from reparam.plan.hollow import Hollow, head_of, hollow
 from reparam.plan.live import Live
+from reparam.tasks import find_task
 from reparam.train.config import Config
 from reparam.train.optimizer import BITS, bytes_of, settings
 
@@ -72,13 +73,32 @@ def _precision(config: Config) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _loss(config: Config, model: Hollow, share: float) -> Any:
     """A function from ids and mask to the loss, as training computes it: in chunks of logits where that is set."""
-    chunked = _Chunks(model.model, share) if config.run.chunked_loss else contextlib.nullcontext()
+    causal = config.run.task == "causal"
+    chunked = _Chunks(model.model, share) if config.run.chunked_loss and causal else contextlib.nullcontext()
 
     def loss(ids: Tensor, mask: Tensor) -> Tensor:
+        if not causal:
+            return _loss_of_task(config, model.model, ids, mask)
         return model.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
 
     with chunked:
         yield loss
+
+
+def _loss_of_task(config: Config, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """The loss of a task: an answer has the length of its input, and a row of embeddings two texts."""
+    task, head = find_task(config.run.task), head_of(config)
+    assert head is not None
+    batch, labels = {"input_ids": ids, "attention_mask": mask}, ids
+    if config.run.task == "classification":
+        labels = ids[:, 0]
+    elif config.run.task == "embedding":
+        batch = {key: torch.cat([value, value]) for key, value in batch.items()}
+        labels = torch.arange(len(ids))
+    outputs = task.forward(model, {**batch, "labels": labels}, head)
+    if config.run.task in ("classification", "embedding"):
+        return task.losses(outputs, labels, config.run.temperature).mean()
+    return F.cross_entropy(outputs.flatten(0, 1).float(), labels.flatten())
 
 
 class _Chunks(ChunkedLoss):

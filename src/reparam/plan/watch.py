@@ -18,7 +18,7 @@ from reparam.data.preferences import flat
 from reparam.plan.device import memory
 from reparam.plan.estimate import Plan, advised, plan
 from reparam.plan.live import Live
-from reparam.plan.longest import longest
+from reparam.plan.longest import longest, longest_text
 from reparam.train.job import Job
 from reparam.train.optimizer import paging
 from reparam.train.show import Show
@@ -58,7 +58,10 @@ class Watch(TrainerCallback):
         if job.config.run.objective != "sft":
             self.show.note(f"the memory of a run with the objective {job.config.run.objective} is not planned")
             return self
-        self._longest = longest(job.config, flat(job.train), job.packed)
+        if job.config.run.task == "causal":
+            self._longest = longest(job.config, flat(job.train), job.packed)
+        else:
+            self._longest = longest_text(job.config, job.train.report.longest)
         try:
             with _aside():
                 self.plan = plan(job.config, self._longest, limit=memory()[1], sizes=False)

@@ -14,9 +14,10 @@ from reparam.evaluation.terminal import say, say_line
 from reparam.plan.device import bytes_of, memory, speed
 from reparam.plan.draw import draw
 from reparam.plan.estimate import Plan, plan
-from reparam.plan.longest import Longest, longest
+from reparam.plan.longest import Longest, longest, longest_text
 from reparam.train.config import Config
 from reparam.train.data import read_data
+from reparam.train.objectives import objective_of
 from reparam.train.reading import tokenizer_of
 
 
@@ -50,8 +51,12 @@ def plan_run(
 
 
 def _longest(config: Config) -> Longest:
-    known = config.data.train and not config.data.packing and not config.data.streaming
-    return longest(config, flat(read_data(config, tokenizer_of(config)).train) if known else None)
+    if not config.data.train or config.data.packing or config.data.streaming:
+        return longest(config)
+    if config.run.task != "causal":
+        found = objective_of(config).data(config, tokenizer_of(config))
+        return longest_text(config, found.train.report.longest)
+    return longest(config, flat(read_data(config, tokenizer_of(config)).train))
 
 
 def _plain(found: Plan, rate: float, where: str) -> dict[str, Any]:

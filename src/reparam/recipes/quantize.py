@@ -11,6 +11,7 @@ from reparam.adapter.quantize import reports
 from reparam.core.registry import STORAGES
 from reparam.evaluation.terminal import say
 from reparam.hf.models import check_not_base, load_base, load_tokenizer, save_model
+from reparam.hf.tasks import own_head
 from reparam.io.outputs import check_model_folder
 from reparam.train.base import BaseConfig
 
@@ -28,7 +29,12 @@ def quantize_to(output: Path, base: BaseConfig, *, format: str, console: Console
     check_model_folder(output, overwrite=overwrite)
     tokenizer = load_tokenizer(base.path, revision=base.revision)
     model = load_base(
-        base.path, dtype=base.dtype, revision=base.revision, storage=base.quantization(), targets=base.quantized
+        base.path,
+        dtype=base.dtype,
+        revision=base.revision,
+        storage=base.quantization(),
+        targets=base.quantized,
+        head=own_head(base.path, revision=base.revision),
     )
     save_model(model, tokenizer, output, format=format, overwrite=overwrite)
     if model.hf_quantizer.pre_quantized:  # type: ignore[union-attr]

@@ -18,6 +18,8 @@ from reparam.core.base import Factors
 from reparam.kernels import rows
 from reparam.sites import targets
 from reparam.sites.bank import Bank
+from reparam.sites.expert_paths import open_at
+from reparam.sites.experts import Opened, settle
 from reparam.sites.held import BANK
 from reparam.sites.module import Adapted
 from reparam.sites.routing import Routing
@@ -44,6 +46,8 @@ class Banks:
         """Sites that are not in the model yet."""
         self._own: list[str] = []
         """The sites that were plain modules."""
+        self._experts: dict[str, Opened] = {}
+        """The modules of experts that have banks, by path."""
         held: Any = model
         self._head = held.get_output_embeddings()
 
@@ -63,7 +67,9 @@ class Banks:
         if on != self._on:
             self._on = on
             for site in self.sites.values():
-                site.active = BANK if on else None
+                self._activate(site)
+            for holder in self._experts.values():
+                holder.routing = self._tokens if on else None
 
     def nbytes(self) -> int:
         """The bytes of all tables, with their free rows."""
@@ -113,8 +119,12 @@ class Banks:
             site.active = None
             del site.updates[BANK]
         put(self.model, {path: self.sites[path].restore() for path in self._own})
+        for holder in self._experts.values():
+            holder.routing = None
+            settle(holder)
         self.sites.clear()
         self._own.clear()
+        self._experts.clear()
 
     def _place(self, banks: Mapping[str, Bank]) -> None:
         """Use these banks, at sites that are put into the model if they are not in it."""
@@ -124,12 +134,22 @@ class Banks:
                 self._own.append(path)
             site = self.sites.setdefault(path, self._waiting.pop(path, at(self.model, path)))  # type: ignore[arg-type]
             site.updates[BANK] = bank
-            site.active = BANK if self._on else None
+            self._activate(site)
+            if not site.has_bank:
+                holder = at(self.model, path.rsplit(".", 2)[0])
+                assert isinstance(holder, Opened)
+                holder.routing = self._tokens if self._on else None
+                self._experts[path.rsplit(".", 2)[0]] = holder
+
+    def _activate(self, site: Adapted) -> None:
+        """Let the site compute with its bank, or as the base does; a module of experts reads its banks itself."""
+        site.active = BANK if self._on and site.has_bank else None
 
     def _bank(self, path: str) -> Bank:
         """The bank at a path; a new one, if there is none."""
         if path in self.sites:
             return self.sites[path].updates[BANK]  # type: ignore[return-value]
+        open_at(self.model, path)
         module = at(self.model, path)
         if not isinstance(module, Adapted):
             self._waiting[path] = self._waiting.get(path) or targets.wrap(module)

@@ -30,6 +30,8 @@ from reparam.io.prompt_format import PromptFormat
 from reparam.io.record import Record
 from reparam.serve.banks import Contents
 from reparam.serve.inside import check_no_pickle
+from reparam.sites.expert_paths import experts_with
+from reparam.sites.held import BANK
 from reparam.sites.layout import Order
 from reparam.sites.routing import SMALL, orders_of
 
@@ -124,11 +126,12 @@ class Prover:
             raise _refused(folder, "in a batch with the base, its outputs are not those that it has alone")
         odd = [path for path in contents if None in self._orders(path)]
         if odd:
-            raise _refused(folder, f"which tokens {listed(odd)} get cannot be told, as for experts")
+            raise _refused(folder, f"which tokens {listed(odd)} get cannot be told")
 
     def _orders(self, path: str) -> list[Order | None]:
-        bank = self.model.get_submodule(path).updates["*"]
-        found: list[Order | None] = [order for (packed, _), order in orders_of(bank).items() if packed]
+        site: Any = self.model.get_submodule(path)
+        seen: Any = site.updates[BANK] if site.has_bank else experts_with(self.model, path)
+        found: list[Order | None] = [order for (packed, _), order in orders_of(seen).items() if packed]
         return found or [None]
 
     def _base_scores(self, rows: Tensor) -> Tensor:

@@ -127,8 +127,12 @@ class Bank(Update):
         return sum(rows * self._row_bytes(name) for name, rows in self._sizes(factors, bias).items())
 
     def held(self, slot: int) -> Held | None:
-        """The update in a slot; None if it does not change the weight."""
-        return Held(self, slot) if any(self.places[name].of(slot) for name in ("A", "gain")) else None
+        """The update in a slot, as views; None if it does not change the weight."""
+        a, b, gain = (self.places[name].of(slot) for name in ("A", "B_t", "gain"))
+        if not a and not gain:
+            return None
+        B_t = self.B_t[b.start : b.stop] if b or not a else None
+        return Held(self.A[a.start : a.stop], B_t, self.gain[gain.start] if gain else None)
 
     def changed(self, slot: int, w: Tensor) -> Tensor:
         """W' [O, I] of a slot, given W."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from reparam.sites.experts import Opened, stacks_of
+from reparam.sites.experts import Opened, open_experts, stacks_of
 from reparam.sites.module import Adapted
 from reparam.sites.router import is_router
 from reparam.sites.walk import walk
@@ -55,6 +55,14 @@ def stacked(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]
         if holder in holders:
             found.setdefault(f"{holder}.{name}", []).append(path)
     return {name: tuple(sorted(own, key=lambda path: int(path.split(".")[-2]))) for name, own in found.items()}
+
+
+def open_at(model: nn.Module, path: str) -> None:
+    """Open the module of experts that a site with this path would be in, unless it is open or none is there."""
+    parts = path.split(".")
+    above = at(model, ".".join(parts[:-2])) if len(parts) > 2 else None
+    if above is not None and not isinstance(above, Opened) and parts[-1] in stacks_of(above):
+        open_experts(above)
 
 
 def experts_with(model: nn.Module, path: str) -> Opened | None:

@@ -5,48 +5,31 @@ Shapes: N rows, R rank, O out_features, I in_features.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from reparam.core.base import Weight
-    from reparam.sites.places import Places
+from reparam.core.base import Weight
 
 BANK = "*"
 """The key of a site's bank among its updates. It is not a valid adapter name, so it cannot collide."""
 
 
-class Tables(Protocol):
-    """The tables of a bank."""
+class Held(NamedTuple):
+    """What a slot holds: rows of the bank's tables, as views."""
 
-    A: Tensor
-    B_t: Tensor
-    gain: Tensor
-    places: dict[str, Places]
-
-
-class Held:
-    """The update in one slot of a bank, by itself: of an expert, whose rows come sorted."""
-
-    def __init__(self, bank: Tables, slot: int) -> None:
-        self._bank, self._slot = bank, slot
+    A: Tensor  # [R, I]; the change itself, [O, I], if there is no B
+    B_t: Tensor | None  # [R, O]
+    gain: Tensor | None  # [O]
 
     def product(self) -> tuple[Tensor, Tensor, float] | None:
         """A [R, I], B [O, R] and 1, or None if the slot holds a gain or a matrix."""
-        bank, (a, b, gain) = self._bank, self._places()
-        return (bank.A[a.start : a.stop], bank.B_t[b.start : b.stop].t(), 1.0) if len(b) and not gain else None
+        return None if self.B_t is None or self.gain is not None else (self.A, self.B_t.t(), 1.0)
 
     def __call__(self, x: Tensor, weight: Weight) -> Tensor:
         """x [N, I] -> x W'ᵀ [N, O]."""
-        bank, (a, b, gain) = self._bank, self._places()
         y = weight(x)
-        if gain:
-            y = y * bank.gain[gain.start].to(y.dtype)
-        if a:
-            h = x.to(bank.A.dtype) @ bank.A[a.start : a.stop].t()
-            y = y + (h @ bank.B_t[b.start : b.stop] if b else h).to(y.dtype)
-        return y
-
-    def _places(self) -> list[range]:
-        return [self._bank.places[name].of(self._slot) for name in ("A", "B_t", "gain")]
+        if self.gain is not None:
+            y = y * self.gain.to(y.dtype)
+        h = x.to(self.A.dtype) @ self.A.t()
+        return y + (h if self.B_t is None else h @ self.B_t).to(y.dtype)

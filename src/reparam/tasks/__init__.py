@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from reparam.errors import ConfigError
 from reparam.tasks.classification import Classification
+from reparam.tasks.embedding import Embedding
+from reparam.tasks.seq2seq import Seq2seq
 from reparam.tasks.task import Task
+from reparam.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), TokenClassification(), Seq2seq(), Embedding())}
 
 
 def find_task(name: str) -> Task:

@@ -132,7 +132,9 @@ class Classification(Task):
         accuracy = share("accuracy", right, len(given))
         return accuracy, *metrics.of_classes(expected, given, len(head.labels))
 
-    def predictions(self, outputs: Sequence[Tensor], examples: Examples, head: Head) -> list[Prediction]:
+    def predictions(
+        self, outputs: Sequence[Tensor], examples: Examples, head: Head, **context: Any
+    ) -> list[Prediction]:
         """The likeliest class with the probabilities of all, or the number."""
         found = []
         for item, output in zip(examples.items, outputs, strict=True):

@@ -179,8 +179,10 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def predictions(self, outputs: Sequence[Tensor], examples: Examples, head: Head) -> list[Prediction]:
-        """What the outputs of each example say."""
+    def predictions(
+        self, outputs: Sequence[Tensor], examples: Examples, head: Head, **context: Any
+    ) -> list[Prediction]:
+        """What the outputs of each example say; `context` as for `scores`."""
 
     def outputs(
         self,

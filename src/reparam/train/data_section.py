@@ -21,8 +21,8 @@ class DataConfig:
     """The rows to train on, and the held-out rows."""
 
     train: str | tuple[str, ...] = ""
-    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a glob, a folder, a data set such as owner/name,
-    or - for standard input. Several are separated by commas."""
+    """Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow, text), a glob, a folder, a data set such as
+    owner/name, or - for standard input. Several are separated by commas."""
     valid: str | tuple[str, ...] | None = None
     """Held-out rows to score. By default, a share of the training rows is held out."""
     weights: tuple[float, ...] = ()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reparam.data.files import arrow, hub, jsonl, table
+from reparam.data.files import arrow, hub, jsonl, lines, table, unnamed
 from reparam.errors import DataError
 
 Objects = Iterator[tuple[str, "dict[str, Any] | DataError"]]
@@ -30,6 +30,7 @@ READERS: dict[str, Callable[[Path], Objects]] = {
     ".arrow": arrow.read_ipc,
     ".feather": arrow.read_ipc,
 }
+TEXT = ".txt"
 COMPRESSED = (".gz", ".zst")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w-]+)?")
 
@@ -92,8 +93,17 @@ def kind(path: Path) -> str:
 
 
 def reader(path: Path) -> Callable[[Path], Objects]:
-    """The reader of a file. Files with another suffix are read as JSONL."""
-    return READERS.get(kind(path), jsonl.read)
+    """The reader of a file. With another suffix than those of READERS, its content tells it.
+
+    The lines of a .txt file are texts, unless it begins as JSON. Raises DataError for a file that holds no rows.
+    """
+    suffix = kind(path)
+    return READERS.get(suffix) or unnamed.reader(path, suffix, text=lines.read if suffix == TEXT else None)
+
+
+def texts_of(name: str | Path) -> list[Path]:
+    """The files of a source whose lines are texts."""
+    return [path for path in files_of(name) or () if kind(path) == TEXT and reader(path) is lines.read]
 
 
 def _all(paths: list[Path]) -> Objects:
@@ -103,10 +113,12 @@ def _all(paths: list[Path]) -> Objects:
 
 def _files_in(folder: Path) -> list[Path]:
     """The data files of a folder: those that are named after the split "train", if there are any, otherwise all."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and kind(path) in READERS]
+    every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in every if kind(path) in READERS]
     files = [path for path in files if path.name not in ("dataset_info.json", "state.json")]
+    files = files or [path for path in every if kind(path) == TEXT]  # beside others, a text is a note about them
     if not files:
-        raise DataError([f"{folder}: the folder holds no data files; expected {', '.join(READERS)}"])
+        raise DataError([f"{folder}: the folder holds no data files; expected {', '.join(READERS)} or {TEXT}"])
     if len({reader(path) for path in files}) > 1:
         names = ", ".join(path.name for path in files[:6])
         raise DataError([f"{folder}: the folder holds files of several kinds ({names}); name one file or a glob"])
