@@ -141,7 +141,12 @@ def generate(
         raise ValueError("a prompt and --prompts are both given; leave one out")
     first = adapter[0] if adapter else None
     if not image and not is_seeing([base, *(adapter or [])]) and is_for_task(base, first):
-        asked: dict[str, Any] = {"--compare": compare, "--engine": engine, "--chat-template": chat_template, "--system": system}
+        asked: dict[str, Any] = {
+            "--compare": compare,
+            "--engine": engine,
+            "--chat-template": chat_template,
+            "--system": system,
+        }
         asked |= {"--thinking": thinking, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
         if unused := [name for name, value in asked.items() if value not in (None, False)]:
             raise ValueError(f"{unused[0]} is for causal language models; leave it out")
