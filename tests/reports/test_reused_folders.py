@@ -30,7 +30,7 @@ def test_a_difference_is_named_and_nothing_is_written(
     cases: dict[str, list[object]] = {
         "method.alpha": ["--lora_alpha", 64],
         "optim.learning_rate": ["--learning_rate", 0.01],
-        "number of steps": ["--max_steps", 5],
+        "number of steps": ["--max_steps", 1],
         "optim.name": ["--optim", "sgd"],
         "data.max_length": ["--max_length", 64],
         "run.seed": ["--seed", 1],
