@@ -79,3 +79,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     lines = (TASK / "train.jsonl").read_text().splitlines()[:80]
     file.write_text("\n".join(lines) + "\n")
     return str(file)
+
+
+@pytest.fixture(scope="session")
+def few(rows: str) -> str:
+    """The first ten of these rows, for scores that any rows can show."""
+    file = Path(rows).with_name("few.jsonl")
+    file.write_text("".join(Path(rows).read_text().splitlines(keepends=True)[:10]))
+    return str(file)

@@ -53,14 +53,14 @@ def test_train_says_what_it_trains_and_which_tokens_carry_loss(
 
 
 def test_generate_eval_merge_inspect_after_train(
-    trained: Path, base: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, base: str, few: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert reparam("generate", "def f(a, b):", "-a", trained, "--compare", "--max-new-tokens", 4) == 0
     out = capsys.readouterr().out
     assert "base" in out
     assert out.count("╭") == 2  # a panel for the base, and one for the adapter
 
-    assert reparam("eval", rows, "-a", trained, "--json") == 0
+    assert reparam("eval", few, "-a", trained, "--json") == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["adapter"][0]["value"] < scores["base"][0]["value"]
 
@@ -74,7 +74,7 @@ def test_generate_eval_merge_inspect_after_train(
     merged = tmp_path / "merged"
     assert reparam("merge", merged, "-a", trained) == 0
     assert "share of the update that survives rounding: 1.0000 in float32" in " ".join(capsys.readouterr().out.split())
-    assert reparam("eval", rows, "-b", merged, "--json") == 0
+    assert reparam("eval", few, "-b", merged, "--json") == 0
     assert json.loads(capsys.readouterr().out)["base"][0]["value"] == pytest.approx(
         scores["adapter"][0]["value"], rel=1e-4
     )

@@ -39,19 +39,19 @@ def test_a_smaller_adapter_is_written(
 def test_scores_before_and_after(
     folder: Path,
     base: str,
-    rows: str,
+    few: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = tmp_path / "small"
-    more = ["--data", rows, "--base", base, "--format", "peft"]
+    more = ["--data", few, "--base", base, "--format", "peft"]
     assert reparam("compress", folder / "lora", small, "--energy", 0.5, *more) == 0
     told = capsys.readouterr().out
     assert "original" in told
     assert "compressed" in told
     assert "loss per token" in told
     assert (small / "adapter_config.json").exists()
-    assert reparam("eval", rows, "--base", base, "--adapter", small) == 0
+    assert reparam("eval", few, "--base", base, "--adapter", small) == 0
     again = capsys.readouterr().out
     scores = [next(line for line in text.splitlines() if "loss per token" in line) for text in (told, again)]
     assert scores[0].split("│")[3] == scores[1].split("│")[3]

@@ -16,10 +16,10 @@ def run(base, rows, tmp_path_factory) -> Path:
     return place
 
 
-def test_eval_with_the_engine_gives_the_scores_of_eval(run: Path, rows: str, capsys: pytest.CaptureFixture) -> None:
+def test_eval_with_the_engine_gives_the_scores_of_eval(run: Path, few: str, capsys: pytest.CaptureFixture) -> None:
     found = []
     for more in ([], ["--engine"]):
-        assert reparam("eval", rows, "--adapter", run, "--json", *more) == 0
+        assert reparam("eval", few, "--adapter", run, "--json", *more) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
     assert len(found[0]["adapter"]) == 2  # a loss, and exact match

@@ -150,7 +150,7 @@ def test_preferences_are_framed_as_other_chats_are(base, tmp_path):
         objective_of(config).data(resolve(None, given | {"data.valid": str(file)}), tokenizer)
 
 
-def test_a_base_without_a_template_gets_one(base, rows, tmp_path, capsys):
+def test_a_base_without_a_template_gets_one(base, rows, few, tmp_path, capsys):
     bare = tmp_path / "base"
     shutil.copytree(base, bare)
     (bare / "chat_template.jinja").unlink()
@@ -161,7 +161,7 @@ def test_a_base_without_a_template_gets_one(base, rows, tmp_path, capsys):
     assert train(bare, rows, tmp_path / "run", "--data.chat_template", "plain") == 0
     capsys.readouterr()
     assert reparam("generate", "def f(a):", "-a", tmp_path / "run", "--compare", "--max-new-tokens", 2) == 0
-    assert reparam("eval", rows, "-a", tmp_path / "run") == 0
+    assert reparam("eval", few, "-a", tmp_path / "run") == 0
     assert reparam("merge", tmp_path / "merged", "-a", tmp_path / "run") == 0
     assert reparam("generate", "def f(a):", "--base", tmp_path / "merged", "--max-new-tokens", 2) == 0
     capsys.readouterr()

@@ -104,7 +104,7 @@ def test_the_adapter_remembers_how_its_base_was_quantized(trained: Path) -> None
 
 def test_generate_and_eval_use_the_storage_of_the_training(
     trained: Path,
-    rows: str,
+    few: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert reparam("generate", "def f(a, b):", "-a", trained, "--max-new-tokens", 4) == 0
@@ -112,7 +112,7 @@ def test_generate_and_eval_use_the_storage_of_the_training(
     scores = {}
     for storage in (None, "nf4", "dense"):
         more = [] if storage is None else ["--storage", storage]
-        assert reparam("eval", rows, "-a", trained, "--json", *more) == 0
+        assert reparam("eval", few, "-a", trained, "--json", *more) == 0
         scores[storage] = json.loads(capsys.readouterr().out)["adapter"][0]["value"]
     assert scores[None] == scores["nf4"] != scores["dense"]
     figures = json.loads((trained / "figures.json").read_text())

@@ -97,15 +97,15 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits_.threading, "Timer", Now)
 
 
-def test_on_standard_error_when_piped(base: str, rows: str, tmp_path: Path, at_once: None) -> None:
+def test_on_standard_error_when_piped(base: str, rows: str, few: str, tmp_path: Path, at_once: None) -> None:
     assert train(base, rows, tmp_path / "run", "--max_steps", 1) == 0
-    ran = Forked(lambda: reparam("eval", rows, "-a", tmp_path / "run"))
+    ran = Forked(lambda: reparam("eval", few, "-a", tmp_path / "run"))
     code, out = ran.end()
     assert code == 0, ran.errors
     for what in ("starting eval", f"loading {base}", "encoding rows", "scoring held-out rows", "generating answers"):
         assert ran.errors.count(f"{what} ...") in (1, 2)  # once for the base, once for the adapter
         assert what not in out
-    quiet = Forked(lambda: reparam("eval", rows, "-a", tmp_path / "run", "--json"))
+    quiet = Forked(lambda: reparam("eval", few, "-a", tmp_path / "run", "--json"))
     _, out = quiet.end()
     assert quiet.errors == ""
     assert json.loads(out)["base"]

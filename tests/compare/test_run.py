@@ -227,7 +227,15 @@ def test_no_run_starts_when_the_minutes_are_spent(base: str, data: dict[str, str
 
 def test_contestants_over_the_parameter_budget_are_left_out(base: str, data: dict[str, str], tmp_path: Path) -> None:
     methods = [{"name": "lora", "r": 1}, {"name": "full"}]
-    plan = planned(base, data, tmp_path / "out", compare__methods=methods, compare__parameters=5000, compare__seeds=1)
+    plan = planned(
+        base,
+        data,
+        tmp_path / "out",
+        compare__methods=methods,
+        compare__parameters=5000,
+        compare__seeds=1,
+        compare__rates="0.005",
+    )
     found = run(plan)
     assert [row["label"] for row in found["rows"]] == ["lora"]
     assert "more than compare.parameters" in found["stopped"]["full"]
@@ -238,9 +246,8 @@ def test_contestants_over_the_parameter_budget_are_left_out(base: str, data: dic
 def test_a_hopeless_contestant_is_stopped_after_a_rung(base: str, data: dict[str, str], tmp_path: Path) -> None:
     """LoRA of rank 8 with a tiny scale has a much higher loss and more parameters than others."""
     methods = [{"name": "lora", "r": 2}, {"name": "lora", "label": "mute", "r": 8, "alpha": 1e-6}]
-    plan = planned(
-        base, data, tmp_path / "out", compare__methods=methods, compare__keep=0.5, compare__least=1, compare__seeds=1
-    )
+    only = {"compare__keep": 0.5, "compare__least": 1, "compare__seeds": 1, "compare__rates": "0.05"}
+    plan = planned(base, data, tmp_path / "out", compare__methods=methods, **only)
     found = run(plan)
     assert "place 2 of 2" in found["stopped"]["mute"]
     assert [row["label"] for row in found["rows"]] == ["lora"]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspected import saved, told
 from models import llama, save_base
+from sampled import FULL
 
 import reparam
 from reparam import AdaLoRA, DoRA, FormatError, LoRA
@@ -287,7 +288,7 @@ def test_a_share_must_be_one() -> None:
 ALL = {"deep": True, "survival": True, "suggest": 0.9}
 
 
-@pytest.mark.parametrize("method", [METHODS["rslora"], GAINS["dora"]])
+@pytest.mark.parametrize("method", [METHODS["rslora"], GAINS["dora"]] if FULL else [GAINS["dora"]])
 def test_what_is_shown_is_in_the_json_and_drawn(method: Any, tmp_path: Path) -> None:
     saved(tmp_path, method)
     base = str(tmp_path / "base")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled import FULL, in_turn
 from torch import Tensor, nn
 
 import reparam
@@ -70,12 +71,7 @@ def pairs(run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, weights: T
 # ---- the ops
 
 
-# Both storages with all dtypes, and the other settings of NF4 with one.
-@pytest.mark.parametrize(
-    ("storage", "dtype"),
-    [(s, d) for s in STORAGES for d in DTYPES if s in (NF4(), Int8()) or DTYPES.index(d) == STORAGES.index(s) - 1],
-    ids=str,
-)
+@pytest.mark.parametrize(("storage", "dtype"), in_turn(STORAGES, DTYPES), ids=str)
 def test_opcheck(storage: Storage, dtype: torch.dtype) -> None:
     name, parts = operands(quantized(storage, 9, 33, dtype=dtype))
     x, g, bias = (normal(*shape, dtype=dtype).requires_grad_() for shape in ((2, 3, 33), (4, 9), (9,)))
@@ -303,7 +299,7 @@ def test_a_copy_is_a_weight_of_its_own(storage: Storage) -> None:
     assert torch.equal(weight.dense(), whole)
 
 
-@every
+@pytest.mark.parametrize("storage", STORAGES if FULL else [NF4(), Int8()], ids=str)
 def test_a_compiled_layer_gives_the_same_output_and_gradients(storage: Storage) -> None:
     """In one graph; with torch's inductor if a C++ compiler is installed."""
     model = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 3))

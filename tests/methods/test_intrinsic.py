@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import error, move
 from models import IDS, logits
+from sampled import pairs
 from torch import Tensor, nn
 
 import reparam
@@ -48,9 +49,7 @@ def steps(model: nn.Module, adapter: reparam.Adapter, count: int, rate: float = 
     return losses
 
 
-@pytest.mark.parametrize("settings", KINDS)
-@pytest.mark.parametrize("mode", ["did", "said"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("family", "mode", "settings"), pairs(["gpt2", "llama"], ["did", "said"], KINDS))
 def test_everything_starts_at_the_base_and_trains(family: str, mode: str, settings: dict[str, Any]) -> None:
     """Also heads, embeddings, norms and biases; exactly d numbers are trained."""
     model, adapter = everything(Intrinsic(d=120, mode=mode, **settings), family)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import command
 import pytest
-from command import train
 from safetensors.torch import load_file, save_file
+
+
+def train(base: str, rows: str, output: Path, *more: object) -> int:
+    return command.train(base, rows, output, "--max_steps", 2, *more)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -26,7 +30,7 @@ def test_a_difference_is_named_and_nothing_is_written(
     cases: dict[str, list[object]] = {
         "method.alpha": ["--lora_alpha", 64],
         "optim.learning_rate": ["--learning_rate", 0.01],
-        "number of steps": ["--max_steps", 5],
+        "number of steps": ["--max_steps", 1],
         "optim.name": ["--optim", "sgd"],
         "data.max_length": ["--max_length", 64],
         "run.seed": ["--seed", 1],
@@ -53,7 +57,7 @@ def test_a_difference_is_named_and_nothing_is_written(
     assert kept.read_text() == "mine"
     assert train(str(own), str(data), out) == 2
     assert train(str(own), str(data), out, "--overwrite_output_dir") == 0
-    free = ["--save_steps", 2, "--logging_steps", 1, "--save_total_limit", 5, "--eval_steps", 3]
+    free = ["--save_steps", 2, "--logging_steps", 1, "--save_total_limit", 5, "--eval_steps", 2]
     assert train(str(own), str(data), out, *free) == 0
 
 
@@ -65,8 +69,8 @@ def test_rows_of_a_folder_are_part_of_a_run(
     lines = Path(rows).read_text().splitlines(keepends=True)
     for number in range(2):
         (data / f"{number}.jsonl").write_text("".join(lines[10 * number : 10 * number + 10]))
-    assert train(base, str(data), out, "--max_steps", 2) == 0
-    assert train(base, str(data), out, "--max_steps", 2) == 0
+    assert train(base, str(data), out) == 0
+    assert train(base, str(data), out) == 0
     (data / "1.jsonl").write_text("".join(lines[20:30]))
-    assert train(base, str(data), out, "--max_steps", 2) == 2
+    assert train(base, str(data), out) == 2
     assert "content of data.train has changed" in " ".join(capsys.readouterr().err.split())

@@ -165,7 +165,8 @@ def config(base: str, folder: Path, objective: str, **more: Any) -> Config:
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base: str, tmp_path: Path, objective: str) -> None:
     """The run stops after step 3, between the log entries of the steps 2 and 4, and within an epoch."""
-    every = {"run.max_steps": 6, "run.log_every": 2, "run.eval_every": 6, "method.dropout": 0.3, "method.r": R}
+    every = {"run.max_steps": 20, "run.log_every": 2, "run.eval_every": 20, "run.save_every": 20, "run.batch_size": 2}
+    every |= {"method.dropout": 0.3, "method.r": R}
     whole, parts = (config(base, tmp_path / name, objective, **every) for name in ("whole", "parts"))
     quiet = Console(quiet=True)
     assert run(whole, show=Show(quiet)).signal is None
@@ -174,7 +175,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base: str, tmp_path: Path, ob
     first, second = (load_file(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     ours, theirs = ([untimed(entry) for entry in history(tmp_path / name)] for name in ("whole", "parts"))
-    assert [entry["step"] for entry in ours] == [2, 4, 6]
+    assert [entry["step"] for entry in ours][:3] == [2, 4, 6]
     assert "rewards/chosen" in ours[1]
     assert ours == theirs
 

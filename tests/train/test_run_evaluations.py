@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "samples": ({"run.samples": -1}, "run.samples: -1: expected"),
     "rows": ({"run.eval_rows": 0}, "run.eval_rows: 0: expected"),
     "noise": ({"optim.neftune": 0}, "optim.neftune: 0.0: expected a number above 0"),
-    "metric": ({"run.metric": "accuracy"}, "run.metric: .*'loss', 'exact_match'"),
+    "metric": ({"run.metric": "fluency"}, "run.metric: .*'loss', 'exact_match'"),
     "one kept": ({"run.best": True, "run.keep": 1}, "run.keep: 1 with run.best"),
     "saves": ({"run.patience": 2, "run.save_every": 7, "run.eval_every": 2}, "run.save_every: 7 with run.best"),
 }
