@@ -23,7 +23,7 @@ from torch import Tensor
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.packs import Tables
 from reparam.kernels.rows import bank_update_, packed_update_
-from reparam.sites.held import Held
+from reparam.sites.held import Held, product_of
 from reparam.sites.layout import Layout, for_each_row, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
@@ -268,7 +268,7 @@ class Bank(Update):
             if sizes["B_t"]:
                 found |= {"A": A, "B_t": B.t()}
             elif sizes["A"]:
-                found["A"] = _product(B, A, self.A.dtype)
+                found["A"] = product_of(B, A, self.A.dtype)
             if sizes["gain"] and gain is not None:
                 found["gain"] = gain[None]
         return found if bias is None else found | {"bias": bias[None]}
@@ -315,12 +315,3 @@ class Bank(Update):
     def _row_bytes(self, name: str) -> int:
         table: Tensor = getattr(self, name)
         return table.shape[1] * table.element_size()
-
-
-def _product(B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """B A [O, I] of factors of which one can be an identity, which then costs no product; exact enough for `dtype`."""
-    for factor, other in ((A, B), (B, A)):
-        if factor.shape[0] == factor.shape[1] and torch.equal(factor, torch.eye(len(factor)).to(factor)):
-            return other
-    dtype = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
-    return B.to(dtype) @ A.to(dtype)

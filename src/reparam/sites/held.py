@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from reparam.core.base import Weight
@@ -33,3 +34,12 @@ class Held(NamedTuple):
             y = y * self.gain.to(y.dtype)
         h = x.to(self.A.dtype) @ self.A.t()
         return y + (h if self.B_t is None else h @ self.B_t).to(y.dtype)
+
+
+def product_of(B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """B A [O, I] of factors of which one can be an identity, which then costs no product; exact enough for `dtype`."""
+    for factor, other in ((A, B), (B, A)):
+        if factor.shape[0] == factor.shape[1] and torch.equal(factor, torch.eye(len(factor)).to(factor)):
+            return other
+    dtype = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
+    return B.to(dtype) @ A.to(dtype)
