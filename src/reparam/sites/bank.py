@@ -23,7 +23,7 @@ from torch import Tensor
 from reparam.core.base import Factors, Update, Weight
 from reparam.kernels.packs import Tables
 from reparam.kernels.rows import bank_update_, packed_update_
-from reparam.sites.held import Held, product
+from reparam.sites.held import Held, product_of
 from reparam.sites.layout import Layout, for_each_row, groups
 from reparam.sites.places import Places
 from reparam.sites.routing import Routing
@@ -268,7 +268,7 @@ class Bank(Update):
             if sizes["B_t"]:
                 found |= {"A": A, "B_t": B.t()}
             elif sizes["A"]:
-                found["A"] = product(B, A, self.A.dtype)
+                found["A"] = product_of(B, A, self.A.dtype)
             if sizes["gain"] and gain is not None:
                 found["gain"] = gain[None]
         return found if bias is None else found | {"bias": bias[None]}

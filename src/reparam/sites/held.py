@@ -36,7 +36,7 @@ class Held(NamedTuple):
         return y + (h if self.B_t is None else h @ self.B_t).to(y.dtype)
 
 
-def product(B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+def product_of(B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     """B A [O, I] of factors of which one can be an identity, which then costs no product; exact enough for `dtype`."""
     for factor, other in ((A, B), (B, A)):
         if factor.shape[0] == factor.shape[1] and torch.equal(factor, torch.eye(len(factor)).to(factor)):
