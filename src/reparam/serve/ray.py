@@ -2,10 +2,9 @@
 
 The front has the key, the limits of a request and the log. It sends each request to a replica that has the adapter, by
 the digest of the adapter, and asks another replica if one dies before anything of the answer was sent. Each replica has
-an engine and the application of `reparam serve`. `application` is what Ray's serve.yaml imports.
+an engine and the application of `reparam serve`. `application` is what Ray's serve.yaml imports. Ray reads the type of
+its argument, so annotations are no strings in this file.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -18,7 +17,8 @@ import pydantic
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
-from starlette.types import Message
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reparam.core.registry import find_storage
 from reparam.errors import ReparamError
@@ -186,9 +186,9 @@ class Front:
         self._engines = engines
         self.guard = Guard(Relay(self._call, settings, traffic), settings, traffic, plan.sizes.open_requests)
 
-    def __serve_build_asgi_app__(self) -> Guard:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application."""
-        return self.guard
+        return _without_id(self.guard)
 
     async def _call(
         self, scope: dict[str, Any], body: bytes, caller: Caller, wanted: Mapping[str, str]
@@ -207,8 +207,22 @@ class Front:
                 answer.cancel()
 
 
+def _without_id(app: ASGIApp) -> ASGIApp:
+    """The application, whose answers have no request id: Ray's proxy adds the same one."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await app(scope, receive, answer)
+
+    return call
+
+
 def application(args: Plan) -> Any:
-    """The application for `serve run`, `serve deploy` and KubeRay.
+    """The application for `serve run`, `serve deploy` and KubeRay (see docs/deploy).
 
     Raises ValueError for settings that cannot be, and if there are no keys and `local` is not set.
     """

@@ -52,6 +52,8 @@ def of_classes(expected: Sequence[int], given: Sequence[int], count: int) -> lis
         )
 
     def matthews(weights: np.ndarray) -> float:
+        if len({*right, *said}) == 1:  # scikit-learn returns 0, too, with a warning
+            return 0.0
         return float(metrics.matthews_corrcoef(right, said, sample_weight=weights))
 
     draws = np.random.default_rng(0).multinomial(int(seen.sum()), seen / seen.sum(), DRAWS)
