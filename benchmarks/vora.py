@@ -3,13 +3,12 @@
 A word-level Llama (6 blocks of width 96) is pretrained on sentences about numbers. It learns to see under several
 conditions, with the same rows in the same order for one seed. Each condition's learning rate is chosen by the loss of
 answers on `valid` after half of the steps, with a seed of its own; other ranks and numbers of blocks have VoRA's rate.
-Every finished run is kept in the file of results, and is not repeated; `vora_cost.py` measures costs, and
-`vora_report.py` makes the table and the plot.
+Every finished run is kept in the file of results, and is not repeated.
 
 The loss of rows with images counts the words that the image decides, numbers and answers, and not the words that all
-captions share: with those, the sight of a digit was a tenth of the loss, and no condition began to see in 150 steps.
+captions share: with those, the sight of a digit was a tenth of the loss, and VoRA did not begin to see in 150 steps.
 
-    python benchmarks/vora.py              # about two hours on one CPU core; needs scikit-learn
+    python benchmarks/vora.py --seeds 3    # about two hours on one CPU core; needs scikit-learn
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from reparam import evaluation as evaluation
     from reparam import export as export
     from reparam import hf as hf
+    from reparam import images as images
     from reparam import inspect as inspect
     from reparam import io as io
     from reparam import kernels as kernels
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from reparam import recipes as recipes
     from reparam import serve as serve
     from reparam import sites as sites
+    from reparam import tasks as tasks
     from reparam import train as train
     from reparam import vision as vision
     from reparam import weights as weights
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
         Stopped,
         Unavailable,
         UnknownAdapter,
+        WorkerLost,
         WriteFailed,
     )
     from reparam.hf import prompts
@@ -167,6 +170,7 @@ __all__ = [
     "UnknownAdapter",
     "Update",
     "Weight",
+    "WorkerLost",
     "WriteFailed",
     "XLoRA",
     "adapters",
@@ -236,6 +240,7 @@ _HOMES = {  # the module that defines each name
     "ClientGone": "reparam.errors",
     "Unavailable": "reparam.errors",
     "UnknownAdapter": "reparam.errors",
+    "WorkerLost": "reparam.errors",
     "WriteFailed": "reparam.errors",
     "Int8Config": "reparam.hf.quantizer",
     "NF4Config": "reparam.hf.quantizer",
@@ -275,6 +280,7 @@ _MODULES = {  # submodules that are attributes of the package
     "evaluation": "reparam.evaluation",
     "export": "reparam.export",
     "hf": "reparam.hf",
+    "images": "reparam.images",
     "inspect": "reparam.inspect",
     "io": "reparam.io",
     "kernels": "reparam.kernels",
@@ -285,6 +291,7 @@ _MODULES = {  # submodules that are attributes of the package
     "recipes": "reparam.recipes",
     "serve": "reparam.serve",
     "sites": "reparam.sites",
+    "tasks": "reparam.tasks",
     "train": "reparam.train",
     "vision": "reparam.vision",
     "weights": "reparam.weights",

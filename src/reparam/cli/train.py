@@ -33,11 +33,11 @@ def train(
     ] = False,
     planned: Annotated[
         bool,
-        typer.Option("--plan/--no-plan", help="Plan the memory of a step, try the longest batch first, compare them."),
+        typer.Option("--plan/--no-plan", help="Plan memory, and try the longest batch first."),
     ] = True,
     overrides: Any = None,
 ) -> None:
-    """Train an adapter, check the saved adapter, and print held-out scores before and after.
+    """Train an adapter, check it, and print held-out scores before and after.
 
     Rows are {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}, one JSON object per line.
     The loss counts answer tokens only. A second call with the same output folder continues from its newest checkpoint.
