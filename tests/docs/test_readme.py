@@ -34,7 +34,8 @@ def test_the_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").config.model_type == "llama"
 
 
-DOCUMENTS = [path for path in PAGES if "```python" in path.read_text() and path.stem != "serving-http"]
+ELSEWHERE = ("serving-http", "vision-language")  # pages that have a test of their own
+DOCUMENTS = [path for path in PAGES if "```python" in path.read_text() and path.stem not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)

@@ -20,7 +20,7 @@ def reparam(*arguments: object) -> int:
     before = sys.argv
     sys.argv = ["reparam", *map(str, arguments)]
     if sys.argv[1:2] == ["train"] and "--plan" not in sys.argv:
-        sys.argv.append("--no-plan")
+        sys.argv.insert(2, "--no-plan")
     try:
         with pytest.raises(SystemExit) as ended:
             main()

@@ -125,10 +125,10 @@ def test_an_error_in_one_process_ends_both(
 ) -> None:
     plain = model.loaded
 
-    def loaded(described: BaseConfig) -> object:
+    def loaded(described: BaseConfig, head: object = None) -> object:
         if os.environ["RANK"] == "1":
             raise MemoryError("no room")
-        return plain(described)
+        return plain(described, head)  # type: ignore[arg-type]
 
     monkeypatch.setattr("reparam.train.run.loaded", loaded)
     act = lambda: train(base, few, tmp_path / "out", *options(4))  # noqa: E731

@@ -283,7 +283,7 @@ def test_mistakes(place: Path, run: Path, merged: Path, tmp_path: Path, capsys: 
         (lambda: reparam("vision", "merge", merged, "--from", run), "not empty"),
         (lambda: reparam("vision", "merge", run / "vora" / "x", "--from", run), "lies in the folder of the run"),
         (lambda: reparam("merge", out, "--adapter", run), "merge it with `reparam vision merge"),
-        (lambda: reparam("generate", "--base", place / "base", "--image", "a.png", "x"), "holds no model that sees"),
+        (lambda: reparam("generate", "--base", place / "base", "--image", "a.png", "x"), "base reads text alone"),
         (lambda: reparam("generate", "--base", merged, "--image", "none.png", "x"), "none.png: cannot be read"),
         (lambda: reparam("generate", "--base", merged, "--image", "a.png"), "needs a prompt"),
         (lambda: reparam("generate", "--base", merged, "--compare", "x"), "--compare is not for models that see"),

@@ -139,6 +139,7 @@ def generate(
 
     if prompts is not None and prompt is not None:
         raise ValueError("a prompt and --prompts are both given; leave one out")
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)  # raises for values out of range
     first = adapter[0] if adapter else None
     if not image and not is_seeing([base, *(adapter or [])]) and is_for_task(base, first):
         asked: dict[str, Any] = {"--compare": compare, "--engine": engine, "--chat-template": chat_template}
@@ -164,7 +165,6 @@ def generate(
         return
     if engine:
         check_greedy(temperature=temperature or None, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if is_seeing([base, *(adapter or [])]):
         given = {"--compare": compare, "--storage": storage, "--prompts": prompts, "--task": task}
         given |= {"--engine": engine, "--chat-template": chat_template, "--system": system, "--thinking": thinking}
