@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import reparam
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from task_bases import rows, save, write
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
@@ -193,6 +194,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(bases: dict[str, str], tmp_pa
     one, other = (read(folder / "out" / "adapter").tensors for folder in (whole, parts))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_loss_is_the_mean_over_all_micro_batches(bases: dict[str, str], tmp_path: Path) -> None:
+    """Rows with unequal numbers of words: a batch of 8 gives the adapter of four batches of 2."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"classifier_dropout": 0.0}))
+    data = [
+        {"tokens": ["red", "dog", "cow"][: 1 + i % 3] * (1 + i % 2), "tags": ["O", "B", "O"][: 1 + i % 3] * (1 + i % 2)}
+        for i in range(24)
+    ]
+    rows_file, found = write(tmp_path / "rows.jsonl", data), []
+    for size, parts in ((8, 1), (2, 4)):
+        call = ["--task", "token-classification", "--base", base, "--data", rows_file, "--max_steps", 2, "--lr", 0.02]
+        out = tmp_path / str(size)
+        assert reparam("train", *call, "--batch_size", size, "--gradient_accumulation_steps", parts, "-o", out) == 0
+        found.append(load_file(out / "adapter" / "adapter.safetensors"))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-6)
 
 
 def test_a_quantized_base_keeps_its_head_dense(bases: dict[str, str], tmp_path: Path) -> None:
