@@ -269,33 +269,11 @@ _HOMES = {  # the module that defines each name
     "NF4": "reparam.weights.nf4",
 }
 _OLD = {"pack": "reparam.adapter.quantize"}  # deprecated names, removed in the next release; their functions warn
-_MODULES = {  # submodules that are attributes of the package
-    "adapter": "reparam.adapter",
-    "cli": "reparam.cli",
-    "combine": "reparam.combine",
-    "compare": "reparam.compare",
-    "core": "reparam.core",
-    "data": "reparam.data",
-    "errors": "reparam.errors",
-    "evaluation": "reparam.evaluation",
-    "export": "reparam.export",
-    "hf": "reparam.hf",
-    "images": "reparam.images",
-    "inspect": "reparam.inspect",
-    "io": "reparam.io",
-    "kernels": "reparam.kernels",
-    "methods": "reparam.methods",
-    "optim": "reparam.optim",
-    "plan": "reparam.plan",
-    "prompts": "reparam.hf.prompts",
-    "recipes": "reparam.recipes",
-    "serve": "reparam.serve",
-    "sites": "reparam.sites",
-    "tasks": "reparam.tasks",
-    "train": "reparam.train",
-    "vision": "reparam.vision",
-    "weights": "reparam.weights",
-}
+_ROOMS = """
+    adapter cli combine compare core data errors evaluation export hf images inspect io kernels methods optim
+    plan recipes serve sites tasks train vision weights
+"""
+_MODULES = {"prompts": "reparam.hf.prompts"} | {name: f"reparam.{name}" for name in _ROOMS.split()}  # attributes, too
 
 
 def __dir__() -> list[str]:
