@@ -134,7 +134,6 @@ def generate(
     from reparam.recipes.answers import check_output, write_answers
     from reparam.recipes.chat import Asking, Chat
     from reparam.tasks.evaluate import is_for_task, predict
-    from reparam.train.sections import DataConfig
     from reparam.vision.found import is_seeing
 
     if prompts is not None and prompt is not None:
@@ -151,7 +150,7 @@ def generate(
             raise ValueError("--adapter: several adapters can answer only for causal language models; give one")
         if output is not None:
             check_output(output, overwrite=overwrite)
-        own = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+        own = _renamed(columns)
         for line in predict(
             *(prompt, prompts, base, first),
             dtype=dtype,
@@ -179,7 +178,7 @@ def generate(
         raise ValueError("--image is for one prompt; leave out --prompts, or give rows with images to reparam eval")
     if output is not None:
         check_output(output, overwrite=overwrite)
-    renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+    renamed = _renamed(columns)
     questions = read_questions(prompts, renamed) if prompts is not None else []
     chat = Chat(
         base,
@@ -243,7 +242,6 @@ def evaluate(
     from reparam.recipes.answers import check_output
     from reparam.tasks.evaluate import evaluate as run_task
     from reparam.tasks.evaluate import is_for_task
-    from reparam.train.sections import DataConfig
     from reparam.vision.found import is_seeing
 
     if not is_seeing([base, adapter]) and is_for_task(base, adapter, task):
@@ -251,7 +249,7 @@ def evaluate(
             raise ValueError("--engine is for causal language models; leave it out")
         if predictions is not None:
             check_output(predictions, overwrite=overwrite)
-        renamed = DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()
+        renamed = _renamed(columns)
         run_task(
             *(data, base, adapter),
             task=task,
@@ -303,3 +301,10 @@ def demo(
     from reparam.recipes.demo import demo as run
 
     run(output, seed=seed, console=console, overwrite=overwrite, real=real)
+
+
+def _renamed(columns: str | None) -> dict[str, str]:
+    """The keys that --columns names, such as text=review. Raises ConfigError for other words."""
+    from reparam.train.sections import DataConfig
+
+    return DataConfig(columns=tuple(columns.split(",")) if columns else ()).renamed()

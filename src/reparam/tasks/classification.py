@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from reparam.evaluation.score import Score, share
 from reparam.io.head import Head
 from reparam.tasks import metrics
 from reparam.tasks.columns import first_of, texts
-from reparam.tasks.labels import check_known, labels_for, place_of
+from reparam.tasks.labels import check_known, counted_labels, labels_for, place_of
 from reparam.tasks.task import Prediction, Task, inputs_of, padded_texts
 
 KEYS = ("label", "labels", "score", "class", "category", "intent", "target")
@@ -100,9 +99,7 @@ class Classification(Task):
         if head.regression:
             numbers = [float(target) for target in targets]
             return f"numbers from {min(numbers):g} to {max(numbers):g}" if numbers else ""
-        counts = Counter(head.labels[place_of(target, head.labels) or 0] for target in targets)
-        shown = [f"{name} {counts[name]:,}" for name in head.labels[:8]]
-        return ", ".join([*shown, *(["..."] if len(head.labels) > 8 else [])])
+        return counted_labels(targets, head.labels)
 
     def collate(self, examples: Sequence[Features], pad: int) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, T], and labels [B]: int64, or float32 for numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,3 +62,10 @@ def check_known(items: Sequence[Item], targets: Sequence[Sequence[Any]], head: H
                 )
     if problems:
         raise DataError(list(problems.values()))
+
+
+def counted_labels(targets: Sequence[Any], labels: Sequence[str]) -> str:
+    """The first eight labels, each with the number of targets that have it."""
+    counts = Counter(labels[place_of(target, labels) or 0] for target in targets)
+    shown = [f"{name} {counts[name]:,}" for name in labels[:8]]
+    return ", ".join([*shown, *(["..."] if len(labels) > 8 else [])])

@@ -17,7 +17,7 @@ from reparam.evaluation.score import Score, share
 from reparam.io.head import Head
 from reparam.tasks import metrics
 from reparam.tasks.columns import texts
-from reparam.tasks.task import Prediction, Task, inputs_of, padded, padded_texts
+from reparam.tasks.task import Prediction, Task, inputs_of, padded_texts, padded_with_labels
 
 NAMES = (("input", "target"), ("prompt", "completion"), ("source", "target"), ("instruction", "output"))
 
@@ -67,10 +67,7 @@ class Seq2seq(Task):
 
     def collate(self, examples: Sequence[Features], pad: int) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, T], and labels [B, U]."""
-        made = padded_texts(examples, pad)
-        if all("labels" in example for example in examples):
-            made["labels"] = padded([example["labels"] for example in examples], IGNORED)
-        return made
+        return padded_with_labels(examples, pad)
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor], head: Head) -> Tensor:
         """Logits [B, U, V] of the target; the model shifts it by one to get the decoder's inputs."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reparam.adapter.context import told
 from reparam.core.progress import tracked
 from reparam.core.text import counted
-from reparam.data.batches import padding_id
+from reparam.data.batches import IGNORED, padding_id
 from reparam.data.examples import Examples, ExamplesReport, Features, Item, texts_of
 from reparam.data.formats import renamed
 from reparam.data.prompts import read_items
@@ -241,6 +241,14 @@ def padded_texts(examples: Sequence[Features], pad: int) -> dict[str, Tensor]:
     }
     if "token_type_ids" in examples[0]:
         made["token_type_ids"] = padded([example["token_type_ids"] for example in examples], 0)
+    return made
+
+
+def padded_with_labels(examples: Sequence[Features], pad: int) -> dict[str, Tensor]:
+    """As `padded_texts`, with the labels of each row [B, U], if all rows have some."""
+    made = padded_texts(examples, pad)
+    if all("labels" in example for example in examples):
+        made["labels"] = padded([example["labels"] for example in examples], IGNORED)
     return made
 
 

@@ -6,7 +6,6 @@ in transformers' examples.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,8 @@ from reparam.evaluation.score import Score, share
 from reparam.io.head import Head
 from reparam.tasks import metrics
 from reparam.tasks.columns import first_of
-from reparam.tasks.labels import check_known, labels_for, place_of
-from reparam.tasks.task import Prediction, Task, inputs_of, padded, padded_texts
+from reparam.tasks.labels import check_known, counted_labels, labels_for, place_of
+from reparam.tasks.task import Prediction, Task, inputs_of, padded_with_labels
 
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels", "label")
@@ -125,17 +124,11 @@ class TokenClassification(Task):
 
     def described(self, items: Sequence[Item], head: Head) -> str:
         """The tags with their numbers of words."""
-        tags = [place_of(tag, head.labels) or 0 for item in items for tag in item.target or ()]
-        counts = Counter(head.labels[place] for place in tags)
-        shown = [f"{name} {counts[name]:,}" for name in head.labels[:8]]
-        return ", ".join([*shown, *(["..."] if len(head.labels) > 8 else [])])
+        return counted_labels([tag for item in items for tag in item.target or ()], head.labels)
 
     def collate(self, examples: Sequence[Features], pad: int) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels, [B, T] int64."""
-        made = padded_texts(examples, pad)
-        if all("labels" in example for example in examples):
-            made["labels"] = padded([example["labels"] for example in examples], IGNORED)
-        return made
+        return padded_with_labels(examples, pad)
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor], head: Head) -> Tensor:
         """Logits [B, T, tags]."""
